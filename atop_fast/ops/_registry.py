@@ -1,0 +1,144 @@
+"""The ops' library: what is defined, which backends are here, and which of them the dispatcher calls.
+
+An op is defined once, in Python, so that it exists whatever was compiled. Its reference serves every device without a
+kernel of its own, and is its fake. The C++ and CUDA libraries register themselves when they are loaded; Triton takes
+the CUDA key where the CUDA library is absent. From there on the dispatcher chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMESPACE = "atop_fast"
+BACKENDS = ("eager", "cpp", "triton", "cuda")
+
+# The registrations live as long as this object.
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op: its overload, its reference, and its launcher in atop_fast.kernels as (module, function)."""
+
+    overload: Any
+    reference: Callable[..., Any]
+    launcher: tuple[str, str]
+
+
+OPS: dict[str, Op] = {}
+# Why a backend is not here; filled by `load`.
+MISSING: dict[str, str] = {}
+
+
+def define(schema: str, reference: Callable[..., Any], *, kernels: str) -> Any:
+    """Define an op by `schema`, with `reference` as the kernel of last resort and the fake, and return its overload.
+
+    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    OPS[name] = Op(overload, reference, (f"{NAMESPACE}.kernels.{kernels}", f"launch_{name}"))
+    return overload
+
+
+def forbid_double_backward(name: str) -> None:
+    """Make differentiation through the backward op `name` an error; without a formula it would be silently wrong."""
+    forward = name.removesuffix("_bwd")
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{forward}: double backward is not supported")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=LIBRARY)
+
+
+def load() -> None:
+    """Load the native libraries and register Triton, once all ops are defined; fills `MISSING`."""
+    choice = os.environ.get("ATOP_FAST_BACKEND") or "auto"
+    if choice not in ("auto", "eager"):
+        raise ValueError(f"atop_fast: ATOP_FAST_BACKEND must be one of 'auto', 'eager', got {choice!r}")
+    if choice == "eager":
+        MISSING.update(dict.fromkeys(("cpp", "cuda", "triton"), "ATOP_FAST_BACKEND=eager"))
+        return
+    _load_library("cpp", "_ops_cpu.so", "not built (see ATOP_FAST_BUILD in docs/ENV.md)")
+    if torch.version.cuda is None:
+        MISSING["cuda"] = "this torch has no CUDA"
+    else:
+        _load_library("cuda", "_ops_cuda.so", (build_info() or {}).get("note") or "not built (see docs/ENV.md)")
+    if importlib.util.find_spec("triton") is None:
+        MISSING["triton"] = "triton is not installed"
+    elif torch.version.cuda and "cuda" in MISSING:
+        for name in OPS:
+            LIBRARY.impl(name, functools.partial(_call_launcher, name), "CUDA")
+
+
+def build_info() -> dict[str, Any] | None:
+    """How the native code was built, or None where there is none."""
+    return None if (module := native_module()) is None else module.build_info()
+
+
+def native_module() -> Any:
+    """The pybind11 module `atop_fast._C`, or None where it was not built."""
+    try:
+        return importlib.import_module(f"{NAMESPACE}._C")
+    except ModuleNotFoundError:
+        return None
+
+
+def impls(name: str) -> dict[str, Callable[..., Any]]:
+    """The implementations of op `name` that can run on this machine, by backend, for tests and benchmarks.
+
+    They bypass the dispatcher's choice, and autograd. "cpp" takes CPU tensors and "cuda" CUDA tensors; "triton" takes
+    CUDA tensors, or CPU tensors in the interpreter (TRITON_INTERPRET=1).
+    """
+    found = {"eager": OPS[name].reference}
+    if "cpp" not in MISSING:
+        found["cpp"] = _kernel(name, torch._C.DispatchKey.CPU)
+    if "triton" not in MISSING and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        found["triton"] = functools.partial(_call_launcher, name)
+    if "cuda" not in MISSING and torch.cuda.is_available():
+        found["cuda"] = _kernel(name, torch._C.DispatchKey.CUDA)
+    return found
+
+
+def owner(name: str, device: str) -> str:
+    """The backend that the dispatcher calls for op `name` on `device` ("cpu" or "cuda"), as the dispatcher has it."""
+    key = device.upper()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+        return "eager"
+    entries = torch._C._dispatch_dump(f"{NAMESPACE}::{name}")
+    match = re.search(rf"^{key}: registered at (\S+?):\d+", entries, re.MULTILINE)
+    if match is None or not match[1].endswith(".cpp"):
+        return "triton"
+    return "cpp" if device == "cpu" else "cuda"
+
+
+def _load_library(backend: str, file: str, absent: str) -> None:
+    path = Path(__file__).parent.parent / file
+    if not path.is_file():
+        MISSING[backend] = absent
+        return
+    try:
+        torch.ops.load_library(path)
+    except (OSError, RuntimeError) as error:
+        MISSING[backend] = f"{file} does not load: {error}"
+
+
+def _kernel(name: str, key: Any) -> Callable[..., Any]:
+    return functools.partial(OPS[name].overload.redispatch, torch._C.DispatchKeySet(key))
+
+
+def _call_launcher(name: str, *args: Any) -> Any:
+    module, function = OPS[name].launcher
+    return getattr(importlib.import_module(module), function)(*args)

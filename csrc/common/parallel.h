@@ -1,0 +1,31 @@
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace atop {
+
+// As in ATen: below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+template <typename Body>
+void parallel_for(int64_t n, const Body& body) {
+  torch::stable::parallel_for(0, n, kGrain, body);
+}
+
+// Calls body(row, first, count) on the pieces of rows that make up [0, rows * inner), whatever the shape, so that
+// few long rows and many short ones spread equally over the threads.
+template <typename Body>
+void parallel_for_rows(int64_t rows, int64_t inner, const Body& body) {
+  parallel_for(rows * inner, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      const int64_t row = i / inner, first = i - row * inner, count = std::min(end - i, inner - first);
+      body(row, first, count);
+      i += count;
+    }
+  });
+}
+
+}  // namespace atop

@@ -1,0 +1,112 @@
+"""What all tests share: the Triton interpreter, seeds, NaN-poisoned memory, and the count of tests by backend."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+# Read when @triton.jit runs, so it must be set before any kernel is imported.
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+FLOORS = Path(__file__).parent / "floors.json"
+COUNTED = ("eager", "cpp", "triton", "cuda", "nvcc")
+executed: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("atop_fast")
+    group.addoption(
+        "--assert-counts", action="store_true", help="fail if a backend ran fewer tests than floors.json says"
+    )
+    group.addoption("--require-backends", default="", help="comma-separated backends whose absence is an error")
+
+
+def absent_backends() -> dict[str, str]:
+    """The backends that cannot be tested on this machine, with the reason."""
+    from atop_fast.ops import _registry
+
+    absent = dict(_registry.MISSING)
+    if not HAS_GPU:
+        absent.setdefault("cuda", "no GPU")
+    if nvcc() is None:
+        absent["nvcc"] = "no CUDA toolkit"
+    return absent
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, in CUDA_HOME, its usual place, or on PATH."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    usual = [os.path.join(home, "bin", "nvcc") for home in homes if home]
+    return next((path for path in usual if os.path.isfile(path)), shutil.which("nvcc"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    required = [name for name in config.getoption("--require-backends").split(",") if name]
+    if unknown := set(required) - set(COUNTED):
+        raise pytest.UsageError(f"--require-backends: unknown backend {', '.join(sorted(unknown))}")
+    absent = absent_backends()
+    if missing := [f"{name} ({absent[name]})" for name in required if name in absent]:
+        raise pytest.UsageError(f"--require-backends: not here: {', '.join(missing)}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if item.get_closest_marker("slow") and not os.environ.get("ATOP_FAST_SLOW_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="slow: set ATOP_FAST_SLOW_TESTS=1"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    marker = item.get_closest_marker("backend")
+    if report.when == "call" and not report.skipped and marker:
+        executed[marker.args[0]] += 1
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    absent = absent_backends()
+    terminalreporter.section("tests executed by backend")
+    for name in COUNTED:
+        terminalreporter.line(f"{name:8}{executed[name]:5}" + (f"  absent: {absent[name]}" if name in absent else ""))
+    for problem in _below_floor() if terminalreporter.config.getoption("--assert-counts") else []:
+        terminalreporter.line(f"ERROR: {problem}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--assert-counts") and _below_floor() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _below_floor() -> list[str]:
+    absent = absent_backends()
+    floors = json.loads(FLOORS.read_text())
+    return [
+        f"{name}: {executed[name]} tests ran, the floor in {FLOORS.name} is {floor}"
+        for name, floor in floors.items()
+        if name not in absent and executed[name] < floor
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Have every torch.empty, of C++ too, filled with NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

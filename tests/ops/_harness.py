@@ -1,0 +1,194 @@
+"""The checks that every op passes in every backend, written once. `tests/ops/test_<op>.py` supplies the samples.
+
+On the CPU the backends are eager, cpp, and Triton in its interpreter; on a GPU eager, cuda, and Triton compiled. A test
+of a backend gives it the device's dispatch key for its duration, so that each check runs through the dispatcher,
+autograd and all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from atop_fast.ops import _registry
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
+# What eager rounds differently: in float64 the reference itself is off by some units in the last place.
+ULPS = {torch.float64: 8}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the harness needs to know of an op.
+
+    `sample(shape, dtype)` makes its tensors, `numbers` are its further arguments. `formula` is the op as a user writes
+    it, from torch's own differentiable functions. An `exact` op equals it in every bit. The first `differentiable`
+    tensors have gradients.
+    """
+
+    name: str
+    call: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    sample: Callable[[Sequence[int], torch.dtype], tuple[Tensor, ...]]
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    exact: bool
+    numbers: tuple[float, ...] = ()
+    differentiable: tuple[int, ...] = (0,)
+    ops: tuple[str, ...] = field(default=())
+
+
+def backends(name: str = "gated_elu") -> list[str]:
+    """The backends that this machine can run on DEVICE."""
+    other = "cpp" if DEVICE == "cuda" else "cuda"
+    return [backend for backend in _registry.impls(name) if backend != other]
+
+
+def cases(**axes: Sequence[Any]) -> Callable[..., Any]:
+    """Parametrise a test over the backends and further axes, with ids such as triton-fp32-2x3x33x65."""
+    combinations: list[tuple[Any, ...]] = [()]
+    for values in axes.values():
+        combinations = [(*head, value) for head in combinations for value in values]
+    parameters = [
+        pytest.param(
+            backend,
+            *combination,
+            id="-".join([backend, *map(_text, combination)]),
+            marks=[pytest.mark.backend(backend), *([pytest.mark.gpu] if DEVICE == "cuda" else [])],
+        )
+        for backend in backends()
+        for combination in combinations
+    ]
+    return pytest.mark.parametrize(("backend", *axes), parameters)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "x".join(map(str, value)) or "scalar"
+    return SHORT[value] if isinstance(value, torch.dtype) else str(value)
+
+
+@contextlib.contextmanager
+def owned_by(backend: str, names: Sequence[str]) -> Iterator[None]:
+    """Give DEVICE's dispatch key of the ops `names` to `backend`."""
+    if all(_registry.owner(name, DEVICE) == backend for name in names):
+        yield
+        return
+    library = torch.library.Library(_registry.NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is the purpose
+            for name in names:
+                library.impl(name, _registry.impls(name)[backend], DEVICE.upper(), allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def in_layout(t: Tensor, layout: str) -> Tensor:
+    """The values of `t` in another memory layout."""
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t.clone()
+    if layout == "sliced":
+        wide = t.new_zeros((*t.shape[:-1], 2 * t.shape[-1] + 1))
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+    if layout == "permuted":
+        return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() == 3 else t.mT.contiguous().mT
+    return t.contiguous()
+
+
+def close(spec: Spec, actual: Tensor, expected: Tensor, eager: Tensor) -> None:
+    """Assert the op's assertion class; `expected` is the float64 result and `eager` the formula in the same dtype."""
+    assert actual.shape == eager.shape
+    assert actual.dtype == eager.dtype
+    if spec.exact:
+        torch.testing.assert_close(actual, eager, rtol=0, atol=0, equal_nan=True)
+        return
+    assert torch.equal(actual.isnan(), expected.isnan()), "NaN in other places"
+    finite = expected.isfinite() & eager.isfinite()
+    assert torch.equal(actual[~finite].nan_to_num(7), eager[~finite].nan_to_num(7)), "infinity in other places"
+    if not finite.any():
+        return
+    error, own = ((t[finite].double() - expected[finite]).abs().max().item() for t in (actual, eager))
+    info = torch.finfo(actual.dtype)
+    largest = expected[finite].abs().max().clamp(info.tiny, info.max)
+    ulp = (torch.exp2(largest.log2().floor()) * info.eps).item()
+    allowed = 2 * own + ULPS.get(actual.dtype, 1) * ulp
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e} (eager's own {own:.3e}, ulp {ulp:.3e})"
+
+
+def run(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The op by the implementation of `backend`."""
+    with owned_by(backend, spec.ops or (spec.name,)):
+        return spec.call(*tensors, *spec.numbers)
+
+
+def gradients(call: Callable[..., Tensor], spec: Spec, tensors: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    """The result's gradients in the differentiable tensors, for the upstream gradient `dy`."""
+    leaves = [t.detach().requires_grad_(i in spec.differentiable) for i, t in enumerate(tensors)]
+    y = call(*leaves, *spec.numbers)
+    return torch.autograd.grad(y, [leaves[i] for i in spec.differentiable], dy)
+
+
+def check_forward(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None:
+    """The result equals the formula, by the op's assertion class."""
+    expected = spec.formula(*(t.double() for t in tensors), *spec.numbers)
+    close(spec, run(spec, backend, tensors), expected, spec.formula(*tensors, *spec.numbers))
+
+
+def check_gradients(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None:
+    """Every gradient equals autograd's through the formula, for a random upstream gradient."""
+    dy = torch.randn_like(spec.formula(*tensors, *spec.numbers))
+    exact = gradients(spec.formula, spec, [t.double() for t in tensors], dy.double())
+    eager = gradients(spec.formula, spec, tensors, dy)
+    with owned_by(backend, spec.ops or (spec.name,)):
+        actual = gradients(spec.call, spec, tensors, dy)
+    for mine, expected, own in zip(actual, exact, eager, strict=True):
+        close(spec, mine, expected, own)
+
+
+def check_second_backward_same(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None:
+    """A second backward pass over a kept graph gives the same gradients: nothing saved was overwritten."""
+    leaves = [t.detach().requires_grad_(i in spec.differentiable) for i, t in enumerate(tensors)]
+    wanted = [leaves[i] for i in spec.differentiable]
+    with owned_by(backend, spec.ops or (spec.name,)):
+        y = spec.call(*leaves, *spec.numbers)
+        dy = torch.randn_like(y)
+        first = torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        second = torch.autograd.grad(y, wanted, dy)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def check_gradcheck(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None:
+    """The gradients agree with finite differences in float64; `tensors` must lie away from kinks."""
+    leaves = [t.detach().double().requires_grad_(i in spec.differentiable) for i, t in enumerate(tensors)]
+    with owned_by(backend, spec.ops or (spec.name,)):
+        assert torch.autograd.gradcheck(lambda *inputs: spec.call(*inputs, *spec.numbers), leaves)
+
+
+def check_opcheck(spec: Spec, backend: str, tensors: Sequence[Tensor], requires_grad: bool) -> None:
+    """torch's own checks of schema, fake, autograd registration and AOT dispatch."""
+    leaves = [t.detach().requires_grad_(requires_grad and i in spec.differentiable) for i, t in enumerate(tensors)]
+    with owned_by(backend, spec.ops or (spec.name,)):
+        torch.library.opcheck(_registry.OPS[spec.name].overload, (*leaves, *spec.numbers))
+
+
+def check_compiled(spec: Spec, backend: str, samples: Sequence[Sequence[Tensor]]) -> None:
+    """torch.compile takes the op whole, is right, and does not compile again for tensors of other sizes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: spec.call(*inputs, *spec.numbers), fullgraph=True, dynamic=True)
+    with owned_by(backend, spec.ops or (spec.name,)):
+        for i, tensors in enumerate(samples):
+            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+                assert torch.equal(compiled(*tensors), spec.call(*tensors, *spec.numbers))

@@ -1,0 +1,32 @@
+"""Every .cu compiles for every architecture, within its registers and without spills. Needs nvcc, but no GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import nvcc
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Six blocks of 256 threads still fit a multiprocessor: 65536 / (256 * 40).
+MAX_REGISTERS = 40
+
+
+@pytest.mark.backend("nvcc")
+@pytest.mark.skipif(nvcc() is None, reason="no CUDA toolkit")
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles(source, arch, tmp_path):
+    command = [nvcc(), "-c", "-O3", "--fmad=false", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
+    command += ["-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(tmp_path / "out.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert registers, f"ptxas reported no kernel:\n{done.stderr}"
+    assert max(registers) <= MAX_REGISTERS, done.stderr
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert len(frames) == len(registers)
+    assert set(frames) == {("0", "0", "0")}, done.stderr

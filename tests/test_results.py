@@ -1,0 +1,54 @@
+"""The rule behind every native kernel: one that is slower than eager is not registered. Reads the committed results."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from atop_fast.ops import _registry
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+FILES = sorted(RESULTS.glob("ops--*.json"))
+
+
+def speedups(document, owner_of, *keys):
+    """Speed-ups over eager of each op's owner, grouped by the columns `keys`."""
+    groups = defaultdict(list)
+    for row in document["rows"]:
+        if row["backend"] == owner_of[row["op"]] != "eager":
+            groups[tuple(row[key] for key in keys)].append(row["speedup_vs_eager"])
+    return groups
+
+
+def test_cpu_results_are_there():
+    assert RESULTS / "ops--cpu.json" in FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_metadata(path):
+    document = json.loads(path.read_text())
+    assert {"date", "commit", "device", "threads", "versions", "owners", "rows"} <= set(document)
+    assert {"python", "torch", "cuda"} == set(document["versions"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_owner_is_not_slower_than_eager(path):
+    document = json.loads(path.read_text())
+    by_direction = speedups(document, document["owners"], "op", "direction")
+    by_dtype = speedups(document, document["owners"], "op", "direction", "dtype")
+    assert by_direction
+    for group, ratios in {**by_direction, **by_dtype}.items():
+        assert statistics.median(ratios) >= 1, f"{group}: {ratios}"
+
+
+def test_every_native_owner_is_measured():
+    document = json.loads((RESULTS / "ops--cpu.json").read_text())
+    measured = {row["op"] for row in document["rows"] if row["backend"] == "cpp"}
+    for name in _registry.OPS:
+        # A backward op is measured with its forward op, as direction "both".
+        if _registry.owner(name, "cpu") == "cpp":
+            assert name.removesuffix("_bwd") in measured, name
