@@ -1,0 +1,51 @@
+"""Adversarial training on purification (AToP, ICLR 2024), and sound robust evaluation of random defences."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import attacks, evaluation, ops, purifiers, training, transforms
+from .attacks import FGSM, PGD
+from .checkpoints import load_model, save_model
+from .classifiers import build_classifier
+from .data import Dataset, image_folder, load_data, mnist5k
+from .defense import Defense
+from .evaluation import Report, Verdict, evaluate
+from .purifiers import build_purifier
+from .training import FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
+from .transforms import RT1, RT2, RT3
+
+try:
+    __version__ = version("atop-fast")
+except PackageNotFoundError:
+    # A bare checkout that was never installed.
+    __version__ = "0+unknown"
+
+__all__ = [
+    "FGSM",
+    "PGD",
+    "RT1",
+    "RT2",
+    "RT3",
+    "Dataset",
+    "Defense",
+    "FinetuneConfig",
+    "PretrainConfig",
+    "Report",
+    "Verdict",
+    "attacks",
+    "build_classifier",
+    "build_purifier",
+    "evaluate",
+    "evaluation",
+    "finetune",
+    "image_folder",
+    "load_data",
+    "load_model",
+    "mnist5k",
+    "ops",
+    "pretrain",
+    "purifiers",
+    "save_model",
+    "train_classifier",
+    "training",
+    "transforms",
+]

@@ -1,0 +1,71 @@
+"""Model files: safetensors whose header names the architecture, so that a file loads without anything else said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ._checks import check_choice, message
+from ._files import write_atomic
+from .classifiers import CLASSIFIERS
+from .purifiers import DISCRIMINATORS, PURIFIERS
+
+KINDS = {"classifier": CLASSIFIERS, "purifier": PURIFIERS, "discriminator": DISCRIMINATORS}
+
+
+def save_model(path: str | Path, module: nn.Module, kind: str, name: str, **options: object) -> None:
+    """Write the weights of a module and how to build it; atomic.
+
+    Args:
+        path: file to write.
+        module: the module.
+        kind: "classifier", "purifier" or "discriminator".
+        name: its architecture, e.g. "unet" (see build_purifier and build_classifier).
+        options: the architecture's options.
+    """
+    check_choice("save_model", "kind", kind, list(KINDS))
+    check_choice("save_model", "name", name, list(KINDS[kind]))
+    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    metadata = {"atop_fast": json.dumps({"kind": kind, "name": name, "options": options})}
+    write_atomic(Path(path), lambda p: save_file(tensors, str(p), metadata))
+
+
+def load_model(path: str | Path, kind: str) -> nn.Module:
+    """Build the module that a file of save_model holds, with its weights, on the CPU and in evaluation mode.
+
+    Raises:
+        ValueError: no such file, not a safetensors file, one without the architecture, of another kind, or whose
+            weights do not fit.
+    """
+    check_choice("load_model", "kind", kind, list(KINDS))
+    header = read_header(path)
+    if header.get("kind") != kind:
+        raise ValueError(
+            message("load_model", "path", f"a {kind} written by save_model", f"{path} ({header.get('kind')})")
+        )
+    try:
+        module = KINDS[kind][header["name"]](**header["options"])
+        module.load_state_dict(load_file(str(path)))
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            message("load_model", "path", f"a {kind} with fitting weights", f"{path} ({reason})")
+        ) from error
+    return module.eval()
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What save_model wrote about the module: {"kind", "name", "options"}; ValueError for another file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("atop_fast", "null"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(message("load_model", "path", "a readable safetensors file", f"{path} ({error})")) from error
+    if not isinstance(header, dict):
+        raise ValueError(message("load_model", "path", "a file written by save_model", f"{path} (no architecture)"))
+    return header

@@ -1,0 +1,255 @@
+"""The command line: atop-fast demo | classifier | pretrain | finetune | evaluate | env."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jsonargparse
+import torch
+
+from . import env as environment
+from ._files import writable_folder
+from .checkpoints import load_model, read_header, save_model
+from .classifiers import build_classifier
+from .config import DataConfig, TransformConfig
+from .defense import Defense
+from .demo import DemoConfig, run_demo
+from .evaluation import evaluate as run_evaluation
+from .evaluation import quick_attacks
+from .evaluation.report import format_table, versions, write_report
+from .purifiers import SNPatchDiscriminator, build_purifier
+from .randomness import derive_seed, seeded
+from .training import FinetuneConfig, PretrainConfig, train_classifier
+from .training import finetune as run_finetune
+from .training import pretrain as run_pretrain
+
+
+def demo(out: str = "runs/demo", options: DemoConfig = DemoConfig()) -> None:
+    """AToP on real MNIST digits, from training to the report, in a few minutes on a CPU.
+
+    Args:
+        out: folder for report.html, report.json, gallery.png and the trained models.
+        options: sizes, threat model, transform and lengths.
+    """
+    run_demo(out, options)
+    print(f"Report: {Path(out) / 'report.html'}")
+
+
+def classifier(
+    out: str = "runs/classifier",
+    data: DataConfig = DataConfig(),
+    epochs: int = 10,
+    batch_size: int = 64,
+    lr: float = 4e-3,
+    width: int = 16,
+    seed: int = 0,
+) -> None:
+    """Train a small classifier on clean images.
+
+    Args:
+        out: folder for classifier.safetensors.
+        data: images and their split.
+        epochs: passes over the training part.
+        batch_size: images a step.
+        lr: first learning rate of Adam.
+        width: channels of its first layer.
+        seed: key of all randomness.
+    """
+    folder = writable_folder("classifier", "out", out)
+    train, held_out = data.load()
+    shape = {"channels": train.images.shape[1], "classes": len(train.classes), "width": width}
+    with seeded(derive_seed(seed, "classifier")):
+        model = build_classifier("small_cnn", **shape)
+    checkpoint = folder / "classifier.pt"
+    train_classifier(
+        model,
+        train.images,
+        train.labels,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    save_model(folder / "classifier.safetensors", model, "classifier", "small_cnn", **shape)
+    checkpoint.unlink(missing_ok=True)
+    with torch.no_grad():
+        right = torch.cat([model(part).argmax(dim=1) for part in held_out.images.split(256)]) == held_out.labels
+    print(f"Held-out accuracy {right.float().mean():.3f}; wrote {folder / 'classifier.safetensors'}")
+
+
+def pretrain(
+    out: str = "runs/pretrain",
+    data: DataConfig = DataConfig(),
+    transform: TransformConfig = TransformConfig(),
+    training: PretrainConfig = PretrainConfig(),
+    width: int = 12,
+    seed: int = 0,
+) -> None:
+    """Train a U-Net purifier to restore clean images.
+
+    Args:
+        out: folder for purifier.safetensors; an interrupted run in it goes on.
+        data: images and their split.
+        transform: the random transform.
+        training: length, learning rate and GAN weight.
+        width: channels of the purifier's first layer.
+        seed: key of all randomness.
+    """
+    folder = writable_folder("pretrain", "out", out)
+    train, _ = data.load()
+    channels = train.images.shape[1]
+    with seeded(derive_seed(seed, "networks")):
+        purifier = build_purifier("unet", channels=channels, width=width)
+        discriminator = SNPatchDiscriminator(**_patches(channels))
+    checkpoint = folder / "pretrain.pt"
+    run_pretrain(
+        purifier,
+        transform.build(),
+        train.images,
+        discriminator=discriminator,
+        config=training,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    save_model(folder / "purifier.safetensors", purifier, "purifier", "unet", channels=channels, width=width)
+    save_model(folder / "discriminator.safetensors", discriminator, "discriminator", "sn_patch", **_patches(channels))
+    checkpoint.unlink(missing_ok=True)
+    print(f"Wrote {folder / 'purifier.safetensors'}")
+
+
+def finetune(
+    classifier: str,
+    purifier: str,
+    discriminator: str | None = None,
+    out: str = "runs/finetune",
+    data: DataConfig = DataConfig(),
+    transform: TransformConfig = TransformConfig(),
+    training: FinetuneConfig = FinetuneConfig(),
+    seed: int = 0,
+) -> None:
+    """Fine-tune a purifier on adversarial images, in front of a frozen classifier.
+
+    Args:
+        classifier: classifier.safetensors of the commands classifier or demo.
+        purifier: purifier.safetensors of the command pretrain, or pretrained.safetensors of demo.
+        discriminator: discriminator.safetensors of the command pretrain; without it a new one starts.
+        out: folder for purifier.safetensors; an interrupted run in it goes on.
+        data: images and their split.
+        transform: the random transform, as in pretrain.
+        training: losses, training attack and length.
+        seed: key of all randomness.
+    """
+    folder = writable_folder("finetune", "out", out)
+    model = load_model(purifier, "purifier")
+    defense = Defense(transform.build(), model, load_model(classifier, "classifier"))
+    train, _ = data.load()
+    if discriminator is None:
+        with seeded(derive_seed(seed, "networks")):
+            judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.images.shape[1]))
+    else:
+        judge = load_model(discriminator, "discriminator")
+    checkpoint = folder / "finetune.pt"
+    run_finetune(
+        defense,
+        train.images,
+        train.labels,
+        discriminator=judge,
+        config=training,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    header = read_header(purifier)
+    save_model(folder / "purifier.safetensors", model, "purifier", header["name"], **header["options"])
+    checkpoint.unlink(missing_ok=True)
+    print(f"Wrote {folder / 'purifier.safetensors'}")
+
+
+def evaluate(
+    classifier: str,
+    purifier: str | None = None,
+    out: str = "runs/evaluate",
+    data: DataConfig = DataConfig(),
+    transform: TransformConfig | None = TransformConfig(),
+    norm: Literal["Linf", "L2"] = "Linf",
+    eps: float = 8 / 255,
+    steps: int = 20,
+    eot_iter: int = 4,
+    gradient: Literal["exact", "bpda", "blind"] = "exact",
+    draws: int = 20,
+    images: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Attack a defence with FGSM and PGD + EOT, and judge it on fresh draws; writes report.html and report.json.
+
+    Args:
+        classifier: classifier.safetensors.
+        purifier: purifier.safetensors; without it the transform alone stands before the classifier.
+        out: folder for the report.
+        data: images and their split; the held-out part is attacked.
+        transform: the random transform, as in training; null evaluates the classifier alone.
+        norm: norm of the threat model.
+        eps: its radius, in units of [0, 1] pixels.
+        steps: PGD steps.
+        eot_iter: draws in each gradient.
+        gradient: exact, bpda (identity through transform and purifier) or blind (classifier alone).
+        draws: K, fresh draws of the verdict.
+        images: how many held-out images; all by default.
+        seed: key of all randomness.
+    """
+    folder = writable_folder("evaluate", "out", out)
+    model = load_model(classifier, "classifier")
+    name = "classifier"
+    if transform is not None:
+        model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)
+        name = "defense"
+    attacks = quick_attacks(model, norm, eps, seed, gradient, steps, eot_iter)
+    part = data.load()[1].take(slice(0, images))
+    report = run_evaluation(model, part.images, part.labels, attacks=attacks, seed=seed, draws=draws).to_dict()
+    systems = {name: {"clean": report["clean"], **report["attacks"]}}
+    threat = {"norm": norm, "eps": eps}
+    result = {"seed": seed, "threat_model": threat, "systems": systems, "versions": versions()}
+    write_report(folder, "atop_fast evaluation", result, [f"Gradients of the attacks: {gradient}."])
+    print(format_table(systems))
+    print(f"Report: {folder / 'report.html'}")
+
+
+def env() -> None:
+    """Print versions, which backend owns which op, and why anything is missing."""
+    environment.main()
+
+
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, classifier, pretrain, finetune, evaluate, env)}
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one line and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sys.exit(_fail(message))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `atop-fast`: bad input gives one line on standard error and exit code 2."""
+    try:
+        jsonargparse.auto_cli(COMMANDS, args=args, prog="atop-fast", parser_class=_Parser, description=__doc__)
+    except (ValueError, TypeError, ImportError) as error:
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        sys.exit("atop-fast: stopped; the same command goes on from the last checkpoint")
+
+
+def _fail(error: Any) -> int:
+    print(f"atop-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def _patches(channels: int) -> dict[str, int]:
+    """A discriminator for images of some 32 pixels: three layers leave a 4x4 grid of patches."""
+    return {"channels": channels, "width": 16, "depth": 3}
+
+
+if __name__ == "__main__":
+    main()

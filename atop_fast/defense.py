@@ -1,0 +1,67 @@
+"""Defense: random transform, purifier and classifier as one module from images to logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import message
+from .randomness import check_keys
+from .transforms import RandomTransform
+
+
+class Defense(nn.Module):
+    """images in [0, 1] -> transform -> purifier -> classifier -> logits.
+
+    Args:
+        transform: a RandomTransform.
+        purifier: maps (B, C + 2, H, W) = [masked image in [-1, 1], ones, mask] to images (B, C, H, W) in [-1, 1];
+            None passes the masked image on.
+        classifier: maps images (B, C, H, W) in [0, 1] to logits (B, classes), normalisation inside.
+
+    Called with images alone, every call takes the next draw of a counter, so that repeated calls differ as an attacker
+    of a deployed system would see them; torch's global generator is not used. Called with a key, the result is a
+    function of (seed, sample id, draw) alone.
+    """
+
+    draw: Tensor
+
+    def __init__(self, transform: RandomTransform, purifier: nn.Module | None, classifier: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(transform, RandomTransform):
+            raise TypeError(message("Defense", "transform", "a RandomTransform", type(transform).__name__))
+        for name, module in (("purifier", purifier), ("classifier", classifier)):
+            if not isinstance(module, nn.Module) and not (name == "purifier" and module is None):
+                raise TypeError(message("Defense", name, "a torch.nn.Module", type(module).__name__))
+        self.transform, self.purifier, self.classifier = transform, purifier, classifier
+        self.register_buffer("draw", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        seed: int | Tensor = 0,
+        sample_ids: Tensor | None = None,
+        draws: int | Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) in [0, 1]; the key is as in RandomTransform.forward.
+
+        draws=None takes the next draw of the module's counter.
+        """
+        return self.classifier(self.purify(x, seed, sample_ids, draws))
+
+    def purify(
+        self,
+        x: Tensor,
+        seed: int | Tensor = 0,
+        sample_ids: Tensor | None = None,
+        draws: int | Tensor | None = None,
+    ) -> Tensor:
+        """Purified images (B, C, H, W) in [0, 1], what the classifier sees."""
+        if draws is None:
+            draws = self.draw.clone()
+            with torch.no_grad():
+                self.draw.add_(1)
+        sample_ids, draws = check_keys("Defense", len(x), x.device, seed, sample_ids, draws)
+        corrupted = self.transform(x, seed, sample_ids, draws)
+        purified = corrupted[:, :-2] if self.purifier is None else self.purifier(corrupted)
+        return (self.transform.assemble(purified, corrupted) + 1) / 2

@@ -1,0 +1,116 @@
+"""Reports: a table for the terminal, report.json, report.html and a gallery of images."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import write_atomic, write_text
+
+# A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict().
+Verdicts = Mapping[str, Mapping[str, Any]]
+MEASURES = (("mean", "mean of draws"), ("majority", "majority vote"), ("worst", "worst of K"))
+
+
+def format_table(systems: Mapping[str, Verdicts]) -> str:
+    """The mean accuracies with their 95 % intervals, and the other two measures under each attack, as text."""
+    columns = list(next(iter(systems.values())))
+    rows = [["system", *columns]]
+    for name, verdicts in systems.items():
+        rows.append(
+            [name, *(f"{v['mean']:.3f} [{v['mean_ci'][0]:.2f}, {v['mean_ci'][1]:.2f}]" for v in verdicts.values())]
+        )
+        rows.append(["  majority / worst", *(f"{v['majority']:.3f} / {v['worst']:.3f}" for v in verdicts.values())])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> bytes:
+    """A PNG of image rows.
+
+    Args:
+        rows: (title, images (n, C, H, W), captions). Rows with negative values are shown as perturbations, in colours
+            from -10 eps (blue) to 10 eps (red); the others in [0, 1].
+        eps: radius of the attack.
+    """
+    # Agg needs no display; pyplot would keep global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = max(len(images) for _, images, _ in rows)
+    figure = Figure(figsize=(1.25 * count + 1.6, 1.5 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (title, images, captions) in zip(axes, rows, strict=True):
+        signed = bool((images < 0).any())
+        for axis in line:
+            axis.set_axis_off()
+        for axis, image, caption in zip(line, images, captions, strict=False):
+            pixels = image.mean(dim=0) if signed or len(image) == 1 else image.permute(1, 2, 0)
+            if signed:
+                axis.imshow(pixels, cmap="RdBu_r", vmin=-10 * eps, vmax=10 * eps)
+            else:
+                axis.imshow(pixels.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(caption, fontsize=9, pad=2)
+        line[0].text(-0.12, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    data: Mapping[str, Any],
+    notes: Sequence[str] = (),
+    picture: bytes | None = None,
+    picture_caption: str = "",
+) -> None:
+    """Write report.json, report.html and, with a picture, gallery.png; each atomically.
+
+    Args:
+        folder: an existing folder.
+        title: heading of the page.
+        data: the JSON: "seed", "threat_model", "systems" (name -> Verdicts), and whatever else the run records; further
+            groups of systems under "findings" get a table of their own.
+        notes: paragraphs under the tables.
+        picture, picture_caption: a PNG and what it shows.
+    """
+    # jinja2 is imported here so that `import atop_fast` stays quick.
+    import jinja2
+
+    template = importlib.resources.files("atop_fast.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(template).render(
+        title=title,
+        data=data,
+        tables=[
+            ("Robust accuracy", data["systems"]),
+            *([("Findings", data["findings"])] if "findings" in data else []),
+        ],
+        measures=MEASURES,
+        notes=notes,
+        picture=base64.b64encode(picture).decode() if picture else None,
+        picture_caption=picture_caption,
+    )
+    write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
+    write_text(folder / "report.html", page)
+    if picture is not None:
+        write_atomic(folder / "gallery.png", lambda path: path.write_bytes(picture))
+
+
+def versions() -> dict[str, str]:
+    """Versions that a report records."""
+    from .. import __version__
+
+    return {"atop_fast": __version__, "torch": torch.__version__}

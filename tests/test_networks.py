@@ -1,0 +1,171 @@
+"""Purifiers, discriminator, classifiers, Defense and their files."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from atop_fast import RT1, RT2, RT3, Defense, build_classifier, build_purifier, load_model, save_model
+from atop_fast.checkpoints import read_header
+from atop_fast.purifiers import GatedUNet, SNPatchDiscriminator, discriminator_loss, generator_loss
+from atop_fast.randomness import seeded
+
+X = torch.rand(4, 1, 16, 16)
+
+
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 32, 32), (3, 4, 8), (5, 20, 12)])
+def test_unet_takes_any_size_divisible_by_four(channels, height, width):
+    y = GatedUNet(channels, width=4)(torch.randn(2, channels + 2, height, width))
+    assert y.shape == (2, channels, height, width)
+    assert y.abs().max() <= 1.02
+
+
+def test_unet_starts_as_a_contrast_of_its_input():
+    z = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(GatedUNet(1, 4)(z), 1.02 * torch.tanh(2 * z[:, :1]))
+
+
+def test_unet_channels_last_agrees():
+    with seeded(0):
+        net = GatedUNet(3, 8)
+        nn.init.normal_(net.to_image.weight)
+    z = torch.randn(2, 5, 16, 16)
+    y = copy.deepcopy(net).to(memory_format=torch.channels_last)(z.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(y, net(z), rtol=1e-4, atol=1e-5)
+
+
+def test_unet_gradients_reach_every_parameter():
+    net = GatedUNet(1, 4)
+    nn.init.normal_(net.to_image.weight)
+    net(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_discriminator_is_spectrally_normalised():
+    with seeded(0):
+        net = SNPatchDiscriminator(1, 8, 3).train()
+    for _ in range(50):
+        scores = net(X * 2 - 1, torch.zeros_like(X))
+    assert scores.shape == (4, 32 * 2 * 2)
+    for layer in net.layers:
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+
+
+def test_hinge_losses_follow_their_formulas():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
+    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * 0.25 + 0.5 * 0.5)
+    assert generator_loss(fake).item() == pytest.approx(1.0)
+
+
+class Identity(nn.Module):
+    """Passes the masked image on."""
+
+    def forward(self, z):
+        return z[:, :-2]
+
+
+@pytest.mark.parametrize("transform", [RT1(4, 0.0), RT2(4, 0.0, 0.0), RT2(4, 0.25, 0.0)], ids=repr)
+def test_defense_without_effect_is_the_classifier(transform):
+    classifier = build_classifier("small_cnn", channels=1).eval()
+    purified = Defense(transform, None, classifier).purify(X, draws=0)
+    kept = transform(X, 0, None, 0)[:, -1:] == 0
+    torch.testing.assert_close(purified[kept], X[kept])
+    assert (purified[~kept] == 0.5).all()
+    assert torch.equal(Defense(transform, Identity(), classifier)(X, draws=0), classifier(purified))
+
+
+def test_defense_assembles_rt3():
+    """A purifier that paints every copy in its own value: each pixel must come from the copy that masked it."""
+
+    class Paint(nn.Module):
+        def forward(self, z):
+            return (torch.arange(len(z)) % 4 / 10)[:, None, None, None] * torch.ones_like(z[:, :1])
+
+    transform = RT3(4, 4, 0.0)
+    purified = Defense(transform, Paint(), nn.Identity()).purify(X, draws=0)
+    masks = transform(X, 0, None, 0)[:, -1].unflatten(0, (4, 4))
+    expected = (masks * torch.arange(4)[None, :, None, None] / 10).sum(1, keepdim=True)
+    torch.testing.assert_close(purified, (expected + 1) / 2)
+
+
+def test_defense_takes_a_new_draw_with_every_bare_call():
+    def fresh():
+        return Defense(RT2(4), None, nn.Flatten())
+
+    defense, state = fresh(), torch.get_rng_state()
+    first, second = defense(X), defense(X)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, defense(X, draws=0))
+    assert torch.equal(second, defense(X, draws=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "draw" not in defense.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "pattern"),
+    [
+        (
+            lambda: GatedUNet(1)(X),
+            ValueError,
+            r"GatedUNet: x must be of shape \(B, 3, H, W\) with H and W divisible by 4",
+        ),
+        (lambda: GatedUNet(1)(torch.rand(1, 3, 6, 8)), ValueError, r"divisible by 4, got \(1, 3, 6, 8\)"),
+        (
+            lambda: Defense(nn.Identity(), None, nn.Identity()),
+            TypeError,
+            "Defense: transform must be a RandomTransform",
+        ),
+        (lambda: Defense(RT1(4), None, len), TypeError, "Defense: classifier must be a torch.nn.Module, got builtin"),
+        (lambda: build_purifier("vae"), ValueError, "build_purifier: name must be one of 'unet', got 'vae'"),
+        (lambda: build_classifier("x"), ValueError, "build_classifier: name must be one of 'small_cnn', got 'x'"),
+    ],
+)
+def test_wrong_input_is_named(call, error, pattern):
+    with pytest.raises(error, match=pattern):
+        call()
+
+
+def test_model_files_round_trip(tmp_path):
+    path = tmp_path / "purifier.safetensors"
+    net = build_purifier("unet", channels=2, width=4)
+    save_model(path, net, "purifier", "unet", channels=2, width=4)
+    loaded = load_model(path, "purifier")
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert not loaded.training
+    assert read_header(path) == {"kind": "purifier", "name": "unet", "options": {"channels": 2, "width": 4}}
+    assert [p.name for p in tmp_path.iterdir()] == ["purifier.safetensors"]
+
+
+def test_foreign_and_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match=r"path must be a readable safetensors file, got .*x\.safetensors"):
+        load_model(path, "purifier")
+    path.write_bytes(b"\x80\x02}q\x00." * 10)
+    with pytest.raises(ValueError, match="readable safetensors file"):
+        load_model(path, "purifier")
+    save_model(path, build_purifier("unet", width=4), "purifier", "unet", width=4)
+    with pytest.raises(ValueError, match=r"a classifier written by save_model, got .* \(purifier\)"):
+        load_model(path, "classifier")
+    save_model(path, build_purifier("unet", width=4), "purifier", "unet", width=8)
+    with pytest.raises(ValueError, match="a purifier with fitting weights"):
+        load_model(path, "purifier")
+
+
+def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
+    path = tmp_path / "p.safetensors"
+    save_model(path, build_purifier("unet", width=4), "purifier", "unet", width=4)
+    before = path.read_bytes()
+
+    def fail(tensors, file, metadata):
+        with open(file, "wb") as f:
+            f.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("atop_fast.checkpoints.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(path, build_purifier("unet", width=4), "purifier", "unet", width=4)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
