@@ -1,0 +1,185 @@
+"""Every op in every backend of a device, over shapes, dtypes and layouts: python benchmarks/ops.py --help"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import _harness
+import torch
+from torch import Tensor
+
+from atop_fast.ops import _registry
+
+# The package exports each function under the name of its module.
+gated_elu = importlib.import_module("atop_fast.ops.gated_elu")
+pgd_step_linf = importlib.import_module("atop_fast.ops.pgd_step_linf")
+NUMBERS = (2 / 255, 8 / 255)
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@dataclass
+class Case:
+    """One row's worth of work: what to run in each backend, and how many bytes it must move at least."""
+
+    op: str
+    direction: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str
+    nbytes: int
+    formula: Callable[[], Any]
+    run: dict[str, Callable[[], Any]]
+    exact: bool
+
+
+def pgd_cases(device: str) -> Iterator[Case]:
+    """The step out of place and in place; in place, eager also writes into the images."""
+    shapes = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))
+    for shape, dtype in itertools.product(shapes, (torch.float32, torch.float64)):
+        x0 = torch.rand(shape, dtype=dtype, device=device)
+        grad = torch.randn_like(x0)
+        x = (x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1)
+        nbytes = 4 * x.nbytes
+        formula = functools.partial(pgd_step_linf.formula, x, grad, x0, *NUMBERS)
+        run = {name: functools.partial(f, x, grad, x0, *NUMBERS) for name, f in _impls("pgd_step_linf").items()}
+        yield Case("pgd_step_linf", "forward", shape, dtype, "nchw", nbytes, formula, run, exact=True)
+        moved = x.clone()
+        in_place = {name: _in_place(f, moved, grad, x0) for name, f in _impls("pgd_step_linf_").items()}
+
+        def formula_in_place(x: Tensor = moved, grad: Tensor = grad, x0: Tensor = x0) -> Tensor:
+            return x.copy_(pgd_step_linf.formula(x, grad, x0, *NUMBERS))
+
+        yield Case("pgd_step_linf_", "forward", shape, dtype, "nchw", nbytes, formula_in_place, in_place, exact=True)
+
+
+def gated_elu_cases(device: str) -> Iterator[Case]:
+    """Forward, and forward plus backward as autograd runs it."""
+    shapes = ((8, 96, 32, 32), (8, 96, 128, 128), (8, 96, 256, 256))
+    for shape, dtype, layout in itertools.product(shapes, gated_elu.DTYPES, LAYOUTS):
+        h = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        forward = {name: functools.partial(f, h) for name, f in _impls("gated_elu").items()}
+        formula = functools.partial(gated_elu.formula, h)
+        yield Case("gated_elu", "forward", shape, dtype, layout, h.nbytes * 3 // 2, formula, forward, exact=False)
+        dy = torch.randn_like(gated_elu.formula(h))
+        both = {name: functools.partial(_backend_pass, name, h, dy) for name in forward}
+        formula = functools.partial(_autograd_pass, gated_elu.formula, h, dy)
+        yield Case("gated_elu", "both", shape, dtype, layout, h.nbytes * 4, formula, both, exact=False)
+
+
+def _impls(name: str) -> dict[str, Callable[..., Any]]:
+    """The native implementations; the reference is checked by the tests, the formula is the baseline here."""
+    return {backend: f for backend, f in _registry.impls(name).items() if backend != "eager"}
+
+
+def _in_place(function: Callable[..., None], x: Tensor, grad: Tensor, x0: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        function(x, grad, x0, *NUMBERS)
+        return x
+
+    return run
+
+
+def _autograd_pass(function: Callable[[Tensor], Tensor], h: Tensor, dy: Tensor) -> Tensor:
+    leaf = h.detach().requires_grad_()
+    (dh,) = torch.autograd.grad(function(leaf), leaf, dy)
+    return dh
+
+
+class _Gate(torch.autograd.Function):
+    """A backend's forward and backward tied together, so that each backend pays autograd's cost alike."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(h)
+        ctx.backend = backend
+        return _registry.impls("gated_elu")[backend](h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _registry.impls("gated_elu_bwd")[ctx.backend](dy, *ctx.saved_tensors), None
+
+
+def _backend_pass(backend: str, h: Tensor, dy: Tensor) -> Tensor:
+    return _autograd_pass(lambda leaf: _Gate.apply(leaf, backend), h, dy)
+
+
+def compiled(case: Case) -> Callable[[], Any] | None:
+    """torch.compile of the formula; None where compiling fails."""
+    torch._dynamo.reset()
+    function = torch.compile(case.formula)
+    try:
+        function()
+    except Exception as error:  # the message is the result: a baseline that is not there
+        print(f"torch.compile: {case.op} {case.direction}: {type(error).__name__}")
+        return None
+    return function
+
+
+def check(case: Case) -> None:
+    """Refuse to time what is not equal."""
+    if case.op.endswith("_"):
+        return  # it would move the images; the tests compare it, and it runs the code of the op out of place
+    expected = case.formula()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(case.dtype, 2e-2)
+    for run in case.run.values():
+        tolerance = 0 if case.exact else tolerance
+        torch.testing.assert_close(run(), expected, rtol=tolerance, atol=tolerance)
+
+
+def measure(case: Case, device: str, seconds: float, with_compile: bool) -> list[dict[str, Any]]:
+    """The case's rows, eager first."""
+    check(case)
+    functions: dict[str, Callable[[], Any]] = {"eager": case.formula, **case.run}
+    if with_compile and (function := compiled(case)):
+        functions["compile"] = function
+    samples = _harness.time_us(functions, device, seconds)
+    summaries = {name: _harness.summary(values) for name, values in samples.items()}
+    copy = _harness.copy_gbps(case.nbytes, device)
+    rows = []
+    for name, numbers in summaries.items():
+        gbps = case.nbytes / numbers["median_us"] / 1e3
+        versus = {base: _ratio(summaries, base, name) for base in ("eager", "compile")}
+        rows.append({
+            "op": case.op, "direction": case.direction, "backend": name, "shape": "x".join(map(str, case.shape)),
+            "dtype": str(case.dtype).removeprefix("torch."), "layout": case.layout, **numbers, "gbps": round(gbps, 1),
+            "pct_copy": round(100 * gbps / copy), "speedup_vs_eager": versus["eager"],
+            "speedup_vs_compile": versus["compile"],
+        })  # fmt: skip
+    return rows
+
+
+def _ratio(summaries: dict[str, dict[str, float]], base: str, name: str) -> float | None:
+    return round(summaries[base]["median_us"] / summaries[name]["median_us"], 2) if base in summaries else None
+
+
+def main() -> None:
+    """Measure, print, and write the results if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--op", help="only ops whose name begins so")
+    parser.add_argument("--seconds", type=float, default=0.25, help="time for each function of a case")
+    parser.add_argument("--no-compile", action="store_true", help="leave the baseline torch.compile out")
+    parser.add_argument("--json", action="store_true", help="write the results as JSON")
+    parser.add_argument("--out", type=Path, default=_harness.RESULTS, help="folder for the JSON file")
+    parser.add_argument("--commit", help="commit to record; by default what git says")
+    args = parser.parse_args()
+    rows = []
+    for case in itertools.chain(pgd_cases(args.device), gated_elu_cases(args.device)):
+        if case.op.startswith(args.op or ""):
+            rows += measure(case, args.device, args.seconds, not args.no_compile)
+    _harness.print_table(rows)
+    if args.json:
+        owners = {name: _registry.owner(name, args.device) for name in _registry.OPS}
+        document = {**_harness.metadata(args.device, args.commit), "owners": owners, "rows": rows}
+        print("wrote", _harness.write("ops", args.device, args.out, document))
+
+
+if __name__ == "__main__":
+    main()
