@@ -45,7 +45,7 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(STAMP) ## the benchmarks of the ops on this machine
-	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python benchmarks/ops.py
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache

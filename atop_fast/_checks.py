@@ -47,6 +47,13 @@ def check_images(function: str, argument: str, value: Any, *, finite: bool = Tru
     return value
 
 
+def check_not_empty(function: str, argument: str, value: Tensor) -> Tensor:
+    """Raise ValueError if `value` has no first element."""
+    if not len(value):
+        raise ValueError(message(function, argument, "at least one", "none"))
+    return value
+
+
 def check_labels(function: str, argument: str, value: Any, images: Tensor) -> Tensor:
     """Raise unless `value` is int64 labels (B,), one for each image."""
     if check_tensor(function, argument, value).dtype != torch.int64:

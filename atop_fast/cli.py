@@ -172,7 +172,8 @@ def evaluate(
     purifier: str | None = None,
     out: str = "runs/evaluate",
     data: DataConfig = DataConfig(),
-    transform: TransformConfig | None = TransformConfig(),
+    transform: TransformConfig = TransformConfig(),
+    alone: bool = False,
     norm: Literal["Linf", "L2"] = "Linf",
     eps: float = 8 / 255,
     steps: int = 20,
@@ -189,7 +190,8 @@ def evaluate(
         purifier: purifier.safetensors; without it the transform alone stands before the classifier.
         out: folder for the report.
         data: images and their split; the held-out part is attacked.
-        transform: the random transform, as in training; null evaluates the classifier alone.
+        transform: the random transform, as in training.
+        alone: evaluate the classifier alone, without transform and purifier.
         norm: norm of the threat model.
         eps: its radius, in units of [0, 1] pixels.
         steps: PGD steps.
@@ -202,7 +204,7 @@ def evaluate(
     folder = writable_folder("evaluate", "out", out)
     model = load_model(classifier, "classifier")
     name = "classifier"
-    if transform is not None:
+    if not alone:
         model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)
         name = "defense"
     attacks = quick_attacks(model, norm, eps, seed, gradient, steps, eot_iter)
@@ -234,7 +236,7 @@ class _Parser(jsonargparse.ArgumentParser):
 def main(args: list[str] | None = None) -> None:
     """Entry point of `atop-fast`: bad input gives one line on standard error and exit code 2."""
     try:
-        jsonargparse.auto_cli(COMMANDS, args=args, prog="atop-fast", parser_class=_Parser, description=__doc__)
+        jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
     except KeyboardInterrupt:

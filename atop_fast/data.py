@@ -60,22 +60,25 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
 
     Raises:
         ImportError: torchvision is not installed.
-        ValueError: no such folder, no images, or images of several sizes.
+        ValueError: no such folder, no images, a damaged image, or images of several sizes.
     """
     try:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
     except ImportError as error:
         raise ImportError("image_folder: torchvision is missing: pip install 'atop-fast[vision]'") from error
-    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Grayscale(1 if grayscale else 3)]
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    if grayscale:
+        steps.append(v2.Grayscale())
     if size is not None:
         steps.append(v2.Resize((check_integer("image_folder", "size", size, low=1),) * 2, antialias=True))
     try:
         folder = ImageFolder(str(path), v2.Compose(steps))
-    except (FileNotFoundError, NotADirectoryError) as error:
+        images = [image for image, _ in folder]
+    except OSError as error:
+        # No such folder, no images in it, or one that does not decode.
         expected = "a folder with a sub-folder of images for each class"
         raise ValueError(message("image_folder", "path", expected, f"{path} ({error})")) from error
-    images = [image for image, _ in folder]
     if len({image.shape for image in images}) > 1:
         raise ValueError(message("image_folder", "path", "images of one size (or give size)", "several sizes"))
     return Dataset(torch.stack(images).clamp_(0, 1), torch.tensor(folder.targets), tuple(folder.classes))

@@ -60,7 +60,7 @@ def philox4x32(counter: Sequence[Tensor], seed: int | Tensor) -> tuple[Tensor, T
 
 
 def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: Tag) -> Tensor:
-    """`count` 32-bit words for every sample, int64 (B, count); sample_ids are (B,), draws an int or int64 () or (B,)."""
+    """`count` 32-bit words for every sample, int64 (B, count); sample_ids (B,), draws an int or int64 () or (B,)."""
     groups = torch.arange((count + 3) // 4, device=sample_ids.device)[None, :]
     ids = sample_ids.reshape(-1, 1)
     draw = draws.reshape(-1, 1) if isinstance(draws, Tensor) else torch.full_like(ids[:1], draws)
@@ -110,7 +110,7 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
-    """An independent 63-bit seed for a named purpose, e.g. derive_seed(seed, "verdict"): a function of its arguments."""
+    """An independent 63-bit seed for a named purpose, e.g. derive_seed(seed, "verdict"); always the same one."""
     for name in names:
         word = zlib.crc32(name.encode()) if isinstance(name, str) else name
         words = (word & _MASK32, (word >> 32) & _MASK32, int(isinstance(name, str)), Tag.SEED << 16)

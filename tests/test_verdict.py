@@ -91,7 +91,8 @@ def test_attack_and_verdict_draws_are_disjoint():
     evaluate(defense, X[:4], Y[:4], attacks=attacks, draws=5, progress=False)
     # 4 draws of FGSM and of the first PGD step coincide; PGD has 3 steps.
     assert len(seen["attack"]) == 4 * 4 * 3
-    assert len(seen["verdict"]) == 4 * 5 * 3
+    # One more, with draw 0 of seed 0: the trial that the model takes the images at all.
+    assert len(seen["verdict"]) == 4 * 5 * 3 + 1
     assert not seen["attack"] & seen["verdict"]
 
 
@@ -119,7 +120,7 @@ def test_report_does_not_depend_on_batches_and_repeats():
     [
         ({"draws": 0}, ValueError, "evaluate: draws must be an integer and >= 1, got 0"),
         ({"eps": -1.0}, ValueError, "FGSM: eps must be finite and >= 0"),
-        ({"x": X[:0], "y": Y[:0]}, ValueError, "evaluate: x must be at least one image"),
+        ({"x": X[:0], "y": Y[:0]}, ValueError, "evaluate: x must be at least one, got none"),
         ({"x": X + float("nan")}, ValueError, "evaluate: x must be finite, got NaN or infinity"),
         ({"y": Y + 5}, ValueError, "evaluate: y must be class indices below the model's 10 logits, got 14"),
         ({"model": lambda x: x.flatten(1) / 0}, ValueError, "evaluate: model must be a callable with finite logits"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._checks import check_images, check_integer, check_labels, message
+from .._checks import check_images, check_integer, check_labels, check_not_empty, message
 from ..attacks import FGSM, PGD, Model, draw_logits, frozen
 from ..randomness import derive_seed
 from .verdict import Verdict
@@ -85,14 +85,15 @@ def evaluate(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
-    check_images("evaluate", "x", x)
+    check_not_empty("evaluate", "x", check_images("evaluate", "x", x))
     check_labels("evaluate", "y", y, x)
-    if not len(x):
-        raise ValueError(message("evaluate", "x", "at least one image", tuple(x.shape)))
     for name, value in (("draws", draws), ("batch_size", batch_size), ("max_batch", max_batch)):
         check_integer("evaluate", name, value, low=1)
     if attacks is None:
         attacks = quick_attacks(model, norm, eps, seed, max_batch=max_batch)
+    with frozen(model):
+        # A model that does not fit its images should fail here, not after an hour.
+        _check_logits(draw_logits(model, x[:1], 0, torch.zeros(1, dtype=torch.int64, device=x.device), range(1)), y)
     verdicts: dict[str, Verdict] = {}
     batches = -(-len(x) // batch_size)
     with tqdm(total=batches * (1 + len(attacks)), desc=title, disable=not progress) as bar, frozen(model):

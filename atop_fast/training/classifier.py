@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_images, check_integer, check_labels, check_number
+from .._checks import check_images, check_integer, check_labels, check_not_empty, check_number
 from .engine import History, fit
 
 
@@ -39,7 +39,7 @@ def train_classifier(
     Returns:
         Mean loss and training accuracy of every epoch.
     """
-    check_images("train_classifier", "images", images)
+    check_not_empty("train_classifier", "images", check_images("train_classifier", "images", images))
     check_labels("train_classifier", "labels", labels, images)
     check_integer("train_classifier", "epochs", epochs, low=0)
     check_integer("train_classifier", "batch_size", batch_size, low=1)

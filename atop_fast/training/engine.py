@@ -53,8 +53,9 @@ def fit(
         The mean of every logged scalar, epoch by epoch.
     """
     fingerprint = f"{fingerprint}, images {tuple(images.shape)} {float(images.double().sum())}"
-    history = _resume(checkpoint, fingerprint, modules, optimizers)
+    # Read before resuming: a checkpoint holds the rate of its last step.
     rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
+    history = _resume(checkpoint, fingerprint, modules, optimizers)
     batches = -(-len(images) // batch_size)
     total = batches * epochs
     with tqdm(total=total, initial=len(history) * batches, desc=title, unit="batch", disable=not progress) as bar:

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_number
+from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
 from ..attacks import NORMS, PGD, frozen
 from ..defense import Defense
 from ..purifiers import discriminator_loss, generator_loss
 from ..randomness import derive_seed
 from ..transforms import RandomTransform
-from .engine import History, fit
+from .engine import History, Step, fit
 
 ATTACKED = ("pipeline", "classifier")
 TARGETS = ("adversarial", "clean")
@@ -94,9 +94,15 @@ class _Trainer:
     """Networks and optimizers of one run, and the two halves of a GAN step."""
 
     def __init__(
-        self, transform: RandomTransform, purifier: nn.Module, discriminator: nn.Module | None, config: PretrainConfig
+        self,
+        transform: RandomTransform,
+        purifier: nn.Module,
+        discriminator: nn.Module | None,
+        config: PretrainConfig,
+        images: Tensor,
     ) -> None:
         self.transform, self.purifier = transform, purifier
+        self._check(images)
         self.discriminator = discriminator if config.gan_weight else None
         self.gan_weight = config.gan_weight
         self.modules = {"purifier": purifier}
@@ -107,7 +113,19 @@ class _Trainer:
             for name, module in self.modules.items()
         }
 
-    def restore(self, x: Tensor, target: Tensor, seed: int, ids: Tensor, draw: int) -> tuple[Tensor, Tensor, dict]:
+    def _check(self, images: Tensor) -> None:
+        """Raise before the first step if the networks do not fit the images."""
+        with torch.no_grad(), frozen(self.purifier):
+            corrupted = self.transform(images[:1])
+            shape = self.purifier(corrupted).shape
+        expected = (len(corrupted), *images.shape[1:])
+        if shape != expected:
+            name = type(self.purifier).__name__
+            raise ValueError(message(name, "output", f"of shape {expected}", tuple(shape)))
+
+    def restore(
+        self, x: Tensor, target: Tensor, seed: int, ids: Tensor, draw: int
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One purifier pass and a discriminator step: the assembled image in [0, 1], the loss so far, and its parts."""
         corrupted = self.transform(x, seed, ids, draw)
         purified = self.purifier(corrupted)
@@ -162,8 +180,8 @@ def pretrain(
         Mean losses of every epoch.
     """
     config = config or PretrainConfig()
-    check_images("pretrain", "images", images)
-    trainer = _Trainer(transform, purifier, discriminator, config)
+    check_not_empty("pretrain", "images", check_images("pretrain", "images", images))
+    trainer = _Trainer(transform, purifier, discriminator, config, images)
     noise_seed = derive_seed(seed, "transform")
 
     def step(x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Mapping[str, Tensor]:
@@ -199,11 +217,11 @@ def finetune(
         Mean losses of every epoch, and the accuracy on the training attack.
     """
     config = config or FinetuneConfig()
-    check_images("finetune", "images", images)
+    check_not_empty("finetune", "images", check_images("finetune", "images", images))
     check_labels("finetune", "labels", labels, images)
     if defense.purifier is None:
-        raise ValueError("finetune: defense must have a purifier, got None")
-    trainer = _Trainer(defense.transform, defense.purifier, discriminator, config)
+        raise ValueError(message("finetune", "defense", "a Defense with a purifier", "one without"))
+    trainer = _Trainer(defense.transform, defense.purifier, discriminator, config, images)
     noise_seed = derive_seed(seed, "transform")
     attacked = defense if config.attacked == "pipeline" else defense.classifier
 
@@ -232,7 +250,18 @@ def finetune(
         return _fit("finetune", step, trainer, images, labels, config, seed, checkpoint, progress)
 
 
-def _fit(title, step, trainer, images, labels, config, seed, checkpoint, progress) -> History:  # type: ignore[no-untyped-def]
+def _fit(
+    title: str,
+    step: Step,
+    trainer: _Trainer,
+    images: Tensor,
+    labels: Tensor,
+    config: PretrainConfig,
+    seed: int,
+    checkpoint: Path | None,
+    progress: bool,
+) -> History:
+    """Run `step` with the trainer's networks in training mode, and leave them in evaluation mode."""
     for module in trainer.modules.values():
         module.train()
     history = fit(

