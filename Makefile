@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The reference stack: torch 2.11.0 (CUDA 13.0 build), torchvision 0.26.0, triton 3.6.0.
 CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.installed
-NATIVE := $(shell find csrc kernels atop_fast -name '*.py' -prune -o -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \) -print)
+NATIVE := $(shell find csrc -type f)
 
 .PHONY: help setup demo test lint bench clean
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ $(VENV)/.python:
 
 $(VENV)/.stack: $(VENV)/.python $(CONSTRAINTS)
 	@echo "==> $(VENV): torch and the build tools (about 3 GB once)"
-	$(BIN)/python -m pip install --quiet --upgrade -c $(CONSTRAINTS) pip setuptools wheel ninja pybind11 torch torchvision
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools wheel ninja pybind11 torch torchvision
 	@touch $@
 
 $(STAMP): $(VENV)/.stack setup.py pyproject.toml $(NATIVE)
@@ -36,15 +36,15 @@ demo: $(STAMP) ## AToP on MNIST digits, from training to runs/demo/report.html
 	$(BIN)/atop-fast demo
 
 test: $(STAMP) ## the whole test suite, with the number of tests of every backend checked
-	$(BIN)/python -m pytest --assert-counts
+	$(BIN)/python -m pytest --assert-counts --require-backends eager,cpp,triton
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-bench: $(STAMP) ## the benchmarks of the ops on this machine
+bench: $(STAMP) ## the ops against eager mode and torch.compile, on this machine
 	$(BIN)/python benchmarks/ops.py
 
 clean: ## remove .venv and everything built

@@ -10,6 +10,7 @@ import jsonargparse
 import torch
 
 from . import env as environment
+from ._checks import message
 from ._files import writable_folder
 from .checkpoints import load_model, read_header, save_model
 from .classifiers import build_classifier
@@ -44,6 +45,7 @@ def classifier(
     batch_size: int = 64,
     lr: float = 4e-3,
     width: int = 16,
+    device: str = "cpu",
     seed: int = 0,
 ) -> None:
     """Train a small classifier on clean images.
@@ -55,13 +57,15 @@ def classifier(
         batch_size: images a step.
         lr: first learning rate of Adam.
         width: channels of its first layer.
+        device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
+    place = _device("classifier", device)
     folder = writable_folder("classifier", "out", out)
-    train, held_out = data.load()
+    train, held_out = (part.to(place) for part in data.load())
     shape = {"channels": train.images.shape[1], "classes": len(train.classes), "width": width}
     with seeded(derive_seed(seed, "classifier")):
-        model = build_classifier("small_cnn", **shape)
+        model = build_classifier("small_cnn", **shape).to(place)
     checkpoint = folder / "classifier.pt"
     train_classifier(
         model,
@@ -86,6 +90,7 @@ def pretrain(
     transform: TransformConfig = TransformConfig(),
     training: PretrainConfig = PretrainConfig(),
     width: int = 12,
+    device: str = "cpu",
     seed: int = 0,
 ) -> None:
     """Train a U-Net purifier to restore clean images.
@@ -96,14 +101,16 @@ def pretrain(
         transform: the random transform.
         training: length, learning rate and GAN weight.
         width: channels of the purifier's first layer.
+        device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
+    place = _device("pretrain", device)
     folder = writable_folder("pretrain", "out", out)
-    train, _ = data.load()
+    train = data.load()[0].to(place)
     channels = train.images.shape[1]
     with seeded(derive_seed(seed, "networks")):
-        purifier = build_purifier("unet", channels=channels, width=width)
-        discriminator = SNPatchDiscriminator(**_patches(channels))
+        purifier = build_purifier("unet", channels=channels, width=width).to(place)
+        discriminator = SNPatchDiscriminator(**_patches(channels)).to(place)
     checkpoint = folder / "pretrain.pt"
     run_pretrain(
         purifier,
@@ -128,6 +135,7 @@ def finetune(
     data: DataConfig = DataConfig(),
     transform: TransformConfig = TransformConfig(),
     training: FinetuneConfig = FinetuneConfig(),
+    device: str = "cpu",
     seed: int = 0,
 ) -> None:
     """Fine-tune a purifier on adversarial images, in front of a frozen classifier.
@@ -140,12 +148,14 @@ def finetune(
         data: images and their split.
         transform: the random transform, as in pretrain.
         training: losses, training attack and length.
+        device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
+    place = _device("finetune", device)
     folder = writable_folder("finetune", "out", out)
     model = load_model(purifier, "purifier")
-    defense = Defense(transform.build(), model, load_model(classifier, "classifier"))
-    train, _ = data.load()
+    defense = Defense(transform.build(), model, load_model(classifier, "classifier")).to(place)
+    train = data.load()[0].to(place)
     if discriminator is None:
         with seeded(derive_seed(seed, "networks")):
             judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.images.shape[1]))
@@ -156,7 +166,7 @@ def finetune(
         defense,
         train.images,
         train.labels,
-        discriminator=judge,
+        discriminator=judge.to(place),
         config=training,
         seed=seed,
         checkpoint=checkpoint,
@@ -181,6 +191,7 @@ def evaluate(
     gradient: Literal["exact", "bpda", "blind"] = "exact",
     draws: int = 20,
     images: int | None = None,
+    device: str = "cpu",
     seed: int = 0,
 ) -> None:
     """Attack a defence with FGSM and PGD + EOT, and judge it on fresh draws; writes report.html and report.json.
@@ -199,16 +210,19 @@ def evaluate(
         gradient: exact, bpda (identity through transform and purifier) or blind (classifier alone).
         draws: K, fresh draws of the verdict.
         images: how many held-out images; all by default.
+        device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
+    place = _device("evaluate", device)
     folder = writable_folder("evaluate", "out", out)
     model = load_model(classifier, "classifier")
     name = "classifier"
     if not alone:
         model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)
         name = "defense"
+    model = model.to(place)
     attacks = quick_attacks(model, norm, eps, seed, gradient, steps, eot_iter)
-    part = data.load()[1].take(slice(0, images))
+    part = data.load()[1].take(slice(0, images)).to(place)
     report = run_evaluation(model, part.images, part.labels, attacks=attacks, seed=seed, draws=draws).to_dict()
     systems = {name: {"clean": report["clean"], **report["attacks"]}}
     threat = {"norm": norm, "eps": eps}
@@ -240,12 +254,22 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
     except KeyboardInterrupt:
-        sys.exit("atop-fast: stopped; the same command goes on from the last checkpoint")
+        print("atop-fast: stopped; the same command takes up what was saved", file=sys.stderr)
+        sys.exit(130)
 
 
 def _fail(error: Any) -> int:
     print(f"atop-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def _device(function: str, name: str) -> torch.device:
+    """The device `name`, or ValueError if this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(message(function, "device", "a device of this machine", f"{name!r} ({reason})")) from error
 
 
 def _patches(channels: int) -> dict[str, int]:

@@ -30,6 +30,10 @@ class Dataset:
         order = permutation(len(self), derive_seed(seed, "split"), 0)
         return self.take(order[:first]), self.take(order[first:])
 
+    def to(self, device: torch.device) -> Dataset:
+        """The dataset on another device."""
+        return Dataset(self.images.to(device), self.labels.to(device), self.classes)
+
     def take(self, index: Tensor | slice) -> Dataset:
         """The images at `index`."""
         return Dataset(self.images[index], self.labels[index], self.classes)

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import _harness
 
@@ -16,19 +15,6 @@ from atop_fast._files import write_text
 from atop_fast.demo import DemoConfig, run_demo
 
 PICTURE = Path(__file__).parent.parent / "docs" / "demo.png"
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The README's table: mean accuracies with their 95 % intervals."""
-    attacks = {"clean": "no attack", "fgsm": "FGSM", "pgd20_eot": "PGD-20 with EOT"}
-    lines = ["| system | " + " | ".join(attacks.values()) + " |", "|---|" + "---|" * len(attacks)]
-    for name, verdicts in {**report["systems"], **report["findings"]}.items():
-        cells = [
-            f"{verdicts[a]['mean']:.2f} [{verdicts[a]['mean_ci'][0]:.2f}, {verdicts[a]['mean_ci'][1]:.2f}]"
-            for a in attacks
-        ]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -47,7 +33,6 @@ def main() -> None:
                 shutil.copyfile(Path(folder) / "gallery.png", PICTURE)
     document = {**_harness.metadata("cpu", args.commit), "runs": runs}
     write_text(_harness.RESULTS / "demo--cpu.json", json.dumps(document, indent=1) + "\n")
-    print(markdown(runs[0]))
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_harness.RESULTS, help="folder for the JSON file")
     parser.add_argument("--commit", help="commit to record; by default what git says")
     args = parser.parse_args()
+    _harness.keep_heap()
     rows = []
     for case in itertools.chain(pgd_cases(args.device), gated_elu_cases(args.device)):
         if case.op.startswith(args.op or ""):

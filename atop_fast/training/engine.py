@@ -102,7 +102,7 @@ def _resume(
     if path is None or not path.exists():
         return []
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if state["fingerprint"] != fingerprint:
             raise ValueError("it belongs to another configuration")
         for name, module in modules.items():

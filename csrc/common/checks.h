@@ -20,10 +20,16 @@ std::string text(const Parts&... parts) {
 }
 
 // Raises `function: argument must be expected, got given`, which Python sees as a RuntimeError.
-inline void check(bool met, const char* function, const char* argument, const std::string& expected,
-                  const std::string& given) {
-  if (!met) throw std::runtime_error(text(function, ": ", argument, " must be ", expected, ", got ", given));
+[[noreturn]] inline void fail(const char* function, const char* argument, const std::string& expected,
+                              const std::string& given) {
+  throw std::runtime_error(text(function, ": ", argument, " must be ", expected, ", got ", given));
 }
+
+// A macro, because the texts must not be made unless they are needed: they would cost more than a small op.
+#define ATOP_CHECK(met, function, argument, expected, given)               \
+  do {                                                                     \
+    if (!(met)) ::atop::fail((function), (argument), (expected), (given)); \
+  } while (false)
 
 inline std::string shape_text(const Tensor& t) {
   std::ostringstream out;
@@ -58,17 +64,25 @@ inline std::string device_text(const Tensor& t) {
   return t.is_cpu() ? "cpu" : text(t.is_cuda() ? "cuda:" : "device ", t.get_device_index());
 }
 
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
 // `t` must match `model` in shape, dtype and device.
 inline void check_like(const char* function, const char* argument, const Tensor& t, const char* model_name,
                        const Tensor& model) {
-  const std::string wanted = shape_text(model), given = shape_text(t);
-  check(wanted == given, function, argument, text("of the shape of ", model_name, " ", wanted), given);
+  ATOP_CHECK(same_shape(t, model), function, argument, text("of the shape of ", model_name, " ", shape_text(model)),
+             shape_text(t));
   const ScalarType dtype = model.scalar_type();
-  check(t.scalar_type() == dtype, function, argument, text("of the dtype of ", model_name, " ", dtype_text(dtype)),
-        dtype_text(t.scalar_type()));
-  check(t.is_cpu() == model.is_cpu() && t.is_cuda() == model.is_cuda() &&
-            t.get_device_index() == model.get_device_index(),
-        function, argument, text("on the device of ", model_name, " ", device_text(model)), device_text(t));
+  ATOP_CHECK(t.scalar_type() == dtype, function, argument, text("of the dtype of ", model_name, " ", dtype_text(dtype)),
+             dtype_text(t.scalar_type()));
+  ATOP_CHECK(t.is_cpu() == model.is_cpu() && t.is_cuda() == model.is_cuda() &&
+                 t.get_device_index() == model.get_device_index(),
+             function, argument, text("on the device of ", model_name, " ", device_text(model)), device_text(t));
 }
 
 }  // namespace atop

@@ -10,10 +10,10 @@ namespace {
 
 void check_h(const char* function, const Tensor& h) {
   const ScalarType dtype = h.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-            dtype == ScalarType::Half,
-        function, "h", "a float32, float64, bfloat16 or float16 tensor", dtype_text(dtype));
-  check(h.dim() == 4 && h.size(1) % 2 == 0, function, "h", "of shape (B, 2C, H, W)", shape_text(h));
+  ATOP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+                 dtype == ScalarType::Half,
+             function, "h", "a float32, float64, bfloat16 or float16 tensor", dtype_text(dtype));
+  ATOP_CHECK(h.dim() == 4 && h.size(1) % 2 == 0, function, "h", "of shape (B, 2C, H, W)", shape_text(h));
 }
 
 // h as rows of [f | g]: images in NCHW, pixels in channels_last.

@@ -11,12 +11,12 @@ namespace {
 void check_arguments(const char* function, const Tensor& x, const Tensor& grad, const Tensor& x0, double alpha,
                      double eps) {
   const ScalarType dtype = x.scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double, function, "x", "a float32 or float64 tensor",
-        dtype_text(dtype));
+  ATOP_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, function, "x", "a float32 or float64 tensor",
+             dtype_text(dtype));
   check_like(function, "grad", grad, "x", x);
   check_like(function, "x0", x0, "x", x);
-  check(std::isfinite(alpha), function, "alpha", "finite", text(alpha));
-  check(std::isfinite(eps) && eps >= 0, function, "eps", "finite and >= 0", text(eps));
+  ATOP_CHECK(std::isfinite(alpha), function, "alpha", "finite", text(alpha));
+  ATOP_CHECK(std::isfinite(eps) && eps >= 0, function, "eps", "finite and >= 0", text(eps));
 }
 
 // Whether the bytes between the first and the last element of `a` and `b` meet.
@@ -50,8 +50,8 @@ Tensor pgd_step_linf(const Tensor& x, const Tensor& grad, const Tensor& x0, doub
 void pgd_step_linf_(Tensor x, const Tensor& grad, const Tensor& x0, double alpha, double eps) {
   check_arguments("pgd_step_linf_", x, grad, x0, alpha, eps);
   if (x.numel() == 0) return;
-  check(!may_overlap(x, grad), "pgd_step_linf_", "grad", "a tensor that shares no memory with x", "one that does");
-  check(!may_overlap(x, x0), "pgd_step_linf_", "x0", "a tensor that shares no memory with x", "one that does");
+  ATOP_CHECK(!may_overlap(x, grad), "pgd_step_linf_", "grad", "a tensor that shares no memory with x", "one that does");
+  ATOP_CHECK(!may_overlap(x, x0), "pgd_step_linf_", "x0", "a tensor that shares no memory with x", "one that does");
   if (x.is_contiguous() || is_channels_last(x)) {
     run(x, in_layout_of(grad, x), in_layout_of(x0, x), x, alpha, eps);
   } else {

@@ -1,0 +1,85 @@
+"""Writes the README's tables from the committed result files: python benchmarks/readme.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Rows of ops--cpu.json that the README shows: op, direction, shape, dtype, layout.
+OPS = (
+    ("pgd_step_linf", "forward", "64x3x32x32", "float32", "nchw"),
+    ("pgd_step_linf", "forward", "64x3x256x256", "float32", "nchw"),
+    ("gated_elu", "both", "8x96x128x128", "float32", "nchw"),
+    ("gated_elu", "both", "8x96x128x128", "float32", "nhwc"),
+    ("gated_elu", "both", "8x96x128x128", "bfloat16", "nhwc"),
+    ("gated_elu", "both", "8x96x128x128", "float16", "nchw"),
+)
+
+
+def demo() -> str:
+    """Mean accuracies with their 95 % intervals, of the first recorded run."""
+    document = json.loads((RESULTS / "demo--cpu.json").read_text())
+    run, *others = document["runs"]
+    config = run["config"]
+    attacks = {"clean": "no attack", "fgsm": "FGSM", "pgd20_eot": "PGD-20 with EOT"}
+    lines = ["| system | " + " | ".join(attacks.values()) + " |", "|---|" + "---|" * len(attacks)]
+    for name, verdicts in {**run["systems"], **run["findings"]}.items():
+        lines.append(f"| `{name}` | " + " | ".join(_accuracy(verdicts[attack]) for attack in attacks) + " |")
+    seconds = ", ".join(str(r["seconds"]) for r in (run, *others))
+    return (
+        f"Accuracy of one draw on {config['test_images']} digits, mean of {config['draws']} fresh draws, with 95 % "
+        f"intervals; Linf, eps {config['eps']}:\n\n" + "\n".join(lines) + "\n\n"
+        f"{_source(document)} Seed {run['seed']} is shown; seeds {', '.join(str(r['seed']) for r in others)} tell the "
+        f"same ([demo--cpu.json](benchmarks/results/demo--cpu.json)). Times of the three runs: {seconds} s."
+    )
+
+
+def ops() -> str:
+    """Speed-ups of the C++ kernels over eager mode and torch.compile."""
+    document = json.loads((RESULTS / "ops--cpu.json").read_text())
+    keys = ("op", "direction", "shape", "dtype", "layout")
+    rows = {tuple(row[k] for k in keys): row for row in document["rows"] if row["backend"] == "cpp"}
+    lines = [
+        "| op | work | shape | type, layout | against eager | against torch.compile |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in OPS:
+        row = rows[key]
+        work = {"forward": "forward", "both": "forward + backward"}[row["direction"]]
+        compiled = f"{row['speedup_vs_compile']:.1f}x" if row["speedup_vs_compile"] else "not measured"
+        lines.append(
+            f"| `{row['op']}` | {work} | {row['shape']} | {row['dtype']}, {row['layout'].upper()} "
+            f"| {row['speedup_vs_eager']:.1f}x | {compiled} |"
+        )
+    return "\n".join(lines) + f"\n\n{_source(document)}"
+
+
+def filled(text: str, name: str) -> str:
+    """`text` with the table `name` ("demo" or "ops") between its two comments."""
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}{ {'demo': demo, 'ops': ops}[name]() }\n{end}{after}"
+
+
+def _accuracy(verdict: dict[str, Any]) -> str:
+    low, high = verdict["mean_ci"]
+    return f"{verdict['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _source(document: dict[str, Any]) -> str:
+    return (
+        f"Measured {document['date']} on {document['device']}, {document['threads']} threads, "
+        f"torch {document['versions']['torch']}, commit {document['commit'][:12]}."
+    )
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for table in ("demo", "ops"):
+        text = filled(text, table)
+    readme.write_text(text, encoding="utf-8")

@@ -1,0 +1,70 @@
+"""README: its numbers are those of the committed result files, and its example runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from atop_fast import build_classifier, build_purifier, save_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module")
+def readme_tables():
+    """benchmarks/readme.py, which writes the tables."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT / "benchmarks"))
+    return module
+
+
+@pytest.mark.parametrize("name", ["demo", "ops"])
+def test_tables_are_those_of_the_result_files(name, readme_tables):
+    assert readme_tables.filled(README, name) == README
+
+
+def test_the_demo_keeps_its_promises():
+    """What the README says in words, over every recorded seed."""
+    runs = json.loads((RESULTS / "demo--cpu.json").read_text())["runs"]
+    assert len(runs) >= 3
+    for run in runs:
+        systems, attack = run["systems"], "pgd20_eot"
+        assert systems["classifier"][attack]["mean"] < 0.05
+        assert systems["finetuned"]["clean"]["mean"] > 0.9
+        assert systems["finetuned"][attack]["mean"] > 2 * systems["pretrained"][attack]["mean"]
+        assert systems["finetuned"][attack]["mean_ci"][0] > systems["pretrained"][attack]["mean_ci"][1]
+        blind = run["findings"]["finetuned_against_classifier_alone"]
+        assert blind[attack]["mean"] < systems["pretrained"][attack]["mean"]
+        assert run["seconds"] < 300
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mlxtend")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    classifier, purifier = {"channels": 1}, {"channels": 1, "width": 4}
+    path = tmp_path / "runs/demo/classifier.safetensors"
+    save_model(path, build_classifier("small_cnn", **classifier), "classifier", "small_cnn", **classifier)
+    path = tmp_path / "runs/demo/finetuned.safetensors"
+    save_model(path, build_purifier("unet", **purifier), "purifier", "unet", **purifier)
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code.replace("slice(0, 100)", "slice(0, 2)"), {})
+    assert len(capsys.readouterr().out.split()) == 4
+
+
+def test_links_and_commands_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}: " in makefile
