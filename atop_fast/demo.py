@@ -2,8 +2,8 @@
 
     classifier -> pretrain -> finetune (whole pipeline; and, as a finding, classifier alone) -> evaluate -> report
 
-Every stage leaves a file in <out>/state, so that a run that was stopped goes on where it was; a finished one starts
-anew.
+Every stage leaves a file in <out>/demo-state, so that a run that was stopped goes on where it was; a finished one
+starts anew.
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ class Demo:
 
     def __init__(self, out: Path, config: DemoConfig, progress: bool = True) -> None:
         self.config, self.progress, self.out = config, progress, out
-        self.state = self._state_folder()
         self.transform = RT2(config.patch, config.mask_ratio, config.sigma)
-        train, test = mnist5k().split(config.train_images, config.seed)
-        self.train, self.test = train, test.take(slice(0, config.test_images))
+        self.train, rest = mnist5k().split(config.train_images, config.seed)
+        check_integer("DemoConfig", "test_images", config.test_images, high=len(rest))
+        self.test = rest.take(slice(0, config.test_images))
+        self.state = self._state_folder()
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate and report; the contents of report.json."""
@@ -101,15 +102,8 @@ class Demo:
         pretrained, discriminator = self.pretrain()
         finetuned = self.finetune("pipeline", classifier, pretrained, discriminator)
         blind = self.finetune("classifier", classifier, pretrained, discriminator)
-        defense = {
-            name: Defense(self.transform, purifier, classifier)
-            for name, purifier in (
-                ("rt_only", None),
-                ("pretrained", pretrained),
-                ("finetuned", finetuned),
-                (FINDING, blind),
-            )
-        }
+        purifiers = {"rt_only": None, "pretrained": pretrained, "finetuned": finetuned, FINDING: blind}
+        defense = {name: Defense(self.transform, purifier, classifier) for name, purifier in purifiers.items()}
         models: dict[str, Model] = {"classifier": classifier, **defense}
         verdicts = {name: self.evaluate(name, model) for name, model in models.items()}
         data = {
@@ -127,13 +121,14 @@ class Demo:
         )
         write_report(self.out, "atop_fast demo: MNIST digits", data, NOTES, picture, caption)
         save_model(self.out / "classifier.safetensors", classifier, "classifier", "small_cnn", **CLASSIFIER)
-        for name, purifier in (("pretrained", pretrained), ("finetuned", finetuned)):
-            save_model(self.out / f"{name}.safetensors", purifier, "purifier", "unet", **PURIFIER)
+        save_model(self.out / "pretrained.safetensors", pretrained, "purifier", "unet", **PURIFIER)
+        save_model(self.out / "finetuned.safetensors", finetuned, "purifier", "unet", **PURIFIER)
         shutil.rmtree(self.state)
         print(format_table(verdicts))
         return data
 
     def train_classifier(self) -> nn.Module:
+        """The classifier that the other stages leave as it is."""
         classifier = self._init("classifier", lambda: build_classifier("small_cnn", **CLASSIFIER))
         train_classifier(
             classifier,
@@ -148,6 +143,7 @@ class Demo:
         return classifier
 
     def pretrain(self) -> tuple[nn.Module, nn.Module]:
+        """The purifier trained on clean images, and its discriminator."""
         purifier = self._init("purifier", lambda: build_purifier("unet", **PURIFIER))
         discriminator = self._init("discriminator", lambda: SNPatchDiscriminator(channels=1, width=16, depth=3))
         pretrain(
@@ -165,6 +161,7 @@ class Demo:
     def finetune(
         self, attacked: str, classifier: nn.Module, pretrained: nn.Module, discriminator: nn.Module
     ) -> nn.Module:
+        """A copy of the pre-trained purifier, fine-tuned on attacks on the "pipeline" or the "classifier" alone."""
         purifier = copy.deepcopy(pretrained)
         finetune(
             Defense(self.transform, purifier, classifier),
@@ -242,7 +239,7 @@ class Demo:
 
     def _state_folder(self) -> Path:
         """The folder of an interrupted run with this configuration, or a fresh one."""
-        folder = self.out / "state"
+        folder = self.out / "demo-state"
         text = json.dumps({**asdict(self.config), **versions()})
         file = folder / "config.json"
         if file.exists() and file.read_text(encoding="utf-8") == text:

@@ -130,6 +130,7 @@ def test_env_prints_owners(capsys):
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--transform.patch=3"], "divisible by patch=3"),
         (["pretrain", *DATA, "--device=cuda:99"], "pretrain: device must be a device of this machine, got 'cuda:99'"),
         (["pretrain", *DATA, "--training.epochs=-1"], "epochs must be an integer and >= 0, got -1"),
+        (["demo", "--options.train_images=4900"], "test_images must be an integer and <= 100, got 200"),
         (["demo", "--options.draws=0"], "draws must be an integer and >= 1, got 0"),
         (["fly"], "fly"),
     ],

@@ -25,7 +25,7 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
 
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=300) == 0
-    state, seen = tmp_path / "killed/state", set()
+    state, seen = tmp_path / "killed/demo-state", set()
     # Each round is killed as soon as one more of these files exists.
     for name in ("classifier.pt", "finetune_pipeline.pt", "pretrained.json"):
         run = start(tmp_path / "killed")
