@@ -56,11 +56,11 @@ def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> by
         for axis in line:
             axis.set_axis_off()
         for axis, image, caption in zip(line, images, captions, strict=False):
-            pixels = image.mean(dim=0) if signed or len(image) == 1 else image.permute(1, 2, 0)
+            pixels = (image.mean(dim=0) if signed or len(image) == 1 else image.permute(1, 2, 0)).cpu()
             if signed:
-                axis.imshow(pixels, cmap="RdBu_r", vmin=-10 * eps, vmax=10 * eps)
+                axis.imshow(pixels.numpy(), cmap="RdBu_r", vmin=-10 * eps, vmax=10 * eps)
             else:
-                axis.imshow(pixels.clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+                axis.imshow(pixels.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_title(caption, fontsize=9, pad=2)
         line[0].text(-0.12, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
     buffer = io.BytesIO()
