@@ -1,10 +1,14 @@
-"""Atomic files: a reader, or a run that resumes after kill -9, sees a whole file or none."""
+"""Atomic files and checkpoints: a reader, or a run that resumes after kill -9, sees a whole file or none."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ._checks import message
 
@@ -24,6 +28,31 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def save_checkpoint(path: Path, fingerprint: str, state: dict[str, Any]) -> None:
+    """Write tensors, numbers and containers of them, with the text that tells to which run they belong; atomic."""
+    write_atomic(path, lambda p: torch.save({**state, "fingerprint": fingerprint}, p))
+
+
+def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[str, Any] | None:
+    """What save_checkpoint wrote, or None where nothing was; ValueError for a damaged file or one of another run."""
+    if path is None or not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if state["fingerprint"] != fingerprint:
+            raise ValueError("it belongs to another configuration")
+    except Exception as error:
+        # torch.load raises several unrelated types on a damaged file; each means the same to the caller.
+        expected = "a checkpoint of this run (delete it to start again)"
+        raise ValueError(message(function, "checkpoint", expected, f"{path}: {error}")) from error
+    return state
+
+
+def describe(*tensors: Tensor) -> str:
+    """Shapes and sums of tensors: enough to notice that a checkpoint is used with other data or weights."""
+    return " ".join(f"{tuple(t.shape)}:{float(t.double().sum())!r}" for t in tensors)
 
 
 def writable_folder(function: str, argument: str, path: str | Path) -> Path:

@@ -223,11 +223,15 @@ def evaluate(
     model = model.to(place)
     attacks = quick_attacks(model, norm, eps, seed, gradient, steps, eot_iter)
     part = data.load()[1].take(slice(0, images)).to(place)
-    report = run_evaluation(model, part.images, part.labels, attacks=attacks, seed=seed, draws=draws).to_dict()
+    checkpoint = folder / "evaluate.pt"
+    report = run_evaluation(
+        model, part.images, part.labels, attacks=attacks, seed=seed, draws=draws, checkpoint=checkpoint
+    ).to_dict()
     systems = {name: {"clean": report["clean"], **report["attacks"]}}
     threat = {"norm": norm, "eps": eps}
     result = {"seed": seed, "threat_model": threat, "systems": systems, "versions": versions()}
     write_report(folder, "atop_fast evaluation", result, [f"Gradients of the attacks: {gradient}."])
+    checkpoint.unlink()
     print(format_table(systems))
     print(f"Report: {folder / 'report.html'}")
 

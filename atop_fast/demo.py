@@ -184,10 +184,7 @@ class Demo:
         return purifier
 
     def evaluate(self, name: str, model: Model) -> dict[str, Any]:
-        """Verdicts of one system, from its file if an earlier run got that far."""
-        file = self.state / f"{name}.json"
-        if file.exists():
-            return json.loads(file.read_text(encoding="utf-8"))
+        """Verdicts of one system."""
         report = evaluate(
             model,
             self.test.images,
@@ -196,12 +193,11 @@ class Demo:
             seed=self.config.seed,
             draws=self.config.draws,
             max_batch=128,
+            checkpoint=self.state / f"evaluate_{name}.pt",
             title=name,
             progress=self.progress,
         ).to_dict()
-        verdicts = {"clean": report["clean"], **report["attacks"]}
-        write_text(file, json.dumps(verdicts))
-        return verdicts
+        return {"clean": report["clean"], **report["attacks"]}
 
     def gallery(self, pretrained: Defense, finetuned: Defense, count: int = 8) -> bytes:
         """Clean, adversarial, perturbation, corrupted, and purified before and after fine-tuning."""

@@ -28,7 +28,7 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
     assert whole.wait(timeout=300) == 0
     state, seen = tmp_path / "killed/demo-state", set()
     # Each round is killed as soon as one more of these files exists.
-    for name in ("classifier.pt", "finetune_pipeline.pt", "pretrained.json"):
+    for name in ("classifier.pt", "finetune_pipeline.pt", "evaluate_pretrained.pt"):
         run = start(tmp_path / "killed")
         while not (state / name).exists():
             assert run.poll() is None, "the demo ended before it could be killed"
@@ -39,6 +39,6 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
     run = start(tmp_path / "killed")
     assert run.wait(timeout=300) == 0
     assert "Going on with the run that was stopped" in (tmp_path / "killed.log").read_text()
-    assert {"classifier.pt", "pretrain.pt", "finetune_pipeline.pt", "pretrained.json"} <= seen
+    assert {"classifier.pt", "pretrain.pt", "finetune_pipeline.pt", "evaluate_pretrained.pt"} <= seen
     assert (tmp_path / "killed/report.json").read_text() == (tmp_path / "whole/report.json").read_text()
     assert not state.exists()

@@ -115,17 +115,53 @@ def test_report_does_not_depend_on_batches_and_repeats():
     assert small == whole
 
 
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_a_stopped_evaluation_resumes_to_the_same_report(tmp_path, stop_at):
+    defense = Defense(RT2(4, sigma=0.1), None, nn.Flatten())
+    calls = 0
+
+    def attacks(fail_at=None):
+        def counted(attack):
+            def run(x, y, ids):
+                nonlocal calls
+                calls += 1
+                if calls == fail_at:
+                    raise KeyboardInterrupt
+                return attack(x, y, ids)
+
+            return run
+
+        return {name: counted(attack) for name, attack in quick_attacks(defense, eps=0.1, steps=2).items()}
+
+    options = {"draws": 3, "batch_size": 30, "progress": False}
+    whole = evaluate(defense, X, Y, attacks=attacks(), **options)
+    calls = 0
+    path = tmp_path / "evaluate.pt"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(defense, X, Y, attacks=attacks(fail_at=stop_at), checkpoint=path, **options)
+    calls = 0
+    assert evaluate(defense, X, Y, attacks=attacks(), checkpoint=path, **options) == whole
+    # Four batches for each of two attacks; only what was missing is attacked again.
+    assert calls == 8 - (stop_at - 1)
+    with pytest.raises(ValueError, match="evaluate: checkpoint must be a checkpoint of this run"):
+        evaluate(defense, X, Y, attacks=attacks(), checkpoint=path, **options, seed=1)
+    other = Defense(RT2(4, sigma=0.2), None, nn.Flatten())
+    with pytest.raises(ValueError, match="evaluate: checkpoint must be a checkpoint of this run"):
+        evaluate(other, X, Y, attacks=attacks(), checkpoint=path, **options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "pattern"),
     [
         ({"draws": 0}, ValueError, "evaluate: draws must be an integer and >= 1, got 0"),
+        ({"attacks": {"clean": None}}, ValueError, "evaluate: attacks must be named otherwise than the clean images"),
         ({"eps": -1.0}, ValueError, "FGSM: eps must be finite and >= 0"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, "evaluate: x must be at least one, got none"),
         ({"x": X + float("nan")}, ValueError, "evaluate: x must be finite, got NaN or infinity"),
         ({"y": Y + 5}, ValueError, "evaluate: y must be class indices below the model's 10 logits, got 14"),
         ({"model": lambda x: x.flatten(1) / 0}, ValueError, "evaluate: model must be a callable with finite logits"),
     ],
-    ids=["draws", "eps", "empty", "nan", "labels", "logits"],
+    ids=["draws", "attacks", "eps", "empty", "nan", "labels", "logits"],
 )
 def test_wrong_input_is_named(arguments, error, pattern):
     call = {"model": CoinFlip(1.0, Y), "x": X, "y": Y, "progress": False, **arguments}

@@ -89,6 +89,11 @@ class PGD:
             candidates = [self._run(images, labels, ids, restart) for restart in range(self.restarts)]
             return candidates[0] if self.restarts == 1 else self._select(candidates, labels, ids)
 
+    def __repr__(self) -> str:
+        options = {k: v for k, v in vars(self).items() if k != "estimator"}
+        options |= {"eot_iter": self.estimator.eot_iter, "gradient": self.estimator.mode}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
     def _run(self, images: Tensor, labels: Tensor, ids: Tensor, restart: int) -> Tensor:
         x = self._start(images, ids, restart) if self.random_start or restart else images.clone()
         for step in range(restart * self.steps, (restart + 1) * self.steps):

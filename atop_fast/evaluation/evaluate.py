@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._checks import check_images, check_integer, check_labels, check_not_empty, message
+from .._files import describe, load_checkpoint, save_checkpoint
 from ..attacks import FGSM, PGD, Model, draw_logits, frozen
 from ..randomness import derive_seed
 from .verdict import Verdict
@@ -59,6 +62,7 @@ def evaluate(
     draws: int = 20,
     batch_size: int = 100,
     max_batch: int = 1024,
+    checkpoint: Path | None = None,
     title: str = "evaluate",
     progress: bool = True,
 ) -> Report:
@@ -77,6 +81,8 @@ def evaluate(
         draws: K, fresh draws of every verdict.
         batch_size: images attacked together.
         max_batch: most images in one forward pass.
+        checkpoint: file written after every batch, from which an interrupted call goes on to the same report (for a
+            Defense or a deterministic model; other randomness cannot be taken up where it was).
         title, progress: show a progress bar with the time left, under this title.
 
     Returns:
@@ -91,22 +97,32 @@ def evaluate(
         check_integer("evaluate", name, value, low=1)
     if attacks is None:
         attacks = quick_attacks(model, norm, eps, seed, max_batch=max_batch)
+    if "clean" in attacks:
+        raise ValueError(message("evaluate", "attacks", "named otherwise than the clean images", "'clean'"))
     with frozen(model):
         # A model that does not fit its images should fail here, not after an hour.
         _check_logits(draw_logits(model, x[:1], 0, torch.zeros(1, dtype=torch.int64, device=x.device), range(1)), y)
-    verdicts: dict[str, Verdict] = {}
-    batches = -(-len(x) // batch_size)
-    with tqdm(total=batches * (1 + len(attacks)), desc=title, disable=not progress) as bar, frozen(model):
-        for name, attack in {"clean": None, **attacks}.items():
+    weights = model.state_dict().values() if isinstance(model, nn.Module) else ()
+    # Functions show their address, which is another in every process.
+    what = re.sub(r" at 0x[0-9a-f]+", "", f"{model!r} {dict(attacks)!r}")
+    fingerprint = f"{what} {seed} {draws} {batch_size} {describe(x, y, *weights)}"
+    done = load_checkpoint("evaluate", checkpoint, fingerprint) or {}
+    predictions: dict[str, list[Tensor]] = {name: done.get(name, []) for name in ("clean", *attacks)}
+    total = -(-len(x) // batch_size) * len(predictions)
+    with tqdm(total=total, desc=title, disable=not progress) as bar, frozen(model):
+        for name, parts in predictions.items():
             bar.set_postfix_str(name)
-            parts = []
-            for xb, yb, ids in _batches(x, y, batch_size):
-                xb = xb if attack is None else attack(xb, yb, ids)
-                logits = draw_logits(model, xb, derive_seed(seed, "verdict", name), ids, range(draws), max_batch)
+            bar.update(len(parts))
+            for xb, yb, ids in list(_batches(x, y, batch_size))[len(parts) :]:
+                candidate = attacks[name](xb, yb, ids) if name in attacks else xb
+                key = derive_seed(seed, "verdict", name)
+                logits = draw_logits(model, candidate, key, ids, range(draws), max_batch)
                 _check_logits(logits, yb)
-                parts.append(logits.argmax(dim=2))
+                parts.append(logits.argmax(dim=2).cpu())
                 bar.update()
-            verdicts[name] = Verdict.from_predictions(torch.cat(parts), y)
+                if checkpoint is not None:
+                    save_checkpoint(checkpoint, fingerprint, predictions)
+    verdicts = {name: Verdict.from_predictions(torch.cat(parts), y.cpu()) for name, parts in predictions.items()}
     return Report(verdicts.pop("clean"), verdicts)
 
 

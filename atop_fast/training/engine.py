@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from .._checks import message
-from .._files import write_atomic
+from .._files import describe, load_checkpoint, save_checkpoint
 from ..randomness import derive_seed, permutation
 
 Step = Callable[[Tensor, Tensor, Tensor, int], Mapping[str, Tensor]]
@@ -52,10 +50,15 @@ def fit(
     Returns:
         The mean of every logged scalar, epoch by epoch.
     """
-    fingerprint = f"{fingerprint}, images {tuple(images.shape)} {float(images.double().sum())}"
+    fingerprint = f"{fingerprint} {describe(images, labels)}"
     # Read before resuming: a checkpoint holds the rate of its last step.
     rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
-    history = _resume(checkpoint, fingerprint, modules, optimizers)
+    parts = {**modules, **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()}}
+    history: History = []
+    if state := load_checkpoint("fit", checkpoint, fingerprint):
+        history = state["history"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     batches = -(-len(images) // batch_size)
     total = batches * epochs
     with tqdm(total=total, initial=len(history) * batches, desc=title, unit="batch", disable=not progress) as bar:
@@ -72,45 +75,9 @@ def fit(
             history.append({key: float(value) / len(images) for key, value in sums.items()})
             bar.set_postfix({key: f"{value:.3f}" for key, value in history[-1].items()})
             if checkpoint is not None:
-                _save(checkpoint, fingerprint, history, modules, optimizers)
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(checkpoint, fingerprint, {"history": history, **states})
     for name, optimizer in optimizers.items():
         for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
             group["lr"] = rate
     return history
-
-
-def _save(
-    path: Path,
-    fingerprint: str,
-    history: History,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
-) -> None:
-    state = {
-        "fingerprint": fingerprint,
-        "history": history,
-        "modules": {name: module.state_dict() for name, module in modules.items()},
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-    }
-    write_atomic(path, lambda p: torch.save(state, p))
-
-
-def _resume(
-    path: Path | None, fingerprint: str, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]
-) -> History:
-    """Load a checkpoint if there is one; the epochs it has behind it."""
-    if path is None or not path.exists():
-        return []
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            raise ValueError("it belongs to another configuration")
-        for name, module in modules.items():
-            module.load_state_dict(state["modules"][name])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
-    except Exception as error:
-        # torch.load raises several unrelated types on a damaged file; each means the same to the caller.
-        expected = "a checkpoint of this run (delete it to start again)"
-        raise ValueError(message("fit", "checkpoint", expected, f"{path}: {error}")) from error
-    return list(state["history"])
