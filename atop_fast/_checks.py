@@ -5,9 +5,10 @@ function: argument must be <contract>, got <value>
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +93,17 @@ def check_choice(function: str, argument: str, value: Any, choices: Sequence[str
     if value not in choices:
         raise ValueError(message(function, argument, "one of " + ", ".join(map(repr, choices)), repr(value)))
     return str(value)
+
+
+@contextlib.contextmanager
+def check_fits(function: str, argument: str, images: Tensor) -> Iterator[None]:
+    """Turn a RuntimeError of the networks inside, such as another number of channels, into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        given = f"{tuple(images.shape[1:])} ({reason})"
+        raise ValueError(message(function, argument, "images that the networks take", given)) from error
 
 
 def _interval(low: float, high: float) -> str:

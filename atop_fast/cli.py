@@ -257,6 +257,9 @@ def main(args: list[str] | None = None) -> None:
         jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
+    except OSError as error:
+        _fail(error)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("atop-fast: stopped; the same command takes up what was saved", file=sys.stderr)
         sys.exit(130)

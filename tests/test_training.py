@@ -185,6 +185,11 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
     for call in (lambda: run(2), lambda: run(1, X.flip(3) ** 2)):
         with pytest.raises(ValueError, match=r"checkpoint must be a checkpoint of this run .*another configuration"):
             call()
+    purifier, _, _ = networks()
+    torch.nn.init.normal_(purifier.to_image.weight)
+    config = PretrainConfig(epochs=1, batch_size=6, gan_weight=0)
+    with pytest.raises(ValueError, match="another configuration"):
+        pretrain(purifier, RT, X, config=config, checkpoint=path, **QUIET)
     path.write_bytes(saved[: len(saved) // 2])
     with pytest.raises(ValueError, match="checkpoint must be a checkpoint of this run"):
         run(1)
@@ -232,6 +237,11 @@ def test_every_epoch_sees_every_image_once():
             lambda: pretrain(torch.nn.Identity(), RT, X),
             ValueError,
             r"Identity: output must be of shape \(1, 1, 16, 16\), got \(1, 3, 16, 16\)",
+        ),
+        (
+            lambda: finetune(Defense(RT, networks()[0], build_classifier("small_cnn", channels=3)), X, Y),
+            ValueError,
+            r"finetune: images must be images that the networks take, got \(1, 16, 16\) \(Given groups=1",
         ),
         (lambda: pretrain(networks()[0], RT, X[:0]), ValueError, "pretrain: images must be at least one, got none"),
         (lambda: pretrain(networks()[0], RT2(5), X), ValueError, "RT2: x must be of a height and width divisible by"),

@@ -156,12 +156,17 @@ def test_a_stopped_evaluation_resumes_to_the_same_report(tmp_path, stop_at):
         ({"draws": 0}, ValueError, "evaluate: draws must be an integer and >= 1, got 0"),
         ({"attacks": {"clean": None}}, ValueError, "evaluate: attacks must be named otherwise than the clean images"),
         ({"eps": -1.0}, ValueError, "FGSM: eps must be finite and >= 0"),
+        (
+            {"model": nn.Conv2d(3, 1, 1)},
+            ValueError,
+            r"evaluate: x must be images that the networks take, got \(1, 8, 8\)",
+        ),
         ({"x": X[:0], "y": Y[:0]}, ValueError, "evaluate: x must be at least one, got none"),
         ({"x": X + float("nan")}, ValueError, "evaluate: x must be finite, got NaN or infinity"),
         ({"y": Y + 5}, ValueError, "evaluate: y must be class indices below the model's 10 logits, got 14"),
         ({"model": lambda x: x.flatten(1) / 0}, ValueError, "evaluate: model must be a callable with finite logits"),
     ],
-    ids=["draws", "attacks", "eps", "empty", "nan", "labels", "logits"],
+    ids=["draws", "attacks", "eps", "channels", "empty", "nan", "labels", "logits"],
 )
 def test_wrong_input_is_named(arguments, error, pattern):
     call = {"model": CoinFlip(1.0, Y), "x": X, "y": Y, "progress": False, **arguments}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._checks import check_images, check_integer, check_labels, check_not_empty, message
+from .._checks import check_fits, check_images, check_integer, check_labels, check_not_empty, message
 from .._files import describe, load_checkpoint, save_checkpoint
 from ..attacks import FGSM, PGD, Model, draw_logits, frozen
 from ..randomness import derive_seed
@@ -99,8 +99,8 @@ def evaluate(
         attacks = quick_attacks(model, norm, eps, seed, max_batch=max_batch)
     if "clean" in attacks:
         raise ValueError(message("evaluate", "attacks", "named otherwise than the clean images", "'clean'"))
-    with frozen(model):
-        # A model that does not fit its images should fail here, not after an hour.
+    # A model that does not fit its images should fail here, not after an hour.
+    with frozen(model), check_fits("evaluate", "x", x):
         _check_logits(draw_logits(model, x[:1], 0, torch.zeros(1, dtype=torch.int64, device=x.device), range(1)), y)
     weights = model.state_dict().values() if isinstance(model, nn.Module) else ()
     # Functions show their address, which is another in every process.

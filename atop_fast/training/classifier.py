@@ -66,7 +66,7 @@ def train_classifier(
         modules={"classifier": classifier},
         optimizers={"classifier": optimizer},
         checkpoint=checkpoint,
-        fingerprint=f"classifier {epochs} {batch_size} {lr} {seed}",
+        fingerprint=f"classifier {lr}",
         progress=progress,
     )
     classifier.eval()

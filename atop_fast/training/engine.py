@@ -44,13 +44,15 @@ def fit(
         modules, optimizers: everything that changes, by name.
         checkpoint: file written after every epoch, from which an interrupted call with the same `fingerprint` goes on
             to the same result; tensors and numbers only.
-        fingerprint: the configuration, as text.
+        fingerprint: what else the result depends on, as text; the data, the first weights, `epochs`, `batch_size` and
+            `seed` are added to it.
         progress: show a progress bar with the time left.
 
     Returns:
         The mean of every logged scalar, epoch by epoch.
     """
-    fingerprint = f"{fingerprint} {describe(images, labels)}"
+    weights = [value for module in modules.values() for value in module.state_dict().values()]
+    fingerprint = f"{fingerprint} {epochs} {batch_size} {seed} {describe(images, labels, *weights)}"
     # Read before resuming: a checkpoint holds the rate of its last step.
     rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
     parts = {**modules, **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()}}

@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
+from .._checks import (
+    check_choice,
+    check_fits,
+    check_images,
+    check_integer,
+    check_labels,
+    check_not_empty,
+    check_number,
+    message,
+)
+from .._files import describe
 from ..attacks import NORMS, PGD, frozen
 from ..defense import Defense
 from ..purifiers import discriminator_loss, generator_loss
@@ -115,7 +125,7 @@ class _Trainer:
 
     def _check(self, images: Tensor) -> None:
         """Raise before the first step if the networks do not fit the images."""
-        with torch.no_grad(), frozen(self.purifier):
+        with torch.no_grad(), frozen(self.purifier), check_fits("pretrain", "images", images):
             corrupted = self.transform(images[:1])
             shape = self.purifier(corrupted).shape
         expected = (len(corrupted), *images.shape[1:])
@@ -222,6 +232,8 @@ def finetune(
     if defense.purifier is None:
         raise ValueError(message("finetune", "defense", "a Defense with a purifier", "one without"))
     trainer = _Trainer(defense.transform, defense.purifier, discriminator, config, images)
+    with torch.no_grad(), frozen(defense), check_fits("finetune", "images", images):
+        defense(images[:1], draws=0)
     noise_seed = derive_seed(seed, "transform")
     attacked = defense if config.attacked == "pipeline" else defense.classifier
 
@@ -247,7 +259,8 @@ def finetune(
         return {**logs, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
     with frozen(defense.classifier):
-        return _fit("finetune", step, trainer, images, labels, config, seed, checkpoint, progress)
+        constants = describe(*defense.classifier.state_dict().values())
+        return _fit("finetune", step, trainer, images, labels, config, seed, checkpoint, progress, constants)
 
 
 def _fit(
@@ -260,6 +273,7 @@ def _fit(
     seed: int,
     checkpoint: Path | None,
     progress: bool,
+    constants: str = "",
 ) -> History:
     """Run `step` with the trainer's networks in training mode, and leave them in evaluation mode."""
     for module in trainer.modules.values():
@@ -275,7 +289,7 @@ def _fit(
         modules=trainer.modules,
         optimizers=trainer.optimizers,
         checkpoint=checkpoint,
-        fingerprint=f"{title} {asdict(config)} {seed}",
+        fingerprint=f"{title} {asdict(config)} {trainer.transform!r} {constants}",
         progress=progress,
     )
     for module in trainer.modules.values():
