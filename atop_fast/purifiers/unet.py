@@ -28,8 +28,8 @@ class GatedUNet(nn.Module):
         output = 1.02 tanh(2 * masked image + 8 u),  u the last convolution's output
 
     The network learns a correction to the masked image, and its range is slightly wider than that of images: an L1
-    loss then has its optimum at finite u. With a range that ends at -1, training on mostly black images pushes every
-    pixel into saturation there and never returns.
+    loss then has its optimum at finite u. With a range that ends at -1, training on mostly black images can push every
+    pixel into saturation there, from where it does not return.
 
     Args:
         channels: channels C of the images.
