@@ -6,7 +6,7 @@ out=$(realpath -m "${1:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
     echo "benchmarks/gpu.sh: no GPU is visible to torch; nothing to do"
     exit 0
 fi
