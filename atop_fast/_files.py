@@ -52,7 +52,7 @@ def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[
 
 def describe(*tensors: Tensor) -> str:
     """Shapes and sums of tensors: enough to notice that a checkpoint is used with other data or weights."""
-    return " ".join(f"{tuple(t.shape)}:{float(t.double().sum()):.9g}" for t in tensors)
+    return " ".join(f"{tuple(t.shape)}:{float(t.sum(dtype=torch.float64)):.9g}" for t in tensors)
 
 
 def writable_folder(function: str, argument: str, path: str | Path) -> Path:

@@ -17,6 +17,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,15 +39,15 @@ class Tag(IntEnum):
     SEED = 5
 
 
-def philox4x32(counter: Sequence[Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10: four words for every counter.
 
     Args:
-        counter: four int64 tensors of broadcastable shape with values in [0, 2**32).
+        counter: four int64 tensors of broadcastable shape, or four ints, with values in [0, 2**32).
         seed: the 64-bit key, an int or an int64 scalar tensor; negative seeds are their two's complement.
 
     Returns:
-        Four int64 tensors with values in [0, 2**32).
+        Four int64 tensors, or ints, with values in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
@@ -113,9 +114,8 @@ def derive_seed(seed: int, *names: str | int) -> int:
     """An independent 63-bit seed for a named purpose, e.g. derive_seed(seed, "verdict"); always the same one."""
     for name in names:
         word = zlib.crc32(name.encode()) if isinstance(name, str) else name
-        words = (word & _MASK32, (word >> 32) & _MASK32, int(isinstance(name, str)), Tag.SEED << 16)
-        counter = [torch.tensor(w) for w in words]
-        low, high, *_ = (int(w) for w in philox4x32(counter, seed))
+        counter = (word & _MASK32, (word >> 32) & _MASK32, int(isinstance(name, str)), Tag.SEED << 16)
+        low, high, *_ = philox4x32(counter, seed)
         seed = (high << 32 | low) & 0x7FFFFFFFFFFFFFFF
     return seed
 

@@ -136,9 +136,6 @@ class RT3(RandomTransform):
         return (ranks % self.copies)[:, None] == groups
 
 
-TRANSFORMS: dict[str, type[RandomTransform]] = {"rt1": RT1, "rt2": RT2, "rt3": RT3}
-
-
 def build_transform(
     name: str, patch: int, mask_ratio: float, sigma: float, shared_mask: bool = False
 ) -> RandomTransform:

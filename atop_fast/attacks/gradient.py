@@ -45,12 +45,10 @@ class GradientEstimator:
 
     def __call__(self, x: Tensor, labels: Tensor, seed: int, sample_ids: Tensor, step: int) -> Tensor:
         """Gradient (B, C, H, W) at images x; step t uses the draws t * eot_iter .. (t + 1) * eot_iter - 1."""
-        fold = min(self.eot_iter, max(1, self.max_batch // max(1, len(x))))
         total = torch.zeros_like(x)
-        for first in range(0, self.eot_iter, fold):
-            n = min(fold, self.eot_iter - first)
-            draws = torch.arange(n, device=x.device) + step * self.eot_iter + first
-            total += self._gradients(x, labels, seed, sample_ids, draws).unflatten(0, (n, len(x))).sum(dim=0)
+        for draws in _folds(range(step * self.eot_iter, (step + 1) * self.eot_iter), x, self.max_batch):
+            gradients = self._gradients(x, labels, seed, sample_ids, draws)
+            total += gradients.unflatten(0, (len(draws), len(x))).sum(dim=0)
         return total.div_(self.eot_iter)
 
     def _gradients(self, x: Tensor, labels: Tensor, seed: int, sample_ids: Tensor, draws: Tensor) -> Tensor:
@@ -66,11 +64,10 @@ class GradientEstimator:
             return torch.cat([self.model(part) for part in leaf.chunk(len(draws))])
         if self.mode == "blind":
             return self.model.classifier(leaf)
-        key = {"seed": seed, "sample_ids": sample_ids.repeat(len(draws))}
-        key["draws"] = draws.repeat_interleave(len(sample_ids))
+        key = _folded_key(seed, sample_ids, draws)
         if self.mode == "exact":
-            return self.model(leaf, **key)
-        purified = self.model.purify(leaf.detach(), **key).detach()
+            return self.model(leaf, *key)
+        purified = self.model.purify(leaf.detach(), *key).detach()
         return self.model.classifier(purified + (leaf - leaf.detach()))
 
 
@@ -79,15 +76,24 @@ def draw_logits(model: Model, x: Tensor, seed: int, sample_ids: Tensor, draws: r
     if not isinstance(model, Defense):
         with torch.no_grad():
             return torch.stack([model(x).float() for _ in draws], dim=1)
-    fold = max(1, max_batch // max(1, len(x)))
     parts = []
-    for first in range(0, len(draws), fold):
-        part = torch.tensor(draws[first : first + fold], device=x.device)
+    for part in _folds(draws, x, max_batch):
         with torch.no_grad():
-            ids, keys = sample_ids.repeat(len(part)), part.repeat_interleave(len(x))
-            logits = model(x.repeat(len(part), 1, 1, 1), seed, ids, keys)
+            logits = model(x.repeat(len(part), 1, 1, 1), *_folded_key(seed, sample_ids, part))
         parts.append(logits.float().unflatten(0, (len(part), len(x))))
     return torch.cat(parts).transpose(0, 1)
+
+
+def _folds(draws: range, x: Tensor, max_batch: int) -> Iterator[Tensor]:
+    """The draws in parts (n,) with which the batch x, repeated n times, stays within max_batch images."""
+    fold = max(1, max_batch // max(1, len(x)))
+    for first in range(0, len(draws), fold):
+        yield torch.tensor(draws[first : first + fold], device=x.device)
+
+
+def _folded_key(seed: int, sample_ids: Tensor, draws: Tensor) -> tuple[int, Tensor, Tensor]:
+    """The key of a batch repeated once for each of the draws (n,), draw by draw."""
+    return seed, sample_ids.repeat(len(draws)), draws.repeat_interleave(len(sample_ids))
 
 
 @contextlib.contextmanager

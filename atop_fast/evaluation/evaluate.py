@@ -112,10 +112,10 @@ def evaluate(
     with tqdm(total=total, desc=title, disable=not progress) as bar, frozen(model):
         for name, parts in predictions.items():
             bar.set_postfix_str(name)
+            key = derive_seed(seed, "verdict", name)
             bar.update(len(parts))
             for xb, yb, ids in list(_batches(x, y, batch_size))[len(parts) :]:
                 candidate = attacks[name](xb, yb, ids) if name in attacks else xb
-                key = derive_seed(seed, "verdict", name)
                 logits = draw_logits(model, candidate, key, ids, range(draws), max_batch)
                 _check_logits(logits, yb)
                 parts.append(logits.argmax(dim=2).cpu())

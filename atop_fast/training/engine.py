@@ -55,6 +55,12 @@ def fit(
     fingerprint = f"{fingerprint} {epochs} {batch_size} {seed} {describe(images, labels, *weights)}"
     # Read before resuming: a checkpoint holds the rate of its last step.
     rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
+
+    def set_rates(factor: float) -> None:
+        for name, optimizer in optimizers.items():
+            for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
+                group["lr"] = rate * factor
+
     parts = {**modules, **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()}}
     history: History = []
     if state := load_checkpoint("fit", checkpoint, fingerprint):
@@ -68,9 +74,7 @@ def fit(
             order = permutation(len(images), derive_seed(seed, "order"), epoch).to(images.device)
             sums: dict[str, Tensor] = {}
             for i, ids in enumerate(order.split(batch_size)):
-                for name, optimizer in optimizers.items():
-                    for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
-                        group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * (epoch * batches + i) / total))
+                set_rates(0.5 * (1 + math.cos(math.pi * (epoch * batches + i) / total)))
                 for key, value in step(images[ids], labels[ids], ids, epoch).items():
                     sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach() * len(ids)
                 bar.update()
@@ -79,7 +83,5 @@ def fit(
             if checkpoint is not None:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(checkpoint, fingerprint, {"history": history, **states})
-    for name, optimizer in optimizers.items():
-        for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
-            group["lr"] = rate
+    set_rates(1)
     return history

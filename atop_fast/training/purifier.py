@@ -77,7 +77,6 @@ class FinetuneConfig(PretrainConfig):
         eot_iter: draws averaged in the training attack's gradient.
     """
 
-    lr: float = 1e-3
     ce_weight: float = 0.1
     ce_from_epoch: int = 0
     attacked: str = "pipeline"
