@@ -109,7 +109,7 @@ def native_extensions() -> dict:
     flags = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
     flags += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
               f"-ffile-prefix-map={ROOT}/=", "-Wall", "-Wno-unknown-pragmas"]  # fmt: skip
-    nvcc = ["-O3", "-lineinfo", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"] + (["-g"] if DEBUG else [])
+    nvcc = ["-O3", "--fmad=false", "-Xcompiler", "-fvisibility=hidden"] + (["-g", "-lineinfo"] if DEBUG else [])
     headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.*h"))]
 
     def library(name: str, kind: type, patterns: list[str], macros: list[str], **options: object) -> Extension:

@@ -11,7 +11,7 @@ from .defense import Defense
 from .evaluation import Report, Verdict, evaluate
 from .purifiers import build_purifier
 from .training import FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
-from .transforms import RT1, RT2, RT3
+from .transforms import RT1, RT2, RT3, RandomResizePad
 
 try:
     __version__ = version("atop-fast")
@@ -29,6 +29,7 @@ __all__ = [
     "Defense",
     "FinetuneConfig",
     "PretrainConfig",
+    "RandomResizePad",
     "Report",
     "Verdict",
     "attacks",

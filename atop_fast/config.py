@@ -49,6 +49,7 @@ class TransformConfig:
         mask_ratio: share of the blocks that is masked.
         sigma: standard deviation of the noise, in units of [0, 1] pixels.
         shared_mask: one mask for all images of a draw instead of one for each.
+        size: side in pixels to which the images are resized before the noise; none keeps their size.
     """
 
     name: Literal["rt1", "rt2", "rt3"] = "rt2"
@@ -56,7 +57,8 @@ class TransformConfig:
     mask_ratio: float = 0.25
     sigma: float = 0.25
     shared_mask: bool = False
+    size: int | None = None
 
     def build(self) -> RandomTransform:
         """The transform."""
-        return build_transform(self.name, self.patch, self.mask_ratio, self.sigma, self.shared_mask)
+        return build_transform(self.name, self.patch, self.mask_ratio, self.sigma, self.shared_mask, self.size)

@@ -37,6 +37,7 @@ class Tag(IntEnum):
     START = 3
     ORDER = 4
     SEED = 5
+    RESIZE = 6
 
 
 def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, Any, Any]:
@@ -60,7 +61,7 @@ def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, An
     return c0, c1, c2, c3
 
 
-def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: Tag) -> Tensor:
+def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: int) -> Tensor:
     """`count` 32-bit words for every sample, int64 (B, count); sample_ids (B,), draws an int or int64 () or (B,)."""
     groups = torch.arange((count + 3) // 4, device=sample_ids.device)[None, :]
     ids = sample_ids.reshape(-1, 1)
@@ -76,23 +77,6 @@ def random_uniform(
     """Uniform numbers in (0, 1), float32 (B, *shape): the upper 23 bits of a word, centred, hence exact."""
     words = random_bits(math.prod(shape), seed, sample_ids, draws, tag)
     return ((words >> 9).float() + 0.5).mul_(2.0**-23).view(-1, *shape)
-
-
-def random_normal(
-    shape: Sequence[int], seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: Tag
-) -> Tensor:
-    """Standard normal numbers, float32 (B, *shape), by Box-Muller on pairs of words (|n| <= 6.8).
-
-    The logarithm, sine and cosine are polynomials in correctly rounded operations, so the bits do not depend on the
-    machine, the library or the place in the batch.
-    """
-    count = math.prod(shape)
-    words = random_bits(count + count % 2, seed, sample_ids, draws, tag)
-    a, b = words[:, 0::2], words[:, 1::2]
-    radius = (_log(a.float() * 2.0**-32 + 2.0**-33) * -2).clamp_(min=0).sqrt_()
-    cosine, sine = _cos_sin(b)
-    normal = torch.stack((radius * cosine, radius * sine), dim=-1)
-    return normal.flatten(1)[:, :count].reshape(-1, *shape)
 
 
 def random_ranks(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: Tag) -> Tensor:
@@ -124,8 +108,14 @@ def check_keys(
     function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
 ) -> tuple[Tensor, int | Tensor]:
     """Validate (seed, sample_ids, draws) of a call over `batch` samples; sample_ids defaults to 0..batch-1."""
+    # While torch.compile traces, numbers may be symbols; what runs checks them.
+    tracing = torch.compiler.is_compiling()
     if not isinstance(seed, Tensor):
-        check_integer(function, "seed", seed, low=-(2**63), high=2**63 - 1)
+        if not tracing:
+            check_integer(function, "seed", seed, low=-(2**63), high=2**63 - 1)
+    elif seed.dtype != torch.int64 or seed.shape != ():
+        given = f"{seed.dtype} of shape {tuple(seed.shape)}"
+        raise ValueError(message(function, "seed", "an integer or int64 of shape ()", given))
     if sample_ids is None:
         sample_ids = torch.arange(batch, device=device)
     elif check_tensor(function, "sample_ids", sample_ids).dtype != torch.int64 or sample_ids.shape != (batch,):
@@ -135,9 +125,21 @@ def check_keys(
         if draws.dtype != torch.int64 or draws.shape not in ((), (batch,)):
             given = f"{draws.dtype} of shape {tuple(draws.shape)}"
             raise ValueError(message(function, "draws", f"an integer or int64 of shape () or ({batch},)", given))
-    else:
+    elif not tracing:
         check_integer(function, "draws", draws, low=0, high=_MASK32)
     return sample_ids.to(device), draws
+
+
+def key_tensors(
+    function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The checked key (seed, sample_ids, draws) as int64 tensors on `device`, for ops that read it from memory."""
+    sample_ids, draws = check_keys(function, batch, device, seed, sample_ids, draws)
+    return _on(device, seed), sample_ids, _on(device, draws)
+
+
+def _on(device: torch.device, value: int | Tensor) -> Tensor:
+    return value.to(device) if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=device)
 
 
 @contextlib.contextmanager
@@ -146,39 +148,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _log(u: Tensor) -> Tensor:
-    """log(u) for float32 u in (0, 1]: Cephes' logf polynomial on the mantissa in [sqrt(1/2), sqrt(2))."""
-    bits = u.view(torch.int32)
-    mantissa = ((bits & 0x007FFFFF) | 0x3F000000).view(torch.float32)
-    small = mantissa < 0.707106781186547524
-    exponent = ((bits >> 23) - 126 - small.int()).float()
-    m = torch.where(small, mantissa + mantissa, mantissa) - 1
-    p = torch.full_like(m, 7.0376836292e-2)
-    for c in (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1):
-        p = p.mul_(m).add_(c)
-    for c in (2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1):
-        p = p.mul_(m).add_(c)
-    square = m * m
-    tail = p.mul_(m).mul_(square).add_(exponent * -2.12194440e-4).add_(square.mul_(-0.5))
-    return tail.add_(m).add_(exponent * 0.693359375)
-
-
-def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angle 2 pi word / 2**32: two bits of quadrant, 24 bits r in [0, 1) of a quarter turn."""
-    quadrant, r = word >> 30, ((word & 0x3FFFFFFF) >> 6).float() * 2.0**-24
-    s, c = _quarter_sine(r), _quarter_sine(1 - r)
-    odd = (quadrant & 1).bool()
-    cosine, sine = torch.where(odd, s, c), torch.where(odd, c, s)
-    cosine = torch.where((quadrant == 1) | (quadrant == 2), -cosine, cosine)
-    return cosine, torch.where(quadrant >= 2, -sine, sine)
-
-
-def _quarter_sine(r: Tensor) -> Tensor:
-    """sin(pi/2 r) for r in [0, 1]: Taylor polynomial of degree 11, error below 6e-8."""
-    square = r * r
-    p = torch.full_like(r, -((math.pi / 2) ** 11) / math.factorial(11))
-    for k in (9, 7, 5, 3, 1):
-        p = p.mul_(square).add_((-1) ** (k // 2) * (math.pi / 2) ** k / math.factorial(k))
-    return p.mul_(r)

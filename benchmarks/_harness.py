@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ import torch
 from atop_fast.env import cpu_model
 
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Case:
+    """One comparison: what each variant runs, "eager" first, and how many bytes it must move at least."""
+
+    op: str
+    direction: str
+    shape: str
+    dtype: torch.dtype
+    layout: str
+    nbytes: int
+    run: dict[str, Callable[[], Any]]
+    check: Callable[[], None]
 
 
 def keep_heap() -> None:

@@ -7,12 +7,13 @@ import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _harness
 import torch
+import transforms
+from _harness import Case
 from torch import Tensor
 
 from atop_fast.ops import _registry
@@ -22,21 +23,6 @@ gated_elu = importlib.import_module("atop_fast.ops.gated_elu")
 pgd_step_linf = importlib.import_module("atop_fast.ops.pgd_step_linf")
 NUMBERS = (2 / 255, 8 / 255)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-
-
-@dataclass
-class Case:
-    """One row's worth of work: what to run in each backend, and how many bytes it must move at least."""
-
-    op: str
-    direction: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: str
-    nbytes: int
-    formula: Callable[[], Any]
-    run: dict[str, Callable[[], Any]]
-    exact: bool
 
 
 def pgd_cases(device: str) -> Iterator[Case]:
@@ -49,14 +35,15 @@ def pgd_cases(device: str) -> Iterator[Case]:
         nbytes = 4 * x.nbytes
         formula = functools.partial(pgd_step_linf.formula, x, grad, x0, *NUMBERS)
         run = {name: functools.partial(f, x, grad, x0, *NUMBERS) for name, f in _impls("pgd_step_linf").items()}
-        yield Case("pgd_step_linf", "forward", shape, dtype, "nchw", nbytes, formula, run, exact=True)
+        yield _case("pgd_step_linf", "forward", x, "nchw", nbytes, formula, run, tolerance=0)
         moved = x.clone()
         in_place = {name: _in_place(f, moved, grad, x0) for name, f in _impls("pgd_step_linf_").items()}
 
         def formula_in_place(x: Tensor = moved, grad: Tensor = grad, x0: Tensor = x0) -> Tensor:
             return x.copy_(pgd_step_linf.formula(x, grad, x0, *NUMBERS))
 
-        yield Case("pgd_step_linf_", "forward", shape, dtype, "nchw", nbytes, formula_in_place, in_place, exact=True)
+        # Not checked here, as that would move the images; the tests compare it, and it runs the code of the other.
+        yield _case("pgd_step_linf_", "forward", x, "nchw", nbytes, formula_in_place, in_place, tolerance=None)
 
 
 def gated_elu_cases(device: str) -> Iterator[Case]:
@@ -66,11 +53,12 @@ def gated_elu_cases(device: str) -> Iterator[Case]:
         h = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=LAYOUTS[layout])
         forward = {name: functools.partial(f, h) for name, f in _impls("gated_elu").items()}
         formula = functools.partial(gated_elu.formula, h)
-        yield Case("gated_elu", "forward", shape, dtype, layout, h.nbytes * 3 // 2, formula, forward, exact=False)
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+        yield _case("gated_elu", "forward", h, layout, h.nbytes * 3 // 2, formula, forward, tolerance)
         dy = torch.randn_like(gated_elu.formula(h))
         both = {name: functools.partial(_backend_pass, name, h, dy) for name in forward}
         formula = functools.partial(_autograd_pass, gated_elu.formula, h, dy)
-        yield Case("gated_elu", "both", shape, dtype, layout, h.nbytes * 4, formula, both, exact=False)
+        yield _case("gated_elu", "both", h, layout, h.nbytes * 4, formula, both, tolerance)
 
 
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
@@ -110,35 +98,45 @@ def _backend_pass(backend: str, h: Tensor, dy: Tensor) -> Tensor:
     return _autograd_pass(lambda leaf: _Gate.apply(leaf, backend), h, dy)
 
 
-def compiled(case: Case) -> Callable[[], Any] | None:
-    """torch.compile of the formula; None where compiling fails."""
+def _case(
+    op: str,
+    direction: str,
+    like: Tensor,
+    layout: str,
+    nbytes: int,
+    formula: Callable[[], Any],
+    run: dict[str, Callable[[], Any]],
+    tolerance: float | None,
+) -> Case:
+    def check() -> None:
+        for function in run.values() if tolerance is not None else ():
+            torch.testing.assert_close(function(), formula(), rtol=tolerance, atol=tolerance)
+
+    shape = "x".join(map(str, like.shape))
+    variants = {"eager": formula, **run, "compile": torch.compile(formula)}
+    return Case(op, direction, shape, like.dtype, layout, nbytes, variants, check)
+
+
+def runnable(case: Case, skip: set[str]) -> dict[str, Callable[[], Any]]:
+    """The case's variants but those to skip and those that fail here: a peer that is not there is no result."""
     torch._dynamo.reset()
-    function = torch.compile(case.formula)
-    try:
-        function()
-    except Exception as error:  # the message is the result: a baseline that is not there
-        print(f"torch.compile: {case.op} {case.direction}: {type(error).__name__}")
-        return None
-    return function
+    found = {}
+    for name, function in case.run.items():
+        if name in skip:
+            continue
+        try:
+            function()
+        except Exception as error:  # the message is the result
+            print(f"{name}: {case.op} {case.direction}: {type(error).__name__}: {error}".partition("\n")[0])
+        else:
+            found[name] = function
+    return found
 
 
-def check(case: Case) -> None:
-    """Refuse to time what is not equal."""
-    if case.op.endswith("_"):
-        return  # it would move the images; the tests compare it, and it runs the code of the op out of place
-    expected = case.formula()
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(case.dtype, 2e-2)
-    for run in case.run.values():
-        tolerance = 0 if case.exact else tolerance
-        torch.testing.assert_close(run(), expected, rtol=tolerance, atol=tolerance)
-
-
-def measure(case: Case, device: str, seconds: float, with_compile: bool) -> list[dict[str, Any]]:
+def measure(case: Case, device: str, seconds: float, skip: set[str]) -> list[dict[str, Any]]:
     """The case's rows, eager first."""
-    check(case)
-    functions: dict[str, Callable[[], Any]] = {"eager": case.formula, **case.run}
-    if with_compile and (function := compiled(case)):
-        functions["compile"] = function
+    case.check()
+    functions = runnable(case, skip)
     samples = _harness.time_us(functions, device, seconds)
     summaries = {name: _harness.summary(values) for name, values in samples.items()}
     copy = _harness.copy_gbps(case.nbytes, device)
@@ -147,7 +145,7 @@ def measure(case: Case, device: str, seconds: float, with_compile: bool) -> list
         gbps = case.nbytes / numbers["median_us"] / 1e3
         versus = {base: _ratio(summaries, base, name) for base in ("eager", "compile")}
         rows.append({
-            "op": case.op, "direction": case.direction, "backend": name, "shape": "x".join(map(str, case.shape)),
+            "op": case.op, "direction": case.direction, "backend": name, "shape": case.shape,
             "dtype": str(case.dtype).removeprefix("torch."), "layout": case.layout, **numbers, "gbps": round(gbps, 1),
             "pct_copy": round(100 * gbps / copy), "speedup_vs_eager": versus["eager"],
             "speedup_vs_compile": versus["compile"],
@@ -163,23 +161,28 @@ def main() -> None:
     """Measure, print, and write the results if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--op", help="only ops whose name begins so")
+    parser.add_argument("--op", nargs="*", default=[""], help="only ops whose name begins so")
     parser.add_argument("--seconds", type=float, default=0.25, help="time for each function of a case")
     parser.add_argument("--no-compile", action="store_true", help="leave the baseline torch.compile out")
     parser.add_argument("--json", action="store_true", help="write the results as JSON")
+    parser.add_argument("--name", default="ops", help="name of the JSON file")
     parser.add_argument("--out", type=Path, default=_harness.RESULTS, help="folder for the JSON file")
     parser.add_argument("--commit", help="commit to record; by default what git says")
     args = parser.parse_args()
     _harness.keep_heap()
     rows = []
-    for case in itertools.chain(pgd_cases(args.device), gated_elu_cases(args.device)):
-        if case.op.startswith(args.op or ""):
-            rows += measure(case, args.device, args.seconds, not args.no_compile)
+    skip = {"compile"} if args.no_compile else set()
+    for case in itertools.chain(
+        *(cases(args.device) for cases in (pgd_cases, gated_elu_cases, transforms.transform_cases))
+    ):
+        if case.op.startswith(tuple(args.op)):
+            rows += measure(case, args.device, args.seconds, skip)
     _harness.print_table(rows)
     if args.json:
         owners = {name: _registry.owner(name, args.device) for name in _registry.OPS}
+        owners |= {function: owners[name] for function, name in transforms.OPS.items()}
         document = {**_harness.metadata(args.device, args.commit), "owners": owners, "rows": rows}
-        print("wrote", _harness.write("ops", args.device, args.out, document))
+        print("wrote", _harness.write(args.name, args.device, args.out, document))
 
 
 if __name__ == "__main__":

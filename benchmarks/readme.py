@@ -1,4 +1,4 @@
-"""Writes the README's tables from the committed result files: python benchmarks/readme.py"""
+"""Writes the tables of the README and the docs from the committed result files: python benchmarks/readme.py"""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Rows of ops--cpu.json that the README shows: op, direction, shape, dtype, layout.
 OPS = (
+    ("corrupt", "forward", "64x3x32x32", "float32", "nchw"),
+    ("corrupt", "both", "64x3x32x32", "float32", "nchw"),
+    ("corrupt", "both", "64x3x256x256", "float32", "nchw"),
+    ("corrupt", "both", "64x3x32x32 to 256x256", "float32", "nchw"),
+    ("random_resize_pad", "both", "16x3x224x224 to 256x256", "float32", "nchw"),
     ("pgd_step_linf", "forward", "64x3x32x32", "float32", "nchw"),
     ("pgd_step_linf", "forward", "64x3x256x256", "float32", "nchw"),
     ("gated_elu", "both", "8x96x128x128", "float32", "nchw"),
@@ -57,12 +62,58 @@ def ops() -> str:
     return "\n".join(lines) + f"\n\n{_source(document)}"
 
 
+# Rows of the three runs that docs/transforms.md shows, with the targets that were set: against eager and compile.
+TRANSFORMS = (
+    ("corrupt", "forward", "64x3x32x32", 15, 35),
+    ("corrupt", "both", "64x3x32x32", 17, 30),
+    ("corrupt", "forward", "64x3x256x256", 10, 35),
+    ("corrupt", "both", "64x3x256x256", 10, 30),
+    ("corrupt", "forward", "64x3x32x32 to 256x256", 12, 35),
+    ("corrupt", "both", "64x3x32x32 to 256x256", 9, 30),
+    ("random_normal", "forward", "64x3x32x32", 15, None),
+    ("random_normal", "forward", "64x3x256x256", 15, None),
+)
+
+
+def transforms() -> str:
+    """Speed-ups in three runs beside the targets, for float32."""
+    names = ("ops", "transforms-2", "transforms-3")
+    documents = [json.loads((RESULTS / f"{name}--cpu.json").read_text()) for name in names]
+    peers = ("eager", "compile", "torchvision", "kornia")
+    lines = [
+        "| op | work | shape | eager (target) | compile (target) | torchvision | kornia | share of copy bandwidth |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for op, direction, shape, *targets in TRANSFORMS:
+        runs = [_variants(document, op, direction, shape) for document in documents]
+        cells = [", ".join(_times(run, peer) for run in runs) if peer in runs[0] else "" for peer in peers]
+        for i, target in enumerate(targets):
+            cells[i] += f" (>= {target})" if target else ""
+        share = ", ".join(
+            f"{run[document['owners'][op]]['pct_copy']} %" for run, document in zip(runs, documents, strict=True)
+        )
+        work = {"forward": "forward", "both": "forward + backward"}[direction]
+        lines.append(f"| `{op}` | {work} | {shape} | " + " | ".join(cells) + f" | {share} |")
+    return "\n".join(lines) + f"\n\n{_source(documents[0])} Three runs."
+
+
+def _variants(document: dict[str, Any], op: str, direction: str, shape: str) -> dict[str, dict[str, Any]]:
+    wanted = (op, direction, shape, "float32")
+    keys = ("op", "direction", "shape", "dtype")
+    found = {row["backend"]: row for row in document["rows"] if tuple(row[key] for key in keys) == wanted}
+    return {**found, "ours": found[document["owners"][op]]}
+
+
+def _times(run: dict[str, dict[str, Any]], peer: str) -> str:
+    return f"{run[peer]['median_us'] / run['ours']['median_us']:.1f}"
+
+
 def filled(text: str, name: str) -> str:
-    """`text` with the table `name` ("demo" or "ops") between its two comments."""
+    """`text` with the table `name` ("demo", "ops" or "transforms") between its two comments."""
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, _, rest = text.partition(start)
     _, _, after = rest.partition(end)
-    return f"{before}{start}{ {'demo': demo, 'ops': ops}[name]() }\n{end}{after}"
+    return f"{before}{start}{TABLES[name]()}\n{end}{after}"
 
 
 def _accuracy(verdict: dict[str, Any]) -> str:
@@ -77,9 +128,14 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
+TABLES = {"demo": demo, "ops": ops, "transforms": transforms}
+# Where the tables stand.
+PAGES = {"README.md": ("demo", "ops"), "docs/transforms.md": ("transforms",)}
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for table in ("demo", "ops"):
-        text = filled(text, table)
-    readme.write_text(text, encoding="utf-8")
+    for page, tables in PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for table in tables:
+            text = filled(text, table)
+        (ROOT / page).write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ A program of its own, as Triton decides when a kernel is defined whether to inte
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -16,41 +17,114 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from atop_fast.kernels._launch import BLOCK, NUM_WARPS
+from atop_fast.kernels._launch import BLOCK, EXACT, GATHER_BLOCK, NUM_WARPS
+from atop_fast.kernels.mask_blocks import TILE
 
-# kernel: module, then its arguments in order; "T" is the storage type, "i" an integer divisible by 16.
-KERNELS = {
-    "pgd_step_linf_fwd_kernel": ("pgd_step_linf", "*T *T *T *T fp32 fp32 i", ("fp32",)),
-    "gated_elu_fwd_kernel": ("gated_elu", "*T *T i i flag", ("fp32", "bf16", "fp16")),
-    "gated_elu_bwd_kernel": ("gated_elu", "*T *T *T i i flag", ("fp32", "bf16", "fp16")),
+FLOATS = ("fp32", "bf16", "fp16")
+# The key of the randomness, and what corrupt reads: its numbers follow the pointers of its outputs.
+KEY = "*i64 *i64 *i64"
+CORRUPT = f"*u8 *fp32 {KEY}"
+
+# case: kernel, its arguments in order, its block, storage types; "T" is the storage type, "i" an integer divisible by
+# 16, "i32" any other and "=x" the constant x. Exact kernels are compiled as they are launched.
+CASES = {
+    "pgd_step_linf": ("pgd_step_linf.pgd_step_linf_fwd_kernel", "*T *T *T *T fp32 fp32 i", BLOCK, ("fp32",)),
+    "gated_elu": ("gated_elu.gated_elu_fwd_kernel", "*T *T i i =False", BLOCK, FLOATS),
+    "gated_elu_bwd": ("gated_elu.gated_elu_bwd_kernel", "*T *T *T i i =False", BLOCK, FLOATS),
+    # COUNT is divisible by 4, and is not.
+    "random_normal": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =True", BLOCK, ("fp32",)),
+    "random_normal any": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =False", BLOCK, ("fp32",)),
+    "mask_blocks": ("mask_blocks.mask_blocks_kernel", f"{KEY} *i64 *u8 i32 i32 i32 i32 i =8", TILE, ("fp32",)),
+    "assemble": ("assemble.assemble_fwd_kernel", "*T *u8 *T i32 i32 i i =3 =8 =False", BLOCK, FLOATS[:2]),
+    "assemble_bwd": ("assemble.assemble_bwd_kernel", "*T *u8 *T i32 i i =3 =4 =8 =False", BLOCK, FLOATS[:2]),
+    "corrupt": (
+        "corrupt.corrupt_fwd_kernel",
+        f"*T {CORRUPT} *T *u8 i32 i32 i32 i32 i i i i =3 =1 =8 =8 =False =False",
+        BLOCK,
+        FLOATS[:2],
+    ),
+    # Four copies, nothing saved.
+    "corrupt copies": (
+        "corrupt.corrupt_fwd_kernel",
+        f"*T {CORRUPT} *T =None i32 i32 i32 i32 i i i i =3 =4 =8 =8 =False =False",
+        BLOCK,
+        ("bf16",),
+    ),
+    # Blocks of 7 pixels.
+    "corrupt odd blocks": (
+        "corrupt.corrupt_fwd_kernel",
+        f"*T {CORRUPT} *T *u8 i32 i32 i32 i32 i32 i32 i32 i32 =3 =1 =1 =4 =False =False",
+        BLOCK,
+        ("fp32",),
+    ),
+    # Any size.
+    "corrupt any": (
+        "corrupt.corrupt_fwd_kernel",
+        f"*T {CORRUPT} *T *u8 i32 i32 i32 i32 i32 i32 i32 i32 =3 =1 =1 =1 =False =False",
+        BLOCK,
+        ("fp32",),
+    ),
+    "corrupt channels_last": (
+        "corrupt.corrupt_fwd_kernel",
+        f"*T {CORRUPT} *T *u8 i32 i32 i32 i32 i i i i =3 =1 =8 =8 =False =True",
+        BLOCK,
+        ("bf16",),
+    ),
+    "corrupt resized": (
+        "corrupt.corrupt_fwd_kernel",
+        f"*u8 {CORRUPT} *T *u8 i32 i32 i32 i32 i i i i =3 =1 =8 =8 =True =False",
+        GATHER_BLOCK,
+        ("fp32",),
+    ),
+    "corrupt_passes": (
+        "corrupt.corrupt_fwd_kernel",
+        f"*T {CORRUPT} =None *u8 i32 i32 i32 i32 i i i i =3 =1 =8 =8 =False =False",
+        BLOCK,
+        ("fp32",),
+    ),
+    "corrupt_bwd": ("corrupt.corrupt_bwd_kernel", "*T *u8 *u8 *T i32 i i =3 =4 =8 =8 =False", BLOCK, FLOATS[:2]),
+    "resample": (
+        "resample.resample_kernel",
+        "*T *i64 *fp32 *i64 *fp32 *T i32 i32 i32 i i i i i =2 =2 =False",
+        GATHER_BLOCK,
+        FLOATS[:2],
+    ),
 }
+CONTRACTED = ("pgd_step_linf", "gated_elu", "gated_elu_bwd")
 ARCHS = (80, 90, 100)
 
 
 def main() -> None:
-    for name, (module, arguments, dtypes) in KERNELS.items():
+    for case, (path, arguments, block, dtypes) in CASES.items():
+        module, name = path.split(".")
         kernel = getattr(importlib.import_module(f"atop_fast.kernels.{module}"), name)
+        options = {"num_warps": NUM_WARPS, **({} if case in CONTRACTED else EXACT)}
         for dtype in dtypes:
-            source = _source(kernel, arguments.split(), dtype)
+            source = _source(kernel, [*arguments.split(), f"={block}"], dtype)
             for arch in ARCHS:
-                built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": NUM_WARPS})
-                widths = sorted(set(re.findall(r"(?:ld|st)\.global(?:\.\w+)*?\.(v\d\.b\d+|b\d+)\b", built.asm["ptx"])))
-                row = {"kernel": name, "dtype": dtype, "arch": arch, "widths": widths, **_usage(built.asm["cubin"])}
+                built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                ptx = built.asm["ptx"]
+                row = {"case": case, "dtype": dtype, "arch": arch, "loads": _widths("ld", ptx)}
+                row |= {"stores": _widths("st", ptx), "fma": ptx.count("fma.rn"), **_usage(built.asm["cubin"])}
                 print(json.dumps(row))
 
 
 def _source(kernel, arguments, dtype):
     signature, constants, attributes = {}, {}, {}
-    for i, (name, argument) in enumerate(zip(kernel.arg_names, [*arguments, "block"], strict=True)):
-        if argument in ("flag", "block"):
+    for i, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
+        if argument.startswith("="):
             signature[name] = "constexpr"
-            constants[(i,)] = BLOCK if argument == "block" else False
-        elif argument == "i" or argument.startswith("*"):
-            signature[name] = "i32" if argument == "i" else f"*{dtype}"
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            constants[(i,)] = ast.literal_eval(argument[1:])
         else:
-            signature[name] = argument
+            signature[name] = {"*T": f"*{dtype}", "i": "i32"}.get(argument, argument)
+            if argument == "i" or argument.startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _widths(access: str, ptx: str) -> list[str]:
+    """The widths of the loads from global memory, or of the stores to it."""
+    return sorted(set(re.findall(rf"{access}\.global(?:\.\w+)*?\.(v\d\.b\d+|b\d+)\b", ptx)))
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

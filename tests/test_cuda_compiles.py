@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Six blocks of 256 threads still fit a multiprocessor: 65536 / (256 * 40).
 MAX_REGISTERS = 40
+# Of sources that do more in a thread; float64 takes the most, the other types of corrupt 64 on sm_90 and 80 on sm_100.
+MORE_REGISTERS = {"assemble": 48, "corrupt": 90, "resample": 48}
 
 
 @pytest.mark.backend("nvcc")
@@ -26,7 +28,7 @@ def test_compiles(source, arch, tmp_path):
     assert done.returncode == 0, done.stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
     assert registers, f"ptxas reported no kernel:\n{done.stderr}"
-    assert max(registers) <= MAX_REGISTERS, done.stderr
+    assert max(registers) <= MORE_REGISTERS.get(source.stem, MAX_REGISTERS), done.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(frames) == len(registers)
     assert set(frames) == {("0", "0", "0")}, done.stderr

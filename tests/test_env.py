@@ -22,7 +22,9 @@ def python(*arguments, **environment):
 def test_report_covers_versions_and_owners():
     report = env.report()
     assert report["Versions"]["torch"] == torch.__version__
-    assert set(report["Owner of each op"]) == {"gated_elu", "gated_elu_bwd", "pgd_step_linf", "pgd_step_linf_"}
+    names = {"assemble", "assemble_bwd", "corrupt", "corrupt_bwd", "corrupt_passes", "gated_elu", "gated_elu_bwd"}
+    names |= {"mask_blocks", "pgd_step_linf", "pgd_step_linf_", "random_normal", "resample"}
+    assert set(report["Owner of each op"]) == names
 
 
 def test_prints_aligned_text(capsys):

@@ -1,22 +1,31 @@
-"""RT1, RT2, RT3: exact counts, ranges, batch independence, gradients, and the RT3 assembly."""
+"""The random transforms: exact counts, ranges, batch independence, gradients, the RT3 assembly, and attacks on them."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from atop_fast import RT1, RT2, RT3
-from atop_fast.transforms import build_transform
+from atop_fast import RT1, RT2, RT3, Defense, build_classifier
+from atop_fast.attacks import GradientEstimator
+from atop_fast.randomness import Tag, philox4x32, seeded
+from atop_fast.transforms import RandomResizePad, build_transform
 
-X = torch.rand(5, 3, 24, 16)
-ALL = [RT1(8), RT2(8), RT3(8, copies=3)]
-NAMES = ["rt1", "rt2", "rt3"]
+X = torch.rand(5, 3, 24, 16, generator=torch.Generator().manual_seed(1))
+ALL = [RT1(8), RT2(8), RT3(8, copies=3), RT2(8, size=(32, 16)), RT3(4, copies=2, size=12), RandomResizePad(16, 28)]
+NAMES = ["rt1", "rt2", "rt3", "rt2-up", "rt3-down", "pad"]
+SIZES = dict(zip(NAMES, [(24, 16)] * 3 + [(32, 16), (12, 12), (28, 28)], strict=True))
 
 
-@pytest.mark.parametrize("transform", ALL, ids=NAMES)
-def test_layout_and_range(transform):
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_and_range(name):
+    transform = ALL[NAMES.index(name)]
     z = transform(X, seed=1)
-    assert z.shape == (5 * transform.copies, 5, 24, 16)
+    assert z.shape == (5 * transform.copies, 5, *SIZES[name])
+    assert transform.target(X, seed=1).shape == (5 * transform.copies, 3, *SIZES[name])
     image, ones, mask = z[:, :3], z[:, 3], z[:, 4:]
     assert image.min() >= -1
     assert image.max() <= 1
@@ -74,8 +83,12 @@ def test_rt3_masks_partition_the_image(copies):
 @pytest.mark.parametrize("transform", ALL, ids=NAMES)
 def test_gradcheck(transform):
     # Small noise on mid-range pixels keeps clear of the clip's kinks.
-    transform = type(transform)(4, **({} if isinstance(transform, RT1) else {"sigma": 0.01}))
-    x = torch.rand(2, 1, 8, 8, dtype=torch.float64).mul_(0.5).add_(0.25).requires_grad_()
+    if isinstance(transform, RandomResizePad):
+        transform = RandomResizePad(4, 6)
+    else:
+        size = transform.size and (8, 4)
+        transform = type(transform)(4, size=size, **({} if isinstance(transform, RT1) else {"sigma": 0.01}))
+    x = torch.rand(2, 1, 4, 8, dtype=torch.float64).mul_(0.5).add_(0.25).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: transform(x, 1), x)
 
 
@@ -98,12 +111,133 @@ def test_global_generator_is_untouched():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("transform", ALL, ids=NAMES)
+def test_bytes_are_images_of_255_levels(transform):
+    levels = (X * 255).byte()
+    for method in (transform, transform.target):
+        z = method(levels, seed=1)
+        assert z.dtype == torch.float32
+        torch.testing.assert_close(z, method(levels.float() / 255, seed=1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", ALL, ids=NAMES)
+def test_channels_last_is_kept(transform):
+    z = transform(X.contiguous(memory_format=torch.channels_last), seed=1)
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(z, transform(X, seed=1))
+
+
+@pytest.mark.parametrize("transform", ALL, ids=NAMES)
+def test_target_is_what_is_left_unmasked(transform):
+    """Where neither mask nor noise falls, the purifier's input is its target."""
+    if not isinstance(transform, RandomResizePad):
+        transform = type(transform)(4, size=transform.size, **({} if isinstance(transform, RT1) else {"sigma": 0}))
+    z, target = transform(X, seed=1), transform.target(X, seed=1)
+    seen = (z[:, -1:] == 0).expand_as(target)
+    assert 0 < seen.float().mean() < 1
+    torch.testing.assert_close(z[:, :3][seen], target[seen], rtol=0, atol=1e-6)
+
+
+def test_size_is_the_resize_of_torch():
+    z = RT2(4, 0.0, 0.0, size=(8, 40))(X)
+    expected = 2 * F.interpolate(X, (8, 40), mode="bilinear") - 1
+    torch.testing.assert_close(z[:, :3], expected, rtol=0, atol=2e-6)
+
+
+def test_resize_pad_equals_interpolate_and_pad():
+    """Also the mask, which is 1 in the frame around the image, and the values there, 0 after the scaling."""
+    z = RandomResizePad(16, 28)(X, 3, 7 + torch.arange(5), 2)
+    for i, image in enumerate(X):
+        words = philox4x32((0, 7 + i, 2, Tag.RESIZE << 16), 3)
+        side = 16 + (words[0] * 13 >> 32)
+        top, left = (word * (29 - side) >> 32 for word in words[1:3])
+        frame = (left, 28 - side - left, top, 28 - side - top)
+        small = F.interpolate(image[None], (side, side), mode="bilinear")[0]
+        torch.testing.assert_close(z[i, :3], F.pad(2 * small - 1, frame), rtol=0, atol=4e-6)
+        assert torch.equal(z[i, 4], F.pad(torch.zeros(side, side), frame, value=1))
+
+
+def test_resize_pad_takes_every_place():
+    """Sides, rows and columns are uniform: 5 sigma for each of the 2 sides, and of the 4 places of the smaller one."""
+    masks = RandomResizePad(3, 4)(torch.rand(4096, 1, 2, 2))[:, -1]
+    small = masks.sum(dim=(1, 2)) == 16 - 9
+    assert abs(small.double().mean() - 0.5) < 5 * (0.25 / 4096) ** 0.5
+    corners = masks[small][:, [0, 0, 3, 3], [0, 3, 0, 3]].sum(dim=1)
+    assert (corners == 3).all()
+    places = (masks[small][:, [0, 0, 3, 3], [0, 3, 0, 3]] == 0).double().mean(dim=0)
+    assert (places - 0.25).abs().max() < 5 * (0.1875 / int(small.sum())) ** 0.5
+    assert not masks[~small].any()
+
+
+class Inpainter(nn.Module):
+    """A purifier for images of any size."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(5, 3, 3, padding=1)
+
+    def forward(self, z):
+        return torch.tanh(self.layer(z))
+
+
+with seeded(0):
+    PARTS = Inpainter().eval(), build_classifier("small_cnn", channels=3).eval()
+
+
+@pytest.mark.parametrize("mode", ["exact", "bpda", "blind"])
+@pytest.mark.parametrize("transform", ALL, ids=NAMES)
+def test_attacks_run_on_a_defense(transform, mode):
+    defense, labels = Defense(transform, *PARTS), torch.tensor([0, 1, 2, 3, 4])
+    assert defense(X, 1).shape == (5, 10)
+    gradient = GradientEstimator(defense, mode, eot_iter=2)(X, labels, 9, torch.arange(5), step=0)
+    assert gradient.shape == X.shape
+    assert gradient.isfinite().all()
+    assert gradient.flatten(1).abs().amax(dim=1).min() > 0
+
+
+@pytest.mark.parametrize("transform", [RT2(8, size=(32, 16)), RandomResizePad(16, 28)], ids=["rt2-up", "pad"])
+def test_exact_gradient_goes_through_the_resize(transform):
+    """Against finite differences of the loss along the gradient."""
+    defense = Defense(transform, *copy.deepcopy(PARTS)).double()
+    x, labels, ids = X.double() * 0.5 + 0.25, torch.arange(5), torch.arange(5)
+    gradient = GradientEstimator(defense)(x, labels, 9, ids, step=0)
+    step = 1e-6 * gradient / gradient.norm()
+    losses = [F.cross_entropy(defense(x + s, 9, ids, 0), labels, reduction="sum") for s in (step, -step)]
+    torch.testing.assert_close((losses[0] - losses[1]) / 2e-6, gradient.norm(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "pattern"),
     [
         (lambda: RT2(5)(X), ValueError, "RT2: x must be of a height and width divisible by patch=5, got 24 x 16"),
         (lambda: RT2(8)(X[0]), ValueError, r"RT2: x must be images of shape \(B, C, H, W\), got \(3, 24, 16\)"),
-        (lambda: RT2(8)(X.int()), TypeError, "RT2: x must be a floating-point tensor, got torch.int32"),
+        (lambda: RT2(8)(X.int()), TypeError, "RT2: x must be a uint8, float32, .* tensor, got torch.int32"),
+        (
+            lambda: RT2(8, size=20)(X),
+            ValueError,
+            "RT2: size must be of a height and width divisible by patch=8, got 20",
+        ),
+        (lambda: RT2(8, size=(8, 0)), ValueError, "RT2: size must be an integer and >= 1, got 0"),
+        (lambda: RT2(8, size=8.0), TypeError, "RT2: size must be an integer, got float"),
+        (lambda: RT2(8)([0.5]), TypeError, "RT2: x must be a torch.Tensor, got list"),
+        (lambda: RT2(8)(X, seed=0.5), TypeError, "RT2: seed must be an integer, got float"),
+        (lambda: RT2(8)(X, 0, torch.arange(4)), ValueError, r"RT2: sample_ids must be int64 of shape \(5,\), got"),
+        (lambda: RT2(8)(X, draws=-1), ValueError, "RT2: draws must be an integer and in"),
+        (lambda: RT3(8, 0), ValueError, r"RT3: copies must be an integer and in \[1, 255\], got 0"),
+        (lambda: RT3(8, 256), ValueError, r"RT3: copies must be an integer and in \[1, 255\], got 256"),
+        (lambda: RandomResizePad(0, 4), ValueError, "RandomResizePad: min_size must be an integer and >= 1, got 0"),
+        (
+            lambda: RandomResizePad(5, 4),
+            ValueError,
+            "RandomResizePad: max_size must be an integer and >= min_size=5, got",
+        ),
+        (lambda: RandomResizePad(2, 4)(X[0]), ValueError, "RandomResizePad: x must be images of shape"),
+        (
+            lambda: RandomResizePad(2, 4)(X.int()),
+            TypeError,
+            "RandomResizePad: x must be a uint8, float32, .* got torch.i",
+        ),
+        (lambda: RandomResizePad(2, 4)(X, draws=-1), ValueError, "RandomResizePad: draws must be an integer and in"),
         (lambda: RT2(0), ValueError, "RT2: patch must be an integer and >= 1, got 0"),
         (lambda: RT2(8, 1.5), ValueError, r"RT2: mask_ratio must be finite and in \[0, 1\], got 1.5"),
         (lambda: RT2(8, sigma=-1), ValueError, "RT2: sigma must be finite and >= 0, got -1"),

@@ -12,7 +12,31 @@ from pathlib import Path
 import pytest
 
 # A multiprocessor has 65536 registers: at 80 it still holds 6 blocks of 128 threads, each with 8 elements a thread.
-MAX_REGISTERS = {"pgd_step_linf_fwd_kernel": 40, "gated_elu_fwd_kernel": 56, "gated_elu_bwd_kernel": 80}
+MAX_REGISTERS = {
+    "pgd_step_linf": 40,
+    "gated_elu": 56,
+    "gated_elu_bwd": 80,
+    "random_normal": 32,
+    "random_normal any": 56,
+    "mask_blocks": 40,
+    "assemble": 32,
+    "assemble_bwd": 40,
+    "corrupt": 56,
+    "corrupt copies": 48,
+    "corrupt odd blocks": 72,
+    "corrupt any": 104,
+    "corrupt channels_last": 80,
+    "corrupt resized": 64,
+    "corrupt_passes": 48,
+    "corrupt_bwd": 64,
+    "resample": 56,
+}
+# Where neighbouring elements do not lie side by side, or fill no 16 bytes.
+NARROW_ANY = {"random_normal any", "mask_blocks", "corrupt any", "corrupt channels_last", "resample"}
+NARROW_LOADS = {*NARROW_ANY, "random_normal", "corrupt resized"}
+NARROW_STORES = {*NARROW_ANY, "corrupt_passes"}
+# All others have the same bits in every backend, hence contract no multiplication with an addition.
+CONTRACTED = {"pgd_step_linf", "gated_elu", "gated_elu_bwd"}
 
 
 @pytest.mark.backend("triton")
@@ -24,8 +48,12 @@ def test_compiles(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == (1 + 3 + 3) * 3
+    assert {row["case"] for row in rows} == set(MAX_REGISTERS)
+    assert len(rows) == (2 * 3 + 5 * 2 + 10) * 3
     for row in rows:
-        assert row["reg"] <= MAX_REGISTERS[row["kernel"]], row
+        case = row["case"]
+        assert row["reg"] <= MAX_REGISTERS[case], row
         assert row["stack"] == row["local"] == 0, row
-        assert row["widths"] == ["v4.b32"], row
+        assert case in CONTRACTED or row["fma"] == 0, row
+        assert case in NARROW_LOADS or ("v4.b32" in row["loads"] and "b16" not in row["loads"]), row
+        assert case in NARROW_STORES or not {"b16", "b32"}.intersection(row["stores"]), row

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_integer
 from ..defense import Defense
+from ..ops import resize
 
 Model = Callable[..., Tensor]
 GRADIENT_MODES = ("exact", "bpda", "blind")
@@ -68,7 +69,9 @@ class GradientEstimator:
         if self.mode == "exact":
             return self.model(leaf, *key)
         purified = self.model.purify(leaf.detach(), *key).detach()
-        return self.model.classifier(purified + (leaf - leaf.detach()))
+        # A transform may have resized the images; then the "identity" is the resize alone.
+        identity = leaf if leaf.shape == purified.shape else resize(leaf, (purified.shape[2], purified.shape[3]))
+        return self.model.classifier(purified + (identity - identity.detach()))
 
 
 def draw_logits(model: Model, x: Tensor, seed: int, sample_ids: Tensor, draws: range, max_batch: int = 1024) -> Tensor:

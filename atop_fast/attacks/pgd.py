@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_number
-from ..ops import pgd_step_linf_
-from ..randomness import Tag, check_keys, derive_seed, random_normal, random_uniform
+from ..ops import pgd_step_linf_, random_normal
+from ..randomness import Tag, check_keys, derive_seed, random_uniform
 from .gradient import GradientEstimator, Model, draw_logits, frozen
 
 NORMS = ("Linf", "L2")

@@ -1,9 +1,25 @@
 """Tensor ops with one specification each and several implementations; see `_registry` for how they come together."""
 
 from . import _registry
+from .assemble import assemble
+from .corrupt import corrupt
 from .gated_elu import gated_elu
+from .mask_blocks import mask_blocks
 from .pgd_step_linf import pgd_step_linf, pgd_step_linf_
+from .random_normal import random_normal
+from .random_resize_pad import random_resize_pad
+from .resize import resize
 
 _registry.load()
 
-__all__ = ["gated_elu", "pgd_step_linf", "pgd_step_linf_"]
+__all__ = [
+    "assemble",
+    "corrupt",
+    "gated_elu",
+    "mask_blocks",
+    "pgd_step_linf",
+    "pgd_step_linf_",
+    "random_normal",
+    "random_resize_pad",
+    "resize",
+]

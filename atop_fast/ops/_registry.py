@@ -7,12 +7,14 @@ the CUDA key where the CUDA library is absent. From there on the dispatcher choo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,23 @@ def owner(name: str, device: str) -> str:
     if match is None or not match[1].endswith(".cpp"):
         return "triton"
     return "cpp" if device == "cpu" else "cuda"
+
+
+@contextlib.contextmanager
+def owned_by(backend: str, names: Sequence[str], device: str) -> Iterator[None]:
+    """Have the dispatcher call `backend` for the ops `names` on `device` inside the block; for tests and benchmarks."""
+    if all(owner(name, device) == backend for name in names):
+        yield
+        return
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is the purpose
+            for name in names:
+                library.impl(name, impls(name)[backend], device.upper(), allow_override=True)
+        yield
+    finally:
+        library._destroy()
 
 
 def _load_library(backend: str, file: str, absent: str) -> None:

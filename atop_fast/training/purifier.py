@@ -127,7 +127,7 @@ class _Trainer:
         with torch.no_grad(), frozen(self.purifier), check_fits("pretrain", "images", images):
             corrupted = self.transform(images[:1])
             shape = self.purifier(corrupted).shape
-        expected = (len(corrupted), *images.shape[1:])
+        expected = (len(corrupted), images.shape[1], *corrupted.shape[2:])
         if shape != expected:
             name = type(self.purifier).__name__
             raise ValueError(message(name, "output", f"of shape {expected}", tuple(shape)))
@@ -138,7 +138,7 @@ class _Trainer:
         """One purifier pass and a discriminator step: the assembled image in [0, 1], the loss so far, and its parts."""
         corrupted = self.transform(x, seed, ids, draw)
         purified = self.purifier(corrupted)
-        wanted = (2 * target - 1).repeat_interleave(self.transform.copies, dim=0)
+        wanted = self.transform.target(target, seed, ids, draw)
         logs = {"l1": F.l1_loss(purified, wanted)}
         loss = logs["l1"]
         if self.discriminator is not None:

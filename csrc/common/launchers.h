@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/half.h"
+#include "math/philox.h"
 
 namespace atop {
 
@@ -27,5 +28,93 @@ const char* launch_gated_elu_bwd(const T* dy,  // [rows, inner]
                                  const T* h,   // [rows, 2, inner]
                                  T* dh,        // [rows, 2, inner]
                                  int64_t rows, int64_t inner, void* stream);
+
+// Where the key of the randomness lies: in device memory, so that a captured graph can be replayed with another one.
+struct Key {
+  const int64_t* seed;        // [1]
+  const int64_t* sample_ids;  // [batch]
+  int64_t id_stride;
+  const int64_t* draws;  // [batch], or [1] with stride 0
+  int64_t draw_stride;
+
+  ATOP_HD math::Stream stream(int64_t sample, uint32_t tag) const {
+    return {*seed, sample_ids[sample * id_stride], draws[sample * draw_stride], tag};
+  }
+};
+
+// Standard normal numbers.                                                                docs/math.md#random_normal
+const char* launch_random_normal(Key key, float* y,  // [batch, count]
+                                 int64_t batch, int64_t count, uint32_t tag, void* stream);
+
+// Which copy masks which block, `copies` for none: the first `masked` blocks in the order of their random words.
+const char* launch_mask_blocks(Key key,
+                               const int64_t* masked,  // [batch], or [1] with stride 0
+                               int64_t masked_stride,
+                               uint8_t* owners,  // [batch, blocks]
+                               int64_t batch, int64_t blocks, int copies, void* stream);
+
+// Images, their copies and their blocks. Planes are [channels, height, width], or [height, width, channels] if
+// channels_last; elements are numbered in the first order either way.
+struct Images {
+  int64_t batch, channels, height, width;  // after resizing
+  int64_t patch;
+  int copies;
+  bool channels_last;
+
+  ATOP_HD int64_t pixels() const { return height * width; }
+  ATOP_HD int64_t blocks() const { return (height / patch) * (width / patch); }
+  // Bytes of a plane's bits.
+  ATOP_HD int64_t packed() const { return (pixels() + 7) / 8; }
+};
+
+// The noisy, masked purifier input and where the gradient passes; either output may be null.   docs/math.md#corrupt
+template <typename In, typename Out>
+const char* launch_corrupt(const In* x,            // [batch, channels, x_height, x_width]
+                           const uint8_t* owners,  // [batch, blocks]
+                           const float* sigma,     // [batch], or [1] with stride 0
+                           int64_t sigma_stride, Key key, Images images, int64_t x_height, int64_t x_width,
+                           Out* y,           // [batch, copies, channels + 2, height, width] or null
+                           uint8_t* passes,  // [batch, channels, packed] or null
+                           void* stream);
+
+template <typename Dy, typename Dx>
+const char* launch_corrupt_bwd(const Dy* dy,           // [batch, copies, channels + 2, height, width]
+                               const uint8_t* passes,  // [batch, channels, packed]
+                               const uint8_t* owners,  // [batch, blocks]
+                               Images images,
+                               Dx* dx,  // [batch, channels, height, width]
+                               void* stream);
+
+// Every block from the copy that masked it, 0 where none did.                             docs/math.md#assemble
+template <typename T>
+const char* launch_assemble(const T* copies,        // [batch, copies, channels, height, width]
+                            const uint8_t* owners,  // [batch, blocks]
+                            Images images,
+                            T* y,  // [batch, channels, height, width]
+                            void* stream);
+
+template <typename T>
+const char* launch_assemble_bwd(const T* dy,            // [batch, channels, height, width]
+                                const uint8_t* owners,  // [batch, blocks]
+                                Images images,
+                                T* dcopies,  // [batch, copies, channels, height, width]
+                                void* stream);
+
+// The rows of a sparse matrix along one axis: row i of a group is weight[i, k] at columns start[i] + k.
+template <typename C>
+struct Taps {
+  const int64_t* start;  // [groups, rows]
+  const C* weight;       // [groups, rows, count]
+  int64_t group_stride;  // rows between the matrices of two samples: `rows`, or 0 if all share one
+  int64_t rows, count;
+};
+
+// y = row matrix * x * transposed column matrix, for every plane.                         docs/math.md#resample
+template <typename T>
+const char* launch_resample(const T* x,  // [batch, channels, height, width]
+                            Taps<typename Compute<T>::type> row_taps, Taps<typename Compute<T>::type> column_taps,
+                            T* y,  // [batch, channels, row_taps.rows, column_taps.rows]
+                            int64_t batch, int64_t channels, int64_t height, int64_t width, bool channels_last,
+                            void* stream);
 
 }  // namespace atop

@@ -78,6 +78,15 @@ void with_float_or_half_type(ScalarType dtype, const Body& body) {
   with_float_type(dtype, body);
 }
 
+// As above, for the types that are computed in float32.
+template <typename Body>
+void with_output_type(ScalarType dtype, const Body& body) {
+  if (dtype == ScalarType::Float) return body(static_cast<float*>(nullptr));
+  if (dtype == ScalarType::BFloat16) return body(static_cast<BFloat16*>(nullptr));
+  if (dtype == ScalarType::Half) return body(static_cast<Half*>(nullptr));
+  throw std::runtime_error("unreachable: the dtype was checked");
+}
+
 template <typename T>
 const T* input(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kThreads) launch_gated_elu_bwd_kernel(const T*
   const int64_t pack = thread_index(), packs = inner / V;
   if (pack >= rows * packs) return;
   const Place at = place(pack, packs);
-  const int64_t offset = at.row * 2 * inner + at.first * V;
+  // Written as a multiple of V, which nvcc needs to see for stores of 16 bytes.
+  const int64_t offset = (at.row * 2 * packs + at.first) * V;
   const auto pdy = load_pack<T, V>(dy + pack * V), pf = load_pack<T, V>(h + offset),
              pg = load_pack<T, V>(h + offset + inner);
   Pack<T, V> df, dg;

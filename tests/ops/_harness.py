@@ -7,9 +7,9 @@ autograd and all.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from atop_fast.ops import _registry
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What eager rounds differently: in float64 the reference itself is off by some units in the last place.
 ULPS = {torch.float64: 8}
 
@@ -53,8 +54,8 @@ def backends(name: str = "gated_elu") -> list[str]:
     return [backend for backend in _registry.impls(name) if backend != other]
 
 
-def cases(**axes: Sequence[Any]) -> Callable[..., Any]:
-    """Parametrise a test over the backends and further axes, with ids such as triton-fp32-2x3x33x65."""
+def cases(but: str = "", **axes: Sequence[Any]) -> Callable[..., Any]:
+    """Parametrise a test over the backends, but one, and further axes, with ids such as triton-fp32-2x3x33x65."""
     combinations: list[tuple[Any, ...]] = [()]
     for values in axes.values():
         combinations = [(*head, value) for head in combinations for value in values]
@@ -66,6 +67,7 @@ def cases(**axes: Sequence[Any]) -> Callable[..., Any]:
             marks=[pytest.mark.backend(backend), *([pytest.mark.gpu] if DEVICE == "cuda" else [])],
         )
         for backend in backends()
+        if backend != but
         for combination in combinations
     ]
     return pytest.mark.parametrize(("backend", *axes), parameters)
@@ -77,21 +79,9 @@ def _text(value: Any) -> str:
     return SHORT[value] if isinstance(value, torch.dtype) else str(value)
 
 
-@contextlib.contextmanager
-def owned_by(backend: str, names: Sequence[str]) -> Iterator[None]:
+def owned_by(backend: str, names: Sequence[str]) -> AbstractContextManager[None]:
     """Give DEVICE's dispatch key of the ops `names` to `backend`."""
-    if all(_registry.owner(name, DEVICE) == backend for name in names):
-        yield
-        return
-    library = torch.library.Library(_registry.NAMESPACE, "IMPL")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is the purpose
-            for name in names:
-                library.impl(name, _registry.impls(name)[backend], DEVICE.upper(), allow_override=True)
-        yield
-    finally:
-        library._destroy()
+    return _registry.owned_by(backend, names, DEVICE)
 
 
 def in_layout(t: Tensor, layout: str) -> Tensor:
@@ -105,6 +95,18 @@ def in_layout(t: Tensor, layout: str) -> Tensor:
     if layout == "permuted":
         return t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() == 3 else t.mT.contiguous().mT
     return t.contiguous()
+
+
+def random_key(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A seed below 0, sample ids of more than 32 bits, and draws up to 2**32 - 1."""
+    ids, draws = 2**33 - 1 + 3 * torch.arange(batch), torch.arange(2**32 - batch, 2**32)
+    return torch.tensor(-5, device=DEVICE), ids.to(DEVICE), draws.to(DEVICE)
+
+
+def random_owners(batch: int, size: Sequence[int], patch: int, copies: int) -> Tensor:
+    """Blocks of all copies, and of none."""
+    count = size[0] // patch * (size[1] // patch)
+    return torch.randint(0, copies + 1, (batch, count), dtype=torch.uint8, device=DEVICE)
 
 
 def close(spec: Spec, actual: Tensor, expected: Tensor, eager: Tensor) -> None:
@@ -138,6 +140,32 @@ def gradients(call: Callable[..., Tensor], spec: Spec, tensors: Sequence[Tensor]
     leaves = [t.detach().requires_grad_(i in spec.differentiable) for i, t in enumerate(tensors)]
     y = call(*leaves, *spec.numbers)
     return torch.autograd.grad(y, [leaves[i] for i in spec.differentiable], dy)
+
+
+def same_bits(actual: Tensor, expected: Tensor, ulps: int = 0) -> None:
+    """Assert equal bits, the sign of 0 included, and equal strides; any NaN equals any other."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    layouts = ([step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (actual, expected))
+    assert not actual.numel() or operator.eq(*layouts), f"strides {actual.stride()} and {expected.stride()}"
+    mine, wanted = (t.view(BITS[t.element_size()]).long() for t in (actual, expected))
+    differs = ((mine - wanted).abs() > ulps) & ~(actual.isnan() & expected.isnan())
+    if differs.any():
+        where = differs.nonzero()[0].tolist()
+        pair = f"{actual[tuple(where)].item()!r} and {expected[tuple(where)].item()!r}"
+        pytest.fail(f"{int(differs.sum())} of {differs.numel()} bits differ, first at {where}: {pair}")
+
+
+def ulps_of(backend: str, dtype: torch.dtype) -> int:
+    """How far a result of `backend` may be off: Triton's interpreter truncates to bfloat16, where all others round."""
+    return int(backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16)
+
+
+def check_reference(backend: str, name: str, *arguments: Any) -> None:
+    """The op `name` by `backend` returns the bits, dtypes and strides of its reference."""
+    expected, actual = (run(*arguments) for run in (_registry.OPS[name].reference, _registry.impls(name)[backend]))
+    pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+    for mine, wanted in pairs:
+        same_bits(mine, wanted, ulps_of(backend, mine.dtype))
 
 
 def check_forward(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None:
@@ -184,10 +212,15 @@ def check_opcheck(spec: Spec, backend: str, tensors: Sequence[Tensor], requires_
         torch.library.opcheck(_registry.OPS[spec.name].overload, (*leaves, *spec.numbers))
 
 
-def check_compiled(spec: Spec, backend: str, samples: Sequence[Sequence[Tensor]]) -> None:
-    """torch.compile takes the op whole, is right, and does not compile again for tensors of other sizes."""
+def check_compiled(spec: Spec, backend: str, samples: Sequence[Sequence[Tensor]], compiler: str = "inductor") -> None:
+    """torch.compile takes the op whole, is right, and does not compile again for tensors of other sizes.
+
+    The compiler "aot_eager" does all of it but the code that the op is not part of, which can take a minute.
+    """
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *inputs: spec.call(*inputs, *spec.numbers), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda *inputs: spec.call(*inputs, *spec.numbers), fullgraph=True, dynamic=True, backend=compiler
+    )
     with owned_by(backend, spec.ops or (spec.name,)):
         for i, tensors in enumerate(samples):
             with torch.compiler.set_stance("fail_on_recompile" if i else "default"):

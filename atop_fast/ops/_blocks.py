@@ -1,0 +1,32 @@
+"""Square blocks of pixels: what corrupt and assemble share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import message
+
+
+def expand_blocks(blocks: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """The owner of every pixel, (B, H, W), from the owners of the blocks (B, H / patch * W / patch)."""
+    grid = blocks.view(blocks.shape[0], height // patch, width // patch)
+    return grid.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
+
+
+def check_blocks(
+    function: str, argument: str, images: Tensor, blocks: Tensor, patch: int, size: tuple[int, int] | None = None
+) -> None:
+    """Raise unless `blocks` belongs to `images` of height and width `size`, by default their own."""
+    height, width = size or (images.shape[2], images.shape[3])
+    if blocks.dtype != torch.uint8:
+        raise TypeError(message(function, "blocks", "a uint8 tensor", blocks.dtype))
+    if patch < 1 or height % patch or width % patch:
+        expected = f"of a height and width divisible by patch={patch}"
+        raise ValueError(message(function, argument, expected, f"{height} x {width}"))
+    count = (height // patch) * (width // patch)
+    if blocks.dim() != 2 or blocks.shape[1] != count:
+        raise ValueError(message(function, "blocks", f"of shape (B, {count})", tuple(blocks.shape)))
+    if blocks.device != images.device:
+        expected = f"on the device of {argument} {images.device}"
+        raise ValueError(message(function, "blocks", expected, blocks.device))

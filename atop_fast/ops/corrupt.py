@@ -1,0 +1,376 @@
+"""The random transform of AToP in one pass: resize, noise, clip, mask, and the purifier's input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_integer, check_number, check_tensor, message
+from ..randomness import Tag, key_tensors
+from ._blocks import check_blocks, expand_blocks
+from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
+from .gated_elu import memory_format
+from .mask_blocks import OP as MASK_BLOCKS
+from .random_normal import check_key, normals
+from .resize import OP_BWD as RESIZE_BWD
+from .resize import bilinear, check_size
+
+INPUTS = (torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OUTPUTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def reference(
+    x: Tensor,
+    blocks: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    draws: Tensor,
+    patch: int,
+    copies: int,
+    size: Sequence[int],
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The specification of the op: the purifier's input, and where the gradient passes if `save`.
+
+    With t = 2 clip(v, 0, 1) - 1 for the noisy image v, the outputs are [t or 0, 1, mask], rounded once to `dtype`.
+    """
+    check_arguments("corrupt", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype)
+    v = _noisy(x, sigma, seed, sample_ids, draws, size)
+    masks = _masks(blocks, patch, copies, size)
+    image = torch.where(masks[:, :, None], v.new_zeros(()), (v.clamp(0, 1) * 2 - 1)[:, None])
+    mask = masks[:, :, None].to(v.dtype)
+    y = torch.cat((image, torch.ones_like(mask), mask), dim=2).flatten(0, 1).to(dtype)
+    passes = _pack(_passes(v, masks)) if save else blocks.new_empty((x.shape[0], x.shape[1], 0))
+    return y.contiguous(memory_format=memory_format(x)), passes
+
+
+def reference_passes(
+    x: Tensor,
+    blocks: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    draws: Tensor,
+    patch: int,
+    copies: int,
+    size: Sequence[int],
+) -> Tensor:
+    """The second output of the op alone: one bit an element, 1 where the gradient passes the clip and the mask.
+
+    uint8 (B, C, ceil(H W / 8)): bit i of byte j belongs to pixel 8 j + i of the plane. A bit is 0 where the value was
+    clipped or is NaN, and, if there is one copy only, where it was masked.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_arguments("corrupt_passes", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype)
+    return _pack(_passes(_noisy(x, sigma, seed, sample_ids, draws, size), _masks(blocks, patch, copies, size)))
+
+
+def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype) -> Tensor:
+    """dx = 2 sum over the copies of dy, where it was not masked and not clipped; (B, C, H, W) in `dtype`."""
+    check_bwd("corrupt_bwd", dy, passes, blocks, patch, copies, dtype)
+    channels, (height, width) = dy.shape[1] - 2, dy.shape[2:]
+    wide = dy if dy.dtype == torch.float64 else dy.float()
+    stacked = wide[:, :channels].unflatten(0, (blocks.shape[0], copies)) if copies > 1 else wide[:, None, :channels]
+    masks = _masks(blocks, patch, copies, (height, width))[:, :, None]
+    total = torch.where(masks[:, 0], 0, stacked[:, 0])
+    for n in range(1, copies):
+        total = total + torch.where(masks[:, n], 0, stacked[:, n])
+    inside = _unpack(passes, height, width)
+    return torch.where(inside, total * 2, 0).to(dtype).contiguous(memory_format=memory_format(dy))
+
+
+_KEY = "Tensor sigma, Tensor seed, Tensor sample_ids, Tensor draws"
+_SIZES = "int patch, int copies, int[] size"
+OP = define(
+    f"corrupt(Tensor x, Tensor blocks, {_KEY}, {_SIZES}, ScalarType dtype, bool save) -> (Tensor, Tensor)",
+    reference,
+    kernels="corrupt",
+)
+OP_PASSES = define(
+    f"corrupt_passes(Tensor x, Tensor blocks, {_KEY}, {_SIZES}) -> Tensor", reference_passes, kernels="corrupt"
+)
+OP_BWD = define(
+    "corrupt_bwd(Tensor dy, Tensor passes, Tensor blocks, int patch, int copies, ScalarType dtype) -> Tensor",
+    reference_bwd,
+    kernels="corrupt",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, blocks, *key, ctx.patch, ctx.copies, ctx.size, _, ctx.saved = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtype, ctx.shape = x.dtype, x.shape
+    # Either one bit an element, or what it can be computed from again.
+    ctx.save_for_backward(blocks, *((output[1],) if ctx.saved else (x, *key)))
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    blocks, *kept = ctx.saved_tensors
+    passes = kept[0] if ctx.saved else OP_PASSES(kept[0], blocks, *kept[1:], ctx.patch, ctx.copies, ctx.size)
+    if tuple(ctx.size) == tuple(ctx.shape[2:]):
+        return OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, ctx.dtype), *(None,) * 10
+    dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
+    resized = OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, dtype)
+    return RESIZE_BWD(resized, ctx.shape[2:], False).to(ctx.dtype), *(None,) * 10
+
+
+torch.library.register_autograd(f"{NAMESPACE}::corrupt", _backward, setup_context=_setup_context, lib=LIBRARY)
+forbid_double_backward("corrupt_bwd")
+
+
+class _Corrupt(torch.autograd.Function):
+    """What register_autograd makes of the op, without its way through Python, which takes longer than small images."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = OP(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return _backward(ctx, *gradients)
+
+
+def corrupt(
+    x: Tensor,
+    *,
+    patch: int,
+    mask_ratio: float | Tensor = 0.25,
+    sigma: float | Tensor = 0.25,
+    copies: int = 1,
+    size: tuple[int, int] | None = None,
+    shared_mask: bool = False,
+    dtype: torch.dtype | None = None,
+    recompute: bool = False,
+    seed: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    draws: int | Tensor = 0,
+) -> Tensor:
+    r"""Destroy a perturbation: resize, add noise, clip, mask blocks, and make the purifier's input, in one pass.
+
+    .. math:: y = [(2\,\mathrm{clip}(\mathrm{resize}(x) + \sigma n, 0, 1) - 1)(1 - m),\ 1,\ m]
+
+    Args:
+        x: Images (B, C, h, w): floats in [0, 1], or uint8 in 0..255, which are divided by 255.
+        patch: The side of the square blocks in pixels; divides the height and the width (after resizing).
+        mask_ratio: The share of the blocks that is masked, in [0, 1]: a number, or float32 of shape () or (B,);
+            round(mask_ratio * blocks) is exact.
+        sigma: The standard deviation of the noise in units of [0, 1]: a number, or float32 of shape () or (B,).
+        copies: N masks for every image, disjoint: the masked blocks are dealt out to the copies evenly; 1 to 255.
+        size: Resize to (H, W) first, bilinearly as torch's interpolate with align_corners=False.
+        shared_mask: All samples of a draw get one mask.
+        dtype: The output's dtype, float32, bfloat16 or float16, and float64 for float64; default that of `x`, and
+            float32 for uint8.
+        recompute: Save `x` for the backward pass, which computes the noise again, instead of one bit an element.
+        seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
+        sample_ids: int64 (B,), the identity of every image; default 0..B-1.
+        draws: Which draw: an int in [0, 2**32), or int64 of shape () or (B,).
+
+    Returns:
+        (B * copies, C + 2, H, W), the copies of a sample adjacent: [masked image in [-1, 1], ones, mask (1 = masked)];
+        channels_last if `x` is.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape or number is not as described.
+
+    Notes:
+        The result is a function of `x` and (seed, sample id, draw) alone: the same bits in every backend, for any
+        batch, order or split. Noise and masks number the pixels in (C, H, W) order, whatever the memory layout. Masked
+        pixels are 0 even where `x` is NaN. Differentiable once in floating-point `x`; computed in float32 (float64
+        for float64) and rounded once. Saves an eighth of a byte an element for the backward pass, and not `x`.
+
+    Reference:
+        Lin et al., Adversarial Training on Purification, ICLR 2024, section 3.1.
+
+    Example:
+        >>> atop_fast.ops.corrupt(torch.rand(8, 3, 32, 32), patch=8, seed=0).shape
+        torch.Size([8, 5, 32, 32])
+    """
+    options = (patch, mask_ratio, sigma, copies, size, shared_mask, dtype, recompute)
+    return run("corrupt", x, options, (seed, sample_ids, draws))
+
+
+def run(
+    function: str,
+    x: Tensor,
+    options: tuple[int, float | Tensor, float | Tensor, int, Any, bool, torch.dtype | None, bool],
+    key: tuple[int | Tensor, Tensor | None, int | Tensor],
+) -> Tensor:
+    """`corrupt` under the name `function`, with its options and the key in the order of its arguments."""
+    patch, mask_ratio, sigma, copies, wanted, shared_mask, dtype, recompute = options
+    check_x(function, x)
+    size = _size(function, wanted, x)
+    if not torch.compiler.is_compiling():
+        check_integer(function, "patch", patch, low=1)
+        check_integer(function, "copies", copies, low=1, high=255)
+    if size[0] % patch or size[1] % patch:
+        expected = f"of a height and width divisible by patch={patch}"
+        raise ValueError(message(function, "size" if wanted else "x", expected, f"{size[0]} x {size[1]}"))
+    dtype = dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
+    _check_dtype(function, x, dtype)
+    seed, sample_ids, draws = key_tensors(function, x.shape[0], x.device, *key)
+    count = (size[0] // patch) * (size[1] // patch)
+    masked = _masked(function, mask_ratio, count, x)
+    blocks = MASK_BLOCKS(
+        seed, torch.zeros_like(sample_ids) if shared_mask else sample_ids, draws, masked, count, copies
+    )
+    recorded = x.requires_grad and torch.is_grad_enabled()
+    arguments = (blocks, _sigma(function, sigma, x), seed, sample_ids, draws, patch, copies, size, dtype)
+    if torch.compiler.is_compiling():
+        return OP(x, *arguments, recorded and not recompute)[0]
+    if recorded:
+        return _Corrupt.apply(x, *arguments, not recompute)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return OP(x, *arguments, False)[0]
+
+
+def check_x(function: str, x: Tensor) -> None:
+    """Raise unless `x` is images of a dtype that the op takes."""
+    if check_tensor(function, "x", x).dtype not in INPUTS:
+        expected = "a uint8, float32, float64, bfloat16 or float16 tensor"
+        raise TypeError(message(function, "x", expected, x.dtype))
+    if x.dim() != 4:
+        raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
+    if min(x.shape[2:]) < 1:
+        raise ValueError(message(function, "x", "images of at least one pixel", tuple(x.shape)))
+
+
+def check_arguments(
+    function: str,
+    x: Tensor,
+    blocks: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    draws: Tensor,
+    patch: int,
+    copies: int,
+    size: Sequence[int],
+    dtype: torch.dtype,
+) -> None:
+    """Raise unless the arguments of the op are as described."""
+    check_x(function, x)
+    check_key(function, seed, sample_ids, draws)
+    if sample_ids.shape != x.shape[:1]:
+        raise ValueError(message(function, "sample_ids", f"of shape {tuple(x.shape[:1])}", tuple(sample_ids.shape)))
+    _check_per_sample(function, "sigma", sigma, x)
+    for argument, value in (("sigma", sigma), ("sample_ids", sample_ids)):
+        if value.device != x.device:
+            raise ValueError(message(function, argument, f"on the device of x {x.device}", value.device))
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(message(function, "size", "two integers >= 1", tuple(size)))
+    check_blocks(function, "x", x, blocks, patch, (size[0], size[1]))
+    _check_counts(function, x.shape[0], blocks, copies)
+    _check_dtype(function, x, dtype)
+
+
+def check_bwd(
+    function: str, dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
+) -> None:
+    """Raise unless the arguments of the backward op belong together."""
+    if dy.dtype not in OUTPUTS:
+        raise TypeError(message(function, "dy", "a float32, float64, bfloat16 or float16 tensor", dy.dtype))
+    if dtype not in OUTPUTS or (dtype == torch.float64) != (dy.dtype == torch.float64):
+        raise TypeError(message(function, "dtype", f"a floating-point type that goes with {dy.dtype}", dtype))
+    if dy.dim() != 4 or dy.shape[1] < 2:
+        raise ValueError(message(function, "dy", "of shape (B * copies, C + 2, H, W)", tuple(dy.shape)))
+    check_blocks(function, "dy", dy, blocks, patch)
+    _check_counts(function, dy.shape[0] // copies, blocks, copies)
+    if dy.shape[0] != blocks.shape[0] * copies:
+        raise ValueError(message(function, "dy", f"{blocks.shape[0] * copies} images", dy.shape[0]))
+    if passes.dtype != torch.uint8:
+        raise TypeError(message(function, "passes", "a uint8 tensor", passes.dtype))
+    shape = (blocks.shape[0], dy.shape[1] - 2, -(-dy.shape[2] * dy.shape[3] // 8))
+    if passes.shape != shape:
+        raise ValueError(message(function, "passes", f"of shape {shape}", tuple(passes.shape)))
+    if passes.device != dy.device:
+        raise ValueError(message(function, "passes", f"on the device of dy {dy.device}", passes.device))
+
+
+def _check_counts(function: str, batch: int, blocks: Tensor, copies: int) -> None:
+    if not 1 <= copies <= 255:
+        raise ValueError(message(function, "copies", "an integer and in [1, 255]", copies))
+    if blocks.shape[0] != batch:
+        raise ValueError(message(function, "blocks", f"of {batch} samples", blocks.shape[0]))
+
+
+def _check_dtype(function: str, x: Tensor, dtype: torch.dtype) -> None:
+    if dtype not in OUTPUTS or (dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(message(function, "dtype", f"a floating-point type that goes with {x.dtype} images", dtype))
+
+
+def _check_per_sample(function: str, argument: str, value: Tensor, x: Tensor) -> Tensor:
+    if value.dtype != torch.float32:
+        raise TypeError(message(function, argument, "a float32 tensor", value.dtype))
+    if value.shape not in ((), x.shape[:1]):
+        raise ValueError(message(function, argument, f"of shape () or {tuple(x.shape[:1])}", tuple(value.shape)))
+    return value
+
+
+def _size(function: str, size: Any, x: Tensor) -> tuple[int, int]:
+    """The height and width after resizing."""
+    if size is None:
+        return x.shape[2], x.shape[3]
+    return check_size(function, size)
+
+
+def _masked(function: str, mask_ratio: float | Tensor, count: int, x: Tensor) -> Tensor:
+    """How many of `count` blocks are masked, int64 of shape () or (B,)."""
+    if isinstance(mask_ratio, Tensor):
+        return (_check_per_sample(function, "mask_ratio", mask_ratio, x).to(x.device) * count).round().long()
+    if not torch.compiler.is_compiling():
+        check_number(function, "mask_ratio", mask_ratio, low=0, high=1)
+    return torch.full((), round(mask_ratio * count), dtype=torch.int64, device=x.device)
+
+
+def _sigma(function: str, sigma: float | Tensor, x: Tensor) -> Tensor:
+    if isinstance(sigma, Tensor):
+        return _check_per_sample(function, "sigma", sigma, x).to(x.device)
+    if not torch.compiler.is_compiling():
+        check_number(function, "sigma", sigma, low=0)
+    return torch.full((), sigma, dtype=torch.float32, device=x.device)
+
+
+def _noisy(x: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, size: Sequence[int]) -> Tensor:
+    """The resized image plus noise, before the clip; float64 for float64, float32 otherwise."""
+    v = x.double() if x.dtype == torch.float64 else x.float()
+    if x.dtype == torch.uint8:
+        # torch divides by a number less exactly than by a tensor on some devices.
+        v = v / v.new_full((), 255)
+    if tuple(size) != tuple(x.shape[2:]):
+        v = bilinear(v, size)
+    shape = v.shape[1:]
+    noise = normals(seed, sample_ids, draws, Tag.NOISE, math.prod(shape)).view(x.shape[0], *shape)
+    return v + sigma.to(v.dtype).reshape(-1, 1, 1, 1) * noise.to(v.dtype)
+
+
+def _masks(blocks: Tensor, patch: int, copies: int, size: Sequence[int]) -> Tensor:
+    """Which copy masks which pixel, bool (B, copies, H, W)."""
+    owners = expand_blocks(blocks, patch, size[0], size[1])
+    return owners[:, None] == torch.arange(copies, device=blocks.device)[:, None, None]
+
+
+def _passes(v: Tensor, masks: Tensor) -> Tensor:
+    inside = (v >= 0) & (v <= 1)
+    return inside & ~masks if masks.shape[1] == 1 else inside
+
+
+def _pack(bits: Tensor) -> Tensor:
+    """bool (B, C, H, W) as uint8 (B, C, ceil(H W / 8)), the first pixel in the lowest bit."""
+    flat = torch.nn.functional.pad(bits.flatten(2), (0, -(bits.shape[2] * bits.shape[3]) % 8))
+    weights = 2 ** torch.arange(8, device=bits.device)
+    return (flat.view(*flat.shape[:2], flat.shape[2] // 8, 8) * weights).sum(dim=3).to(torch.uint8)
+
+
+def _unpack(passes: Tensor, height: int, width: int) -> Tensor:
+    bits = (passes[..., None] >> torch.arange(8, device=passes.device)) & 1
+    return bits.flatten(2)[..., : height * width].unflatten(2, (height, width)).bool()

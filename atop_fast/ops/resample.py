@@ -1,0 +1,112 @@
+"""A separable sparse linear map of images: what every resize is, and its gradient too."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import check_tensor, message
+from ._registry import LIBRARY, NAMESPACE, define
+from .gated_elu import DTYPES, memory_format
+
+
+class Taps(NamedTuple):
+    """The rows of a sparse matrix along one axis: row i is `weight[i, k]` at columns `start[i] + k`.
+
+    start int64 (G, n), weight (G, n, K), where G is 1 or the number of samples. All columns exist, also those of
+    weight 0.
+    """
+
+    start: Tensor
+    weight: Tensor
+
+
+def reference(
+    x: Tensor,
+    row_start: Tensor,
+    row_weight: Tensor,
+    column_start: Tensor,
+    column_weight: Tensor,
+    row_start_t: Tensor,
+    row_weight_t: Tensor,
+    column_start_t: Tensor,
+    column_weight_t: Tensor,
+) -> Tensor:
+    """The specification: one axis after the other, each sum in the order of its taps.
+
+    Along the rows first, but across them first if that makes fewer of them: it is less work. A tap of weight 0 does not
+    read its pixel. The last four arguments, the transposed matrices, are for the backward pass. 16-bit images are
+    computed in float32 and rounded once.
+    """
+    rows, columns = Taps(row_start, row_weight), Taps(column_start, column_weight)
+    check_arguments("resample", x, rows, columns)
+    wide = x if x.dtype == torch.float64 else x.float()
+    if rows_first(x, rows):
+        y = _apply(_apply(wide, rows, 2), columns, 3)
+    else:
+        y = _apply(_apply(wide, columns, 3), rows, 2)
+    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+
+
+def rows_first(x: Tensor, rows: Taps) -> bool:
+    """Whether the row matrix is applied before the column matrix."""
+    return rows.start.shape[1] < x.shape[2]
+
+
+def _apply(x: Tensor, taps: Taps, dim: int) -> Tensor:
+    """The matrix of `taps` along axis `dim` of x (B, C, H, W)."""
+    shape = [-1, 1, 1, 1]
+    shape[dim] = taps.start.shape[1]
+    size = list(x.shape)
+    size[dim] = taps.start.shape[1]
+    y = x.new_zeros(size)
+    for k in range(taps.weight.shape[2]):
+        pixels = x.gather(dim, (taps.start + k).view(shape).expand(size))
+        weight = taps.weight[:, :, k].view(shape)
+        y = y + torch.where(weight == 0, 0, weight * pixels)
+    return y
+
+
+_TAPS = "Tensor row_start{0}, Tensor row_weight{0}, Tensor column_start{0}, Tensor column_weight{0}"
+OP = define(
+    f"resample(Tensor x, {_TAPS.format('')}, {_TAPS.format('_t')}) -> Tensor",
+    reference,
+    kernels="resample",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    taps = ctx.saved_tensors
+    return OP(dy, *taps[4:], *taps[:4]), *(None,) * 8
+
+
+torch.library.register_autograd(f"{NAMESPACE}::resample", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def check_arguments(function: str, x: Tensor, rows: Taps, columns: Taps) -> None:
+    """Raise unless the images and the taps belong together. That the columns exist is the caller's promise."""
+    if check_tensor(function, "x", x).dtype not in DTYPES:
+        raise TypeError(message(function, "x", "a float32, float64, bfloat16 or float16 tensor", x.dtype))
+    if x.dim() != 4:
+        raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for argument, (start, weight), pixels in (("row", rows, x.shape[2]), ("column", columns, x.shape[3])):
+        if start.dtype != torch.int64:
+            raise TypeError(message(function, f"{argument}_start", "an int64 tensor", start.dtype))
+        if weight.dtype != wanted:
+            raise TypeError(message(function, f"{argument}_weight", f"a {wanted} tensor", weight.dtype))
+        if start.dim() != 2 or start.shape[0] not in (1, x.shape[0]):
+            expected = f"of shape (1 or {x.shape[0]}, n)"
+            raise ValueError(message(function, f"{argument}_start", expected, tuple(start.shape)))
+        if weight.dim() != 3 or weight.shape[:2] != start.shape or not 1 <= weight.shape[2] <= pixels:
+            expected = f"of shape {tuple(start.shape)} and 1 to {pixels} taps"
+            raise ValueError(message(function, f"{argument}_weight", expected, tuple(weight.shape)))
+        for name, value in ((f"{argument}_start", start), (f"{argument}_weight", weight)):
+            if value.device != x.device:
+                raise ValueError(message(function, name, f"on the device of x {x.device}", value.device))

@@ -1,0 +1,162 @@
+"""Resizing: bilinear and antialiased, as two sparse matrices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_integer, check_tensor, message
+from ._registry import LIBRARY, NAMESPACE
+from .gated_elu import DTYPES, memory_format
+from .resample import OP as RESAMPLE
+from .resample import Taps
+
+
+def _resize(x: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
+    (rows, rows_t), (columns, columns_t) = _taps(x, x.shape[2:], size, antialias)
+    return RESAMPLE(x, *rows, *columns, *rows_t, *columns_t)
+
+
+def _resize_bwd(dy: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
+    (rows, rows_t), (columns, columns_t) = _taps(dy, size, dy.shape[2:], antialias)
+    return RESAMPLE(dy, *rows_t, *columns_t, *rows, *columns)
+
+
+# Ops of their own, over `resample`, so that tracing does not look into the making of the matrices. Each is the other's
+# gradient.
+for _name, _function in (("resize", _resize), ("resize_bwd", _resize_bwd)):
+    LIBRARY.define(f"{_name}(Tensor x, int[] size, bool antialias) -> Tensor")
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+OP = torch.ops.atop_fast.resize.default
+OP_BWD = torch.ops.atop_fast.resize_bwd.default
+
+
+def _fake(x: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], *size)).contiguous(memory_format=memory_format(x))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.size, ctx.antialias = tuple(inputs[0].shape[2:]), inputs[2]
+
+
+for _name, _adjoint in (("resize", OP_BWD), ("resize_bwd", OP)):
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{_name}",
+        lambda ctx, dy, adjoint=_adjoint: (adjoint(dy, ctx.size, ctx.antialias), None, None),
+        setup_context=_setup_context,
+        lib=LIBRARY,
+    )
+
+
+def resize(x: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
+    """Resize images bilinearly, deterministically in both directions.
+
+    Args:
+        x: Images (B, C, h, w), float32, float64, bfloat16 or float16.
+        size: The new height and width (H, W).
+        antialias: When shrinking, widen the filter so that no pixel is skipped.
+
+    Returns:
+        (B, C, H, W) in the dtype of `x`; channels_last if `x` is. Equal to torch's interpolate(mode="bilinear",
+        align_corners=False) up to rounding.
+
+    Raises:
+        TypeError: If `x` has the wrong type or dtype.
+        ValueError: If a shape or size is not as described.
+
+    Notes:
+        Differentiable any number of times: the gradient is the same operation with transposed matrices, without
+        atomics. Every backend returns the same bits.
+
+    Example:
+        >>> atop_fast.ops.resize(torch.rand(8, 3, 32, 32), (256, 256)).shape
+        torch.Size([8, 3, 256, 256])
+    """
+    check_images("resize", x)
+    return OP(x, check_size("resize", size), bool(antialias))
+
+
+def bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear resize in plain operations, in the order of `corrupt`; float32 or float64 (B, C, h, w)."""
+    for dim in (3, 2):
+        first, second, weight = bilinear_taps(x.shape[dim], size[dim - 2], x.device)
+        weight = weight.to(x.dtype).unsqueeze(1) if dim == 2 else weight.to(x.dtype)
+        x = x.index_select(dim, first) * (1 - weight) + x.index_select(dim, second) * weight
+    return x
+
+
+def bilinear_taps(given: int, wanted: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Two source pixels for each of `wanted` pixels, and the weight of the second, float64, along one axis.
+
+    Pixel i lies at (i + 1/2) given / wanted - 1/2, raised to 0; in integers, so that nothing is rounded.
+    """
+    position = ((2 * torch.arange(wanted, device=device) + 1) * given - wanted).clamp(min=0)
+    first = position // (2 * wanted)
+    # torch divides by a number less exactly than by a tensor on some devices.
+    weight = (position % (2 * wanted)).double() / torch.full((), 2 * wanted, dtype=torch.float64, device=device)
+    return first, (first + 1).clamp(max=given - 1), weight
+
+
+def _taps(x: Tensor, given: Sequence[int], wanted: Sequence[int], antialias: bool) -> list[tuple[Taps, Taps]]:
+    """For rows and columns, the matrix of a resize from `given` to `wanted` and its transpose, as `x` needs them."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pairs = [axis_taps(g, w, antialias) for g, w in zip(given, wanted, strict=True)]
+    return [(_on(x.device, dtype, rows), _on(x.device, dtype, transposed)) for rows, transposed in pairs]
+
+
+def _on(device: torch.device, dtype: torch.dtype, taps: Taps) -> Taps:
+    return Taps(taps.start.to(device), taps.weight.to(device, dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def axis_taps(given: int, wanted: int, antialias: bool) -> tuple[Taps, Taps]:
+    matrix = torch.zeros(wanted, given, dtype=torch.float64)
+    if antialias and wanted < given:
+        # The triangle filter, as wide as a new pixel, normalised over the pixels that exist.
+        scale = given / wanted
+        centre = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
+        distance = (torch.arange(given) + 0.5 - centre[:, None]).abs() / scale
+        matrix = (1 - distance).clamp(min=0)
+        matrix = matrix / matrix.sum(dim=1, keepdim=True)
+    else:
+        first, second, weight = bilinear_taps(given, wanted, torch.device("cpu"))
+        rows = torch.arange(wanted)
+        matrix[rows, first] += 1 - weight
+        matrix[rows, second] += weight
+    return _sparse(matrix), _sparse(matrix.T)
+
+
+def _sparse(matrix: Tensor) -> Taps:
+    """The band of a matrix (n, m) whose rows have contiguous non-zeros."""
+    columns = matrix.shape[1]
+    used = matrix != 0
+    first = used.int().argmax(dim=1)
+    last = columns - 1 - used.flip(1).int().argmax(dim=1)
+    width = max(1, int(torch.where(used.any(dim=1), last - first + 1, 1).max()))
+    start = torch.where(used.any(dim=1), first, 0).clamp(max=columns - width)
+    weight = matrix.gather(1, start[:, None] + torch.arange(width))
+    return Taps(start[None], weight[None].contiguous())
+
+
+def check_images(function: str, x: Tensor) -> None:
+    """Raise unless `x` is images that the op takes."""
+    if check_tensor(function, "x", x).dtype not in DTYPES:
+        raise TypeError(message(function, "x", "a float32, float64, bfloat16 or float16 tensor", x.dtype))
+    if x.dim() != 4 or min(x.shape[2:]) < 1:
+        raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
+
+
+def check_size(function: str, size: Any) -> tuple[int, int]:
+    """Raise unless `size` is two integers >= 1."""
+    if not isinstance(size, (tuple, list)):
+        raise TypeError(message(function, "size", "two integers >= 1", size))
+    if len(size) != 2:
+        raise ValueError(message(function, "size", "two integers >= 1", tuple(size)))
+    if torch.compiler.is_compiling():
+        return size[0], size[1]
+    return check_integer(function, "size", size[0], low=1), check_integer(function, "size", size[1], low=1)

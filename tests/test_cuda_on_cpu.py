@@ -1,0 +1,195 @@
+"""The CUDA kernels equal the specifications bit for bit, executed on the CPU: what can be known of them without a GPU.
+
+A C++ compiler builds the sources of csrc/cuda with the few names of CUDA that cuda_on_cpu.h supplies, together with the
+host side of the ops, as a library for a namespace of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from atop_fast.ops import _registry
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++"))), None)
+LAUNCH = re.compile(r"(\w+(?:<[\w<>, :]*>)?)\s*<<<(.+?)>>>\(", re.DOTALL)
+NAMESPACE = "atop_fast_cuda_on_cpu"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "channels_last", "misaligned", "misaligned channels_last")
+
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="no C++ compiler, or no ucontext"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory):
+    """The ops of the CUDA library, for CPU tensors."""
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    shutil.copy(ROOT / "tests" / "cuda_on_cpu.h", folder / "cuda_runtime.h")
+    for path in CSRC.glob("cuda/*.cu*"):
+        name = path.name if path.suffix == ".cuh" else f"{path.stem}.cpp"
+        (folder / name).write_text(LAUNCH.sub(r"on_cpu::Launch(\2)(\1, ", path.read_text()))
+    for path in CSRC.glob("ops/*.cpp"):
+        (folder / f"host_{path.name}").write_text(path.read_text().replace("(atop_fast,", f"({NAMESPACE},"))
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-DTORCH_STABLE_ONLY", f"-I{folder}", f"-I{CSRC}", *(f"-I{path}" for path in include_paths())]
+
+    def build(path: Path) -> Path:
+        run(COMPILER, *flags, "-c", path, "-o", path.with_suffix(".o"))
+        return path.with_suffix(".o")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(build, sorted(folder.glob("*.cpp"))))
+    paths = [f"-L{path}" for path in library_paths()]
+    run(COMPILER, "-shared", *objects, *paths, "-ltorch_cpu", "-o", folder / "ops.so")
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for op in _registry.OPS.values():
+        library.define(str(op.overload._schema).partition("::")[2])
+    torch.ops.load_library(folder / "ops.so")
+    yield getattr(torch.ops, NAMESPACE)
+    library._destroy()
+
+
+def run(*command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def check(cuda, name, *args):
+    """Assert that the op equals its reference in bits and layout, and return the result."""
+    expected = _registry.OPS[name].reference(*args)
+    actual = getattr(cuda, name)(*args)
+    pairs = zip(actual, expected, strict=True) if isinstance(expected, tuple) else [(actual, expected)]
+    for a, b in pairs:
+        assert strides(a) == strides(b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    return actual
+
+
+def strides(t):
+    """Those that matter."""
+    return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+
+def key(batch, draws=None):
+    """A seed, sample ids and draws that fill their bits."""
+    draws = torch.randint(0, 2**32, (batch,)) if draws is None else torch.tensor(draws)
+    return torch.tensor(-(2**40) - 3), torch.randint(-(2**62), 2**62, (batch,)), draws
+
+
+def images(shape, dtype, layout="contiguous"):
+    """Images in [-0.3, 1.3] with special values; if misaligned, they begin one element into their storage."""
+    if dtype == torch.uint8:
+        x = torch.randint(0, 256, shape, dtype=dtype)
+    else:
+        x = (torch.rand(shape) * 1.6 - 0.3).to(dtype)
+        for i, value in enumerate((torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0)):
+            x.view(-1)[7 * i % x.numel()] = value
+    if "channels_last" in layout:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if "misaligned" not in layout:
+        return x
+    return torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 1027])
+def test_random_normal(cuda, count):
+    check(cuda, "random_normal", *key(3), 1, count)
+    check(cuda, "random_normal", *key(2, draws=2**32 - 1), 1, count)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 16, 33, 257, 4101])
+def test_mask_blocks(cuda, blocks, copies):
+    """More than one warp, thread block and tile of words, and numbers of masked blocks that must be clipped."""
+    for masked in (torch.tensor([-3, blocks // 3, blocks + 5]), torch.tensor(blocks // 2)):
+        check(cuda, "mask_blocks", *key(3), masked, blocks, copies)
+
+
+# Shape, new size, patch: whole octets; an octet over three rows; shorter ones; enlarged and reduced.
+CASES = [
+    ((2, 3, 8, 8), None, 4),
+    ((1, 2, 28, 28), None, 7),
+    ((2, 3, 6, 10), None, 2),
+    ((1, 5, 5, 7), None, 1),
+    ((2, 3, 7, 5), (12, 16), 4),
+    ((1, 2, 10, 9), (5, 7), 1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "size", "patch"), CASES, ids=str)
+def test_corrupt(cuda, shape, size, patch, layout):
+    height, width = size = list(size or shape[2:])
+    batch, blocks = shape[0], (height // patch) * (width // patch)
+    types = [(given, wanted) for given in (torch.uint8, *FLOATS) for wanted in FLOATS]
+    for given, wanted in [*types, (torch.float64, torch.float64)]:
+        for copies, sigma in ((1, torch.tensor(0.25)), (3, torch.tensor([0.0, 0.5])[:batch])):
+            k = key(batch)
+            owners = check(cuda, "mask_blocks", *k, torch.tensor(blocks // 2 + 1), blocks, copies)
+            call = (images(shape, given, layout), owners, sigma, *k, patch, copies, size)
+            _, passes = check(cuda, "corrupt", *call, wanted, True)
+            check(cuda, "corrupt", *call, wanted, False)
+            check(cuda, "corrupt_passes", *call)
+            if given != torch.uint8:
+                dy = images((batch * copies, shape[1] + 2, *size), given, layout)
+                check(cuda, "corrupt_bwd", dy, passes, owners, patch, copies, wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "_", "patch"), CASES[:4], ids=str)
+def test_assemble(cuda, shape, _, patch, layout):
+    batch, blocks = shape[0], (shape[2] // patch) * (shape[3] // patch)
+    for dtype in (*FLOATS, torch.float64):
+        for copies in (1, 5):
+            owners = check(cuda, "mask_blocks", *key(batch), torch.tensor(3 * blocks // 4), blocks, copies)
+            check(cuda, "assemble", images((batch * copies, *shape[1:]), dtype, layout), owners, patch)
+            check(cuda, "assemble_bwd", images(shape, dtype, layout), owners, patch, copies)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("shape", "size"), [((2, 3, 8, 8), (16, 5)), ((1, 6, 9, 4), (3, 20)), ((1, 1, 1, 1), (3, 2))])
+def test_resample(cuda, shape, size, layout):
+    axis_taps = importlib.import_module("atop_fast.ops.resize").axis_taps
+    for dtype in (*FLOATS, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for antialias in (False, True):
+            axes = [axis_taps(*pair, antialias) for pair in zip(shape[2:], size, strict=True)]
+            taps, transposed = (
+                [t for axis in axes for t in (axis[i].start, axis[i].weight.to(wide))] for i in range(2)
+            )
+            y = check(cuda, "resample", images(shape, dtype, layout), *taps, *transposed)
+            check(cuda, "resample", y, *transposed, *taps)
+
+
+def test_resample_of_each_sample_apart(cuda):
+    """Every sample has matrices of its own, and columns that do not exist are not read."""
+    x, start, weight = torch.rand(3, 2, 5, 4), torch.randint(0, 3, (3, 6)), torch.rand(3, 6, 2)
+    taps = (start, weight, start, weight)
+    check(cuda, "resample", x, *taps, *taps)
+    wild = torch.tensor([[-100, 2**40, 3]])
+    taps = (wild, weight[:1, :3], wild, weight[:1, :3])
+    assert cuda.resample(x, *taps, *taps).isfinite().all()
+
+
+def test_older_kernels(cuda):
+    x = torch.rand(3, 100)
+    check(cuda, "pgd_step_linf", x, torch.randn(3, 100), torch.rand(3, 100), 0.1, 0.2)
+    for shape in ((2, 6, 4, 4), (2, 6, 3, 3)):
+        h = torch.randn(shape)
+        y = _registry.OPS["gated_elu"].reference(h)
+        torch.testing.assert_close(cuda.gated_elu(h), y)
