@@ -104,6 +104,10 @@ def _corrupt_cases(device: str) -> Iterator[Case]:
             # Forward writes C + 2 channels; backward reads C of them and writes the gradient of the images.
             yield _case("corrupt", x, size, x.nbytes + 5 * pixels, ours, peers, both=False)
             yield _case("corrupt", x, size, 2 * x.nbytes + 8 * pixels, ours, peers, both=True)
+            if dtype == torch.float32:
+                # The noise drawn twice, instead of a bit an element kept.
+                again = functools.partial(ours, recompute=True)
+                yield _case("corrupt_passes", x, size, 3 * x.nbytes + 8 * pixels, again, peers, both=True)
 
 
 def _normal_cases(device: str) -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""README: its numbers are those of the committed result files, and its example runs."""
+"""README and docs: their numbers are those of the committed result files, and the example runs."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ def readme_tables():
     return module
 
 
-@pytest.mark.parametrize("name", ["demo", "ops"])
-def test_tables_are_those_of_the_result_files(name, readme_tables):
-    assert readme_tables.filled(README, name) == README
+def test_tables_are_those_of_the_result_files(readme_tables):
+    for page, tables in readme_tables.PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert tables
+        for name in tables:
+            assert readme_tables.filled(text, name) == text, f"{page}: {name}"
 
 
 def test_the_demo_keeps_its_promises():

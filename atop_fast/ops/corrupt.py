@@ -102,22 +102,30 @@ OP_BWD = define(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], passes: Tensor) -> None:
+    """Save either one bit an element, or what it can be computed from again."""
     x, blocks, *key, ctx.patch, ctx.copies, ctx.size, _, ctx.saved = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.dtype, ctx.shape = x.dtype, x.shape
-    # Either one bit an element, or what it can be computed from again.
-    ctx.save_for_backward(blocks, *((output[1],) if ctx.saved else (x, *key)))
+    ctx.save_for_backward(blocks, *((passes,) if ctx.saved else (x, *key)))
 
 
-def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _gradient(ctx: Any, dy: Tensor) -> Tensor:
     blocks, *kept = ctx.saved_tensors
     passes = kept[0] if ctx.saved else OP_PASSES(kept[0], blocks, *kept[1:], ctx.patch, ctx.copies, ctx.size)
     if tuple(ctx.size) == tuple(ctx.shape[2:]):
-        return OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, ctx.dtype), *(None,) * 10
+        return OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, ctx.dtype)
     dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
     resized = OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, dtype)
-    return RESIZE_BWD(resized, ctx.shape[2:], False).to(ctx.dtype), *(None,) * 10
+    return RESIZE_BWD(resized, ctx.shape[2:], False).to(ctx.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _keep(ctx, inputs, output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    return _gradient(ctx, dy), *(None,) * 10
 
 
 torch.library.register_autograd(f"{NAMESPACE}::corrupt", _backward, setup_context=_setup_context, lib=LIBRARY)
@@ -128,15 +136,18 @@ class _Corrupt(torch.autograd.Function):
     """What register_autograd makes of the op, without its way through Python, which takes longer than small images."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
+    def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            output = OP(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+            y, passes = OP(x, *arguments)
+        _keep(ctx, (x, *arguments), passes)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _backward(ctx, *gradients)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            return _gradient(ctx, dy), None
+        with torch._C._AutoDispatchBelowAutograd():
+            return _gradient(ctx, dy), None
 
 
 def corrupt(
@@ -228,7 +239,7 @@ def run(
     if torch.compiler.is_compiling():
         return OP(x, *arguments, recorded and not recompute)[0]
     if recorded:
-        return _Corrupt.apply(x, *arguments, not recompute)[0]
+        return _Corrupt.apply(x, (*arguments, not recompute))
     with torch._C._AutoDispatchBelowAutograd():
         return OP(x, *arguments, False)[0]
 
