@@ -97,6 +97,20 @@ def transforms() -> str:
     return "\n".join(lines) + f"\n\n{_source(documents[0])} Three runs."
 
 
+def limits() -> str:
+    """What the time of corrupt is made of, in microseconds, with 1 and with 2 threads."""
+    document = json.loads((RESULTS / "limits--cpu.json").read_text())
+    table: dict[str, dict[str, list[str]]] = {}
+    for row in document["rows"]:
+        cells = table.setdefault(row["part"], {}).setdefault(row["shape"], [])
+        cells.append(f"{row['median_us']:.0f}")
+    shapes = list(next(iter(table.values())))
+    lines = ["| part | " + " | ".join(shapes) + " |", "|---|" + "---|" * len(shapes)]
+    for part, cells in table.items():
+        lines.append(f"| {part} | " + " | ".join(", ".join(cells[shape]) for shape in shapes) + " |")
+    return "\n".join(lines) + f"\n\n{_source(document).replace('2 threads', '1 and 2 threads')}"
+
+
 def _variants(document: dict[str, Any], op: str, direction: str, shape: str) -> dict[str, dict[str, Any]]:
     wanted = (op, direction, shape, "float32")
     keys = ("op", "direction", "shape", "dtype")
@@ -109,7 +123,7 @@ def _times(run: dict[str, dict[str, Any]], peer: str) -> str:
 
 
 def filled(text: str, name: str) -> str:
-    """`text` with the table `name` ("demo", "ops" or "transforms") between its two comments."""
+    """`text` with the table `name`, one of TABLES, between its two comments."""
     start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, _, rest = text.partition(start)
     _, _, after = rest.partition(end)
@@ -128,9 +142,9 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": demo, "ops": ops, "transforms": transforms}
+TABLES = {"demo": demo, "ops": ops, "transforms": transforms, "limits": limits}
 # Where the tables stand.
-PAGES = {"README.md": ("demo", "ops"), "docs/transforms.md": ("transforms",)}
+PAGES = {"README.md": ("demo", "ops"), "docs/transforms.md": ("transforms", "limits")}
 
 
 if __name__ == "__main__":
