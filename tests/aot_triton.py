@@ -85,9 +85,16 @@ CASES = {
     "corrupt_bwd": ("corrupt.corrupt_bwd_kernel", "*T *u8 *u8 *T i32 i i =3 =4 =8 =8 =False", BLOCK, FLOATS[:2]),
     "resample": (
         "resample.resample_kernel",
-        "*T *i64 *fp32 *i64 *fp32 *T i32 i32 i32 i i i i i =2 =2 =False",
+        "*T *i64 *fp32 *i64 *fp32 *T i32 i32 i32 i i i i i =2 =2 =False =False",
         GATHER_BLOCK,
         FLOATS[:2],
+    ),
+    # As the gradient of a magnification.
+    "resample rows first": (
+        "resample.resample_kernel",
+        "*T *i64 *fp32 *i64 *fp32 *T i32 i32 i32 i i i i i =4 =4 =False =True",
+        GATHER_BLOCK,
+        ("fp32",),
     ),
 }
 CONTRACTED = ("pgd_step_linf", "gated_elu", "gated_elu_bwd")
