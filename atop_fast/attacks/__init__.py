@@ -1,11 +1,14 @@
 """Attacks: called `attack(images, labels)`, built on one gradient estimator and one queue."""
 
+from .apgd import APGD, APGDT
 from .base import NORMS, Attack
 from .gradient import GRADIENT_MODES, Estimate, GradientEstimator, Passes, counted_passes, draw_logits
 from .network import Model, folded, frozen, prepared
 from .pgd import FGSM, MIFGSM, PGD
 
 __all__ = [
+    "APGD",
+    "APGDT",
     "FGSM",
     "GRADIENT_MODES",
     "MIFGSM",

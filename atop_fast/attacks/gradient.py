@@ -228,10 +228,13 @@ class GradientEstimator:
         if self._rows:
             return
         saved: dict[int, int] = {}
+        parameters = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+        shared = {p.untyped_storage().data_ptr() for p in parameters}
 
         def pack(t: Tensor) -> Tensor:
-            if not isinstance(t, nn.Parameter):
-                saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in shared:
+                saved[storage.data_ptr()] = storage.nbytes()
             return t
 
         part = _Pass(0, ROWS, 1, ROWS, x.device)

@@ -40,8 +40,12 @@ _LAYERS = (
 
 
 @contextlib.contextmanager
-def prepared(model: Model) -> Iterator[Model]:
+def prepared(model: Model, dtype: torch.dtype | None = None) -> Iterator[Model]:
     """The model as attacks call it: frozen inside the block, and folded where that is exact.
+
+    Args:
+        model: a Defense, or any callable from images to logits.
+        dtype: the type in which an autocast will run it: weights are cast here once instead of in every pass.
 
     Yields:
         A module or callable that returns what `model` returns in evaluation mode, up to rounding. Parameters get no
@@ -49,22 +53,24 @@ def prepared(model: Model) -> Iterator[Model]:
     """
     with frozen(model):
         if type(model) is Defense:
-            purifier = None if model.purifier is None else folded(model.purifier)
-            network: Model = Defense(model.transform, purifier, folded(model.classifier)).eval()
+            purifier = None if model.purifier is None else folded(model.purifier, dtype)
+            network: Model = Defense(model.transform, purifier, folded(model.classifier, dtype)).eval()
         else:
-            network = folded(model) if isinstance(model, nn.Module) else model
+            network = folded(model, dtype) if isinstance(model, nn.Module) else model
         yield network
 
 
-def folded(module: nn.Module) -> nn.Module:
-    """A copy with each batch norm folded into the convolution before it and weights in channels_last; or `module`.
+def folded(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy with each batch norm folded into the convolution before it, for a fast pass; or `module` itself.
+
+    Weights are in channels_last, and in `dtype` where an autocast casts them anyway.
 
     `module` itself is returned where its graph is not made of well-known deterministic layers and functions alone, or
     where it has hooks. It must be in evaluation mode. The copy shares what it does not change.
     """
     graph = _traced(module)
     if graph is None:
-        return _in_channels_last(module) if _stateless(module) else module
+        return _laid_out(module, dtype) if _stateless(module) else module
     layers: dict[str, Any] = dict(module.named_modules())
     uses = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in list(graph.nodes):
@@ -74,8 +80,7 @@ def folded(module: nn.Module) -> nn.Module:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
     for target in {node.target for node in graph.nodes if node.op == "call_module"}:
-        if type(layers[target]) is nn.Conv2d:
-            layers[target] = _in_channels_last(layers[target])
+        layers[target] = _laid_out(layers[target], dtype)
     root = {node.target: layers[node.target] for node in graph.nodes if node.op == "call_module"}
     attributes = [node.target for node in graph.nodes if node.op == "get_attr"]
     root |= {name: operator.attrgetter(name)(module) for name in attributes}
@@ -127,9 +132,13 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return wide.to(conv.weight.dtype).requires_grad_(False)
 
 
-def _in_channels_last(module: nn.Module) -> nn.Module:
-    """A copy that computes in channels_last, which is faster on CPUs and on tensor cores."""
-    return copy.deepcopy(module).requires_grad_(False).to(memory_format=torch.channels_last)
+def _laid_out(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy for frozen passes: channels_last is faster on CPUs and on tensor cores."""
+    module = copy.deepcopy(module).requires_grad_(False)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(dtype=dtype)
+    return module.to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager

@@ -37,8 +37,11 @@ def run_queue(
     labels: Tensor,
     ids: Tensor,
     start: Tensor | None = None,
+    given: State | None = None,
 ) -> Tensor:
     """Run the program over all images; what "best" holds for each when it is done, (N, C, H, W).
+
+    `given` are further tensors (N, ...) of which each row's state gets its part.
 
     The batch always has a multiple of 8 rows. When the queue is empty it shrinks.
     """
@@ -49,7 +52,8 @@ def run_queue(
     def begin(numbers: list[int]) -> State:
         index = torch.tensor(numbers, device=images.device)
         begun = None if start is None else start[index]
-        return program.begin(estimator, images[index], labels[index], ids[index], begun)
+        state = program.begin(estimator, images[index], labels[index], ids[index], begun)
+        return state | {key: value[index] for key, value in (given or {}).items()}
 
     # Which image is in which slot; a slot without an image holds a copy that is done.
     owner = [slot if slot < len(images) else -1 for slot in range(slots)]
