@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from small_task import places, trained_classifier
@@ -120,3 +123,10 @@ def test_wrong_input_is_named(options, error, pattern):
 def test_mifgsm_names_wrong_steps(steps):
     with pytest.raises((TypeError, ValueError), match="MIFGSM: steps must be an integer"):
         MIFGSM(trained_classifier(), steps=steps)
+
+
+def test_the_example_of_the_docs_runs(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "attacks.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert "rows went backward through the classifier" in capsys.readouterr().out

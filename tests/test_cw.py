@@ -130,7 +130,7 @@ def test_early_stop_of_one_image_is_that_of_torchattacks():
 
 @pytest.mark.parametrize("random", [False, True])
 def test_result_belongs_to_the_sample(random):
-    """Bitwise, in an odd size, in another order, alone, and with more images than the queue has slots."""
+    """Bitwise, in another order, alone, and with more images than the queue has slots."""
     model = defense() if random else trained_classifier()
     options = {"eot_iter": 3} if random else {"early_stop": True}
     attack, count = CW(model, c=10, steps=6, lr=0.1, search_steps=2, **options), 70
