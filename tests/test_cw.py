@@ -10,7 +10,7 @@ from atop_fast import RT2, Defense
 from atop_fast.attacks import CW, counted_passes, prepared
 from atop_fast.attacks.adam import adam_step
 
-X, Y = places(24, seed=999)
+X, Y = places(16, seed=999)
 
 
 def distances(adversarial, images=X):

@@ -10,7 +10,7 @@ from atop_fast import RT2, Defense
 from atop_fast.attacks import StAdv, counted_passes, prepared
 from atop_fast.attacks.stadv import roughness, warp
 
-X, Y = places(24, seed=999)
+X, Y = places(16, seed=999)
 MOVE = 2 / 16
 
 
