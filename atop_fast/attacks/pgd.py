@@ -160,8 +160,8 @@ class MIFGSM(PGD):
         decay: float = 1.0,
         **options: Any,
     ) -> None:
-        alpha = eps / steps if alpha is None else alpha
         super().__init__(model, norm, eps, alpha, steps, random_start=False, **options)
+        self.alpha = self.eps / self.steps if alpha is None else self.alpha
         self.decay = check_number("MIFGSM", "decay", decay, low=0)
 
     def begin(
