@@ -2,6 +2,7 @@
 
 from . import _registry
 from .assemble import assemble
+from .conv3x3 import FrozenConv3x3, conv3x3
 from .corrupt import corrupt
 from .gated_elu import gated_elu
 from .mask_blocks import mask_blocks
@@ -13,7 +14,9 @@ from .resize import resize
 _registry.load()
 
 __all__ = [
+    "FrozenConv3x3",
     "assemble",
+    "conv3x3",
     "corrupt",
     "gated_elu",
     "mask_blocks",
