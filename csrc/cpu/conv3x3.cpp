@@ -126,6 +126,8 @@ ATOP_CLONES void prepare_panel(const double* g, float* __restrict__ u, int64_t s
 }  // namespace
 
 const char* launch_conv3x3(const float* x, const float* prepared, const float* bias, Conv3x3 size, float* y, void*) {
+  // From there on all neighbours lie outside, and larger numbers could overflow.
+  size.dilation = std::min(size.dilation, std::max(size.height, size.width));
   const Convolution convolution{x,
                                 prepared,
                                 bias,

@@ -4,8 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include "common/launchers.h"
-#include "common/tensors.h"
+#include "common/images.h"
 
 namespace atop {
 namespace {
@@ -13,10 +12,6 @@ namespace {
 void check_floats(const char* function, const char* argument, const Tensor& t) {
   ATOP_CHECK(t.scalar_type() == ScalarType::Float, function, argument, "a float32 tensor", dtype_text(t.scalar_type()));
   ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
-}
-
-Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 // The weights (outputs, channels, 3, 3) where they lie; of the gradient in x, the same ones transposed and flipped.
