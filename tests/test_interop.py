@@ -85,7 +85,7 @@ def digits():
 def defense():
     with seeded(0):
         purifier = build_purifier("unet", channels=1, width=4).eval()
-    return Defense(RT2(8, sigma=0.1), purifier, models.standard_mnist()).eval()
+    return Defense(RT2(8, 0.1, sigma=0.1), purifier, models.standard_mnist()).eval()
 
 
 def fooled(model, images, labels):
