@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import models
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atop_fast import FGSM, PGD, RT2, Defense, build_purifier
+from atop_fast import FGSM, PGD, RT2, Defense, build_classifier, build_purifier
 from atop_fast.randomness import seeded
 
 # Importing and using the other packages warns of their own matters.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+PAGE = (Path(__file__).parent.parent / "docs" / "interoperability.md").read_text(encoding="utf-8")
+SETUP, *SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 EPS, COUNT = 0.2, 12
 MEAN, STD = 0.1, 0.3
 
@@ -190,3 +195,24 @@ def test_art_predicts_what_the_network_predicts(digits):
     predicted = torch.from_numpy(art_classifier(models.standard_mnist(), digits.images).predict(digits.images.numpy()))
     with torch.no_grad():
         torch.testing.assert_close(predicted, models.standard_mnist()(digits.images))
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.split()[1])
+def test_snippets_of_the_page_run(snippet, tmp_path, monkeypatch):
+    for package in ("mlxtend", *re.findall(r"^(?:import|from) (\w+)", snippet, re.MULTILINE)):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    if "checkpoint.pt" in snippet:
+        torch.save(build_classifier("resnet18").state_dict(), "checkpoint.pt")
+    names = {}
+    exec(SETUP, names)
+    exec(snippet, names)
+    if "adversarial" in names:
+        distance = (names["adversarial"] - names["images"]).abs().max()
+        assert distance <= 8 / 255 + 1e-6
+        # The untrained network is wrong in every draw that pyautoattack looks at first.
+        assert distance > 0 or "pyautoattack" in snippet
+    elif "first" in names:
+        torch.testing.assert_close(names["first"], names["second"])
+    else:
+        assert names["model"](torch.rand(2, 3, 32, 32)).shape == (2, 10)
