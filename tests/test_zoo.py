@@ -162,6 +162,8 @@ def test_wrong_input_is_named(call, pattern):
 
 
 def test_a_name_without_robustbench_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "robustbench"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "robustbench", None)
     with pytest.raises(ImportError, match=r"'Standard' needs the package robustbench: pip install 'atop-fast\[zoo\]'"):
         load_classifier("Standard")
@@ -174,6 +176,7 @@ def zoo():
         with _autoattack_is_pyautoattack():
             models = importlib.import_module("robustbench.model_zoo.models").model_dicts
             enums = importlib.import_module("robustbench.model_zoo.enums")
+        assert "autoattack" not in sys.modules
     except ImportError as error:
         pytest.skip(f"robustbench is not installed ({error})")
     return models[enums.BenchmarkDataset("cifar10")][enums.ThreatModel("Linf")]
@@ -197,6 +200,21 @@ def test_logits_are_those_of_robustbenchs_network(theirs, options, architecture,
     ours = {} if ours is None else {"depth": 16, "widen": 2, **ours}
     loaded = load_classifier(tmp_path / "c.pt", architecture, **ours)
     torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_download_asks_robustbench(zoo, tmp_path, monkeypatch):
+    asked, model = [], nn.Flatten()
+
+    def fetch(**arguments):
+        asked.append(arguments)
+        return model
+
+    monkeypatch.setattr("robustbench.utils.load_model", fetch)
+    assert load_classifier("Standard", folder=tmp_path, download=True) is model
+    assert not model.training
+    expected = {"model_name": "Standard", "model_dir": str(tmp_path), "dataset": "cifar10", "threat_model": "Linf"}
+    assert asked == [expected]
 
 
 @pytest.mark.filterwarnings("ignore")
