@@ -21,7 +21,7 @@ def accuracy(model, images, labels):
 @pytest.mark.parametrize("name", list(RECORDS))
 def test_files_are_small_and_their_training_is_recorded(name):
     path = models.DATA / f"{name}.safetensors"
-    assert path.stat().st_size < (400e3 if name == "robust_cifar" else 150e3)
+    assert path.stat().st_size < (750e3 if name == "robust_cifar" else 150e3)
     assert {"training", "accuracy", "seconds", "date", "device", "versions"} <= set(RECORDS[name])
     assert getattr(models, name)() is getattr(models, name)()
     assert not getattr(models, name)().training
