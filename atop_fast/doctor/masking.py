@@ -12,13 +12,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import attacks
 from ..attacks import FGSM
 from ..defense import Defense
-from ..randomness import Tag, derive_seed, random_uniform
+from ..randomness import derive_seed
 from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, attack_loss, excess, judged
+from ._search import random_search
 
 # Queries of the random search, and the noise of float32 logits relative to their size.
 QUERIES, ROUNDING = 100, 1e-6
+# The Square attack, where this version has it.
+_SQUARE = getattr(attacks, "Square", None)
 
 
 def gradient_noise(probe: Probe) -> Finding:
@@ -49,7 +53,7 @@ def finite_difference(probe: Probe) -> Finding:
     pixels = math.sqrt(probe.x[0].numel())
     step = 0.01 * (probe.eps * pixels if probe.norm == "Linf" else probe.eps)
     _, g, _ = probe.gradient(probe.x, "margin")
-    length = _norm(g)
+    length = g.flatten(1).norm(dim=1)[:, None, None, None]
     with torch.no_grad():
         ends = [probe.logits(probe.x + sign * step * g / length.clamp_min(1e-30)) for sign in (1, -1)]
         up, down = (attack_loss(z, probe.y, "margin") for z in ends)
@@ -79,7 +83,7 @@ def iterations(probe: Probe) -> Finding:
 
 def black_box(probe: Probe) -> Finding:
     """The white-box attack is not weaker than a random search that sees logits only."""
-    white, black = probe.attacked(probe.eps), probe.correct(_random_search(probe))
+    white, black = probe.attacked(probe.eps), probe.correct(_black_box(probe))
     names = ("PGD", f"a random search of {QUERIES} queries")
     return _not_weaker("black_box", white, black, names, "do not trust its gradient; report a black-box attack too")
 
@@ -232,44 +236,11 @@ def _strongest(probe: Probe, eps: float) -> Tensor:
     return min(curves, key=lambda right: float(right.mean()))
 
 
-def _norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)[:, None, None, None]
-
-
-def _random_search(probe: Probe) -> Tensor:
-    """Adversarial images from logits alone: keep a random square of the perturbation's sign if the margin loss rises.
-
-    A short form of the Square attack (Andriushchenko et al., ECCV 2020): squares shrink from half of the image to an
-    eighth; for L2 the perturbation is scaled to the radius. Query t of a random model uses its draw t, so that a kept
-    loss may be luck, which is the model's, not the attacker's, advantage.
-    """
-    x, (channels, height, width) = probe.x, probe.x.shape[1:]
+def _black_box(probe: Probe) -> Tensor:
+    """Adversarial images from logits alone."""
     seed = derive_seed(probe.seed, "random search")
-    device = x.device
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-
-    def candidate(delta: Tensor) -> Tensor:
-        if probe.norm == "L2":
-            delta = delta / _norm(delta).clamp_min(1e-12)
-        return (x + probe.eps * delta).clamp(0, 1)
-
-    # Vertical stripes, the attack's start, are strong against convolutions.
-    stripes = random_uniform((channels, 1, width), seed, probe.ids, 0, Tag.START)
-    delta = (2 * (stripes > 0.5).float() - 1).expand_as(x).to(x.dtype)
-    best = torch.full((len(x),), -torch.inf, device=device)
-    with torch.no_grad():
-        for query in range(QUERIES):
-            trial = delta
-            if query:
-                u = random_uniform((channels + 2,), seed, probe.ids, query, Tag.START)[:, :, None]
-                side = [max(1, int(n * 0.5 * 0.25 ** (query / QUERIES))) for n in (height, width)]
-                top, left = ((u[:, i] * (n + 1 - s)).long() for i, n, s in ((0, height, side[0]), (1, width, side[1])))
-                inside = ((rows >= top) & (rows < top + side[0]))[:, None, :, None]
-                inside = inside & ((columns >= left) & (columns < left + side[1]))[:, None, None, :]
-                sign = (2 * (u[:, 2:, :, None] > 0.5).float() - 1).to(x.dtype)
-                trial = torch.where(inside, sign, delta)
-            loss = attack_loss(probe.logits(candidate(trial), query, "random search"), probe.y, "margin")
-            better = loss > best
-            best = torch.where(better, loss, best)
-            delta = torch.where(better[:, None, None, None], trial, delta)
-    return candidate(delta)
+    if _SQUARE is None:
+        return random_search(probe, QUERIES, seed)
+    # One lucky draw must not end an image.
+    options = {"queries": QUERIES, "seed": seed, "early_stop": probe.draws == 1}
+    return _SQUARE(probe.model, probe.norm, probe.eps, **options)(probe.x, probe.y, probe.ids)
