@@ -92,7 +92,7 @@ class Probe:
         seed = derive_seed(self.seed, purpose)
         if isinstance(self.model, Defense):
             return self.model(x, seed, self.ids if ids is None else ids, draw).float()
-        torch.manual_seed(derive_seed(seed, draw))
+        seed_generators(derive_seed(seed, draw), x.device)
         return self.model(x).float()
 
     def gradient(
@@ -177,11 +177,12 @@ class Probe:
 
     @cached_property
     def cosines(self) -> dict[int, float]:
-        """Expected cosine of the mean of n = 1, 2, 4 .. 64 gradients with the true mean gradient, averaged over images.
+        """Expected cosine of the mean of n = 1, 2, 4 .. 64 gradients with the true mean gradient.
 
         With mu the mean of one draw's gradient and v its variance (the trace of its covariance), the signal-to-noise
         ratio is SNR(n) = |mu|^2 / (v / n), and the cosine about |mu| / sqrt(|mu|^2 + v / n) = sqrt(SNR / (1 + SNR)).
-        Both are estimated without bias from 64 draws at 8 of the images; |mean of N|^2 would exceed |mu|^2 by v / N.
+        Averaged over 8 of the images, less those without a gradient, each with N = 64 draws, of which the squared mean
+        exceeds |mu|^2 by v / N.
         """
         sizes = [2**k for k in range(MOST_DRAWS.bit_length())]
         if not self.random and self.reproducible:
@@ -191,8 +192,19 @@ class Probe:
         g = torch.stack(draws).double()
         variance = g.var(dim=0).sum(dim=1)
         signal = (g.mean(dim=0).square().sum(dim=1) - variance / len(g)).clamp_min(0)
-        snr = torch.where(variance > 0, signal / variance, torch.where(signal > 0, torch.inf, 0.0))
-        return {n: float((1 / (1 + 1 / (n * snr))).sqrt().mean()) for n in sizes}
+        moving = variance + signal > 0
+        if not moving.any():
+            return dict.fromkeys(sizes, 0.0)
+        share = {n: n * signal / (n * signal + variance) for n in sizes}
+        return {n: float(s[moving].sqrt().mean()) for n, s in share.items()}
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators that `untouched` restores; torch.manual_seed would seed those of every GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def attack_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..defense import Defense
-from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, untouched
+from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, seed_generators, untouched
 
 # Mean and standard deviation by which classifiers are commonly normalised.
 NORMALISATIONS = {
@@ -25,6 +25,8 @@ NORMALISATIONS = {
 # Sizes of values at the first layer that no single normalisation gives, and above which images may be in 0..255.
 TWICE = (5.0, 50.0)
 _LAYERS = (nn.Conv2d, nn.Linear)
+# Layers that act differently in training mode.
+_ACTING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 # (gradients, further forward passes) of an image under the usual protocols; docs/diagnostics.md says where from.
 PASSES = {
     "deterministic": {"quick": (21, 3), "pgd-200": (200, 2), "autoattack": (1100, 3200)},
@@ -118,7 +120,7 @@ def normalisation(probe: Probe) -> Finding:
         with torch.no_grad():
             return (probe.classifier(x).argmax(dim=1) == probe.y).float()
 
-    torch.manual_seed(probe.seed)
+    seed_generators(probe.seed, probe.x.device)
     with _first_layer_input(probe.classifier) as seen:
         given = right(probe.x)
     scores = {name: right(x) for name, x in _variants(probe.x).items()}
@@ -144,7 +146,7 @@ def normalisation(probe: Probe) -> Finding:
 def mode(probe: Probe) -> Finding:
     """The model, as given, gives the logits of its evaluation mode."""
     modules = list(probe.model.named_modules()) if isinstance(probe.model, nn.Module) else []
-    training = [f"{name or 'the model'} ({type(m).__name__})" for name, m in modules if m.training]
+    training = [(name, m) for name, m in modules if m.training]
     with torch.no_grad():
         # First, since a pass in training mode writes running statistics.
         with untouched(probe.model, probe.x.device):
@@ -155,9 +157,9 @@ def mode(probe: Probe) -> Finding:
     if not training or same(given, evaluated):
         text = "The training mode of some modules changes nothing." if training else "No module is in training mode."
         return Finding("mode", "pass", text, numbers)
-    # The innermost ones are those that act.
-    text = f"{len(training)} modules are in training mode, such as {training[-1]}, and change the logits by "
-    return Finding("mode", "fail", f"{text}{change:.1%}: call model.eval().", numbers)
+    name, module = next((pair for pair in training if isinstance(pair[1], _ACTING)), training[0])
+    text = f"{len(training)} modules are in training mode, such as {name!r} ({type(module).__name__}), and change the "
+    return Finding("mode", "fail", f"{text}logits by {change:.1%}: call model.eval().", numbers)
 
 
 def determinism(probe: Probe) -> Finding:

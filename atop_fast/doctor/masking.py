@@ -187,7 +187,10 @@ def useless_transform(probe: Probe) -> Finding:
     text = f"Attacked at eps / 2 and eps, the defence keeps {numbers['defence']:.2f} and its classifier alone "
     text += f"{numbers['classifier']:.2f}"
     if above < 0.1:
-        text += f", a gain of at most {above:.2f}: transform and purifier add next to nothing; report the classifier."
+        text += (
+            f", a gain of {gain:.2f} (at most {above:.2f}): transform and purifier add no robustness worth the name; "
+        )
+        text += "report the classifier."
         return Finding("useless_transform", "fail", text, numbers)
     if excess(whole, alone) > WARN:
         return Finding("useless_transform", "pass", f"{text}: a gain of {gain:.2f}.", numbers)
