@@ -82,7 +82,7 @@ def test_the_classifier_alone_can_be_evaluated(files):
 def test_options_come_from_yaml_and_flags(files):
     (files / "run.yaml").write_text(
         "classifier: classifier.safetensors\neps: 0.05\nsteps: 3\ndraws: 2\n"
-        "transform: {name: rt3, sigma: 0.1}\ndata: {source: images, grayscale: true, holdout: 4}\n"
+        "transform: {name: rt1, patch: 2}\ndata: {source: images, grayscale: true, holdout: 4}\n"
     )
     main(["evaluate", "--config=run.yaml", "--steps=1", "--out=y"])
     report = json.loads((files / "y/report.json").read_text())
