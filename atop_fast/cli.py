@@ -228,7 +228,8 @@ def evaluate(
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    place = _device("evaluate", device)
+    # Under torchrun every process has a GPU of its own.
+    place = _device("evaluate", f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _ranks() else device)
     plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
     flags: dict[str, Any] = {"steps": steps, "eot_iter": eot_iter, "gradient": gradient}
     options = {name: value for name, value in flags.items() if value is not None}
@@ -261,7 +262,7 @@ def evaluate(
         curve=curve,
         title=name,
     ).to_dict()
-    if int(os.environ.get("RANK", "0")):
+    if _ranks() and int(os.environ["RANK"]):
         return
     columns = {name: report[name] for name in ("clean", "robust", "eight_bit")}
     print(format_table({name: {**columns, **report["attacks"]}}))
@@ -313,6 +314,11 @@ def _device(function: str, name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(message(function, "device", "a device of this machine", f"{name!r} ({reason})")) from error
+
+
+def _ranks() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def _patches(channels: int) -> dict[str, int]:

@@ -86,6 +86,8 @@ def test_fixed_randomness_uses_one_draw_of_every_sample(spy):
     assert torch.equal(fixed(X), fixed(X))
     assert isinstance(fixed.transform, FixedRandomness)
     assert not torch.equal(DEFENSE(X), DEFENSE(X))
+    with pytest.raises(TypeError, match="evaluate: attacks must be a function from the model to its attacks"):
+        evaluate(DEFENSE, X, Y, randomness="fixed", attacks=quick_attacks(DEFENSE))
     with pytest.raises(TypeError, match="evaluate: model must be a Defense for randomness='fixed', got Flatten"):
         evaluate(nn.Flatten(), X, Y, randomness="fixed")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
-from ..attacks import NORMS, Model, frozen
+from ..attacks import Model, frozen
 from ..defense import Defense
 from ..randomness import derive_seed
 from .judge import Judge, PassCounter, counted, eight_bit, fixed_randomness, full_precision, seeded_generators
@@ -25,6 +25,7 @@ from .runs import Run, Unit, process_group
 from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarise
 from .verdict import INTERVALS
 
+NORMS = ("Linf", "L2", "L1")
 # Under a budget, images of an attack's first unit, from whose time the sizes of the next follow.
 PILOT = 8
 
@@ -65,7 +66,7 @@ def evaluate(
         norm, eps: threat model, eps in units of [0, 1] pixels; default the protocol's (Linf, 8/255; unseen: L2, 0.5).
         seed: key of all randomness.
         attacks: instead of the protocol's: name -> attack(images, labels, sample_ids) returning adversarial images, or
-            a function from the model to that; under randomness="fixed" it is called with the fixed model.
+            a function from the model to that, which randomness="fixed" needs: it is called with the fixed model.
         draws: K, fresh draws of every verdict; default the protocol's (20; bpda-eot: 150).
         selection_draws: draws of the choice among an image's candidates.
         batch_size: images attacked together.
@@ -102,6 +103,9 @@ def evaluate(
     radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
     deadline = None if budget is None else start + parse_budget(budget)
     if randomness == "fixed":
+        if attacks is not None and not callable(attacks):
+            expected = "a function from the model to its attacks for randomness='fixed'"
+            raise TypeError(message("evaluate", "attacks", expected, type(attacks).__name__))
         model = fixed_randomness(model, seed)
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
     with process_group() as group, frozen(model), counted(model) as counter:
@@ -175,12 +179,12 @@ class _Work:
     def all(self, title: str, progress: bool) -> None:
         """Do what is left to do, with a progress bar."""
         total = sum(map(len, self.blocks)) * (len(self.named) + 2)
-        start = time.monotonic()
         with tqdm(total=total, desc=title, disable=not progress, unit="img") as self.bar:
             self._candidates(CLEAN)
             if self.deadline is not None:
-                # The 8-bit images at the end cost as much as the clean ones.
-                self.deadline -= time.monotonic() - start
+                # The 8-bit images at the end cost as much as the clean ones did.
+                clean = sum(unit.seconds for unit in self.run.units if unit.name == CLEAN)
+                self.deadline -= clean / self.run.group.size
             for name in self.named:
                 self._candidates(name)
             self._round()
@@ -188,7 +192,7 @@ class _Work:
     def shown(self, report: Report, count: int = 8) -> tuple[Tensor, Tensor]:
         """The first images of this process and their chosen candidates (n, C, H, W), for the gallery."""
         ids = self.blocks[0][:count]
-        rows = [self.run.images(report.samples[i]["attack"], torch.tensor([i])) for i in ids.tolist()]
+        rows = [self._images(report.samples[i]["attack"], torch.tensor([i])) for i in ids.tolist()]
         return ids, torch.cat(rows)
 
     def _candidates(self, name: str) -> None:
@@ -197,16 +201,21 @@ class _Work:
         rate: float | None = None
         for block in self.blocks:
             todo = self._todo(name, block)
-            self.bar.update(len(block) - len(todo))
+            self._skip(len(block) - len(todo))
             while len(todo):
                 if not (size := self._size(name, rate)):
-                    self.bar.update(len(todo))
+                    self._skip(len(todo))
                     break
                 part, todo = todo[:size], todo[size:]
                 unit = self._unit(name, part)
                 rate = unit.seconds / len(part)
                 self.run.add(unit)
                 self.bar.update(len(part))
+
+    def _skip(self, images: int) -> None:
+        # Taken off the total: work that takes no time would make the time left look short.
+        self.bar.total -= images
+        self.bar.refresh()
 
     def _todo(self, name: str, block: Tensor) -> Tensor:
         todo = ~self.run.done(name)[block]
@@ -234,10 +243,14 @@ class _Work:
         if name in (CLEAN, *self.attacks):
             values = self.judge(name, candidates, labels, index)
         else:
+            # Points of the curve are not chosen among.
             values = {"predictions": self.judge.predictions(name, candidates, labels, index)}
         values["distance"] = self.threat.distance(candidates - x).cpu()
         cost = (time.monotonic() - start, *(self._since(before) if seen else (None, None)))
-        return Unit(name, ids, values, candidates.float().cpu(), *cost)
+        return Unit(name, ids, values, candidates.float().cpu() if name in self.attacks else None, *cost)
+
+    def _images(self, name: str, ids: Tensor) -> Tensor:
+        return self.x[ids.to(self.x.device)].float().cpu() if name == CLEAN else self.run.images(name, ids)
 
     def _passes(self) -> tuple[int, int]:
         return (self.counter.forward, self.counter.backward) if self.counter else (0, 0)
@@ -269,11 +282,11 @@ class _Work:
                     continue
                 start, before, index = time.monotonic(), self._passes(), ids.to(self.x.device)
                 ball = radius if name != CLEAN and self._inside(name, ids) else None
-                rounded = eight_bit(self.run.images(name, ids).to(self.x.device), self.x[index], ball)
+                rounded = eight_bit(self._images(name, ids).to(self.x.device), self.x[index], ball)
                 predictions = self.judge.predictions(name, rounded.float() / 255, self.y[index], index)
                 cost = (time.monotonic() - start, *self._since(before))
                 self.run.add(Unit(name + EIGHT_BIT, ids, {"predictions": predictions}, rounded.cpu(), *cost))
-        self.bar.update(sum(map(len, self.blocks)))
+                self.bar.update(len(ids))
 
     def _inside(self, name: str, ids: Tensor) -> bool:
         """Whether the candidates lie in the ball: those of StAdv do not, and must not be pulled into it."""

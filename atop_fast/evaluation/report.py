@@ -129,7 +129,7 @@ def _strip(images: Tensor) -> bytes:
     row = torch.nn.functional.pad(images.detach().float().cpu().clamp(0, 1), (0, 1), value=1.0)
     pixels = row.expand(-1, 3, -1, -1).permute(2, 0, 3, 1).flatten(1, 2)
     buffer = io.BytesIO()
-    imsave(buffer, pixels.contiguous().numpy(), format="png", metadata={"Software": None})
+    imsave(buffer, pixels.contiguous().numpy(), format="png", metadata={"Software": None})  # type: ignore[dict-item]
     return buffer.getvalue()
 
 

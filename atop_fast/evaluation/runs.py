@@ -32,8 +32,9 @@ from .._checks import message
 from .._files import writable_folder, write_atomic, write_text
 
 FORMAT = 1
-# A peer that dies closes its connections, which ends the wait at once; the limit is for one that is merely stuck.
-TIMEOUT = datetime.timedelta(hours=1)
+# A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
+# a word, and must be longer than the shares of the work may differ.
+TIMEOUT = datetime.timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Unit:
         name: the candidate.
         ids: int64 (n,), the images' places in the evaluated set.
         values: name -> tensor (n, ...): small results.
-        images: the candidates (n, C, H, W), or the shard that holds them.
+        images: the candidates (n, C, H, W), or the shard that holds them; None where they are not kept.
         seconds, forward, backward: what it took; the passes are counted in images, None where they cannot be.
     """
 
@@ -136,7 +137,7 @@ class Run:
         self._take(unit)
 
     def images(self, name: str, ids: Tensor) -> Tensor:
-        """The candidates `name` of the images `ids`, on the CPU; each must be done here or in the folder."""
+        """The candidates `name` of the images `ids`, on the CPU, which this process or the folder must have."""
         found: dict[int, Tensor] = {}
         wanted = set(ids.tolist())
         for unit in self.units:
