@@ -123,11 +123,12 @@ def native_extensions() -> dict:
     info = [f'-DATOP_{name}="{text}"' for name, text in texts.items()] + [f"-DATOP_DEBUG={int(DEBUG)}"]
     module = library("_C", CppExtension, ["csrc/module.cpp"], info)
     module.include_dirs.insert(0, pybind11.get_include())
-    host = "csrc/ops/*.cpp"
-    extensions = [module, library("_ops_cpu", CppExtension, [host, "csrc/cpu/*.cpp"], STABLE_ABI)]
+    extensions = [module, library("_ops_cpu", CppExtension, ["csrc/ops/*.cpp", "csrc/cpu/*.cpp"], STABLE_ABI)]
     if not reason:
         macros = [*STABLE_ABI, "-DATOP_WITH_CUDA", "-DUSE_CUDA"]
-        extensions.append(library("_ops_cuda", CUDAExtension, [host, "csrc/cuda/*.cu"], macros))
+        # Not all ops have CUDA kernels.
+        host = [f"csrc/ops/{path.stem}.cpp" for path in ROOT.glob("csrc/cuda/*.cu")]
+        extensions.append(library("_ops_cuda", CUDAExtension, [*sorted(host), "csrc/cuda/*.cu"], macros))
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build.with_options(use_ninja=True)}}
 
 

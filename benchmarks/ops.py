@@ -19,9 +19,12 @@ from torch import Tensor
 from atop_fast.ops import _registry
 
 # The package exports each function under the name of its module.
+conv3x3 = importlib.import_module("atop_fast.ops.conv3x3")
 gated_elu = importlib.import_module("atop_fast.ops.gated_elu")
 pgd_step_linf = importlib.import_module("atop_fast.ops.pgd_step_linf")
 NUMBERS = (2 / 255, 8 / 255)
+# Batch, channels, outputs and size: a CIFAR ResNet-18 under attack, and an inpainting network.
+CONVOLUTIONS = ((64, 64, 64, 32), (64, 128, 128, 16), (64, 256, 256, 8), (64, 512, 512, 4), (8, 96, 192, 64))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -59,6 +62,34 @@ def gated_elu_cases(device: str) -> Iterator[Case]:
         both = {name: functools.partial(_backend_pass, name, h, dy) for name in forward}
         formula = functools.partial(_autograd_pass, gated_elu.formula, h, dy)
         yield _case("gated_elu", "both", h, layout, h.nbytes * 4, formula, both, tolerance)
+
+
+def conv3x3_cases(device: str) -> Iterator[Case]:
+    """Forward, and forward plus the gradient of the images, with prepared weights; and the preparation."""
+    if device != "cpu":
+        return
+    for batch, channels, outputs, size in CONVOLUTIONS:
+        x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
+        weight, bias = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
+        prepared = [conv3x3.OP_PREPARE(weight, transposed) for transposed in (False, True)]
+        forward = {name: functools.partial(f, x, weight, bias, *prepared, 1) for name, f in _impls("conv3x3").items()}
+        formula = functools.partial(conv3x3.formula, x, weight, bias, 1)
+        dy = torch.randn_like(formula())
+        nbytes = x.nbytes + dy.nbytes + weight.nbytes
+        yield _case("conv3x3", "forward", x, "nhwc", nbytes, formula, forward, tolerance=1e-4)
+
+        def plain(leaf: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+            return conv3x3.formula(leaf, weight, bias, 1)
+
+        def ours(leaf: Tensor, rest: tuple[Any, ...] = (weight, bias, *prepared, 1)) -> Tensor:
+            return conv3x3.OP(leaf, *rest)
+
+        formula, mine = (functools.partial(_autograd_pass, f, x, dy) for f in (plain, ours))
+        both = {_registry.owner("conv3x3", device): mine}
+        yield _case("conv3x3", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-4)
+        formula = functools.partial(conv3x3.reference_prepare, weight, False)
+        run = {name: functools.partial(f, weight, False) for name, f in _impls("conv3x3_prepare").items()}
+        yield _case("conv3x3_prepare", "forward", weight, "nchw", 5 * weight.nbytes, formula, run, tolerance=1e-6)
 
 
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
@@ -173,7 +204,7 @@ def main() -> None:
     rows = []
     skip = {"compile"} if args.no_compile else set()
     for case in itertools.chain(
-        *(cases(args.device) for cases in (pgd_cases, gated_elu_cases, transforms.transform_cases))
+        *(cases(args.device) for cases in (pgd_cases, gated_elu_cases, conv3x3_cases, transforms.transform_cases))
     ):
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)

@@ -43,7 +43,7 @@ def cuda(tmp_path_factory):
     for path in CSRC.glob("cuda/*.cu*"):
         name = path.name if path.suffix == ".cuh" else f"{path.stem}.cpp"
         (folder / name).write_text(LAUNCH.sub(r"on_cpu::Launch(\2)(\1, ", path.read_text()))
-    for path in CSRC.glob("ops/*.cpp"):
+    for path in (CSRC / "ops" / f"{kernel.stem}.cpp" for kernel in CSRC.glob("cuda/*.cu")):
         (folder / f"host_{path.name}").write_text(path.read_text().replace("(atop_fast,", f"({NAMESPACE},"))
     flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += ["-DTORCH_STABLE_ONLY", f"-I{folder}", f"-I{CSRC}", *(f"-I{path}" for path in include_paths())]

@@ -148,3 +148,17 @@ def test_every_level_of_simd_returns_the_same_bits(level, tmp_path):
     chosen = f'-D__builtin_cpu_supports(name)=(std::strcmp(name, "{level}") == 0)'
     binary = compiled("simd_levels.cpp", tmp_path, chosen)
     assert subprocess.run([binary], capture_output=True, text=True, check=True).stdout.split() == ["0"] * 4
+
+
+@pytest.mark.backend("cpp")
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_convolves(level, tmp_path):
+    """The loops of Winograd's convolution on each level: as accurate as float32 lets them be."""
+    module = _registry.native_module()
+    if module is None or LEVELS.index(level) > LEVELS.index(module.cpu_features()["level"]):
+        pytest.skip(f"no native build, or a CPU without {level}")
+    chosen = f'-D__builtin_cpu_supports(name)=(std::strcmp(name, "{level}") == 0)'
+    binary = compiled("winograd_levels.cpp", tmp_path, chosen)
+    lines = subprocess.run([binary], capture_output=True, text=True, check=True).stdout.split()
+    assert len(lines) == 4
+    assert all(0 < float(error) < 1e-5 for error in lines)

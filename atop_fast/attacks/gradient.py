@@ -1,118 +1,286 @@
-"""The gradient estimator under every attack: exact, BPDA or blind, averaged over draws (EOT)."""
+"""The gradient estimator under every attack: exact, checkpointed, BPDA or blind, averaged over draws (EOT)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_integer
 from ..defense import Defense
 from ..ops import resize
+from ..ops.attack_loss import attack_loss
+from ..randomness import derive_seed, seeded
+from .network import Model
 
-Model = Callable[..., Tensor]
-GRADIENT_MODES = ("exact", "bpda", "blind")
-
-
-class GradientEstimator:
-    """Gradient of the summed cross-entropy with respect to the images, averaged over draws of the defence.
-
-        g(x) = 1/n sum_draw grad_x CE(model(x; draw), y)                 EOT, Athalye et al., ICML 2018
-
-    Args:
-        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits. The draws of a Defense are keyed
-            by (seed, sample id, draw); those of another callable are repeated calls, whatever its randomness is.
-        mode: "exact" differentiates transform, purifier and classifier; "bpda" takes the derivative of transform and
-            purifier as the identity (Athalye et al., 2018); "blind" attacks the classifier alone. The last two need a
-            Defense.
-        eot_iter: number n of draws.
-        max_batch: most images in one forward pass; the draws are folded into the batch up to it.
-
-    Raises:
-        TypeError: "bpda" or "blind" for a model that is no Defense.
-    """
-
-    def __init__(self, model: Model, mode: str = "exact", eot_iter: int = 1, max_batch: int = 1024) -> None:
-        check_choice("GradientEstimator", "mode", mode, GRADIENT_MODES)
-        check_integer("GradientEstimator", "eot_iter", eot_iter, low=1)
-        check_integer("GradientEstimator", "max_batch", max_batch, low=1)
-        if mode != "exact" and not isinstance(model, Defense):
-            raise TypeError(f"GradientEstimator: mode {mode!r} needs a Defense, got {type(model).__name__}")
-        self.model, self.mode, self.max_batch = model, mode, max_batch
-        self.eot_iter = 1 if mode == "blind" else eot_iter
-
-    def __call__(self, x: Tensor, labels: Tensor, seed: int, sample_ids: Tensor, step: int) -> Tensor:
-        """Gradient (B, C, H, W) at images x; step t uses the draws t * eot_iter .. (t + 1) * eot_iter - 1."""
-        total = torch.zeros_like(x)
-        for draws in _folds(range(step * self.eot_iter, (step + 1) * self.eot_iter), x, self.max_batch):
-            gradients = self._gradients(x, labels, seed, sample_ids, draws)
-            total += gradients.unflatten(0, (len(draws), len(x))).sum(dim=0)
-        return total.div_(self.eot_iter)
-
-    def _gradients(self, x: Tensor, labels: Tensor, seed: int, sample_ids: Tensor, draws: Tensor) -> Tensor:
-        """Gradients (n * B, C, H, W), draw by draw."""
-        leaf = x.detach().repeat(len(draws), 1, 1, 1).requires_grad_()
-        with torch.enable_grad():
-            logits = self._forward(leaf, seed, sample_ids, draws)
-            loss = F.cross_entropy(logits.float(), labels.repeat(len(draws)), reduction="sum")
-        return torch.autograd.grad(loss, leaf)[0]
-
-    def _forward(self, leaf: Tensor, seed: int, sample_ids: Tensor, draws: Tensor) -> Tensor:
-        if not isinstance(self.model, Defense):
-            return torch.cat([self.model(part) for part in leaf.chunk(len(draws))])
-        if self.mode == "blind":
-            return self.model.classifier(leaf)
-        key = _folded_key(seed, sample_ids, draws)
-        if self.mode == "exact":
-            return self.model(leaf, *key)
-        purified = self.model.purify(leaf.detach(), *key).detach()
-        # A transform may have resized the images; then the "identity" is the resize alone.
-        identity = leaf if leaf.shape == purified.shape else resize(leaf, (purified.shape[2], purified.shape[3]))
-        return self.model.classifier(purified + (identity - identity.detach()))
+GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Networks run on a multiple of this many rows: convolutions and matrix products then round each row in the same way
+# whatever the others are, so that results do not depend on how images are batched.
+ROWS = 8
+# What the pass with gradients may save for the backward pass, unless a caller says how many rows it may have.
+MEMORY = 1 << 30
+# More rows than this make a pass no faster.
+MOST_ROWS = 1024
 
 
-def draw_logits(model: Model, x: Tensor, seed: int, sample_ids: Tensor, draws: range, max_batch: int = 1024) -> Tensor:
-    """Logits (B, draws, classes) of images x under the given draws, no gradients; `model` as in GradientEstimator."""
-    if not isinstance(model, Defense):
-        with torch.no_grad():
-            return torch.stack([model(x).float() for _ in draws], dim=1)
-    parts = []
-    for part in _folds(draws, x, max_batch):
-        with torch.no_grad():
-            logits = model(x.repeat(len(part), 1, 1, 1), *_folded_key(seed, sample_ids, part))
-        parts.append(logits.float().unflatten(0, (len(part), len(x))))
-    return torch.cat(parts).transpose(0, 1)
+@dataclass
+class Passes:
+    """Rows that went through the model, forward and backward."""
+
+    forward: int = 0
+    backward: int = 0
 
 
-def _folds(draws: range, x: Tensor, max_batch: int) -> Iterator[Tensor]:
-    """The draws in parts (n,) with which the batch x, repeated n times, stays within max_batch images."""
-    fold = max(1, max_batch // max(1, len(x)))
-    for first in range(0, len(draws), fold):
-        yield torch.tensor(draws[first : first + fold], device=x.device)
-
-
-def _folded_key(seed: int, sample_ids: Tensor, draws: Tensor) -> tuple[int, Tensor, Tensor]:
-    """The key of a batch repeated once for each of the draws (n,), draw by draw."""
-    return seed, sample_ids.repeat(len(draws)), draws.repeat_interleave(len(sample_ids))
+_COUNTER: ContextVar[Passes | None] = ContextVar("passes", default=None)
 
 
 @contextlib.contextmanager
-def frozen(*models: object) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside the block; both restored afterwards, also after an error."""
-    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    parameters = [p for model in models if isinstance(model, nn.Module) for p in model.parameters()]
-    training, requires_grad = [m.training for m in modules], [p.requires_grad for p in parameters]
+def counted_passes() -> Iterator[Passes]:
+    """Count the rows that attacks and draw_logits send through a model inside the block."""
+    passes = Passes()
+    token = _COUNTER.set(passes)
     try:
-        for m in modules:
-            m.training = False
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
+        yield passes
     finally:
-        for m, was in zip(modules, training, strict=True):
-            m.training = was
-        for p, was in zip(parameters, requires_grad, strict=True):
-            p.requires_grad_(was)
+        _COUNTER.reset(token)
+
+
+class Estimate(NamedTuple):
+    """What one evaluation of the model at B images tells an attack."""
+
+    gradient: Tensor | None  # (B, C, H, W): of the mean loss; None if not asked for
+    loss: Tensor  # (B,) float32: mean over the draws
+    correct: Tensor  # (B,) float32: share of the draws that are classified correctly
+
+
+class GradientEstimator:
+    """Loss, and its gradient with respect to the images, averaged over draws of the defence.
+
+        g(x) = 1/n sum_draw grad_x loss(model(x; draw), y)                 EOT, Athalye et al., ICML 2018
+
+    The draws are folded into the batch, in passes whose size is set by memory and not by their number; the graph of a
+    pass is gone before the next. Gradients are summed draw by draw, in their order, whatever the passes are.
+
+    Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits. The draws of a Defense are keyed
+            by (seed, sample id, draw). Those of another callable are repeated calls, for which torch's generator is
+            seeded and afterwards restored.
+        mode: "exact" differentiates transform, purifier and classifier; "checkpointed" does the same, computing the
+            purifier and the classifier twice instead of keeping both graphs; "bpda" takes the derivative of transform
+            and purifier from `substitute` (Athalye et al., 2018); "blind" attacks the classifier alone. The last three
+            need a Defense.
+        eot_iter: number n of draws.
+        max_batch: most rows of one pass, at least 8 and rounded down to a multiple of it; by default as many as save
+            about 1 GiB for the backward pass.
+        loss: "ce", "margin" or "dlr", see atop_fast.ops.attack_loss.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
+            float32.
+        substitute: differentiable map from images to what it stands for, the purified images; the identity by default.
+        seed: key of the draws.
+
+    Raises:
+        TypeError: a mode that needs a Defense for a model that is none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        mode: str = "exact",
+        eot_iter: int = 1,
+        max_batch: int | None = None,
+        loss: str = "ce",
+        precision: str = "float32",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        name = "GradientEstimator"
+        check_choice(name, "mode", mode, GRADIENT_MODES)
+        check_choice(name, "precision", precision, list(PRECISIONS))
+        check_integer(name, "eot_iter", eot_iter, low=1)
+        if max_batch is not None:
+            check_integer(name, "max_batch", max_batch, low=1)
+        if mode != "exact" and not isinstance(model, Defense):
+            raise TypeError(f"{name}: mode {mode!r} needs a Defense, got {type(model).__name__}")
+        self.model, self.mode, self.loss, self.seed = model, mode, loss, seed
+        self.precision, self.substitute = precision, substitute
+        self.eot_iter = 1 if mode == "blind" else eot_iter
+        self.passes = _COUNTER.get() or Passes()
+        # 0: not known yet.
+        self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
+        self._calls = 0
+
+    def __call__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        targets: Tensor | None = None,
+        loss: str | None = None,
+    ) -> Estimate:
+        """Loss and gradient.
+
+        Args:
+            x: images (B, C, H, W).
+            labels, ids: classes and sample ids, int64 (B,).
+            t: int64 (B,); row b uses the draws t[b] * eot_iter .. t[b] * eot_iter + eot_iter - 1.
+            targets: int64 (B,), the other class of a targeted loss.
+            loss: another loss than the estimator's.
+        """
+        self._measure(x)
+        total = torch.zeros_like(x) if self.eot_iter > 1 or len(x) % ROWS or len(x) > self._rows else None
+        sums = x.new_zeros((2, len(x)), dtype=torch.float32)
+        first_draws = t * self.eot_iter
+        for part in self._passes(x, self._rows):
+            leaf = part.take(x).detach().requires_grad_()
+            with torch.enable_grad(), self._autocast(x):
+                logits = self._forward(leaf, part, ids, first_draws).float()
+            rivals = None if targets is None else part.take(targets)
+            result = attack_loss(logits.detach(), part.take(labels), loss or self.loss, rivals)
+            (gradient,) = torch.autograd.grad(logits, leaf, result.gradient)
+            self.passes.backward += len(leaf)
+            for rows, samples in part.pieces():
+                sums[0, samples] += result.losses[rows]
+                sums[1, samples] += result.correct[rows]
+                if total is not None:
+                    total[samples] += gradient[rows]
+        # A single pass over single draws leaves nothing to add up.
+        mean = gradient if total is None else total.div_(self.eot_iter)
+        return Estimate(mean, *sums.div_(self.eot_iter))
+
+    def evaluate(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        targets: Tensor | None = None,
+        loss: str | None = None,
+    ) -> Estimate:
+        """As a call, without the gradient and its pass."""
+        logits = self.logits(x, ids, t)
+        n = logits.shape[1]
+        repeated = None if targets is None else targets.repeat_interleave(n)
+        result = attack_loss(logits.flatten(0, 1), labels.repeat_interleave(n), loss or self.loss, repeated)
+        means = (v.float().view(-1, n).mean(dim=1) for v in (result.losses, result.correct))
+        return Estimate(None, *means)
+
+    def logits(self, x: Tensor, ids: Tensor, t: Tensor) -> Tensor:
+        """Logits (B, eot_iter, classes), float32, no gradients, of the draws that a call with t uses."""
+        return self._logits(x, ids, t * self.eot_iter)
+
+    def _logits(self, x: Tensor, ids: Tensor, first_draws: Tensor) -> Tensor:
+        self._measure(x)
+        parts = []
+        with torch.no_grad(), self._autocast(x):
+            for part in self._passes(x, self._forward_rows):
+                parts.append(self._forward(part.take(x), part, ids, first_draws)[: part.count].float())
+        return torch.cat(parts).view(self.eot_iter, len(x), -1).transpose(0, 1)
+
+    def _passes(self, x: Tensor, most: int) -> Iterator[_Pass]:
+        """The eot_iter * B rows, draw by draw, in passes of at most `most` rows."""
+        batch, count = len(x), self.eot_iter * len(x)
+        # A model with randomness of its own gets one draw a pass.
+        span = count if isinstance(self.model, Defense) else batch
+        # A network's rows are filled up; another callable may mind.
+        multiple = ROWS if isinstance(self.model, nn.Module) else 1
+        for start in range(0, count, span):
+            for first in range(start, start + span, most):
+                yield _Pass(first, min(most, start + span - first), batch, multiple, x.device)
+
+    def _forward(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
+        self.passes.forward += len(x)
+        if not isinstance(self.model, Defense):
+            self._calls += 1
+            with seeded(derive_seed(self.seed, "call", self._calls), x.device):
+                return self.model(x)
+        if self.mode == "blind":
+            return self.model.classifier(x)
+        key = (self.seed, part.take(ids), part.take(first_draws) + part.draws)
+        if self.mode == "exact" or not x.requires_grad:
+            return self.model(x, *key)
+        if self.mode == "checkpointed":
+            purified = checkpoint(self.model.purify, x, *key, use_reentrant=False)
+            return checkpoint(self.model.classifier, purified, use_reentrant=False)
+        purified = self.model.purify(x.detach(), *key).detach()
+        stand_in = x if self.substitute is None else self.substitute(x)
+        # A transform may have resized the images; then the "identity" is the resize alone.
+        if stand_in.shape != purified.shape:
+            stand_in = resize(stand_in, (purified.shape[2], purified.shape[3]))
+        return self.model.classifier(purified + (stand_in - stand_in.detach()))
+
+    def _autocast(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
+        dtype = PRECISIONS[self.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        # Casts are not cached: the cache would outlive a captured graph, and frozen weights are cast once a pass.
+        return torch.autocast(x.device.type, dtype, cache_enabled=False)
+
+    def _measure(self, x: Tensor) -> None:
+        """Find out, once, how many rows of images like x may save at most MEMORY bytes."""
+        if self._rows:
+            return
+        saved: dict[int, int] = {}
+        parameters = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+        shared = {p.untyped_storage().data_ptr() for p in parameters}
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in shared:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        part = _Pass(0, ROWS, 1, ROWS, x.device)
+        zero = torch.zeros(1, dtype=torch.int64, device=x.device)
+        leaf = part.take(x[:1]).detach().requires_grad_()
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        with torch.enable_grad(), hooks, self._autocast(x):
+            self._forward(leaf, part, zero, zero)
+        most = MEMORY * ROWS // max(1, sum(saved.values()))
+        self._rows = max(ROWS, min(MOST_ROWS, most) // ROWS * ROWS)
+        # Without a graph, several times as many rows fit.
+        self._forward_rows = min(MOST_ROWS, 4 * self._rows)
+
+
+class _Pass:
+    """Rows first .. first + count - 1 of a batch that is repeated draw by draw, and some more to fill the pass."""
+
+    def __init__(self, first: int, count: int, batch: int, multiple: int, device: torch.device) -> None:
+        self.first, self.count, self.batch = first, count, batch
+        size = -(-count // multiple) * multiple
+        rows = torch.arange(first, first + size, device=device).clamp_(max=first + count - 1)
+        self.draws = rows // batch
+        # The whole batch as it is needs no copy.
+        self.samples = None if (size, first % batch) == (batch, 0) else rows % batch
+
+    def take(self, t: Tensor) -> Tensor:
+        """The rows' values of t (B, ...)."""
+        return t if self.samples is None else t[self.samples]
+
+    def pieces(self) -> Iterator[tuple[slice, slice]]:
+        """The parts of the pass that belong to one draw: which rows of the pass, and which samples."""
+        row = 0
+        while row < self.count:
+            sample = (self.first + row) % self.batch
+            size = min(self.count - row, self.batch - sample)
+            yield slice(row, row + size), slice(sample, sample + size)
+            row += size
+
+
+def draw_logits(model: Model, x: Tensor, seed: int, sample_ids: Tensor, draws: range, max_batch: int = 1024) -> Tensor:
+    """Logits (B, draws, classes), float32, of images x (B, C, H, W) under the given draws; no gradients.
+
+    The draws of a Defense are keyed by (seed, sample id, draw). Those of another callable are repeated calls, for which
+    torch's generator is seeded by (seed, first sample id, first draw) and afterwards restored.
+    """
+    if not isinstance(model, Defense) and len(x):
+        seed = derive_seed(seed, int(sample_ids[0]), draws.start)
+    estimator = GradientEstimator(model, eot_iter=len(draws), max_batch=max_batch, seed=seed)
+    return estimator._logits(x, sample_ids, torch.full_like(sample_ids, draws.start))

@@ -1,40 +1,42 @@
-"""FGSM (Goodfellow et al., ICLR 2015) and PGD (Madry et al., ICLR 2018) in the Linf and L2 balls, with EOT."""
+"""FGSM (Goodfellow et al., ICLR 2015), PGD (Madry et al., ICLR 2018) and MI-FGSM (Dong et al., CVPR 2018), with EOT."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_number
-from ..ops import pgd_step_linf_, random_normal
-from ..randomness import Tag, check_keys, derive_seed, random_uniform
-from .gradient import GradientEstimator, Model, draw_logits, frozen
+from .._checks import check_integer, check_number
+from ..ops import pgd_step_linf, random_normal
+from ..ops.attack_loss import attack_loss
+from ..randomness import Tag, derive_seed, random_uniform
+from .base import Attack, initial_state, norm_l2, per_image, project_l2
+from .gradient import GradientEstimator, draw_logits
+from .network import Model
+from .queue import State
 
-NORMS = ("Linf", "L2")
 
-
-class PGD:
+class PGD(Attack):
     """Projected gradient ascent on the cross-entropy.
 
         Linf: x <- clip(x + alpha sign(g), x0 +- eps)        L2: x <- project(x + alpha g / |g|_2, ball of radius eps)
 
-    each clipped to [0, 1], with g the GradientEstimator's gradient.
+    each clipped to [0, 1], with g the GradientEstimator's gradient (Madry et al., 2018, equation 2).
 
     Args:
-        model: a Defense, or any callable from images in [0, 1] to logits.
-        norm: "Linf" or "L2".
-        eps: radius of the ball around the image, in units of [0, 1] pixels.
-        alpha: step size in the same unit; default 2.5 * eps / steps.
+        model, norm, eps: see Attack; norm "Linf" or "L2".
+        alpha: step size in the unit of eps; default 2.5 * eps / steps.
         steps: gradient steps.
         restarts: independent runs; the candidate of an image is the one that is classified correctly in the fewest of
             `selection_draws` draws that no attack step has seen, ties broken by the larger mean cross-entropy.
         random_start: start from a uniformly random point of the ball instead of the image; restarts always do.
-        eot_iter, gradient, max_batch: see GradientEstimator (`gradient` is its mode).
+        eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
+        early_stop: see Attack. In Linf an iterate that comes back also ends an image: what follows would only repeat
+            iterates that were classified correctly.
         selection_draws: draws of the choice among restarts.
-        seed: key of the random starts and of the attack's draws.
 
-    Called as `attack(images, labels)`; the model's mode and requires_grad flags are left as they were.
+    Called as Attack says.
     """
 
     def __init__(
@@ -50,118 +52,140 @@ class PGD:
         gradient: str = "exact",
         selection_draws: int = 8,
         seed: int = 0,
-        max_batch: int = 1024,
+        **options: Any,
     ) -> None:
+        super().__init__(model, norm, eps, steps=steps, eot_iter=eot_iter, gradient=gradient, seed=seed, **options)
         name = type(self).__name__
-        self.norm = check_choice(name, "norm", norm, NORMS)
-        self.eps = check_number(name, "eps", eps, low=0)
-        self.steps = check_integer(name, "steps", steps, low=1)
-        self.alpha = 2.5 * eps / steps if alpha is None else check_number(name, "alpha", alpha, low=0)
+        self.alpha = 2.5 * self.eps / self.steps if alpha is None else check_number(name, "alpha", alpha, low=0)
         self.restarts = check_integer(name, "restarts", restarts, low=1)
         self.selection_draws = check_integer(name, "selection_draws", selection_draws, low=1)
-        self.seed = check_integer(name, "seed", seed)
         self.random_start = bool(random_start)
-        self.estimator = GradientEstimator(model, gradient, eot_iter, max_batch)
 
-    def __call__(self, images: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> Tensor:
-        """Adversarial images.
+    def run(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        best = super().run(estimator, images, labels, ids, start)
+        if self.restarts == 1:
+            return best
+        rank = self._rank(estimator, best, labels, ids)
+        for restart in range(1, self.restarts):
+            again = self.estimator(estimator.model)
+            again.seed = derive_seed(self.seed, "restart", restart)
+            begun = random_start(self.norm, images, self.eps, again.seed, ids)
+            candidate = super().run(again, images, labels, ids, begun)
+            other = self._rank(estimator, candidate, labels, ids)
+            better = other > rank
+            best = torch.where(per_image(better), candidate, best)
+            rank = torch.where(better, other, rank)
+        return best
 
-        Args:
-            images: float (B, C, H, W) in [0, 1].
-            labels: int64 (B,), the true classes.
-            sample_ids: int64 (B,), the identity of every image; default 0..B-1. With it, an image's result does not
-                depend on the other images of the batch beyond rounding.
-
-        Returns:
-            Images of the same shape within eps of `images` and in [0, 1].
-
-        Raises:
-            TypeError, ValueError: naming the argument that is wrong.
-        """
-        name = type(self).__name__
-        check_images(name, "images", images)
-        check_labels(name, "labels", labels, images)
-        ids, _ = check_keys(name, len(images), images.device, self.seed, sample_ids, 0)
-        images = images.detach()
-        if not len(images):
-            return images.clone()
-        with frozen(self.estimator.model):
-            candidates = [self._run(images, labels, ids, restart) for restart in range(self.restarts)]
-            return candidates[0] if self.restarts == 1 else self._select(candidates, labels, ids)
-
-    def __repr__(self) -> str:
-        options = {k: v for k, v in vars(self).items() if k != "estimator"}
-        options |= {"eot_iter": self.estimator.eot_iter, "gradient": self.estimator.mode}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-
-    def _run(self, images: Tensor, labels: Tensor, ids: Tensor, restart: int) -> Tensor:
-        x = self._start(images, ids, restart) if self.random_start or restart else images.clone()
-        for step in range(restart * self.steps, (restart + 1) * self.steps):
-            g = self.estimator(x, labels, self.seed, ids, step)
-            if self.norm == "Linf":
-                pgd_step_linf_(x, g, images, self.alpha, self.eps)
-            else:
-                g = torch.nan_to_num(g)
-                x = _project_l2(x + self.alpha * g / _norm(g).clamp_min(1e-12), images, self.eps)
-        return x
-
-    def _start(self, images: Tensor, ids: Tensor, restart: int) -> Tensor:
-        """A uniformly random point of the ball, clipped to [0, 1]."""
-        shape = images.shape[1:]
-        uniform = random_uniform(shape, self.seed, ids, restart, Tag.START).to(images.dtype)
-        if self.norm == "Linf":
-            return (images + self.eps * (2 * uniform - 1)).clamp_(0, 1)
-        direction = random_normal(shape, derive_seed(self.seed, "direction"), ids, restart, Tag.START).to(images.dtype)
-        radius = self.eps * uniform[:, :1, :1, :1] ** (1 / max(1, shape.numel()))
-        return _project_l2(images + radius * direction / _norm(direction).clamp_min(1e-12), images, self.eps)
-
-    def _select(self, candidates: list[Tensor], labels: Tensor, ids: Tensor) -> Tensor:
+    def _rank(self, estimator: GradientEstimator, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        """How good candidates are, float64 (B,): by how few draws are right, then by their mean cross-entropy."""
         seed, draws = derive_seed(self.seed, "selection"), range(self.selection_draws)
-        correct, loss = [], []
-        for x in candidates:
-            logits = draw_logits(self.estimator.model, x, seed, ids, draws, self.estimator.max_batch)
-            target = labels[:, None].expand(logits.shape[:2])
-            correct.append((logits.argmax(dim=2) == target).float().mean(dim=1))
-            loss.append(
-                F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(1)
-            )
-        fewest = torch.stack(correct)
-        rank = torch.stack(loss).masked_fill(fewest > fewest.amin(dim=0), -torch.inf)
-        return torch.stack(candidates)[rank.argmax(dim=0), torch.arange(len(labels), device=labels.device)]
+        logits = draw_logits(estimator.model, x, seed, ids, draws, self.max_batch or 1024)
+        result = attack_loss(logits.flatten(0, 1), labels.repeat_interleave(len(draws)))
+        correct, loss = (v.double().view(-1, len(draws)) for v in (result.correct, result.losses))
+        # A cross-entropy in [0, inf) as a fraction of a draw.
+        return -correct.sum(dim=1) + (loss.mean(dim=1) / (1 + loss.mean(dim=1)))
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        if start is not None:
+            x = start.clone()
+        elif self.random_start:
+            x = random_start(self.norm, images, self.eps, estimator.seed, ids)
+        else:
+            x = images.clone()
+        state = initial_state(images, labels, ids, x)
+        if self.early_stop and self.norm == "Linf":
+            state["earlier"] = x.clone()
+        return state
+
+    def step(self, estimator: GradientEstimator, state: State) -> None:
+        estimate = estimator(state["x"], state["labels"], state["ids"], state["t"])
+        if self.early_stop:
+            state["done"] |= estimate.correct == 0
+        assert estimate.gradient is not None
+        moved = self._moved(state, estimate.gradient)
+        state["x"] = state["best"] = torch.where(per_image(state["done"]), state["x"], moved)
+        state["t"] += ~state["done"]
+        state["done"] |= state["t"] >= self.steps
+        if "earlier" in state:
+            self._end_cycles(state)
+
+    def _moved(self, state: State, gradient: Tensor) -> Tensor:
+        x, x0 = state["x"], state["x0"]
+        if self.norm == "Linf":
+            return pgd_step_linf(x, gradient, x0, self.alpha, self.eps)
+        gradient = torch.nan_to_num(gradient)
+        return project_l2(x + self.alpha * gradient / norm_l2(gradient).clamp_min(1e-12), x0, self.eps)
+
+    def _end_cycles(self, state: State) -> None:
+        """End images whose iterate equals that of step 2^k, the latest power of two (Brent's cycle detection, 1980)."""
+        x, earlier, t = state["x"], state["earlier"], state["t"]
+        state["done"] |= (x == earlier).flatten(1).all(dim=1)
+        state["earlier"] = torch.where(per_image((t & (t - 1)) == 0), x, earlier)
 
 
 class FGSM(PGD):
-    """One signed (Linf) or normalised (L2) gradient step of size eps from the image. See PGD for the arguments."""
+    """One signed (Linf) or normalised (L2) gradient step of size eps from the image (Goodfellow et al., 2015).
+
+    See PGD for the arguments.
+    """
+
+    def __init__(self, model: Model, norm: str = "Linf", eps: float = 8 / 255, **options: Any) -> None:
+        super().__init__(model, norm, eps, alpha=eps, steps=1, random_start=False, **options)
+
+
+class MIFGSM(PGD):
+    """PGD along accumulated gradients, from the image.
+
+        m <- decay m + g / mean|g|,   x <- clip(x + alpha sign(m), x0 +- eps)         Dong et al., 2018, equations 6, 7
+
+    Args:
+        decay: mu of the paper.
+        model, norm, eps, alpha, steps, options: see PGD; alpha is eps / steps by default, and the norm Linf.
+    """
+
+    norms = ("Linf",)
 
     def __init__(
         self,
         model: Model,
         norm: str = "Linf",
         eps: float = 8 / 255,
-        eot_iter: int = 1,
-        gradient: str = "exact",
-        seed: int = 0,
-        max_batch: int = 1024,
+        alpha: float | None = None,
+        steps: int = 10,
+        decay: float = 1.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            model,
-            norm,
-            eps,
-            alpha=eps,
-            steps=1,
-            random_start=False,
-            eot_iter=eot_iter,
-            gradient=gradient,
-            seed=seed,
-            max_batch=max_batch,
-        )
+        super().__init__(model, norm, eps, alpha, steps, random_start=False, **options)
+        self.alpha = self.eps / self.steps if alpha is None else self.alpha
+        self.decay = check_number("MIFGSM", "decay", decay, low=0)
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        state = super().begin(estimator, images, labels, ids, start)
+        # An iterate that comes back is no cycle, as the momentum is another.
+        state.pop("earlier", None)
+        state["momentum"] = torch.zeros_like(images)
+        return state
+
+    def _moved(self, state: State, gradient: Tensor) -> Tensor:
+        gradient = torch.nan_to_num(gradient)
+        scale = per_image(gradient.flatten(1).abs().mean(dim=1)).clamp_min(1e-30)
+        state["momentum"] = self.decay * state["momentum"] + gradient / scale
+        return super()._moved(state, state["momentum"])
 
 
-def _norm(x: Tensor) -> Tensor:
-    """L2 norm of every sample, (B, 1, 1, 1)."""
-    return x.flatten(1).norm(dim=1)[:, None, None, None]
-
-
-def _project_l2(x: Tensor, center: Tensor, eps: float) -> Tensor:
-    delta = x - center
-    return (center + delta * (eps / _norm(delta).clamp_min(1e-12)).clamp_max(1)).clamp(0, 1)
+def random_start(norm: str, images: Tensor, eps: float, seed: int, ids: Tensor) -> Tensor:
+    """A uniformly random point of the ball around each image, clipped to [0, 1]; keyed by (seed, id)."""
+    shape = images.shape[1:]
+    uniform = random_uniform(shape, seed, ids, 0, Tag.START).to(images.dtype)
+    if norm == "Linf":
+        return (images + eps * (2 * uniform - 1)).clamp_(0, 1)
+    direction = random_normal(shape, derive_seed(seed, "direction"), ids, 0, Tag.START).to(images.dtype)
+    radius = eps * uniform[:, :1, :1, :1] ** (1 / max(1, shape.numel()))
+    return project_l2(images + radius * direction / norm_l2(direction).clamp_min(1e-12), images, eps)

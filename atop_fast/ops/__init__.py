@@ -1,7 +1,9 @@
 """Tensor ops with one specification each and several implementations; see `_registry` for how they come together."""
 
 from . import _registry
+from ._steps_placeholder import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1
 from .assemble import assemble
+from .conv3x3 import FrozenConv3x3, conv3x3
 from .corrupt import corrupt
 from .gated_elu import gated_elu
 from .mask_blocks import mask_blocks
@@ -13,7 +15,9 @@ from .resize import resize
 _registry.load()
 
 __all__ = [
+    "FrozenConv3x3",
     "assemble",
+    "conv3x3",
     "corrupt",
     "gated_elu",
     "mask_blocks",

@@ -30,11 +30,11 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its overload, its reference, and its launcher in atop_fast.kernels as (module, function)."""
+    """One op: its overload, its reference, and its launcher in atop_fast.kernels as (module, function), if any."""
 
     overload: Any
     reference: Callable[..., Any]
-    launcher: tuple[str, str]
+    launcher: tuple[str, str] | None
 
 
 OPS: dict[str, Op] = {}
@@ -42,16 +42,18 @@ OPS: dict[str, Op] = {}
 MISSING: dict[str, str] = {}
 
 
-def define(schema: str, reference: Callable[..., Any], *, kernels: str) -> Any:
+def define(schema: str, reference: Callable[..., Any], *, kernels: str | None) -> Any:
     """Define an op by `schema`, with `reference` as the kernel of last resort and the fake, and return its overload.
 
-    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`.
+    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`. With None the
+    op has no kernels for GPUs, where its reference serves.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    OPS[name] = Op(overload, reference, (f"{NAMESPACE}.kernels.{kernels}", f"launch_{name}"))
+    launcher = (f"{NAMESPACE}.kernels.{kernels}", f"launch_{name}") if kernels else None
+    OPS[name] = Op(overload, reference, launcher)
     return overload
 
 
@@ -81,8 +83,9 @@ def load() -> None:
     if importlib.util.find_spec("triton") is None:
         MISSING["triton"] = "triton is not installed"
     elif torch.version.cuda and "cuda" in MISSING:
-        for name in OPS:
-            LIBRARY.impl(name, functools.partial(_call_launcher, name), "CUDA")
+        for name, op in OPS.items():
+            if op.launcher:
+                LIBRARY.impl(name, functools.partial(_call_launcher, op.launcher), "CUDA")
 
 
 def build_info() -> dict[str, Any] | None:
@@ -107,8 +110,11 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
     found = {"eager": OPS[name].reference}
     if "cpp" not in MISSING:
         found["cpp"] = _kernel(name, torch._C.DispatchKey.CPU)
+    launcher = OPS[name].launcher
+    if launcher is None:
+        return found
     if "triton" not in MISSING and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
-        found["triton"] = functools.partial(_call_launcher, name)
+        found["triton"] = functools.partial(_call_launcher, launcher)
     if "cuda" not in MISSING and torch.cuda.is_available():
         found["cuda"] = _kernel(name, torch._C.DispatchKey.CUDA)
     return found
@@ -158,6 +164,6 @@ def _kernel(name: str, key: Any) -> Callable[..., Any]:
     return functools.partial(OPS[name].overload.redispatch, torch._C.DispatchKeySet(key))
 
 
-def _call_launcher(name: str, *args: Any) -> Any:
-    module, function = OPS[name].launcher
+def _call_launcher(launcher: tuple[str, str], *args: Any) -> Any:
+    module, function = launcher
     return getattr(importlib.import_module(module), function)(*args)

@@ -117,4 +117,26 @@ const char* launch_resample(const T* x,  // [batch, channels, height, width]
                             int64_t batch, int64_t channels, int64_t height, int64_t width, bool channels_last,
                             void* stream);
 
+// Outputs whose prepared weights lie side by side.
+constexpr int64_t kConvPanel = 16;
+
+struct Conv3x3 {
+  int64_t batch, channels, outputs, height, width;
+  int64_t dilation;  // and the padding
+};
+
+// The convolution with 3x3 weights, on the CPU only.                                      docs/math.md#conv3x3
+const char* launch_conv3x3(const float* x,         // [batch, height, width, channels]
+                           const float* prepared,  // [36, panels, channels, kConvPanel]
+                           const float* bias,      // [outputs] or null
+                           Conv3x3 size,
+                           float* y,  // [batch, height, width, outputs]
+                           void* stream);
+
+const char* launch_conv3x3_prepare(const float* weight,     // [outputs, channels, 3, 3] in strides
+                                   const int64_t* strides,  // [4], on the host
+                                   int64_t outputs, int64_t channels,
+                                   float* prepared,  // [36, panels, channels, kConvPanel], 0 beyond the outputs
+                                   void* stream);
+
 }  // namespace atop

@@ -1,0 +1,323 @@
+"""Auto-PGD (Croce and Hein, ICML 2020; for L1 ICML 2021): momentum, and step sizes that adapt themselves."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_integer, check_number
+from ..ops import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1, random_normal
+from ..randomness import Tag, derive_seed, random_uniform
+from .base import NORMS, Attack, initial_state, norm_l2, per_image
+from .gradient import Estimate, GradientEstimator
+from .network import Model
+from .queue import State, run_queue
+
+MOMENTUM = 0.75
+
+
+class APGD(Attack):
+    """Auto-PGD on the cross-entropy, the margin or the difference-of-logits ratio.
+
+        z = P(x + eta dir(g)),   x <- P(x + 0.75 (z - x) + 0.25 (x - x_previous))        Algorithm 1 of the 2020 paper
+
+    eta starts at 2 eps. At checkpoints it is halved, and the search goes back to the best point, where the loss rose
+    in too few of the steps since the last one, or where neither eta nor the best loss has changed since. For L1 the
+    step goes along the largest entries of the gradient alone, their number following the best point's sparsity (Croce
+    and Hein, 2021, section 3).
+
+    The candidate of an image is the iterate that fewest draws classify correctly, ties broken by the larger loss. With
+    a deterministic model that is a misclassified one, if there is any.
+
+    Args:
+        model, norm, eps, eot_iter, gradient, seed, max_batch, early_stop, precision, substitute: see Attack.
+        steps: iterations; there is one evaluation more.
+        loss: "ce", "margin" or "dlr", see atop_fast.ops.attack_loss.
+        restarts: runs from further random points, of the images that some draw still classifies correctly.
+        rho: share of the steps since the last checkpoint in which the loss must rise.
+        shrink_eps: for L1, spend 3/10 of the steps in the ball of radius 3 eps, 3/10 in 2 eps and the rest in eps, as
+            AutoAttack does.
+
+    Departures from the original: losses and decisions of a random defence rest on the mean over the draws, not on the
+    last one, and an image's random start is a function of (seed, sample id).
+    """
+
+    norms = NORMS
+    # How often the schedule is gone through, with another target class each.
+    rounds = 1
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 100,
+        loss: str = "ce",
+        restarts: int = 1,
+        rho: float = 0.75,
+        shrink_eps: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, norm, eps, steps=steps, **options)
+        name = type(self).__name__
+        self.loss = check_choice(name, "loss", loss, ("ce", "margin", "dlr"))
+        self.restarts = check_integer(name, "restarts", restarts, low=1)
+        self.rho = check_number(name, "rho", rho, low=0, high=1)
+        self.shrink_eps = bool(shrink_eps) and norm == "L1"
+
+    def run(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        best = self.search(estimator, images, labels, ids, start)
+        for restart in range(1, self.restarts):
+            judge = self.estimator(estimator.model)
+            judge.seed = derive_seed(self.seed, "selection")
+            before = judge.evaluate(best, labels, ids, torch.zeros_like(labels))
+            left = before.correct.nonzero()[:, 0]
+            if not len(left):
+                break
+            again = self.estimator(estimator.model)
+            again.seed = derive_seed(self.seed, "restart", restart)
+            candidate = self.search(again, images[left], labels[left], ids[left], None)
+            after = judge.evaluate(candidate, labels[left], ids[left], torch.zeros_like(left))
+            better = _better(after.correct, after.loss, before.correct[left], before.loss[left])
+            best[left] = torch.where(per_image(better), candidate, best[left])
+        return best
+
+    def search(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        """One run over the images."""
+        return run_queue(self, estimator, images, labels, ids, start)
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        radius = float(self._tables(images.device).eps[0])
+        if start is None:
+            start = _random_start(self.norm, images, radius, estimator.seed, ids)
+        state = initial_state(images, labels, ids, start.clone())
+        numbers = torch.zeros_like(labels, dtype=torch.float32)
+        state |= {name: torch.zeros_like(images) for name in ("x_previous", "gradient", "x_best", "gradient_best")}
+        state |= {"start": start, "best": images.clone(), "reduced": torch.ones_like(state["done"])}
+        names = ("eta", "loss_best", "loss_at_check", "loss_last", "rises", "candidate_loss", "sparsity", "share")
+        state |= {name: numbers.clone() for name in names}
+        return state | {"candidate_correct": numbers + 2}
+
+    def step(self, estimator: GradientEstimator, state: State) -> None:
+        tables = self._tables(state["x"].device)
+        now = tables.at(state["t"])
+        self._move(state, now)
+        estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], self.targets(state, now))
+        self._keep_candidate(state, estimate, now)
+        self._keep_best(state, estimate, now)
+        self._adapt(state, now)
+        if self.early_stop:
+            state["done"] |= (estimate.correct == 0) & now["counts"]
+        state["t"] += ~state["done"]
+        state["done"] |= state["t"] >= tables.length
+        # The index must stay inside of the tables for rows that nobody has fetched yet.
+        state["t"].clamp_(max=tables.length - 1)
+
+    def targets(self, state: State, now: State) -> Tensor | None:
+        """The target classes (B,) of a targeted loss."""
+        return None
+
+    def _tables(self, device: torch.device) -> _Tables:
+        return _tables(self.steps, self.norm, self.eps, self.shrink_eps, self.rounds, device)
+
+    def _move(self, state: State, now: State) -> None:
+        """The next iterate; at the first evaluation of a stage, its start."""
+        x, x0, gradient, eps = state["x"], state["x0"], state["gradient"], now["eps"]
+        first = per_image(now["first"])
+        if self.norm == "L1":
+            count = (state["share"] * x[0].numel()).long().clamp(1, x[0].numel())
+            moved = pgd_step_l1(x, gradient, x0, state["eta"], eps, count)
+            begun = torch.where(per_image(now["anew"]), state["start"], project_l1(state["x_best"], x0, eps))
+        else:
+            # The step from a stage's start has no momentum.
+            momentum = torch.where(now["second"], 1.0, MOMENTUM)
+            step = apgd_step_linf if self.norm == "Linf" else apgd_step_l2
+            moved = step(x, state["x_previous"], gradient, x0, state["eta"], self.eps, momentum)
+            begun = state["start"]
+        state["x_previous"] = torch.where(first, begun, x)
+        state["x"] = torch.where(first, begun, moved)
+
+    def _keep_candidate(self, state: State, estimate: Estimate, now: State) -> None:
+        better = _better(estimate.correct, estimate.loss, state["candidate_correct"], state["candidate_loss"])
+        better &= now["counts"] & ~state["done"]
+        state["best"] = torch.where(per_image(better), state["x"], state["best"])
+        state["candidate_correct"] = torch.where(better, estimate.correct, state["candidate_correct"])
+        state["candidate_loss"] = torch.where(better, estimate.loss, state["candidate_loss"])
+
+    def _keep_best(self, state: State, estimate: Estimate, now: State) -> None:
+        """Where the loss is largest, the search goes back to; at the start of a stage all begins anew."""
+        first, loss = now["first"], estimate.loss
+        assert estimate.gradient is not None
+        state["gradient"] = torch.nan_to_num(estimate.gradient)
+        better = first | (loss > state["loss_best"])
+        state["x_best"] = torch.where(per_image(better), state["x"], state["x_best"])
+        state["gradient_best"] = torch.where(per_image(better), state["gradient"], state["gradient_best"])
+        state["loss_best"] = torch.where(better, loss, state["loss_best"])
+        # As in the original, the first step counts as a rise if its loss is above 0.
+        state["rises"] = torch.where(first, 0.0, state["rises"] + (loss > state["loss_last"]))
+        state["loss_last"] = torch.where(first, 0.0, loss)
+        state["loss_at_check"] = torch.where(first, loss, state["loss_at_check"])
+        state["reduced"] |= first
+        state["eta"] = torch.where(first, (1.0 if self.norm == "L1" else 2.0) * now["eps"], state["eta"])
+        if self.norm == "L1":
+            sparsity = _nonzero(state["x_best"] - state["x0"])
+            given = now["given"] & first
+            all_of_it = float(state["x"][0].numel())
+            state["sparsity"] = torch.where(first, torch.where(given, sparsity, all_of_it), state["sparsity"])
+            share = torch.where(given, sparsity / all_of_it / 1.5, 0.2)
+            state["share"] = torch.where(first, share, state["share"])
+
+    def _adapt(self, state: State, now: State) -> None:
+        """At checkpoints: new step sizes, and back to the best point."""
+        check = now["check"]
+        if self.norm == "L1":
+            back = self._adapt_l1(state, now)
+        else:
+            stuck = ~state["reduced"] & (state["loss_at_check"] >= state["loss_best"])
+            back = check & ((state["rises"] <= now["window"] * self.rho) | stuck)
+            state["eta"] = torch.where(back, state["eta"] / 2, state["eta"])
+            state["reduced"] = torch.where(check, back, state["reduced"])
+            state["loss_at_check"] = torch.where(check, state["loss_best"], state["loss_at_check"])
+        state["rises"] = torch.where(check, 0.0, state["rises"])
+        state["x"] = torch.where(per_image(back), state["x_best"], state["x"])
+        state["gradient"] = torch.where(per_image(back), state["gradient_best"], state["gradient"])
+
+    def _adapt_l1(self, state: State, now: State) -> Tensor:
+        """The number of entries follows the sparsity of the best point; eta falls while that is stable."""
+        check, eps = now["check"], now["eps"]
+        sparsity = _nonzero(state["x_best"] - state["x0"])
+        back = check & (sparsity < 0.95 * state["sparsity"])
+        eta = torch.where(back, eps, state["eta"] / 1.5).clamp(eps / 10, eps)
+        state["eta"] = torch.where(check, eta, state["eta"])
+        state["share"] = torch.where(check, sparsity / state["x"][0].numel() / 1.5, state["share"])
+        state["sparsity"] = torch.where(check, sparsity, state["sparsity"])
+        return back
+
+
+class APGDT(APGD):
+    """Auto-PGD on the targeted difference-of-logits ratio, one target class after the other (Croce and Hein, 2020).
+
+        loss = -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2),   z_1 >= z_2 >= ... the sorted logits
+
+    The target classes of an image are those that follow the most likely one at the image itself. Where there are fewer
+    than four classes, the loss is the plain difference z_t - z_y.
+
+    Args:
+        target_classes: how many; at most the number of classes less one.
+        model, norm, eps, steps, options: see APGD; every target takes `steps` iterations, from the same random start.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 100,
+        target_classes: int = 9,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, norm, eps, steps, loss="dlr", **options)
+        self.target_classes = check_integer("APGDT", "target_classes", target_classes, low=1)
+
+    def search(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        clean = estimator.logits(images, ids, torch.zeros_like(labels)).mean(dim=1)
+        classes = clean.shape[1]
+        # One copy for each call: the number of classes belongs to the call.
+        this = copy.copy(self)
+        this.rounds = min(self.target_classes, classes - 1)
+        estimator.loss = "dlr" if classes > 3 else "margin"
+        order = clean.argsort(dim=1, descending=True, stable=True)[:, 1 : this.rounds + 1]
+        return run_queue(this, estimator, images, labels, ids, start, {"order": order})
+
+    def targets(self, state: State, now: State) -> Tensor | None:
+        return state["order"].gather(1, now["round"][:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What happens at each evaluation of a row, (length,): the schedule of all rounds and stages."""
+
+    eps: Tensor  # radius of the stage
+    first: Tensor  # the evaluation of the stage's start
+    second: Tensor  # the one after it
+    anew: Tensor  # first of its round
+    given: Tensor  # the stage's start is sparse (L1): its sparsity sets the number of entries
+    counts: Tensor  # the stage's ball is the attack's, so that its iterates are candidates
+    check: Tensor  # checkpoint
+    window: Tensor  # steps since the checkpoint before
+    round: Tensor
+
+    @property
+    def length(self) -> int:
+        return len(self.eps)
+
+    def at(self, t: Tensor) -> State:
+        """The entries of rows at t (B,)."""
+        return {name: values[t] for name, values in vars(self).items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, device: torch.device) -> _Tables:
+    stages = [(eps, steps)]
+    if shrink_eps:
+        part = math.ceil(0.3 * steps)
+        stages = [(3 * eps, part), (2 * eps, part), (eps, steps - 2 * part)]
+    rows = []
+    for number in range(rounds):
+        for stage, (radius, length) in enumerate(stages):
+            windows = _windows(length, norm)
+            for i in range(length + 1):
+                head = (radius, i == 0, i == 1, i == 0 and stage == 0, shrink_eps, stage == len(stages) - 1)
+                rows.append((*head, i in windows, windows.get(i, 0), number))
+    kinds = (torch.float32, *(torch.bool,) * 6, torch.float32, torch.int64)
+    columns = zip(zip(*rows, strict=True), kinds, strict=True)
+    return _Tables(*(torch.tensor(column, dtype=dtype, device=device) for column, dtype in columns))
+
+
+def _windows(steps: int, norm: str) -> dict[int, int]:
+    """The checkpoints among the steps 1 .. steps, and how many steps each looks back (section 3.1 of the paper)."""
+    window = max(int((0.04 if norm == "L1" else 0.22) * steps), 1)
+    shorter, least = max(int(0.03 * steps), 1), max(int(0.06 * steps), 1)
+    found, last = {}, 0
+    while last + window <= steps:
+        last += window
+        found[last] = window
+        if norm != "L1":
+            window = max(window - shorter, least)
+    return found
+
+
+def _better(correct: Tensor, loss: Tensor, than_correct: Tensor, than_loss: Tensor) -> Tensor:
+    """Whether a candidate is classified correctly in fewer draws, or in as many with a larger loss."""
+    return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
+
+
+def _nonzero(delta: Tensor) -> Tensor:
+    return (delta != 0).flatten(1).sum(dim=1).float()
+
+
+def _random_start(norm: str, images: Tensor, radius: float, seed: int, ids: Tensor) -> Tensor:
+    """A random point on the ball's surface (in its inside for L1), clipped to [0, 1]; keyed by (seed, id)."""
+    shape = images.shape[1:]
+    if norm == "Linf":
+        direction = 2 * random_uniform(shape, seed, ids, 0, Tag.START).to(images.dtype) - 1
+        direction /= per_image(direction.flatten(1).abs().amax(dim=1)).clamp_min(1e-12)
+        return (images + radius * direction).clamp_(0, 1)
+    direction = random_normal(shape, seed, ids, 0, Tag.START).to(images.dtype)
+    if norm == "L2":
+        return (images + radius * direction / norm_l2(direction).clamp_min(1e-12)).clamp_(0, 1)
+    return project_l1(images + direction, images, radius)

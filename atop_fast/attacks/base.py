@@ -1,0 +1,164 @@
+"""What all attacks share: their arguments, their checks, and how they are run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_images, check_integer, check_labels, check_number, message
+from ..defense import Defense
+from ..randomness import check_keys
+from .gradient import GRADIENT_MODES, PRECISIONS, GradientEstimator
+from .network import Model, prepared
+from .queue import State, run_queue
+
+NORMS = ("Linf", "L2", "L1")
+
+
+class Attack(ABC):
+    """Base of the attacks: called `attack(images, labels)`.
+
+    Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        norm: "Linf", "L2" or "L1", as far as the attack has it.
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
+        steps: iterations.
+        eot_iter, gradient, max_batch, precision, substitute: see GradientEstimator (`gradient` is its mode).
+        early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
+            little about a random one.
+        seed: key of the attack's randomness and draws.
+
+    The model's mode, buffers and requires_grad flags are left as they were, also after an error.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("Linf", "L2")
+    loss: str = "ce"
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        *,
+        steps: int,
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        seed: int = 0,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        name = type(self).__name__
+        self.model = model
+        self.norm = check_choice(name, "norm", norm, self.norms)
+        self.eps = check_number(name, "eps", eps, low=0)
+        self.steps = check_integer(name, "steps", steps, low=1)
+        self.eot_iter = check_integer(name, "eot_iter", eot_iter, low=1)
+        self.gradient = check_choice(name, "gradient", gradient, GRADIENT_MODES)
+        self.precision = check_choice(name, "precision", precision, list(PRECISIONS))
+        self.seed = check_integer(name, "seed", seed, low=-(2**63), high=2**63 - 1)
+        self.max_batch = None if max_batch is None else check_integer(name, "max_batch", max_batch, low=1)
+        self.early_stop, self.substitute = bool(early_stop), substitute
+        if gradient != "exact" and not isinstance(model, Defense):
+            raise TypeError(f"{name}: gradient {gradient!r} needs a Defense, got {type(model).__name__}")
+        if self.early_stop and isinstance(model, Defense):
+            raise ValueError(message(name, "early_stop", "False for a Defense, whose draws differ", True))
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, sample_ids: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """Adversarial images.
+
+        Args:
+            images: float (B, C, H, W) in [0, 1].
+            labels: int64 (B,), the true classes.
+            sample_ids: int64 (B,), the identity of every image; default 0..B-1. With it, an image's result depends
+                neither on the other images of the batch nor on their order.
+            start: images (B, C, H, W) to start from, instead of the attack's own start.
+
+        Returns:
+            Images of the same shape, within eps of `images` and in [0, 1].
+
+        Raises:
+            TypeError, ValueError: naming the argument that is wrong.
+        """
+        name = type(self).__name__
+        check_images(name, "images", images)
+        check_labels(name, "labels", labels, images)
+        if start is not None and check_images(name, "start", start).shape != images.shape:
+            raise ValueError(
+                message(name, "start", f"of the shape of images {tuple(images.shape)}", tuple(start.shape))
+            )
+        ids, _ = check_keys(name, len(images), images.device, self.seed, sample_ids, 0)
+        images = images.detach()
+        if not len(images):
+            return images.clone()
+        with prepared(self.model, PRECISIONS[self.precision]) as network, torch.no_grad():
+            return self.run(self.estimator(network), images, labels, ids, start)
+
+    def estimator(self, network: Model) -> GradientEstimator:
+        """The estimator of one call."""
+        return GradientEstimator(
+            network,
+            self.gradient,
+            self.eot_iter,
+            self.max_batch,
+            self.loss,
+            self.precision,
+            self.substitute,
+            self.seed,
+        )
+
+    def run(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        """The attack on checked arguments and a prepared network."""
+        return run_queue(self, estimator, images, labels, ids, start)
+
+    @abstractmethod
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        """The state of new rows, see queue.Program; its randomness is keyed by (estimator.seed, ids)."""
+
+    @abstractmethod
+    def step(self, estimator: GradientEstimator, state: State) -> None:
+        """One iteration, see queue.Program."""
+
+    def __repr__(self) -> str:
+        options: dict[str, Any] = {k: v for k, v in vars(self).items() if k != "model"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
+
+def initial_state(images: Tensor, labels: Tensor, ids: Tensor, x: Tensor) -> State:
+    """What every attack's state has: the images, where they are now, and how far they are."""
+    return {
+        "x0": images,
+        "labels": labels,
+        "ids": ids,
+        "x": x,
+        "best": x,
+        "t": torch.zeros_like(labels),
+        "done": torch.zeros_like(labels, dtype=torch.bool),
+    }
+
+
+def per_image(values: Tensor) -> Tensor:
+    """Values (B,) as (B, 1, 1, 1), to go with images."""
+    return values[:, None, None, None]
+
+
+def norm_l2(x: Tensor) -> Tensor:
+    """L2 norm of every image, (B, 1, 1, 1)."""
+    return per_image(x.flatten(1).norm(dim=1))
+
+
+def project_l2(x: Tensor, center: Tensor, eps: float) -> Tensor:
+    """The nearest point of the ball of radius eps around `center`, clipped to [0, 1]."""
+    delta = x - center
+    return (center + delta * (eps / norm_l2(delta).clamp_min(1e-12)).clamp_max(1)).clamp_(0, 1)

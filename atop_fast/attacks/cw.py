@@ -1,0 +1,146 @@
+"""The L2 attack of Carlini & Wagner (S&P 2017): the smallest perturbation that fools, with EOT."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_integer, check_number
+from .adam import adam_step
+from .base import Attack, initial_state, per_image
+from .gradient import GradientEstimator
+from .network import Model
+from .queue import State
+
+# Pixels this close to 0 and 1 have a finite place in tanh space (the factor of the authors' code).
+INSIDE = 0.999999
+LARGEST_C = 1e10
+
+
+class CW(Attack):
+    """Minimises the distance and the margin, in a space in which every point is an image.
+
+        x' = (tanh(w) + 1) / 2,    min_w |x' - x|_2^2 + c max(z_y - max_{j != y} z_j, -kappa)
+
+    by Adam from w = atanh(2 x - 1) (Carlini & Wagner, 2017, section V.C; untargeted). With search_steps > 1 each image
+    has a c of its own: after every run it is multiplied by 10 until the first success, then halfway between the
+    largest that failed and the smallest that succeeded; of 10 or more runs the last one repeats the latter.
+
+    A minimum-norm attack: an image's result is its nearest adversarial point seen, or the image itself if none was.
+    A point is adversarial if it is misclassified in more than half of the draws, by a mean margin of at least kappa;
+    for a random model, max(., -kappa) applies to the mean margin over the draws.
+
+    Args:
+        model: see Attack.
+        norm: "L2".
+        eps: None for no bound; otherwise only adversarial points within eps count as results. Neither the objective
+            nor the search depends on it.
+        c: weight of the margin, in the first run.
+        kappa: the margin that counts as adversarial (the paper's confidence), in units of the logits.
+        steps: Adam steps of one run; each is one forward and backward pass for each draw.
+        lr: step size of Adam, in units of w.
+        search_steps: runs, each with another c; 1 is no search.
+        eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
+        early_stop: an image ends a run when its objective has not fallen by 0.01 % since the last look; there are 10
+            looks a run (the authors' abort_early, for each image instead of each batch). For deterministic models, and
+            for an lr that does not make the objective swing. It is not the misclassification that ends an image.
+
+    Called as Attack says; `start` takes the place of the image as the start of every run.
+    """
+
+    norms = ("L2",)
+    loss = "margin"
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "L2",
+        eps: float | None = None,
+        c: float = 1.0,
+        kappa: float = 0.0,
+        steps: int = 100,
+        lr: float = 0.01,
+        search_steps: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, norm, 0.0 if eps is None else eps, steps=steps, **options)
+        self.eps = math.inf if eps is None else self.eps
+        self.c = check_number("CW", "c", c, low=0, high=LARGEST_C)
+        self.kappa = check_number("CW", "kappa", kappa, low=0)
+        self.lr = check_number("CW", "lr", lr, low=0)
+        self.search_steps = check_integer("CW", "search_steps", search_steps, low=1)
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        w = torch.atanh((2 * (images if start is None else start) - 1).clamp(-INSIDE, INSIDE))
+        numbers = images.new_zeros(len(images), dtype=torch.float32)
+        # "t" numbers the steps of all runs; a run that ends early skips the rest of its numbers.
+        return initial_state(images, labels, ids, images.clone()) | {
+            "x": w,
+            "start": w,
+            "m": torch.zeros_like(w),
+            "v": torch.zeros_like(w),
+            "distance": numbers + torch.inf,
+            "objective": numbers + torch.inf,
+            "found": torch.zeros_like(labels, dtype=torch.bool),
+            "c": numbers + self.c,
+            "lower": numbers,
+            "upper": numbers + torch.inf,
+        }
+
+    def step(self, estimator: GradientEstimator, state: State) -> None:
+        x0, t, c, tanh = state["x0"], state["t"], state["c"], state["x"].tanh()
+        x = (tanh + 1) / 2
+        estimate = estimator(x, state["labels"], state["ids"], t)
+        assert estimate.gradient is not None
+        distance = (x - x0).square().flatten(1).sum(dim=1)
+        adversarial = (estimate.correct < 0.5) & (estimate.loss >= self.kappa)
+        closer = adversarial & (distance < state["distance"]) & (distance <= self.eps**2)
+
+        pull = per_image(c * (estimate.loss <= self.kappa))
+        gradient = 2 * (x - x0) - pull * torch.nan_to_num(estimate.gradient)
+        m, v, change = adam_step(state["m"], state["v"], gradient * (1 - tanh * tanh) / 2, t % self.steps, self.lr)
+        new = {
+            "x": state["x"] - change,
+            "m": m,
+            "v": v,
+            "t": t + 1,
+            "found": state["found"] | adversarial,
+            "best": torch.where(per_image(closer), x, state["best"]),
+            "distance": torch.where(closer, distance, state["distance"]),
+        }
+        if self.early_stop:
+            self._look(state, new, distance + c * (-estimate.loss).clamp_min(-self.kappa))
+        if self.search_steps > 1:
+            self._end_runs(state, new)
+        for key, value in new.items():
+            done = per_image(state["done"]) if value.dim() == 4 else state["done"]
+            state[key] = torch.where(done, state[key], value)
+        state["done"] = state["t"] >= self.steps * self.search_steps
+
+    def _look(self, state: State, new: State, objective: Tensor) -> None:
+        """End the runs whose objective stands still."""
+        look = state["t"] % self.steps % max(1, self.steps // 10) == 0
+        still = look & (objective > 0.9999 * state["objective"])
+        new["objective"] = torch.where(look, objective, state["objective"])
+        new["t"] = torch.where(still, (state["t"] // self.steps + 1) * self.steps, new["t"])
+
+    def _end_runs(self, state: State, new: State) -> None:
+        """Where a run is over: the next c, and everything else as it was at the start."""
+        over, c = new["t"] % self.steps == 0, state["c"]
+        new["upper"] = torch.where(over & new["found"], c, state["upper"])
+        new["lower"] = torch.where(over & ~new["found"], c, state["lower"])
+        following = torch.where(new["upper"].isinf(), 10 * c, (new["lower"] + new["upper"]) / 2)
+        if self.search_steps >= 10:
+            last = new["t"] // self.steps == self.search_steps - 1
+            following = torch.where(last, new["upper"], following)
+        new["c"] = torch.where(over, following.clamp_max(LARGEST_C), c)
+        new["x"] = torch.where(per_image(over), state["start"], new["x"])
+        for key in ("m", "v"):
+            new[key] = new[key].masked_fill(per_image(over), 0)
+        new["found"] = new["found"] & ~over
+        new["objective"] = new.get("objective", state["objective"]).masked_fill(over, torch.inf)

@@ -1,0 +1,92 @@
+"""A batch of fixed shape under attack: images that are done leave it, queued ones enter."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .gradient import ROWS, GradientEstimator
+
+State = dict[str, Tensor]
+# Images in the batch at a time; a GPU needs more of them to be busy.
+SLOTS = {"cpu": 64}
+SLOTS_ON_GPU = 512
+# Steps between two looks at which images are done; each look waits for a GPU.
+STEPS = {"cpu": 1}
+STEPS_ON_GPU = 8
+
+
+class Program(Protocol):
+    """What the queue needs of an attack: rows that can be set up, and moved on, independently of each other."""
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        """The state of new rows: tensors (B, ...), among them "done", bool (B,), and "best", images (B, C, H, W)."""
+
+    def step(self, estimator: GradientEstimator, state: State) -> None:
+        """One iteration of every row that is not done; must not wait for a GPU, nor change rows that are done."""
+
+
+def run_queue(
+    program: Program,
+    estimator: GradientEstimator,
+    images: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    start: Tensor | None = None,
+    given: State | None = None,
+) -> Tensor:
+    """Run the program over all images; what "best" holds for each when it is done, (N, C, H, W).
+
+    `given` are further tensors (N, ...) of which each row's state gets its part.
+
+    The batch always has a multiple of 8 rows. When the queue is empty it shrinks.
+    """
+    kind = images.device.type
+    slots = min(SLOTS.get(kind, SLOTS_ON_GPU), -(-len(images) // ROWS) * ROWS)
+    results = images.clone()
+
+    def begin(numbers: list[int]) -> State:
+        index = torch.tensor(numbers, device=images.device)
+        begun = None if start is None else start[index]
+        state = program.begin(estimator, images[index], labels[index], ids[index], begun)
+        return state | {key: value[index] for key, value in (given or {}).items()}
+
+    # Which image is in which slot; a slot without an image holds a copy that is done.
+    owner = [slot if slot < len(images) else -1 for slot in range(slots)]
+    state = begin([min(slot, len(images) - 1) for slot in range(slots)])
+    state["done"][len(images) :] = True
+    waiting = slots
+    while any(number >= 0 for number in owner):
+        for _ in range(STEPS.get(kind, STEPS_ON_GPU)):
+            program.step(estimator, state)
+        done = [slot for slot in state["done"].nonzero()[:, 0].tolist() if owner[slot] >= 0]
+        if not done:
+            continue
+        numbers = torch.tensor([owner[slot] for slot in done], device=images.device)
+        results[numbers] = state["best"][torch.tensor(done, device=images.device)]
+        for slot in done:
+            owner[slot] = -1
+        entering = list(range(waiting, min(waiting + len(done), len(images))))
+        waiting += len(entering)
+        if entering:
+            for slot, number in zip(done, entering, strict=False):
+                owner[slot] = number
+            index = torch.tensor(done[: len(entering)], device=images.device)
+            for key, value in begin(entering).items():
+                state[key][index] = value
+        elif owner.count(-1) >= ROWS:
+            state, owner = _shrunk(state, owner)
+    return results
+
+
+def _shrunk(state: State, owner: list[int]) -> tuple[State, list[int]]:
+    """The rows that still hold an image, filled up to a multiple of 8."""
+    busy = [slot for slot, number in enumerate(owner) if number >= 0]
+    idle = [slot for slot, number in enumerate(owner) if number < 0]
+    kept = busy + idle[: -len(busy) % ROWS]
+    index = torch.tensor(kept, device=state["done"].device, dtype=torch.int64)
+    return {key: value[index] for key, value in state.items()}, [owner[slot] for slot in kept]

@@ -1,0 +1,271 @@
+"""A 3x3 convolution on CPUs with a quarter of the multiplications, for frozen networks under attack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import check_float_tensor, check_integer, message
+from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
+from .gated_elu import memory_format
+
+# Outputs whose prepared weights lie side by side.
+PANEL = 16
+# With fewer, on either side, the op is slower than torch's; see `wins`.
+MIN_CHANNELS = 16
+# The interpolation points besides infinity; docs/math.md says why these.
+POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """The op as a user would write it, in the dtype of `x`; the baseline of the benchmarks."""
+    return F.conv2d(x, weight, bias, padding=dilation, dilation=dilation)
+
+
+def reference_prepare(weight: Tensor, transposed: bool) -> Tensor:
+    """The weights in the form that the kernel reads, (36, ceil(O / PANEL), C, PANEL), 0 beyond the outputs.
+
+    They are G g G', computed in float64 and rounded once. `transposed` makes those of the gradient in x: with the roles
+    of O and C exchanged, and every 3x3 flipped.
+    """
+    check_float32("conv3x3_prepare", weight=weight)
+    check_weight("conv3x3_prepare", weight)
+    g = (weight.transpose(0, 1).flip(2, 3) if transposed else weight).double()
+    rows = []
+    for point in POINTS:
+        scale = 1.0
+        for other in POINTS:
+            scale *= point - other if other != point else 1.0
+        rows.append([1 / scale, point / scale, point * point / scale])
+    matrix = g.new_tensor([*rows, [0.0, 0.0, 1.0]])
+    u = (matrix @ g @ matrix.T).flatten(2)
+    u = F.pad(u, (0, 0, 0, 0, 0, -len(u) % PANEL)).unflatten(0, (-1, PANEL))
+    return u.permute(3, 0, 2, 1).float().contiguous()
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    prepared_t: Tensor | None,
+    dilation: int,
+) -> Tensor:
+    """The specification. `prepared` and `prepared_t` save kernels the preparation of `weight`, forward and backward."""
+    check_float32("conv3x3", x=x, weight=weight, bias=bias)
+    check_weight("conv3x3", weight)
+    check_images("conv3x3", "x", x, weight.shape[1], dilation)
+    check_bias("conv3x3", bias, weight)
+    return formula(x, weight, bias, dilation).contiguous(memory_format=memory_format(x))
+
+
+def reference_bwd(dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation: int) -> Tensor:
+    """The gradient in x: the convolution with the weights transposed and flipped."""
+    check_float32("conv3x3_bwd", dy=dy, weight=weight)
+    check_weight("conv3x3_bwd", weight)
+    check_images("conv3x3_bwd", "dy", dy, weight.shape[0], dilation)
+    dx = F.conv_transpose2d(dy, weight, padding=dilation, dilation=dilation)
+    return dx.contiguous(memory_format=memory_format(dy))
+
+
+OP_PREPARE = define("conv3x3_prepare(Tensor weight, bool transposed) -> Tensor", reference_prepare, kernels=None)
+OP = define(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? prepared, Tensor? prepared_t, int dilation) -> Tensor",
+    reference,
+    kernels=None,
+)
+OP_BWD = define(
+    "conv3x3_bwd(Tensor dy, Tensor weight, Tensor? prepared, int dilation) -> Tensor",
+    reference_bwd,
+    kernels=None,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, _, prepared_t, ctx.dilation = inputs
+    # Of frozen weights, x is not needed.
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, prepared_t)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight, prepared_t = ctx.saved_tensors
+    of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+    dx = dw = db = None
+    if of_x:
+        dx = OP_BWD(dy, weight, prepared_t, ctx.dilation)
+    if of_weight:
+        around = [ctx.dilation, ctx.dilation]
+        _, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, [1, 1], around, around, False, [0, 0], 1, [False, True, False]
+        )
+    if of_bias:
+        db = dy.sum(dim=(0, 2, 3))
+    return dx, dw, db, None, None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::conv3x3", _backward, setup_context=_setup_context, lib=LIBRARY)
+forbid_double_backward("conv3x3_bwd")
+
+
+def wins(x: Tensor, weight: Tensor, dilation: int, prepared: bool) -> bool:
+    """Whether the op is faster than torch's convolution, forward and backward together: the one place of the rule.
+
+    It rests on measurements against oneDNN. With few channels the transforms, whose cost is proportional to them,
+    outweigh the products. Tiles of 4x4 must be filled by half: 36 products stand against 9 for each output. Where
+    weights are prepared in every call, that takes as long as some 64 tiles. The rule knows nothing of the batch, on
+    which a sample's result must not depend.
+    """
+    if "cpp" in MISSING or not x.is_cpu or not x.dtype == weight.dtype == torch.float32:
+        return False
+    height, width = x.shape[2:]
+    tiles = _tiles(height, dilation) * _tiles(width, dilation)
+    return min(weight.shape[:2]) >= MIN_CHANNELS and 2 * height * width >= 16 * tiles and (prepared or tiles >= 64)
+
+
+def _tiles(size: int, dilation: int) -> int:
+    """Tiles along an axis: pixels `dilation` apart are an image of their own, and 4 of them a tile."""
+    return size // (4 * dilation) * dilation + min(size % (4 * dilation), dilation)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
+    r"""Convolve images with 3x3 weights, padded by `dilation` zeros so that they keep their size.
+
+    .. math:: y_{b,o,i,j} = \beta_o + \sum_{c,k,l} w_{o,c,k,l} \, x_{b,c,i+d(k-1),j+d(l-1)}
+
+    On CPUs in float32, where it is faster (`wins`), by Winograd's F(4x4, 3x3), which takes a quarter of the
+    multiplications; by torch's own convolution otherwise.
+
+    Args:
+        x: (B, C, H, W); channels_last is fastest, other layouts are copied.
+        weight: (O, C, 3, 3).
+        bias: (O,), or None.
+        dilation: Pixels between neighbouring weights, d >= 1.
+
+    Returns:
+        y, (B, O, H, W), dtype of `x`; channels_last if `x` is.
+
+    Raises:
+        TypeError: If a tensor has no floating-point dtype, or an argument the wrong type.
+        ValueError: If a shape or `dilation` is not as described.
+
+    Notes:
+        The relative error is about 1e-6, where a direct convolution in float32 has 3e-7. NaN and infinity spread over
+        their tile of 4x4 outputs. Where Winograd serves it is differentiable once, and a second derivative raises
+        RuntimeError; a sample's result has the same bits whatever the batch, its place in it and the number of threads.
+        `FrozenConv3x3` saves the preparation of the weights, which is worth it where images are small.
+
+    Reference:
+        Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, section 4; docs/math.md for the
+        interpolation points.
+
+    Example:
+        >>> x = torch.randn(8, 64, 32, 32).contiguous(memory_format=torch.channels_last)
+        >>> atop_fast.ops.conv3x3(x, torch.randn(64, 64, 3, 3)).shape
+        torch.Size([8, 64, 32, 32])
+    """
+    check_weight("conv3x3", weight)
+    check_images("conv3x3", "x", x, weight.shape[1], dilation)
+    check_bias("conv3x3", bias, weight)
+    if wins(x, weight, dilation, prepared=False):
+        return OP(x, weight, bias, None, None, dilation)
+    return formula(x, weight, bias, dilation)
+
+
+class FrozenConv3x3(nn.Module):
+    """A copy of a 3x3 convolution whose weights do not change any more, prepared once: for networks under attack.
+
+    Forward and input gradient come from `conv3x3` where it wins, from torch's convolution otherwise. The weights have
+    no gradient and are not in the state dict, as they cannot be changed. They take 9 times their memory: a copy and its
+    two prepared forms.
+
+    Args:
+        convolution: A convolution that `accepts` takes.
+
+    Raises:
+        TypeError: If `convolution` is no nn.Conv2d.
+        ValueError: If it is one that `accepts` does not take.
+
+    Shape:
+        (B, C, H, W) to (B, O, H, W), as `convolution`.
+
+    Example:
+        >>> for name, module in list(network.named_modules()):
+        ...     if FrozenConv3x3.accepts(module):
+        ...         network.set_submodule(name, FrozenConv3x3(module))
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    prepared: Tensor
+    prepared_t: Tensor
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        if not isinstance(convolution, nn.Conv2d):
+            raise TypeError(message("FrozenConv3x3", "convolution", "an nn.Conv2d", type(convolution).__name__))
+        if not self.accepts(convolution):
+            expected = "a float32 3x3 convolution on the CPU that keeps the size, of 16 channels or more and no groups"
+            raise ValueError(message("FrozenConv3x3", "convolution", expected, convolution))
+        self.dilation = convolution.dilation[0]
+        weight, bias = convolution.weight.detach().clone(), convolution.bias
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
+        self.register_buffer("prepared", OP_PREPARE(weight, False), persistent=False)
+        self.register_buffer("prepared_t", OP_PREPARE(weight, True), persistent=False)
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether `module` is a convolution that this one can replace, and for images of some size outdo."""
+        return (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (3, 3)
+            and module.stride == (1, 1)
+            and module.dilation[0] == module.dilation[1]
+            and module.padding in (module.dilation, "same")
+            and module.groups == 1
+            and module.padding_mode == "zeros"
+            and module.weight.dtype == torch.float32
+            and module.weight.is_cpu
+            and min(module.weight.shape[:2]) >= MIN_CHANNELS
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve images (B, C, H, W)."""
+        if wins(x, self.weight, self.dilation, prepared=True):
+            return OP(x, self.weight, self.bias, self.prepared, self.prepared_t, self.dilation)
+        return formula(x, self.weight, self.bias, self.dilation)
+
+    def extra_repr(self) -> str:
+        """What the weights do not show."""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, dilation={self.dilation}"
+
+
+def check_weight(function: str, weight: Any) -> None:
+    """Raise unless `weight` is (O, C, 3, 3)."""
+    check_float_tensor(function, "weight", weight)
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(message(function, "weight", "of shape (O, C, 3, 3)", tuple(weight.shape)))
+
+
+def check_images(function: str, argument: str, x: Any, channels: int, dilation: Any) -> None:
+    """Raise unless `x`, which goes by the name `argument`, has `channels`, and `dilation` is one."""
+    if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels:
+        raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W)", tuple(x.shape)))
+    if not torch.compiler.is_compiling():
+        check_integer(function, "dilation", dilation, low=1)
+
+
+def check_bias(function: str, bias: Any, weight: Tensor) -> None:
+    """Raise unless `bias` is None or one number for each output."""
+    if bias is not None and check_float_tensor(function, "bias", bias).shape != weight.shape[:1]:
+        raise ValueError(message(function, "bias", f"of shape ({weight.shape[0]},)", tuple(bias.shape)))
+
+
+def check_float32(function: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless all are float32: other dtypes have no kernel."""
+    for argument, value in tensors.items():
+        if value is not None and value.dtype != torch.float32:
+            raise TypeError(message(function, argument, "a float32 tensor", value.dtype))

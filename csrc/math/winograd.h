@@ -1,0 +1,29 @@
+#pragma once
+// F(4x4, 3x3) of Winograd, in the interpolation points 0, +-a, +-b and infinity:               docs/math.md#conv3x3
+//   y = A' [(G g G') * (B' d B)] A
+// where d is 6x6 pixels, g the 3x3 weights of a channel, * the product of elements, and y 4x4 outputs.
+
+#include "common/macros.h"
+
+namespace atop::math {
+
+// Chosen for their error, half of that of 1 and 2; their powers are short, so that only sums are rounded.
+constexpr double kNear = 0.75, kFar = 1.5;
+constexpr double kNear2 = kNear * kNear, kFar2 = kFar * kFar;
+
+// g[0], g[1], g[2] at `step` from one another, at the six points: row by row of G.
+template <typename T>
+ATOP_HD void weights_at_points(const T* g, int64_t step, T* u) {
+  const T g0 = g[0], g1 = g[step], g2 = g[2 * step];
+  const T near = T(1 / (2 * kNear2 * (kNear2 - kFar2))), far = T(1 / (2 * kFar2 * (kFar2 - kNear2)));
+  const T even_near = g0 + T(kNear2) * g2, odd_near = T(kNear) * g1;
+  const T even_far = g0 + T(kFar2) * g2, odd_far = T(kFar) * g1;
+  u[0] = g0 * T(1 / (kNear2 * kFar2));
+  u[1] = (even_near + odd_near) * near;
+  u[2] = (even_near - odd_near) * near;
+  u[3] = (even_far + odd_far) * far;
+  u[4] = (even_far - odd_far) * far;
+  u[5] = g2;
+}
+
+}  // namespace atop::math

@@ -1,0 +1,118 @@
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <optional>
+#include <utility>
+
+#include "common/images.h"
+
+namespace atop {
+namespace {
+
+void check_floats(const char* function, const char* argument, const Tensor& t) {
+  ATOP_CHECK(t.scalar_type() == ScalarType::Float, function, argument, "a float32 tensor", dtype_text(t.scalar_type()));
+  ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
+}
+
+// The weights (outputs, channels, 3, 3) where they lie; of the gradient in x, the same ones transposed and flipped.
+struct Weight {
+  const char* function;
+  const float* first;
+  int64_t strides[4], outputs, channels;
+
+  Weight(const char* function, const Tensor& t, bool transposed) : function(function) {
+    check_floats(function, "weight", t);
+    ATOP_CHECK(t.dim() == 4 && t.size(2) == 3 && t.size(3) == 3, function, "weight", "of shape (O, C, 3, 3)",
+               shape_text(t));
+    first = input<float>(t);
+    outputs = t.size(0);
+    channels = t.size(1);
+    for (int i = 0; i < 4; ++i) strides[i] = t.stride(i);
+    if (!transposed) return;
+    std::swap(outputs, channels);
+    std::swap(strides[0], strides[1]);
+    for (int i : {2, 3}) {
+      first += 2 * strides[i];
+      strides[i] = -strides[i];
+    }
+  }
+
+  std::array<int64_t, 4> prepared_sizes() const {
+    return {36, (outputs + kConvPanel - 1) / kConvPanel, channels, kConvPanel};
+  }
+
+  Tensor prepare(const Tensor& like) const {
+    Tensor prepared = empty(prepared_sizes(), like, false);
+    if (prepared.numel() == 0) return prepared;
+    run_on_device_of(like, function, [&](void* stream) {
+      return launch_conv3x3_prepare(first, strides, outputs, channels, output<float>(prepared), stream);
+    });
+    return prepared;
+  }
+
+  Tensor checked(const char* argument, const Tensor& prepared) const {
+    check_floats(function, argument, prepared);
+    const std::array<int64_t, 4> sizes = prepared_sizes();
+    bool fits = prepared.dim() == 4;
+    for (int i = 0; fits && i < 4; ++i) fits = prepared.size(i) == sizes[i];
+    ATOP_CHECK(fits, function, argument,
+               text("of shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")"), shape_text(prepared));
+    return dense(prepared);
+  }
+
+  Tensor convolve(const Tensor& x, const Tensor& prepared, const std::optional<Tensor>& bias, int64_t dilation) const {
+    const bool last = is_channels_last(x);
+    const std::array<int64_t, 4> sizes{x.size(0), outputs, x.size(2), x.size(3)};
+    // The kernel takes channels_last; what is not so is copied there and back.
+    Tensor y = empty(sizes, x, true);
+    if (y.numel() == 0) return last ? y : empty(sizes, x, false);
+    const Tensor pixels = last ? x : in_layout_of(x, empty(x.sizes(), x, true));
+    const Tensor shift = bias ? dense(*bias) : x;
+    const Conv3x3 size{x.size(0), channels, outputs, x.size(2), x.size(3), dilation};
+    run_on_device_of(x, function, [&](void* stream) {
+      return launch_conv3x3(input<float>(pixels), input<float>(prepared), bias ? input<float>(shift) : nullptr, size,
+                            output<float>(y), stream);
+    });
+    return last ? y : in_layout_of(y, empty(sizes, x, false));
+  }
+
+  void check_images(const char* argument, const Tensor& x, int64_t dilation) const {
+    check_floats(function, argument, x);
+    ATOP_CHECK(x.dim() == 4 && x.size(1) == channels, function, argument, text("of shape (B, ", channels, ", H, W)"),
+               shape_text(x));
+    ATOP_CHECK(dilation >= 1, function, "dilation", "an integer and >= 1", text(dilation));
+  }
+};
+
+Tensor conv3x3_prepare(const Tensor& weight, bool transposed) {
+  return Weight("conv3x3_prepare", weight, transposed).prepare(weight);
+}
+
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+               const std::optional<Tensor>& prepared, const std::optional<Tensor>&, int64_t dilation) {
+  const Weight weights("conv3x3", weight, false);
+  weights.check_images("x", x, dilation);
+  if (bias) {
+    check_floats("conv3x3", "bias", *bias);
+    ATOP_CHECK(bias->dim() == 1 && bias->size(0) == weights.outputs, "conv3x3", "bias",
+               text("of shape (", weights.outputs, ",)"), shape_text(*bias));
+  }
+  const Tensor ready = prepared ? weights.checked("prepared", *prepared) : weights.prepare(weight);
+  return weights.convolve(x, ready, bias, dilation);
+}
+
+Tensor conv3x3_bwd(const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& prepared, int64_t dilation) {
+  const Weight weights("conv3x3_bwd", weight, true);
+  weights.check_images("dy", dy, dilation);
+  const Tensor ready = prepared ? weights.checked("prepared", *prepared) : weights.prepare(weight);
+  return weights.convolve(dy, ready, std::nullopt, dilation);
+}
+
+}  // namespace
+}  // namespace atop
+
+STABLE_TORCH_LIBRARY_IMPL(atop_fast, ATOP_KEY, m) {
+  m.impl("conv3x3_prepare", TORCH_BOX(&atop::conv3x3_prepare));
+  m.impl("conv3x3", TORCH_BOX(&atop::conv3x3));
+  m.impl("conv3x3_bwd", TORCH_BOX(&atop::conv3x3_bwd));
+}

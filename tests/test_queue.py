@@ -1,0 +1,63 @@
+"""The queue: who leaves, who enters, and that no one notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atop_fast.attacks import queue
+from atop_fast.attacks.base import initial_state
+
+
+class Countdown:
+    """Every image is done after as many steps as its label says; the result tells its id and its steps."""
+
+    def __init__(self):
+        self.shapes, self.alive = [], []
+
+    def begin(self, estimator, images, labels, ids, start):
+        return initial_state(images, labels, ids, images.clone())
+
+    def step(self, estimator, state):
+        self.shapes.append(len(state["done"]))
+        self.alive.append(int((~state["done"]).sum()))
+        state["t"] += ~state["done"]
+        state["best"] = (state["ids"] * 1000 + state["t"]).float()[:, None, None, None]
+        state["done"] |= state["t"] >= state["labels"]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 65, 300])
+def test_every_image_runs_its_own_number_of_steps(count):
+    labels = torch.randint(1, 30, (count,))
+    ids = torch.randperm(count)
+    program = Countdown()
+    result = queue.run_queue(program, None, torch.zeros(count, 1, 1, 1), labels, ids)
+    assert torch.equal(result.flatten().long(), ids * 1000 + labels)
+    assert all(rows % 8 == 0 for rows in program.shapes)
+    assert max(program.shapes) <= 64
+
+
+def test_full_while_the_queue_lasts_and_then_shrinks():
+    count = 400
+    labels = torch.randint(1, 30, (count,))
+    program = Countdown()
+    queue.run_queue(program, None, torch.zeros(count, 1, 1, 1), labels, torch.arange(count))
+    # A whole batch at a time, each as long as its slowest image, would take more.
+    in_batches = sum(64 * int(part.max()) for part in labels.split(64))
+    assert int(labels.sum()) <= sum(program.shapes) < 0.65 * in_batches
+    assert program.shapes[-1] < program.shapes[0]
+
+
+def test_given_tensors_follow_their_images():
+    class Named(Countdown):
+        def step(self, estimator, state):
+            super().step(estimator, state)
+            state["best"] = state["name"].float()[:, None, None, None]
+
+    count = 100
+    name = torch.randperm(count)
+    labels = torch.randint(1, 5, (count,))
+    result = queue.run_queue(
+        Named(), None, torch.zeros(count, 1, 1, 1), labels, torch.arange(count), given={"name": name}
+    )
+    assert torch.equal(result.flatten().long(), name)
