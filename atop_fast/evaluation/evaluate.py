@@ -7,7 +7,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
-from ..attacks import Model, frozen
+from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
-from ..randomness import derive_seed
-from .judge import Judge, PassCounter, counted, eight_bit, fixed_randomness, full_precision, seeded_generators
+from ..randomness import derive_seed, seeded
+from .judge import Judge, eight_bit, fixed_randomness, full_precision
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
 from .runs import Run, Unit, process_group
@@ -108,7 +108,7 @@ def evaluate(
             raise TypeError(message("evaluate", "attacks", expected, type(attacks).__name__))
         model = fixed_randomness(model, seed)
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
-    with process_group() as group, frozen(model), counted(model) as counter:
+    with process_group() as group, frozen(model), counted_passes() as passes:
         if judge.trial(x, y):
             judge.collapse()
         named = _attacks(attacks, plan, model, threat, seed, judge.deterministic, max_batch)
@@ -130,7 +130,7 @@ def evaluate(
         header = {**settings, "attacks": texts, "model": _digest_model(model), "data": _digest("", x, y)}
         run = Run(len(x), None if out is None else Path(out), header, group)
         cascade = attacks is None and plan.cascade and judge.deterministic
-        work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, counter)
+        work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, passes)
         work.all(title, progress and group.rank == 0)
         run.share()
         headline = plan.headline if attacks is None else None
@@ -169,7 +169,7 @@ class _Work:
     batch_size: int
     cascade: bool
     deadline: float | None
-    counter: PassCounter | None
+    passes: Passes
 
     def __post_init__(self) -> None:
         self.attacks = [name for name in self.named if not name.startswith(curve_name(""))]
@@ -235,11 +235,11 @@ class _Work:
 
     def _unit(self, name: str, ids: Tensor) -> Unit:
         start, index = time.monotonic(), ids.to(self.x.device)
-        before = self._passes()
+        before = replace(self.passes)
         x, labels = self.x[index], self.y[index]
         candidates = x if name == CLEAN else self._attack(name, x, labels, index)
-        # The passes of an attack that holds another copy of the model cannot be seen.
-        seen = name == CLEAN or self._passes() != before
+        # The passes of another library's attack cannot be seen.
+        seen = name == CLEAN or self.passes != before
         if name in (CLEAN, *self.attacks):
             values = self.judge(name, candidates, labels, index)
         else:
@@ -252,16 +252,11 @@ class _Work:
     def _images(self, name: str, ids: Tensor) -> Tensor:
         return self.x[ids.to(self.x.device)].float().cpu() if name == CLEAN else self.run.images(name, ids)
 
-    def _passes(self) -> tuple[int, int]:
-        return (self.counter.forward, self.counter.backward) if self.counter else (0, 0)
-
-    def _since(self, before: tuple[int, int]) -> tuple[int | None, int | None]:
-        """Images forward and backward since then; None where the model cannot be counted."""
-        forward, backward = self._passes()
-        return (forward - before[0], backward - before[1]) if self.counter else (None, None)
+    def _since(self, before: Passes) -> tuple[int, int]:
+        return self.passes.forward - before.forward, self.passes.backward - before.backward
 
     def _attack(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        with seeded_generators(derive_seed(self.judge.seed, "attack", name, int(ids[0]))):
+        with seeded(derive_seed(self.judge.seed, "attack", name, int(ids[0])), x.device):
             candidates = self.named[name](x, labels, ids).detach()
         argument = f"attacks[{name!r}]"
         if candidates.shape != x.shape:
@@ -280,7 +275,7 @@ class _Work:
                 ids = block[(chosen[block] == number) & ~self.run.done(name + EIGHT_BIT)[block]]
                 if not len(ids):
                     continue
-                start, before, index = time.monotonic(), self._passes(), ids.to(self.x.device)
+                start, before, index = time.monotonic(), replace(self.passes), ids.to(self.x.device)
                 ball = radius if name != CLEAN and self._inside(name, ids) else None
                 rounded = eight_bit(self._images(name, ids).to(self.x.device), self.x[index], ball)
                 predictions = self.judge.predictions(name, rounded.float() / 255, self.y[index], index)
@@ -314,7 +309,7 @@ def _gallery(model: Model, x: Tensor, ids: Tensor, candidates: Tensor, seed: int
     rows = [("clean", clean), ("chosen candidate", candidates), ("perturbation, scaled", 0.5 + perturbation / scale)]
     if isinstance(model, Defense):
         key = derive_seed(seed, "gallery")
-        with torch.no_grad(), full_precision(x.device), seeded_generators(key):
+        with torch.no_grad(), full_precision(x.device), seeded(key, x.device):
             rows.append(("purified candidate", model.purify(candidates, key, index, 0)))
     return rows
 

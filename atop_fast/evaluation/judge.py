@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_fits, check_integer, message
-from ..attacks import Model
+from ..attacks import Model, draw_logits
 from ..defense import Defense
-from ..randomness import derive_seed
+from ..randomness import derive_seed, seeded
 from ..transforms import RandomTransform
 
 # Images of the trial that tells a deterministic model from a random one.
@@ -50,10 +50,15 @@ class Judge:
     def trial(self, x: Tensor, labels: Tensor) -> bool:
         """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
         x, labels = x[:TRIAL_IMAGES], labels[:TRIAL_IMAGES]
-        ids = torch.arange(len(x), device=x.device)
+        ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")
+        key = (seed, ids, 0) if isinstance(self.model, Defense) else ()
         # A model that does not fit its images should fail here, not after an hour.
         with check_fits("evaluate", "x", x):
-            logits = self.logits(x, ids, derive_seed(self.seed, "trial"), 3)
+            with torch.no_grad(), full_precision(x.device), seeded(seed, x.device):
+                shape = tuple(self.model(x.float(), *key).shape)
+            if len(shape) != 2:
+                raise ValueError(message("evaluate", "model", "a callable with logits of shape (B, classes)", shape))
+            logits = self.logits(x, ids, seed, 3)
         _check_logits(logits, labels)
         return bool((logits == logits[:, :1]).all())
 
@@ -85,25 +90,8 @@ class Judge:
 
     def logits(self, x: Tensor, ids: Tensor, key: int, draws: int) -> Tensor:
         """Logits (B, draws, classes), float32, of images x (B, C, H, W) under the draws 0 .. draws - 1 of `key`."""
-        first = int(ids[0]) if len(ids) else 0
-        with torch.no_grad(), full_precision(x.device), seeded_generators(derive_seed(key, "generator", first)):
-            parts = [
-                self._part(*part, key, draws)
-                for part in zip(x.split(self.max_batch), ids.split(self.max_batch), strict=True)
-            ]
-        return torch.cat(parts)
-
-    def _part(self, x: Tensor, ids: Tensor, key: int, draws: int) -> Tensor:
-        x = x.float()
-        if not isinstance(self.model, Defense):
-            return torch.stack([self.model(x).float() for _ in range(draws)], dim=1)
-        fold = max(1, self.max_batch // len(x))
-        parts = []
-        for draw in torch.arange(draws, device=x.device).split(fold):
-            n = len(draw)
-            logits = self.model(x.repeat(n, 1, 1, 1), key, ids.repeat(n), draw.repeat_interleave(len(x)))
-            parts.append(logits.float().unflatten(0, (n, len(x))))
-        return torch.cat(parts).transpose(0, 1)
+        with full_precision(x.device):
+            return draw_logits(self.model, x.float(), key, ids, range(draws), self.max_batch)
 
 
 class FixedRandomness(RandomTransform):
@@ -150,56 +138,6 @@ def fixed_randomness(model: Model, seed: int) -> Defense:
     return Defense(transform, model.purifier, model.classifier)
 
 
-class PassCounter:
-    """Counts the images that pass the model forward and backward: a forward hook on its last module."""
-
-    def __init__(self) -> None:
-        self.forward = self.backward = 0
-
-    def __deepcopy__(self, memo: object) -> PassCounter:
-        # An attack may work on a copy of the model; its passes count here.
-        return self
-
-    def __call__(self, module: nn.Module, arguments: object, output: object) -> None:
-        """The hook."""
-        if not isinstance(output, Tensor):
-            return
-        images = len(output)
-        self.forward += images
-        if output.requires_grad:
-            output.register_hook(lambda gradient: self._count_backward(images))
-
-    def _count_backward(self, images: int) -> None:
-        self.backward += images
-
-
-@contextlib.contextmanager
-def counted(model: Model) -> Iterator[PassCounter | None]:
-    """A PassCounter on the model inside the block; None for a callable that is no module."""
-    # Every pass through a defence ends in its classifier, that of an attack on the classifier alone too.
-    module = model.classifier if isinstance(model, Defense) else model
-    if not isinstance(module, nn.Module):
-        yield None
-        return
-    counter = PassCounter()
-    handle = module.register_forward_hook(counter)
-    try:
-        yield counter
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def seeded_generators(seed: int) -> Iterator[None]:
-    """Seed torch's global generators, CPU and CUDA, inside the block; restored afterwards, also after an error."""
-    used = torch.cuda.is_initialized()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if used else []):
-        torch.default_generator.manual_seed(seed)
-        if used:
-            torch.cuda.manual_seed_all(seed)
-        yield
-
-
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Plain float32 arithmetic inside the block: no autocast, and neither TF32 nor bfloat16 in its place."""
@@ -238,9 +176,6 @@ def _pack(logits: Tensor) -> Tensor:
 
 
 def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    if logits.dim() != 3:
-        shape = tuple(logits.shape[:1] + logits.shape[2:])
-        raise ValueError(message("evaluate", "model", "a callable with logits of shape (B, classes)", shape))
     if int(labels.max()) >= logits.shape[2]:
         expected = f"class indices below the model's {logits.shape[2]} logits"
         raise ValueError(message("evaluate", "y", expected, int(labels.max())))

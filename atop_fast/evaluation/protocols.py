@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..attacks import FGSM, PGD, Model
+from ..defense import Defense
 from ..randomness import derive_seed
 
 Attack = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -122,9 +122,10 @@ def build_attack(
         options |= {"norm": norm, "eps": eps}
     if max_batch is not None:
         options["max_batch"] = max_batch
-    if deterministic:
-        options |= {"eot_iter": 1} if "eot_iter" in options else {}
-        options |= {"early_stop": True} if _accepts(attack, "early_stop") else {}
+    if deterministic and "eot_iter" in options:
+        options["eot_iter"] = 1
+    # A Defense whose draws do not differ is deterministic, but its attacks cannot know.
+    options["early_stop"] = deterministic and not isinstance(model, Defense)
     return attack(model, **options)
 
 
@@ -160,8 +161,3 @@ def quick_attacks(
         options["max_batch"] = max_batch
     fgsm = FGSM(model, norm, eps, **options)
     return {"fgsm": fgsm, f"pgd{steps}_eot": PGD(model, norm, eps, steps=steps, **options)}
-
-
-def _accepts(function: Callable[..., Any], name: str) -> bool:
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
