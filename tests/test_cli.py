@@ -91,6 +91,25 @@ def test_options_come_from_yaml_and_flags(files):
     assert report["systems"]["defense"]["clean"]["draws"] == 2
 
 
+def test_an_evaluation_by_protocol_with_a_budget_goes_on(files, capsys):
+    args = [
+        *("evaluate", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", "--out=e", *DATA),
+        *("--draws=3", "--selection_draws=2", "--curve=[0, 0.05]", "--interval=bootstrap", "--randomness=fixed"),
+    ]
+    main([*args, "--budget=0s"])
+    assert "the robust accuracy is an upper bound" in capsys.readouterr().out
+    first = json.loads((files / "e/report.json").read_text())
+    assert not first["complete"]
+    main([*args, "--batch_size=4"])
+    assert "upper bound" not in capsys.readouterr().out
+    report = json.loads((files / "e/report.json").read_text())
+    assert report["complete"]
+    assert (report["protocol"], report["randomness"], report["eps"]) == ("quick", "fixed", 8 / 255)
+    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd20_eot"}
+    assert [point["eps"] for point in report["curve"]] == [0, 0.05]
+    assert len(report["samples"]) == 6
+
+
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -119,6 +138,19 @@ def test_env_prints_owners(capsys):
         ),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--eps=x"], "eps"),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--norm=L7"], "norm"),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--protocol=best"],
+            "protocol must be one of 'quick'",
+        ),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--protocol=paper", "--steps=3"],
+            "steps must be left out for protocols other than quick, got paper",
+        ),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--budget=soon"],
+            "budget must be seconds, or text",
+        ),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--out=images"], "holds 'class0' and no run.json"),
         (["evaluate", "--classifier=nowhere.safetensors", *DATA], "must be a readable safetensors file, got nowhere"),
         (["evaluate", "--classifier=purifier.safetensors", *DATA], "must be a classifier written by save_model"),
         (["evaluate", *DATA], "classifier"),
