@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -10,16 +11,16 @@ import jsonargparse
 import torch
 
 from . import env as environment
-from ._checks import message
+from ._checks import check_choice, message
 from ._files import writable_folder
 from .checkpoints import load_model, read_header, save_model
 from .classifiers import build_classifier
 from .config import DataConfig, TransformConfig
 from .defense import Defense
 from .demo import DemoConfig, run_demo
+from .evaluation import PROTOCOLS, quick_attacks
 from .evaluation import evaluate as run_evaluation
-from .evaluation import quick_attacks
-from .evaluation.report import format_table, versions, write_report
+from .evaluation.report import format_table
 from .purifiers import SNPatchDiscriminator, build_purifier
 from .randomness import derive_seed, seeded
 from .training import FinetuneConfig, PretrainConfig, train_classifier
@@ -184,56 +185,92 @@ def evaluate(
     data: DataConfig = DataConfig(),
     transform: TransformConfig = TransformConfig(),
     alone: bool = False,
-    norm: Literal["Linf", "L2"] = "Linf",
-    eps: float = 8 / 255,
-    steps: int = 20,
-    eot_iter: int = 4,
-    gradient: Literal["exact", "bpda", "blind"] = "exact",
-    draws: int = 20,
+    protocol: str = "quick",
+    norm: Literal["Linf", "L2", "L1"] | None = None,
+    eps: float | None = None,
+    steps: int | None = None,
+    eot_iter: int | None = None,
+    gradient: Literal["exact", "bpda", "blind"] | None = None,
+    draws: int | None = None,
+    selection_draws: int = 20,
+    randomness: Literal["fresh", "fixed"] = "fresh",
+    interval: Literal["wilson", "bootstrap"] = "wilson",
+    curve: tuple[float, ...] = (),
+    budget: str | None = None,
+    batch_size: int = 100,
     images: int | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
-    """Attack a defence with FGSM and PGD + EOT, and judge it on fresh draws; writes report.html and report.json.
+    """Attack a defence by a protocol, and judge it on fresh draws; writes report.html and report.json.
 
     Args:
         classifier: classifier.safetensors.
         purifier: purifier.safetensors; without it the transform alone stands before the classifier.
-        out: folder for the report.
+        out: folder of the run and its report; the same command goes on with a run that was stopped.
         data: images and their split; the held-out part is attacked.
         transform: the random transform, as in training.
         alone: evaluate the classifier alone, without transform and purifier.
-        norm: norm of the threat model.
-        eps: its radius, in units of [0, 1] pixels.
-        steps: PGD steps.
-        eot_iter: draws in each gradient.
-        gradient: exact, bpda (identity through transform and purifier) or blind (classifier alone).
-        draws: K, fresh draws of the verdict.
-        images: how many held-out images; all by default.
+        protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper or unseen (docs/evaluation.md).
+        norm: norm of the threat model; default the protocol's.
+        eps: its radius, in units of [0, 1] pixels; default the protocol's.
+        steps: PGD steps of the protocol quick; default 20.
+        eot_iter: draws in each gradient of the protocol quick; default 4.
+        gradient: of the protocol quick: exact (default), bpda (identity through transform and purifier) or blind.
+        draws: K, fresh draws of the verdict; default the protocol's.
+        selection_draws: draws of the choice among an image's candidates.
+        randomness: fresh, or fixed: mask and noise are fixed for each image and known to the attacker.
+        interval: of the means: wilson or bootstrap.
+        curve: radii of a curve of accuracy against eps, such as [0, 0.05, 0.1].
+        budget: time after which no further attack starts, such as 90s, 10m or 2h.
+        batch_size: images attacked together.
+        images: how many held-out images; default as many as the protocol names, or all.
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    place = _device("evaluate", device)
-    folder = writable_folder("evaluate", "out", out)
+    # Under torchrun every process has a GPU of its own.
+    place = _device("evaluate", f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _ranks() else device)
+    plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
+    flags: dict[str, Any] = {"steps": steps, "eot_iter": eot_iter, "gradient": gradient}
+    options = {name: value for name, value in flags.items() if value is not None}
+    if options and protocol != "quick":
+        raise ValueError(message("evaluate", next(iter(options)), "left out for protocols other than quick", protocol))
     model = load_model(classifier, "classifier")
     name = "classifier"
     if not alone:
         model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)
         name = "defense"
     model = model.to(place)
-    attacks = quick_attacks(model, norm, eps, seed, gradient, steps, eot_iter)
-    part = data.load()[1].take(slice(0, images)).to(place)
-    checkpoint = folder / "evaluate.pt"
+    part = data.load()[1].take(slice(0, images or plan.images)).to(place)
+    threat = (plan.norm if norm is None else norm, plan.eps if eps is None else eps)
     report = run_evaluation(
-        model, part.images, part.labels, attacks=attacks, seed=seed, draws=draws, checkpoint=checkpoint
+        model,
+        part.images,
+        part.labels,
+        protocol=protocol,
+        norm=threat[0],
+        eps=threat[1],
+        seed=seed,
+        attacks=(lambda attacked: quick_attacks(attacked, *threat, seed, **options)) if options else None,
+        draws=draws,
+        selection_draws=selection_draws,
+        batch_size=batch_size,
+        out=out,
+        budget=budget,
+        randomness=randomness,
+        interval=interval,
+        curve=curve,
+        title=name,
     ).to_dict()
-    systems = {name: {"clean": report["clean"], **report["attacks"]}}
-    threat = {"norm": norm, "eps": eps}
-    result = {"seed": seed, "threat_model": threat, "systems": systems, "versions": versions()}
-    write_report(folder, "atop_fast evaluation", result, [f"Gradients of the attacks: {gradient}."])
-    checkpoint.unlink()
-    print(format_table(systems))
-    print(f"Report: {folder / 'report.html'}")
+    if _ranks() and int(os.environ["RANK"]):
+        return
+    columns = {name: report[name] for name in ("clean", "robust", "eight_bit")}
+    print(format_table({name: {**columns, **report["attacks"]}}))
+    if not report["complete"]:
+        print("The budget ended before every attack had got to every image: the robust accuracy is an upper bound.")
+    if headline := report["headline"]:
+        print(f"The protocol's source reports {headline}: {report['emulated'][headline]['accuracy']:.3f} (unsound)")
+    print(f"Report: {Path(out) / 'report.html'}")
 
 
 def env() -> None:
@@ -277,6 +314,11 @@ def _device(function: str, name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(message(function, "device", "a device of this machine", f"{name!r} ({reason})")) from error
+
+
+def _ranks() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def _patches(channels: int) -> dict[str, int]:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from ._checks import check_integer
 from ._files import writable_folder, write_text
-from .attacks import PGD, Model
+from .attacks import Model
 from .checkpoints import save_model
 from .classifiers import build_classifier
 from .data import mnist5k
 from .defense import Defense
 from .evaluation import evaluate, quick_attacks
+from .evaluation.protocols import Attack
 from .evaluation.report import format_table, gallery, versions, write_report
 from .purifiers import SNPatchDiscriminator, build_purifier
 from .randomness import derive_seed, seeded
@@ -190,10 +191,12 @@ class Demo:
             self.test.images,
             self.test.labels,
             attacks=self._attacks(model),
+            norm="Linf",
+            eps=self.config.eps,
             seed=self.config.seed,
             draws=self.config.draws,
             max_batch=128,
-            checkpoint=self.state / f"evaluate_{name}.pt",
+            out=self.state / f"evaluate_{name}",
             title=name,
             progress=self.progress,
         ).to_dict()
@@ -203,7 +206,8 @@ class Demo:
         """Clean, adversarial, perturbation, corrupted, and purified before and after fine-tuning."""
         chosen = self.test.take(slice(0, count))
         x, classifier = chosen.images, finetuned.classifier
-        adversarial = self._attacks(finetuned)[f"pgd{self.config.steps}_eot"](x, chosen.labels)
+        attack = self._attacks(finetuned)[f"pgd{self.config.steps}_eot"]
+        adversarial = attack(x, chosen.labels, torch.arange(len(x)))
         key = (derive_seed(self.config.seed, "gallery"), torch.arange(len(x)), 0)
         with torch.no_grad():
             corrupted = (finetuned.transform(adversarial, *key)[:, :-2] + 1) / 2
@@ -218,7 +222,7 @@ class Demo:
             rows.append(row("purified,\nfine-tuned", purified[1]))
         return gallery(rows, self.config.eps)
 
-    def _attacks(self, model: Model) -> dict[str, PGD]:
+    def _attacks(self, model: Model) -> dict[str, Attack]:
         config = self.config
         # The classifier alone is deterministic: more draws would repeat its gradient.
         eot_iter = config.eot_iter if isinstance(model, Defense) else 1

@@ -82,13 +82,32 @@ def test_the_classifier_alone_can_be_evaluated(files):
 def test_options_come_from_yaml_and_flags(files):
     (files / "run.yaml").write_text(
         "classifier: classifier.safetensors\neps: 0.05\nsteps: 3\ndraws: 2\n"
-        "transform: {name: rt3, sigma: 0.1}\ndata: {source: images, grayscale: true, holdout: 4}\n"
+        "transform: {name: rt1, patch: 2}\ndata: {source: images, grayscale: true, holdout: 4}\n"
     )
     main(["evaluate", "--config=run.yaml", "--steps=1", "--out=y"])
     report = json.loads((files / "y/report.json").read_text())
     assert report["threat_model"]["eps"] == 0.05
     assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd1_eot"}
     assert report["systems"]["defense"]["clean"]["draws"] == 2
+
+
+def test_an_evaluation_by_protocol_with_a_budget_goes_on(files, capsys):
+    args = [
+        *("evaluate", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", "--out=e", *DATA),
+        *("--draws=3", "--selection_draws=2", "--curve=[0, 0.05]", "--interval=bootstrap", "--randomness=fixed"),
+    ]
+    main([*args, "--budget=0s"])
+    assert "the robust accuracy is an upper bound" in capsys.readouterr().out
+    first = json.loads((files / "e/report.json").read_text())
+    assert not first["complete"]
+    main([*args, "--batch_size=4"])
+    assert "upper bound" not in capsys.readouterr().out
+    report = json.loads((files / "e/report.json").read_text())
+    assert report["complete"]
+    assert (report["protocol"], report["randomness"], report["eps"]) == ("quick", "fixed", 8 / 255)
+    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd20_eot"}
+    assert [point["eps"] for point in report["curve"]] == [0, 0.05]
+    assert len(report["samples"]) == 6
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -119,6 +138,19 @@ def test_env_prints_owners(capsys):
         ),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--eps=x"], "eps"),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--norm=L7"], "norm"),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--protocol=best"],
+            "protocol must be one of 'quick'",
+        ),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--protocol=paper", "--steps=3"],
+            "steps must be left out for protocols other than quick, got paper",
+        ),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--budget=soon"],
+            "budget must be seconds, or text",
+        ),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--out=images"], "holds 'class0' and no run.json"),
         (["evaluate", "--classifier=nowhere.safetensors", *DATA], "must be a readable safetensors file, got nowhere"),
         (["evaluate", "--classifier=purifier.safetensors", *DATA], "must be a classifier written by save_model"),
         (["evaluate", *DATA], "classifier"),

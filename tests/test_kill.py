@@ -1,14 +1,16 @@
-"""kill -9: a demo that is killed again and again ends with the report of one that is not."""
+"""kill -9: a demo or an evaluation that is killed again and again ends with the report of one that is not."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from test_evaluate_runs import COUNT, finish, results, run, start, written
 
 ARGS = [
     *("--options.train_images=256", "--options.test_images=8", "--options.classifier_epochs=2"),
@@ -28,7 +30,7 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
     assert whole.wait(timeout=300) == 0
     state, seen = tmp_path / "killed/demo-state", set()
     # Each round is killed as soon as one more of these files exists.
-    for name in ("classifier.pt", "finetune_pipeline.pt", "evaluate_pretrained.pt"):
+    for name in ("classifier.pt", "finetune_pipeline.pt", "evaluate_pretrained/log.jsonl"):
         run = start(tmp_path / "killed")
         while not (state / name).exists():
             assert run.poll() is None, "the demo ended before it could be killed"
@@ -39,6 +41,36 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
     run = start(tmp_path / "killed")
     assert run.wait(timeout=300) == 0
     assert "Going on with the run that was stopped" in (tmp_path / "killed.log").read_text()
-    assert {"classifier.pt", "pretrain.pt", "finetune_pipeline.pt", "evaluate_pretrained.pt"} <= seen
+    assert {"classifier.pt", "pretrain.pt", "finetune_pipeline.pt", "evaluate_pretrained"} <= seen
     assert (tmp_path / "killed/report.json").read_text() == (tmp_path / "whole/report.json").read_text()
     assert not state.exists()
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_an_evaluation_killed_ten_times_ends_with_the_same_flags(tmp_path, seed):
+    """At random moments, with any batch size and one or two processes."""
+    moments, out, kills, worlds = random.Random(seed), tmp_path / "run", 0, set()
+
+    def lines():
+        return sum(path.read_bytes().count(b"\n") for path in out.glob("log*.jsonl"))
+
+    while kills < 10:
+        size, batch_size = moments.choice((1, 2)), moments.choice((2, 3, 4))
+        processes = start(size, out, tmp_path, batch_size=batch_size, delay=0.02)
+        # Now and then before anything is done, else some time after the first or second unit.
+        goal = lines() + moments.choice((0, 1, 2))
+        while lines() < goal:
+            assert any(process.is_alive() for process in processes), "it ended before it could be killed"
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.05)
+        running = [process for process in processes if process.is_alive()]
+        for process in running:
+            os.kill(process.pid, signal.SIGKILL)
+        finish(processes)
+        kills += bool(running)
+        worlds.add(size)
+    assert worlds == {1, 2}
+    assert not (out / "report.json").exists()
+    assert 0 < lines() < 4 * COUNT / 2
+    assert finish(start(2, out, tmp_path, batch_size=5)) == [0, 0]
+    assert written(out) == results(run(None))

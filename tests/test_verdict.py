@@ -1,8 +1,7 @@
-"""Verdicts: definitions, intervals, fresh draws, and models whose true accuracy is known."""
+"""Verdicts: definitions, intervals, emulated rules, and random classifiers whose true accuracy is known."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,25 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atop_fast import RT2, Defense, Verdict, build_classifier, evaluate
-from atop_fast.evaluation import quick_attacks, wilson_interval
-from atop_fast.randomness import Tag, random_uniform
+from atop_fast import RT1, Defense, Verdict, evaluate
+from atop_fast.evaluation import bootstrap_interval, emulated_verdicts, wilson_interval
 
-Y = torch.arange(100) % 10
-X = torch.rand(100, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-class CoinFlip(nn.Module):
-    """Answers correctly with a given probability in every draw, whatever the image: its robust accuracy is known."""
-
-    def __init__(self, accuracy: float, labels: torch.Tensor) -> None:
-        super().__init__()
-        self.accuracy, self.labels, self.calls = accuracy, labels, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        heads = random_uniform((), 5, torch.arange(len(x)), self.calls, Tag.NOISE) < self.accuracy
-        return F.one_hot(torch.where(heads, self.labels, (self.labels + 1) % 10), 10) + 0 * x.mean()
+LABELS = torch.arange(100) % 10
 
 
 def test_definitions_on_a_small_example():
@@ -39,6 +23,7 @@ def test_definitions_on_a_small_example():
     assert verdict.majority == 0.5
     assert verdict.worst == 0.25
     assert (verdict.draws, verdict.images) == (3, 4)
+    assert Verdict.from_predictions(predictions.byte(), torch.ones(4, dtype=torch.int64)) == verdict
 
 
 def test_deterministic_predictions_make_the_three_measures_coincide():
@@ -67,108 +52,158 @@ def test_wilson_covers():
         assert hits >= 400 * 0.95 - 4 * math.sqrt(400 * 0.95 * 0.05)
 
 
-def test_coin_flip_gets_its_true_accuracy():
-    report = evaluate(CoinFlip(0.9, Y), X, Y, attacks={"none": lambda x, y, ids: x}, batch_size=100, progress=False)
-    for verdict in (report.clean, report.attacks["none"]):
-        assert verdict.mean_ci[0] <= 0.9 <= verdict.mean_ci[1]
-        assert verdict.majority == 1
-        assert verdict.worst_ci[0] <= 0.9**20 <= verdict.worst_ci[1]
+def test_bootstrap_is_keyed_and_about_as_wide_as_the_normal_interval():
+    values = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    low, high = bootstrap_interval(values, seed=1)
+    assert (low, high) == bootstrap_interval(values, seed=1)
+    assert (low, high) != bootstrap_interval(values, seed=2)
+    mean, error = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(300)
+    assert low == pytest.approx(mean - error, abs=0.2 * error)
+    assert high == pytest.approx(mean + error, abs=0.2 * error)
+    assert bootstrap_interval(torch.ones(5)) == (1.0, 1.0)
 
 
-def test_attack_and_verdict_draws_are_disjoint():
-    """The verdict never calls the defence with a key that an attack used."""
-    seen: dict[str, set] = {"attack": set(), "verdict": set()}
-
-    class Spy(RT2):
-        def forward(self, x, seed=0, sample_ids=None, draws=0):
-            phase = "attack" if torch.is_grad_enabled() else "verdict"
-            seen[phase] |= {(seed, int(i), int(d)) for i, d in zip(sample_ids, draws, strict=True)}
-            return super().forward(x, seed, sample_ids, draws)
-
-    classifier = build_classifier("small_cnn", channels=1)
-    defense = Defense(Spy(4), None, classifier)
-    attacks = quick_attacks(defense, eps=0.1, steps=3)
-    evaluate(defense, X[:4], Y[:4], attacks=attacks, draws=5, progress=False)
-    # 4 draws of FGSM and of the first PGD step coincide; PGD has 3 steps.
-    assert len(seen["attack"]) == 4 * 4 * 3
-    # One more, with draw 0 of seed 0: the trial that the model takes the images at all.
-    assert len(seen["verdict"]) == 4 * 5 * 3 + 1
-    assert not seen["attack"] & seen["verdict"]
+def test_bootstrap_covers():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for seed in range(200):
+        low, high = bootstrap_interval(torch.rand(60, generator=generator) ** 2, seed, resamples=400)
+        hits += low <= 1 / 3 <= high
+    # A percentile bootstrap of 60 values covers a little less than it says.
+    assert 200 * 0.93 - 4 * math.sqrt(200 * 0.93 * 0.07) <= hits < 200
 
 
-def test_report_does_not_depend_on_batches_and_repeats():
-    # The classes are pixels, and the right one is brighter by little more than the noise.
-    defense = Defense(RT2(4, sigma=0.1), None, nn.Flatten())
-    x = X / 2
-    x.flatten(1)[torch.arange(100), Y] = 0.7
-
-    def run(**options):
-        attacks = quick_attacks(defense, eps=0.1, steps=2, seed=options["seed"])
-        report = evaluate(defense, x, Y, attacks=attacks, draws=4, progress=False, **options)
-        return json.dumps(report.to_dict())
-
-    first = run(seed=0)
-    assert run(seed=0) == first
-    assert run(seed=1) != first
-    small, whole = json.loads(run(seed=0, batch_size=7, max_batch=5)), json.loads(first)
-    # No convolution rounds differently for other batch sizes here: the reports are equal.
-    assert small == whole
+def test_the_mean_takes_the_interval_that_is_asked_for():
+    predictions = torch.randint(0, 2, (80, 20), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(80, dtype=torch.int64)
+    wilson = Verdict.from_predictions(predictions, labels)
+    bootstrap = Verdict.from_predictions(predictions, labels, "bootstrap", 3)
+    assert bootstrap.mean_ci == bootstrap_interval((predictions == 0).double().mean(dim=1), 3)
+    assert wilson.mean_ci[0] < bootstrap.mean_ci[0] < bootstrap.mean_ci[1] < wilson.mean_ci[1]
+    assert bootstrap.worst_ci == wilson.worst_ci
+    with pytest.raises(ValueError, match="Verdict: interval must be one of 'wilson', 'bootstrap', got 'exact'"):
+        Verdict.from_predictions(predictions, labels, "exact")
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 6])
-def test_a_stopped_evaluation_resumes_to_the_same_report(tmp_path, stop_at):
-    defense = Defense(RT2(4, sigma=0.1), None, nn.Flatten())
+def test_emulated_rules_on_a_small_example():
+    # Two candidates, two images, three draws.
+    correct = torch.tensor([[[1, 1, 1], [1, 0, 1]], [[1, 0, 0], [0, 1, 1]]]).bool()
+    emulated = emulated_verdicts(correct)
+    assert emulated["single_draw"]["accuracy"] == 0.5
+    assert emulated["fixed_draws"]["accuracy"] == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert emulated["fixed_draws"]["draws"] == 3
+    assert not emulated["single_draw"]["sound"]
+
+
+class PerDraw(nn.Module):
+    """Right with a given probability in every draw of torch's global generator; the first pixel tells the label."""
+
+    def __init__(self, accuracy: float, seed: int) -> None:
+        super().__init__()
+        self.accuracy, self.seed = accuracy, seed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _answer(x.flatten(1)[:, 0], torch.rand(len(x)) < self.accuracy)
+
+
+class PerSample(PerDraw):
+    """Right on some of the samples, always the same ones; the second pixel tells the sample."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        luck = torch.rand(256, generator=torch.Generator().manual_seed(self.seed))
+        return _answer(x.flatten(1)[:, 0], luck[(255 * x.flatten(1)[:, 1]).round().long()] < self.accuracy)
+
+
+class Counter(PerDraw):
+    """Right except in every tenth call, for every image: the randomness is a counter of Python's."""
+
     calls = 0
 
-    def attacks(fail_at=None):
-        def counted(attack):
-            def run(x, y, ids):
-                nonlocal calls
-                calls += 1
-                if calls == fail_at:
-                    raise KeyboardInterrupt
-                return attack(x, y, ids)
-
-            return run
-
-        return {name: counted(attack) for name, attack in quick_attacks(defense, eps=0.1, steps=2).items()}
-
-    options = {"draws": 3, "batch_size": 30, "progress": False}
-    whole = evaluate(defense, X, Y, attacks=attacks(), **options)
-    calls = 0
-    path = tmp_path / "evaluate.pt"
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(defense, X, Y, attacks=attacks(fail_at=stop_at), checkpoint=path, **options)
-    calls = 0
-    assert evaluate(defense, X, Y, attacks=attacks(), checkpoint=path, **options) == whole
-    # Four batches for each of two attacks; only what was missing is attacked again.
-    assert calls == 8 - (stop_at - 1)
-    with pytest.raises(ValueError, match="evaluate: checkpoint must be a checkpoint of this run"):
-        evaluate(defense, X, Y, attacks=attacks(), checkpoint=path, **options, seed=1)
-    other = Defense(RT2(4, sigma=0.2), None, nn.Flatten())
-    with pytest.raises(ValueError, match="evaluate: checkpoint must be a checkpoint of this run"):
-        evaluate(other, X, Y, attacks=attacks(), checkpoint=path, **options)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        turn = (torch.arange(len(x)) * 7 + self.calls + self.seed) % 10
+        return _answer(x.flatten(1)[:, 0], turn > 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "pattern"),
-    [
-        ({"draws": 0}, ValueError, "evaluate: draws must be an integer and >= 1, got 0"),
-        ({"attacks": {"clean": None}}, ValueError, "evaluate: attacks must be named otherwise than the clean images"),
-        ({"eps": -1.0}, ValueError, "FGSM: eps must be finite and >= 0"),
-        (
-            {"model": nn.Conv2d(3, 1, 1)},
-            ValueError,
-            r"evaluate: x must be images that the networks take, got \(1, 8, 8\)",
-        ),
-        ({"x": X[:0], "y": Y[:0]}, ValueError, "evaluate: x must be at least one, got none"),
-        ({"x": X + float("nan")}, ValueError, "evaluate: x must be finite, got NaN or infinity"),
-        ({"y": Y + 5}, ValueError, "evaluate: y must be class indices below the model's 10 logits, got 14"),
-        ({"model": lambda x: x.flatten(1) / 0}, ValueError, "evaluate: model must be a callable with finite logits"),
-    ],
-    ids=["draws", "attacks", "eps", "channels", "empty", "nan", "labels", "logits"],
-)
-def test_wrong_input_is_named(arguments, error, pattern):
-    call = {"model": CoinFlip(1.0, Y), "x": X, "y": Y, "progress": False, **arguments}
-    with pytest.raises(error, match=pattern):
-        evaluate(call.pop("model"), call.pop("x"), call.pop("y"), **call)
+class FirstBlock(nn.Module):
+    """Wrong iff the mask of RT1 hides the first of the four pixels; the other three tell the label."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _answer(x.flatten(1)[:, 1:].median(dim=1).values, x.flatten(1)[:, 0] > 0.75)
+
+
+def _answer(coded: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    labels = (20 * coded).round().long()
+    return F.one_hot(torch.where(right, labels, (labels + 1) % 10), 10).float()
+
+
+def _images() -> torch.Tensor:
+    x = (LABELS / 20)[:, None].repeat(1, 4)
+    x[:, 1] = torch.arange(100) / 255
+    return x.view(100, 1, 2, 2)
+
+
+def _defense(seed: int) -> Defense:
+    return Defense(RT1(patch=1, mask_ratio=0.25), None, FirstBlock())
+
+
+def _masked_images() -> torch.Tensor:
+    x = (LABELS / 20)[:, None].repeat(1, 4)
+    x[:, 0] = 1
+    return x.view(100, 1, 2, 2)
+
+
+KNOWN = {
+    "0.5 a draw": (0.5, lambda seed: PerDraw(0.5, seed), _images()),
+    "0.9 a draw": (0.9, lambda seed: PerDraw(0.9, seed), _images()),
+    "0.99 a draw": (0.99, lambda seed: PerDraw(0.99, seed), _images()),
+    "0.9 a sample": (0.9, lambda seed: PerSample(0.9, seed), _images()),
+    "0.9 by a counter": (0.9, lambda seed: Counter(0.9, seed), _images()),
+    "0.75 by the mask": (0.75, _defense, _masked_images()),
+}
+
+
+def _same(x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _judged(case: str, seed: int, attacks: int = 2):
+    _, model, x = KNOWN[case]
+    named = {f"attack{i}": _same for i in range(attacks)}
+    return evaluate(model(seed), x, LABELS, attacks=named, seed=seed, selection_draws=3, progress=False)
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_the_true_accuracy_lies_in_the_interval(case):
+    """Of a random classifier that no attack can harm: in at least 90 of 100 seeds, whatever the candidates."""
+    p, hits, single, fixed = KNOWN[case][0], 0, [], []
+    for seed in range(100):
+        report = _judged(case, seed)
+        hits += all(v.mean_ci[0] <= p <= v.mean_ci[1] for v in (report.clean, report.robust, report.eight_bit))
+        single.append(report.emulated["single_draw"]["accuracy"])
+        fixed.append(report.emulated["fixed_draws"]["accuracy"])
+    assert hits >= 90
+    independent = case not in ("0.9 a sample", "0.9 by a counter")
+    if independent:
+        # Three candidates: the clean image and two attacks'.
+        wrong = p**3
+        assert sum(single) / 100 == pytest.approx(wrong, abs=4 * math.sqrt(wrong * (1 - wrong) / 100 / 100))
+        assert sum(fixed) / 100 == pytest.approx(_least_of_three(p), abs=0.005)
+        assert sum(fixed) / 100 < p - 0.005
+
+
+def test_four_attacks_give_a_coin_of_090_the_score_of_059():
+    single = [_judged("0.9 a draw", seed, attacks=4).emulated["single_draw"]["accuracy"] for seed in range(10)]
+    assert sum(single) / 10 == pytest.approx(0.59, abs=4 * math.sqrt(0.59 * 0.41 / 1000))
+
+
+def test_majority_and_worst_of_a_coin():
+    report = _judged("0.9 a draw", 0)
+    assert report.robust.majority == 1
+    assert report.robust.worst_ci[0] <= 0.9**20 <= report.robust.worst_ci[1]
+
+
+def _least_of_three(p: float, draws: int = 20) -> float:
+    """Expected least share of right ones among three candidates with 20 draws of a coin each."""
+    mass = [math.comb(draws, k) * p**k * (1 - p) ** (draws - k) for k in range(draws + 1)]
+    return sum(sum(mass[k:]) ** 3 for k in range(1, draws + 1)) / draws

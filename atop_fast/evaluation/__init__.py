@@ -1,6 +1,20 @@
 """Robust evaluation of random defences."""
 
-from .evaluate import Report, evaluate, quick_attacks
-from .verdict import Verdict, wilson_interval
+from .evaluate import evaluate
+from .judge import FixedRandomness
+from .protocols import PROTOCOLS, Protocol, quick_attacks
+from .summary import Report
+from .verdict import Verdict, bootstrap_interval, emulated_verdicts, wilson_interval
 
-__all__ = ["Report", "Verdict", "evaluate", "quick_attacks", "wilson_interval"]
+__all__ = [
+    "PROTOCOLS",
+    "FixedRandomness",
+    "Protocol",
+    "Report",
+    "Verdict",
+    "bootstrap_interval",
+    "emulated_verdicts",
+    "evaluate",
+    "quick_attacks",
+    "wilson_interval",
+]

@@ -1,53 +1,33 @@
-"""Robust evaluation: attack the whole defence, then judge the candidates on fresh randomness."""
+"""Robust evaluation: attack the whole defence, choose each image's worst candidate, judge it on fresh randomness."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._checks import check_fits, check_images, check_integer, check_labels, check_not_empty, message
-from .._files import describe, load_checkpoint, save_checkpoint
-from ..attacks import FGSM, PGD, Model, draw_logits, frozen
-from ..randomness import derive_seed
-from .verdict import Verdict
+from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
+from ..attacks import Model, Passes, counted_passes, frozen
+from ..defense import Defense
+from ..randomness import derive_seed, seeded
+from .judge import Judge, eight_bit, fixed_randomness, full_precision
+from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
+from .report import write_evaluation
+from .runs import Run, Unit, process_group
+from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarise
+from .verdict import INTERVALS
 
-Attack = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Report:
-    """Verdicts of one model: without an attack, and under each attack."""
-
-    clean: Verdict
-    attacks: dict[str, Verdict]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: {"clean": V, "attacks": {name: V}}."""
-        return {"clean": self.clean.to_dict(), "attacks": {k: v.to_dict() for k, v in self.attacks.items()}}
-
-
-def quick_attacks(
-    model: Model,
-    norm: str = "Linf",
-    eps: float = 8 / 255,
-    seed: int = 0,
-    gradient: str = "exact",
-    steps: int = 20,
-    eot_iter: int = 4,
-    max_batch: int = 1024,
-) -> dict[str, PGD]:
-    """FGSM and PGD with EOT through the whole model: {"fgsm", "pgd<steps>_eot"}. See PGD for the arguments."""
-    seed = derive_seed(seed, "attack")
-    fgsm = FGSM(model, norm, eps, eot_iter, gradient, seed, max_batch)
-    pgd = PGD(model, norm, eps, steps=steps, eot_iter=eot_iter, gradient=gradient, seed=seed, max_batch=max_batch)
-    return {"fgsm": fgsm, f"pgd{steps}_eot": pgd}
+NORMS = ("Linf", "L2", "L1")
+# Under a budget, images of an attack's first unit, from whose time the sizes of the next follow.
+PILOT = 8
 
 
 def evaluate(
@@ -55,86 +35,318 @@ def evaluate(
     x: Tensor,
     y: Tensor,
     *,
-    attacks: Mapping[str, Attack] | None = None,
-    norm: str = "Linf",
-    eps: float = 8 / 255,
+    protocol: str = "quick",
+    norm: str | None = None,
+    eps: float | None = None,
     seed: int = 0,
-    draws: int = 20,
+    attacks: Mapping[str, Attack] | Callable[[Model], Mapping[str, Attack]] | None = None,
+    draws: int | None = None,
+    selection_draws: int = 20,
     batch_size: int = 100,
-    max_batch: int = 1024,
-    checkpoint: Path | None = None,
+    max_batch: int | None = None,
+    out: str | Path | None = None,
+    budget: float | str | None = None,
+    randomness: str = "fresh",
+    interval: str = "wilson",
+    curve: Sequence[float] = (),
+    diagnostics: Sequence[Mapping[str, str]] = (),
     title: str = "evaluate",
     progress: bool = True,
 ) -> Report:
-    """Attack a model and judge it on draws that no attack has seen.
+    """Attack a model and judge it on draws that neither an attack nor the choice of candidates has seen.
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits. The draws of a Defense are keyed
             by (seed, image index, draw), so that its verdict does not depend on `batch_size` beyond rounding; draws of
-            another callable are repeated calls.
+            another callable are repeated calls, with torch's generators seeded for them and restored. A model whose
+            logits do not change from call to call is judged by one draw.
         x: float images (N, C, H, W) in [0, 1].
         y: int64 labels (N,).
-        attacks: name -> attack(images, labels, sample_ids) returning adversarial images; default quick_attacks(model,
-            norm, eps, seed).
-        norm, eps: threat model of the default attacks; eps in units of [0, 1] pixels.
+        protocol: a name in PROTOCOLS: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen.
+        norm, eps: threat model, eps in units of [0, 1] pixels; default the protocol's (Linf, 8/255; unseen: L2, 0.5).
         seed: key of all randomness.
-        draws: K, fresh draws of every verdict.
+        attacks: instead of the protocol's: name -> attack(images, labels, sample_ids) returning adversarial images, or
+            a function from the model to that, which randomness="fixed" needs: it is called with the fixed model.
+        draws: K, fresh draws of every verdict; default the protocol's (20; bpda-eot: 150).
+        selection_draws: draws of the choice among an image's candidates.
         batch_size: images attacked together.
-        max_batch: most images in one forward pass.
-        checkpoint: file written after every batch, from which an interrupted call goes on to the same report (for a
-            Defense or a deterministic model; other randomness cannot be taken up where it was).
-        title, progress: show a progress bar with the time left, under this title.
+        max_batch: most images in one forward pass; None lets the attacks decide.
+        out: folder of the run: shards, log, report.json, report.html. A call that was stopped or killed goes on from
+            it, with any batch_size, budget and number of processes, to the same verdicts (for models whose randomness
+            is their own: to other draws of them).
+        budget: seconds, or text such as "90s", "10m", "2h". When it is spent no further attack starts: what was not
+            attacked keeps its last candidate, and the result is an upper bound on the robust accuracy (complete=False).
+        randomness: "fresh", or "fixed": each image's mask and noise are the same in attack, choice and verdict, and
+            known to the attacker; needs a Defense.
+        interval: of the means: "wilson", which is conservative, or "bootstrap" over images.
+        curve: radii at which PGD-20 (with 4 draws a gradient) is repeated for the curve of accuracy against eps.
+        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}.
+        title, progress: name of the model in the report, and of the progress bar with the time left.
 
-    Returns:
-        A Report of a Verdict without attack and one for each attack.
+    Under torchrun, or with an initialised process group, every process attacks its share of the images and returns the
+    same Report; rank 0 writes it.
 
     Raises:
-        TypeError, ValueError: naming the argument that is wrong.
+        TypeError, ValueError: naming the argument that is wrong; `out` of another run or damaged: nothing is changed.
     """
+    start = time.monotonic()
     check_not_empty("evaluate", "x", check_images("evaluate", "x", x))
     check_labels("evaluate", "y", y, x)
-    for name, value in (("draws", draws), ("batch_size", batch_size), ("max_batch", max_batch)):
-        check_integer("evaluate", name, value, low=1)
+    check_integer("evaluate", "batch_size", batch_size, low=1)
+    check_choice("evaluate", "randomness", randomness, ("fresh", "fixed"))
+    check_choice("evaluate", "interval", interval, INTERVALS)
+    plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
+    threat = _Threat(
+        check_choice("evaluate", "norm", plan.norm if norm is None else norm, NORMS),
+        check_number("evaluate", "eps", plan.eps if eps is None else eps, low=0),
+    )
+    radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
+    deadline = None if budget is None else start + parse_budget(budget)
+    if randomness == "fixed":
+        if attacks is not None and not callable(attacks):
+            expected = "a function from the model to its attacks for randomness='fixed'"
+            raise TypeError(message("evaluate", "attacks", expected, type(attacks).__name__))
+        model = fixed_randomness(model, seed)
+    judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
+    with process_group() as group, frozen(model), counted_passes() as passes:
+        if judge.trial(x, y):
+            judge.collapse()
+        named = _attacks(attacks, plan, model, threat, seed, judge.deterministic, max_batch)
+        for radius in radii:
+            args = (threat.norm, radius, seed, judge.deterministic, max_batch)
+            named[curve_name(radius)] = build_attack(CURVE, model, *args)
+        settings = {
+            "protocol": protocol if attacks is None else "custom",
+            "norm": threat.norm,
+            "eps": threat.eps,
+            "seed": seed,
+            "draws": judge.draws,
+            "selection_draws": judge.selection_draws,
+            "randomness": randomness,
+            "images": len(x),
+        }
+        # An entry says what its attack does; the object may also show how much fits into memory.
+        texts = {name: _text(attack if attacks else plan.attacks.get(name, CURVE)) for name, attack in named.items()}
+        header = {**settings, "attacks": texts, "model": _digest_model(model), "data": _digest("", x, y)}
+        run = Run(len(x), None if out is None else Path(out), header, group)
+        cascade = attacks is None and plan.cascade and judge.deterministic
+        work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, passes)
+        work.all(title, progress and group.rank == 0)
+        run.share()
+        headline = plan.headline if attacks is None else None
+        labels = y.cpu()
+        report = summarise(run, labels, list(work.attacks), radii, settings, interval, cascade, headline, diagnostics)
+        if out is not None and group.rank == 0:
+            ids, candidates = work.shown(report)
+            write_evaluation(Path(out), title, report.to_dict(), _gallery(model, x, ids, candidates, seed))
+        # Nobody leaves, and takes the connection along, before the report is there.
+        group.gather(None)
+    return report
+
+
+@dataclass(frozen=True)
+class _Threat:
+    norm: str
+    eps: float
+
+    def distance(self, delta: Tensor) -> Tensor:
+        """The norm of every perturbation (B, C, H, W), float32 (B,)."""
+        order = {"Linf": torch.inf, "L2": 2, "L1": 1}[self.norm]
+        return torch.linalg.vector_norm(delta.flatten(1).float(), ord=order, dim=1)
+
+
+@dataclass
+class _Work:
+    """The units of one process: its blocks of images, candidate by candidate."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    judge: Judge
+    run: Run
+    named: dict[str, Attack]
+    threat: _Threat
+    batch_size: int
+    cascade: bool
+    deadline: float | None
+    passes: Passes
+
+    def __post_init__(self) -> None:
+        self.attacks = [name for name in self.named if not name.startswith(curve_name(""))]
+        blocks = torch.arange(len(self.x)).split(self.batch_size)
+        self.blocks = blocks[self.run.group.rank :: self.run.group.size]
+
+    def all(self, title: str, progress: bool) -> None:
+        """Do what is left to do, with a progress bar."""
+        total = sum(map(len, self.blocks)) * (len(self.named) + 2)
+        with tqdm(total=total, desc=title, disable=not progress, unit="img") as self.bar:
+            self._candidates(CLEAN)
+            if self.deadline is not None:
+                # The 8-bit images at the end cost as much as the clean ones did.
+                clean = sum(unit.seconds for unit in self.run.units if unit.name == CLEAN)
+                self.deadline -= clean / self.run.group.size
+            for name in self.named:
+                self._candidates(name)
+            self._round()
+
+    def shown(self, report: Report, count: int = 8) -> tuple[Tensor, Tensor]:
+        """The first images of this process and their chosen candidates (n, C, H, W), for the gallery."""
+        ids = self.blocks[0][:count]
+        rows = [self._images(report.samples[i]["attack"], torch.tensor([i])) for i in ids.tolist()]
+        return ids, torch.cat(rows)
+
+    def _candidates(self, name: str) -> None:
+        """Attack (or take as they are) the images that no log has under this name."""
+        self.bar.set_postfix_str(name)
+        rate: float | None = None
+        for block in self.blocks:
+            todo = self._todo(name, block)
+            self._skip(len(block) - len(todo))
+            while len(todo):
+                if not (size := self._size(name, rate)):
+                    self._skip(len(todo))
+                    break
+                part, todo = todo[:size], todo[size:]
+                unit = self._unit(name, part)
+                rate = unit.seconds / len(part)
+                self.run.add(unit)
+                self.bar.update(len(part))
+
+    def _skip(self, images: int) -> None:
+        # Taken off the total: work that takes no time would make the time left look short.
+        self.bar.total -= images
+        self.bar.refresh()
+
+    def _todo(self, name: str, block: Tensor) -> Tensor:
+        todo = ~self.run.done(name)[block]
+        if self.cascade and name in self.attacks:
+            correct = choice(self.run, [CLEAN, *self.attacks[: self.attacks.index(name)]])[1]
+            todo &= correct[block] > 0
+        return block[todo]
+
+    def _size(self, name: str, rate: float | None) -> int:
+        """How many images fit into the next unit: the batch size, or less where the budget ends; 0 when it is spent."""
+        if self.deadline is None or name == CLEAN:
+            return self.batch_size
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            return 0
+        return min(self.batch_size, PILOT if rate is None else int(left / max(rate, 1e-9)))
+
+    def _unit(self, name: str, ids: Tensor) -> Unit:
+        start, index = time.monotonic(), ids.to(self.x.device)
+        before = replace(self.passes)
+        x, labels = self.x[index], self.y[index]
+        candidates = x if name == CLEAN else self._attack(name, x, labels, index)
+        # The passes of another library's attack cannot be seen.
+        seen = name == CLEAN or self.passes != before
+        if name in (CLEAN, *self.attacks):
+            values = self.judge(name, candidates, labels, index)
+        else:
+            # Points of the curve are not chosen among.
+            values = {"predictions": self.judge.predictions(name, candidates, labels, index)}
+        values["distance"] = self.threat.distance(candidates - x).cpu()
+        cost = (time.monotonic() - start, *(self._since(before) if seen else (None, None)))
+        return Unit(name, ids, values, candidates.float().cpu() if name in self.attacks else None, *cost)
+
+    def _images(self, name: str, ids: Tensor) -> Tensor:
+        return self.x[ids.to(self.x.device)].float().cpu() if name == CLEAN else self.run.images(name, ids)
+
+    def _since(self, before: Passes) -> tuple[int, int]:
+        return self.passes.forward - before.forward, self.passes.backward - before.backward
+
+    def _attack(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        with seeded(derive_seed(self.judge.seed, "attack", name, int(ids[0])), x.device):
+            candidates = self.named[name](x, labels, ids).detach()
+        argument = f"attacks[{name!r}]"
+        if candidates.shape != x.shape:
+            expected = f"an attack that returns images of shape {tuple(x.shape)}"
+            raise ValueError(message("evaluate", argument, expected, tuple(candidates.shape)))
+        return check_images("evaluate", argument, candidates)
+
+    def _round(self) -> None:
+        """Judge the chosen candidates, rounded to 8 bits, by the very draws of their verdicts."""
+        names = [CLEAN, *self.attacks]
+        chosen = choice(self.run, names)[0]
+        radius = self.threat.eps if self.threat.norm == "Linf" else None
+        for number, name in enumerate(names):
+            for block in self.blocks:
+                # Named after the candidate, so that another choice after a resumed budget is judged anew.
+                ids = block[(chosen[block] == number) & ~self.run.done(name + EIGHT_BIT)[block]]
+                if not len(ids):
+                    continue
+                start, before, index = time.monotonic(), replace(self.passes), ids.to(self.x.device)
+                ball = radius if name != CLEAN and self._inside(name, ids) else None
+                rounded = eight_bit(self._images(name, ids).to(self.x.device), self.x[index], ball)
+                predictions = self.judge.predictions(name, rounded.float() / 255, self.y[index], index)
+                cost = (time.monotonic() - start, *self._since(before))
+                self.run.add(Unit(name + EIGHT_BIT, ids, {"predictions": predictions}, rounded.cpu(), *cost))
+                self.bar.update(len(ids))
+
+    def _inside(self, name: str, ids: Tensor) -> bool:
+        """Whether the candidates lie in the ball: those of StAdv do not, and must not be pulled into it."""
+        return bool((self.run.tables[name]["distance"][ids] <= self.threat.eps + 1e-5).all())
+
+
+def parse_budget(budget: float | str) -> float:
+    """Seconds of a budget: a number, or text with the unit s, m or h such as "90s", "10m", "1.5h"."""
+    if isinstance(budget, str):
+        match = re.fullmatch(r"([0-9.]+)\s*([smh]?)", budget.strip())
+        with contextlib.suppress(ValueError, TypeError):
+            return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]  # type: ignore[index]
+        raise ValueError(message("evaluate", "budget", 'seconds, or text such as "90s", "10m" or "2h"', repr(budget)))
+    return check_number("evaluate", "budget", budget, low=0)
+
+
+def _gallery(model: Model, x: Tensor, ids: Tensor, candidates: Tensor, seed: int) -> list[tuple[str, Tensor]]:
+    """Rows of pictures of the images `ids`: clean, candidate, perturbation, and what the purifier makes of it."""
+    if x.shape[1] not in (1, 3):
+        return []
+    index = ids.to(x.device)
+    clean, candidates = x[index], candidates.to(x.device)
+    perturbation = candidates - clean
+    scale = 2 * perturbation.abs().amax().clamp_min(1e-12)
+    rows = [("clean", clean), ("chosen candidate", candidates), ("perturbation, scaled", 0.5 + perturbation / scale)]
+    if isinstance(model, Defense):
+        key = derive_seed(seed, "gallery")
+        with torch.no_grad(), full_precision(x.device), seeded(key, x.device):
+            rows.append(("purified candidate", model.purify(candidates, key, index, 0)))
+    return rows
+
+
+def _attacks(
+    attacks: Mapping[str, Attack] | Callable[[Model], Mapping[str, Attack]] | None,
+    protocol: Protocol,
+    model: Model,
+    threat: _Threat,
+    seed: int,
+    deterministic: bool,
+    max_batch: int | None,
+) -> dict[str, Attack]:
     if attacks is None:
-        attacks = quick_attacks(model, norm, eps, seed, max_batch=max_batch)
-    if "clean" in attacks:
-        raise ValueError(message("evaluate", "attacks", "named otherwise than the clean images", "'clean'"))
-    # A model that does not fit its images should fail here, not after an hour.
-    with frozen(model), check_fits("evaluate", "x", x):
-        _check_logits(draw_logits(model, x[:1], 0, torch.zeros(1, dtype=torch.int64, device=x.device), range(1)), y)
-    weights = model.state_dict().values() if isinstance(model, nn.Module) else ()
-    # Functions show their address, which is another in every process.
-    what = re.sub(r" at 0x[0-9a-f]+", "", f"{model!r} {dict(attacks)!r}")
-    fingerprint = f"{what} {seed} {draws} {batch_size} {describe(x, y, *weights)}"
-    done = load_checkpoint("evaluate", checkpoint, fingerprint) or {}
-    predictions: dict[str, list[Tensor]] = {name: done.get(name, []) for name in ("clean", *attacks)}
-    total = -(-len(x) // batch_size) * len(predictions)
-    with tqdm(total=total, desc=title, disable=not progress) as bar, frozen(model):
-        for name, parts in predictions.items():
-            bar.set_postfix_str(name)
-            key = derive_seed(seed, "verdict", name)
-            bar.update(len(parts))
-            for xb, yb, ids in list(_batches(x, y, batch_size))[len(parts) :]:
-                candidate = attacks[name](xb, yb, ids) if name in attacks else xb
-                logits = draw_logits(model, candidate, key, ids, range(draws), max_batch)
-                _check_logits(logits, yb)
-                parts.append(logits.argmax(dim=2).cpu())
-                bar.update()
-                if checkpoint is not None:
-                    save_checkpoint(checkpoint, fingerprint, predictions)
-    verdicts = {name: Verdict.from_predictions(torch.cat(parts), y.cpu()) for name, parts in predictions.items()}
-    return Report(verdicts.pop("clean"), verdicts)
+        return build_attacks(protocol, model, threat.norm, threat.eps, seed, deterministic, max_batch)
+    named = dict(attacks(model) if callable(attacks) else attacks)
+    for name in named:
+        if name == CLEAN or EIGHT_BIT in name or name.startswith(curve_name("")):
+            expected = f"named otherwise than the clean images, and without {EIGHT_BIT!r} or {curve_name('')!r}"
+            raise ValueError(message("evaluate", "attacks", expected, repr(name)))
+    return named
 
 
-def _batches(x: Tensor, y: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for first in range(0, len(x), batch_size):
-        part = slice(first, first + batch_size)
-        yield x[part], y[part], torch.arange(len(x), device=x.device)[part]
+def _text(value: object) -> str:
+    """What an attack or a model shows of itself, without addresses, which differ from process to process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
-def _check_logits(logits: Tensor, labels: Tensor) -> None:
-    if int(labels.max()) >= logits.shape[2]:
-        expected = f"class indices below the model's {logits.shape[2]} logits"
-        raise ValueError(message("evaluate", "y", expected, int(labels.max())))
-    if not torch.isfinite(logits).all():
-        raise ValueError(message("evaluate", "model", "a callable with finite logits", "NaN or infinity"))
+def _digest_model(model: Model) -> str:
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    return _digest(_text(model) + " ".join(state), *(v for v in state.values() if isinstance(v, Tensor)))
+
+
+def _digest(text: str, *tensors: Tensor) -> str:
+    """SHA-256 of a text and of tensors' types, shapes and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

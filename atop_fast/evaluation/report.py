@@ -63,9 +63,7 @@ def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> by
                 axis.imshow(pixels.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_title(caption, fontsize=9, pad=2)
         line[0].text(-0.12, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return buffer.getvalue()
+    return _png(figure)
 
 
 def write_report(
@@ -86,27 +84,94 @@ def write_report(
         notes: paragraphs under the tables.
         picture, picture_caption: a PNG and what it shows.
     """
-    # jinja2 is imported here so that `import atop_fast` stays quick.
-    import jinja2
-
-    template = importlib.resources.files("atop_fast.evaluation").joinpath("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(template).render(
+    page = _page(
         title=title,
         data=data,
-        tables=[
-            ("Robust accuracy", data["systems"]),
-            *([("Findings", data["findings"])] if "findings" in data else []),
-        ],
-        measures=MEASURES,
         notes=notes,
-        picture=base64.b64encode(picture).decode() if picture else None,
+        picture=_base64(picture) if picture else None,
         picture_caption=picture_caption,
     )
     write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
     write_text(folder / "report.html", page)
     if picture is not None:
         write_atomic(folder / "gallery.png", lambda path: path.write_bytes(picture))
+
+
+def write_evaluation(
+    folder: Path, title: str, report: Mapping[str, Any], rows: Sequence[tuple[str, Tensor]] = ()
+) -> None:
+    """Write report.json and report.html of one evaluation, each atomically.
+
+    Args:
+        folder: an existing folder.
+        title: name of the evaluated model.
+        report: Report.to_dict(); the JSON holds it beside "threat_model" and "systems", as other reports have them.
+        rows: (title, images (n, C, H, W) in [0, 1]) of the gallery.
+    """
+    data = {
+        "seed": report["seed"],
+        "threat_model": {"norm": report["norm"], "eps": report["eps"]},
+        "systems": {title: {"clean": report["clean"], **report["attacks"]}},
+        **report,
+    }
+    curve = _base64(curve_picture(report["curve"])) if report["curve"] else None
+    strips = [(name, _base64(_strip(images))) for name, images in rows]
+    page = _page(title=f"atop_fast evaluation: {title}", data=data, details=report, curve=curve, strips=strips)
+    write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
+    write_text(folder / "report.html", page)
+
+
+def _strip(images: Tensor) -> bytes:
+    """A PNG of images (n, C, H, W) in [0, 1] side by side, pixel for pixel."""
+    from matplotlib.image import imsave
+
+    # A column of white on the right of each image keeps them apart.
+    row = torch.nn.functional.pad(images.detach().float().cpu().clamp(0, 1), (0, 1), value=1.0)
+    pixels = row.expand(-1, 3, -1, -1).permute(2, 0, 3, 1).flatten(1, 2)
+    buffer = io.BytesIO()
+    imsave(buffer, pixels.contiguous().numpy(), format="png", metadata={"Software": None})  # type: ignore[dict-item]
+    return buffer.getvalue()
+
+
+def curve_picture(points: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG of accuracy (mean, with its interval) against eps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = sorted(points, key=lambda point: point["eps"])
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    radii = [point["eps"] for point in points]
+    low, high = zip(*(point["mean_ci"] for point in points), strict=True)
+    axis.fill_between(radii, low, high, alpha=0.25, color="#4878a8", linewidth=0)
+    axis.plot(radii, [point["mean"] for point in points], "o-", color="#4878a8")
+    axis.set(xlabel="eps", ylabel="accuracy of one draw", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
+    """report.html filled in; everything is escaped."""
+    # jinja2 is imported here so that `import atop_fast` stays quick.
+    import jinja2
+
+    template = importlib.resources.files("atop_fast.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    tables = [("Robust accuracy", data["systems"]), *([("Findings", data["findings"])] if "findings" in data else [])]
+    # Sections without their values are left out.
+    given = {key: values.get(key) for key in ("details", "curve", "strips", "notes", "picture", "picture_caption")}
+    return environment.from_string(template).render(title=title, data=data, tables=tables, measures=MEASURES, **given)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def versions() -> dict[str, str]:

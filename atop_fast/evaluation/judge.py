@@ -1,0 +1,183 @@
+"""The judge: forward passes of the caller's own model in float32, under draws that are keyed by their purpose."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import check_fits, check_integer, message
+from ..attacks import Model, draw_logits
+from ..defense import Defense
+from ..randomness import derive_seed, seeded
+from ..transforms import RandomTransform
+
+# Images of the trial that tells a deterministic model from a random one.
+TRIAL_IMAGES = 256
+
+
+class Judge:
+    """Selection counts and verdict predictions of candidate images.
+
+    Candidates are chosen by `selection_draws` draws keyed by derive_seed(seed, "selection"), and judged by `draws`
+    draws keyed by derive_seed(seed, "verdict", candidate's name); attacks use derive_seed(seed, "attack"). No draw
+    serves two of the three, so that neither the attack nor the choice can favour the draws of the verdict.
+
+    Args:
+        model: a Defense, whose draws are functions of (key, sample id, draw), or any callable from images to logits,
+            whose draws are repeated calls; torch's generators are seeded for them and restored.
+        seed: key of the evaluation.
+        draws, selection_draws: numbers of draws; both become 1 for a deterministic model.
+        max_batch: most images in one forward pass.
+
+    Logits are computed in float32: no autocast, no TF32, on the model as it is.
+    """
+
+    def __init__(self, model: Model, seed: int, draws: int, selection_draws: int, max_batch: int | None = None) -> None:
+        self.model, self.seed = model, check_integer("evaluate", "seed", seed)
+        self.draws = check_integer("evaluate", "draws", draws, low=1)
+        self.selection_draws = check_integer("evaluate", "selection_draws", selection_draws, low=1)
+        self.max_batch = 1024 if max_batch is None else check_integer("evaluate", "max_batch", max_batch, low=1)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether one draw tells everything."""
+        return self.draws == self.selection_draws == 1
+
+    def trial(self, x: Tensor, labels: Tensor) -> bool:
+        """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
+        x, labels = x[:TRIAL_IMAGES], labels[:TRIAL_IMAGES]
+        ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")
+        key = (seed, ids, 0) if isinstance(self.model, Defense) else ()
+        # A model that does not fit its images should fail here, not after an hour.
+        with check_fits("evaluate", "x", x):
+            with torch.no_grad(), full_precision(x.device), seeded(seed, x.device):
+                shape = tuple(self.model(x.float(), *key).shape)
+            if len(shape) != 2:
+                raise ValueError(message("evaluate", "model", "a callable with logits of shape (B, classes)", shape))
+            logits = self.logits(x, ids, seed, 3)
+        _check_logits(logits, labels)
+        return bool((logits == logits[:, :1]).all())
+
+    def collapse(self) -> None:
+        """Take one draw of everything: the model is deterministic."""
+        self.draws = self.selection_draws = 1
+
+    def __call__(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """Judge the images x (B, C, H, W) as the candidates `name` of the samples `ids`.
+
+        Returns:
+            "predictions" (B, draws), small integers: classes under the verdict's draws; "correct" (B,), int32, and
+            "loss" (B,), float32: right selection draws and mean cross-entropy over them. On the CPU.
+        """
+        logits = self.logits(x, ids, derive_seed(self.seed, "selection"), self.selection_draws)
+        _check_logits(logits, labels)
+        target = labels[:, None].expand(logits.shape[:2])
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(dim=1)
+        correct = (logits.argmax(dim=2) == target).sum(dim=1, dtype=torch.int32)
+        # The two kinds of draws of a deterministic model are the same.
+        predictions = _pack(logits) if self.deterministic else self.predictions(name, x, labels, ids)
+        return {"predictions": predictions, "correct": correct.cpu(), "loss": loss.cpu()}
+
+    def predictions(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        """Classes (B, draws) of the images x under the verdict's draws of candidates `name`, on the CPU."""
+        logits = self.logits(x, ids, derive_seed(self.seed, "verdict", name), self.draws)
+        _check_logits(logits, labels)
+        return _pack(logits)
+
+    def logits(self, x: Tensor, ids: Tensor, key: int, draws: int) -> Tensor:
+        """Logits (B, draws, classes), float32, of images x (B, C, H, W) under the draws 0 .. draws - 1 of `key`."""
+        with full_precision(x.device):
+            return draw_logits(self.model, x.float(), key, ids, range(draws), self.max_batch)
+
+
+class FixedRandomness(RandomTransform):
+    """A transform whose every draw is draw 0 of `seed`: each sample keeps its mask and its noise.
+
+    Args:
+        transform: the random transform.
+        seed: key of the only draw.
+    """
+
+    def __init__(self, transform: RandomTransform, seed: int) -> None:
+        super().__init__()
+        self.transform, self.seed, self.copies = transform, seed, transform.copies
+
+    def forward(
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+    ) -> Tensor:
+        """See RandomTransform.forward; seed and draws are not used."""
+        return self.transform(x, self.seed, sample_ids, 0)
+
+    def target(
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+    ) -> Tensor:
+        """See RandomTransform.target; seed and draws are not used."""
+        return self.transform.target(x, self.seed, sample_ids, 0)
+
+    def assemble(self, purified: Tensor, corrupted: Tensor) -> Tensor:
+        """See RandomTransform.assemble."""
+        return self.transform.assemble(purified, corrupted)
+
+    def extra_repr(self) -> str:
+        return f"seed={self.seed}"
+
+
+def fixed_randomness(model: Model, seed: int) -> Defense:
+    """The Defense whose mask and noise are fixed for every sample and known to the attacker; it shares the networks.
+
+    Raises:
+        TypeError: `model` is no Defense: the randomness of another callable cannot be fixed for each sample.
+    """
+    if not isinstance(model, Defense):
+        raise TypeError(message("evaluate", "model", "a Defense for randomness='fixed'", type(model).__name__))
+    transform = FixedRandomness(model.transform, derive_seed(seed, "fixed"))
+    return Defense(transform, model.purifier, model.classifier)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Plain float32 arithmetic inside the block: no autocast, and neither TF32 nor bfloat16 in its place."""
+    backends = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.fp32_precision = was
+
+
+def eight_bit(images: Tensor, clean: Tensor, radius: float | None) -> Tensor:
+    """Images (B, C, H, W) rounded to 8 bits, uint8.
+
+    With a `radius`, to the nearest level in the Linf ball around `clean`; where it holds none, the nearest one stands.
+    """
+    levels = (255 * images.double()).round()
+    if radius is not None:
+        # The slack keeps a level that float32 puts on the ball's border.
+        low, high = (255 * (clean.double() + s * (radius + 1e-6)) for s in (-1, 1))
+        low, high = low.ceil(), high.floor()
+        levels = torch.where(low <= high, levels.clamp(low, high), levels)
+    return levels.clamp_(0, 255).to(torch.uint8)
+
+
+def _pack(logits: Tensor) -> Tensor:
+    """Predicted classes in the smallest type that holds them, on the CPU."""
+    classes = logits.shape[2]
+    dtype = torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
+    return logits.argmax(dim=2).to(dtype).cpu()
+
+
+def _check_logits(logits: Tensor, labels: Tensor) -> None:
+    if int(labels.max()) >= logits.shape[2]:
+        expected = f"class indices below the model's {logits.shape[2]} logits"
+        raise ValueError(message("evaluate", "y", expected, int(labels.max())))
+    if not torch.isfinite(logits).all():
+        raise ValueError(message("evaluate", "model", "a callable with finite logits", "NaN or infinity"))

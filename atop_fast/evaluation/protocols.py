@@ -1,0 +1,163 @@
+"""Evaluation protocols by name: which attacks, with which settings, judged by how many draws, and who proposed them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..attacks import FGSM, PGD, Model
+from ..defense import Defense
+from ..randomness import derive_seed
+
+Attack = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One attack of a protocol: the name of its class in atop_fast.attacks, and its options besides model and seed."""
+
+    attack: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How to evaluate.
+
+    Attributes:
+        attacks: name -> Entry, in the order in which they run.
+        citation: where the settings come from.
+        norm, eps: threat model where the caller names none; eps in units of [0, 1] pixels.
+        draws: K, fresh draws of every verdict.
+        images: how many images the source evaluates; None where it does not say or all are meant.
+        headline: the unsound verdict that the source reports, shown beside ours: "single_draw", "fixed_draws" or None.
+        cascade: images of a deterministic model that one attack has fooled are not attacked by the next.
+    """
+
+    attacks: Mapping[str, Entry]
+    citation: str
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    draws: int = 20
+    images: int | None = None
+    headline: str | None = None
+    cascade: bool = False
+
+
+def _apgd(loss: str, **options: Any) -> Entry:
+    return Entry("APGD", {"loss": loss, "steps": 100, **options})
+
+
+_RAND = {"apgd_ce": _apgd("ce", eot_iter=20), "apgd_dlr": _apgd("dlr", eot_iter=20)}
+_CROCE = "Croce and Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse attacks, ICML 2020"
+_LEE = "Lee and Kim, Robust evaluation of diffusion-based adversarial purification, ICCV 2023"
+_ATOP = "Lin et al., Adversarial training on purification, ICLR 2024"
+
+PROTOCOLS: dict[str, Protocol] = {
+    "quick": Protocol(
+        {"fgsm": Entry("FGSM", {"eot_iter": 4}), "pgd20_eot": Entry("PGD", {"steps": 20, "eot_iter": 4})},
+        "Goodfellow et al., ICLR 2015; Madry et al., ICLR 2018; Athalye et al., ICML 2018: a first look",
+    ),
+    "pgd-eot": Protocol(
+        {"pgd200_eot20": Entry("PGD", {"steps": 200, "alpha": 0.007, "eot_iter": 20, "random_start": False})},
+        _LEE,
+        images=512,
+    ),
+    "autoattack-rand": Protocol(_RAND, _CROCE + " (version rand)", headline="single_draw"),
+    "autoattack-fixed": Protocol(_RAND, _LEE + " (AutoAttack rand, judged by 20 draws)", headline="fixed_draws"),
+    "bpda-eot": Protocol(
+        {"bpda50_eot15": Entry("PGD", {"steps": 50, "alpha": 2 / 255, "eot_iter": 15, "gradient": "bpda",
+                                       "random_start": False})},
+        "Hill et al., Stochastic security, ICLR 2021; Nie et al., DiffPure, ICML 2022",
+        draws=150,
+    ),
+    "paper": Protocol(
+        {
+            "apgd_ce": _apgd("ce"),
+            "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 9}),
+            "fab_t": Entry("FAB", {"steps": 100, "target_classes": 9}),
+            "square": Entry("Square", {"queries": 5000}),
+        },
+        _ATOP + "; " + _CROCE + " (version standard)",
+        images=512,
+        headline="single_draw",
+        cascade=True,
+    ),
+    "unseen": Protocol(
+        {
+            "apgd_ce_l2": _apgd("ce", eot_iter=20),
+            "pgd100_eot20_l2": Entry("PGD", {"steps": 100, "eot_iter": 20}),
+            "stadv": Entry("StAdv", {"bound": 0.05, "steps": 100, "eot_iter": 20}),
+        },
+        _ATOP + "; Xiao et al., Spatially transformed adversarial examples, ICLR 2018",
+        norm="L2",
+        eps=0.5,
+    ),
+}  # fmt: skip
+
+# The cheapest attack that is not easily masked: what the curve of accuracy against eps repeats.
+CURVE = Entry("PGD", {"steps": 20, "eot_iter": 4})
+
+
+def build_attack(
+    entry: Entry,
+    model: Model,
+    norm: str,
+    eps: float,
+    seed: int,
+    deterministic: bool = False,
+    max_batch: int | None = None,
+) -> Attack:
+    """The attack of an entry on a model.
+
+    Of a deterministic one it takes a single draw, and ends with an image as soon as that is fooled.
+    """
+    attack = getattr(importlib.import_module("atop_fast.attacks"), entry.attack)
+    options: dict[str, Any] = {**entry.options, "seed": derive_seed(seed, "attack")}
+    if entry.attack != "StAdv":
+        options |= {"norm": norm, "eps": eps}
+    if max_batch is not None:
+        options["max_batch"] = max_batch
+    if deterministic and "eot_iter" in options:
+        options["eot_iter"] = 1
+    # A Defense whose draws do not differ is deterministic, but its attacks cannot know.
+    options["early_stop"] = deterministic and not isinstance(model, Defense)
+    return attack(model, **options)
+
+
+def build_attacks(
+    protocol: Protocol,
+    model: Model,
+    norm: str,
+    eps: float,
+    seed: int,
+    deterministic: bool = False,
+    max_batch: int | None = None,
+) -> dict[str, Attack]:
+    """The attacks of a protocol by name; see build_attack."""
+    return {
+        name: build_attack(entry, model, norm, eps, seed, deterministic, max_batch)
+        for name, entry in protocol.attacks.items()
+    }
+
+
+def quick_attacks(
+    model: Model,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    seed: int = 0,
+    gradient: str = "exact",
+    steps: int = 20,
+    eot_iter: int = 4,
+    max_batch: int | None = None,
+) -> dict[str, Attack]:
+    """FGSM and PGD with EOT through the whole model: {"fgsm", "pgd<steps>_eot"}. See PGD for the arguments."""
+    options: dict[str, Any] = {"eot_iter": eot_iter, "gradient": gradient, "seed": derive_seed(seed, "attack")}
+    if max_batch is not None:
+        options["max_batch"] = max_batch
+    fgsm = FGSM(model, norm, eps, **options)
+    return {"fgsm": fgsm, f"pgd{steps}_eot": PGD(model, norm, eps, steps=steps, **options)}

@@ -1,0 +1,271 @@
+"""Run folders: an append-only log of finished work and atomic shards, shared by the processes of one evaluation.
+
+    <out>/run.json                 which run it is: fingerprint, settings, number of images
+    <out>/log.jsonl                one line for each finished unit; log-<rank>.jsonl for the ranks above 0
+    <out>/shards/*.safetensors     a unit's results: ids, candidate images, selection counts, predictions
+
+A unit is one candidate (the clean images, or an attack's) of some images. Its line is written after its shard, so that
+a process that is killed at any moment loses no more than the unit it was at, and what remains is what stands in no log,
+whatever the batch size and the number of processes that made the log or that go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._checks import message
+from .._files import writable_folder, write_atomic, write_text
+
+FORMAT = 1
+# A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
+# a word, and must be longer than the shares of the work may differ.
+TIMEOUT = datetime.timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one piece of work found out.
+
+    Attributes:
+        name: the candidate.
+        ids: int64 (n,), the images' places in the evaluated set.
+        values: name -> tensor (n, ...): small results.
+        images: the candidates (n, C, H, W), or the shard that holds them; None where they are not kept.
+        seconds, forward, backward: what it took; the passes are counted in images, None where they cannot be.
+    """
+
+    name: str
+    ids: Tensor
+    values: dict[str, Tensor]
+    images: Tensor | Path | None
+    seconds: float
+    forward: int | None
+    backward: int | None
+
+
+class Group:
+    """The processes of an evaluation: those of torch.distributed, or this one alone."""
+
+    def __init__(self) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank() if active else 0
+        self.size: int = dist.get_world_size() if active else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks; waits for all."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Group]:
+    """The Group of the caller's process group, or, under torchrun without one, of a new gloo group."""
+    joins = (
+        dist.is_available()
+        and not dist.is_initialized()
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    )
+    if joins:
+        # Only Python objects are exchanged: gloo serves whatever the model's device is.
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield Group()
+    except BaseException:
+        # Closed connections end the others' wait. Otherwise the group stays for the next call.
+        if joins:
+            dist.destroy_process_group()
+        raise
+
+
+class Run:
+    """The results of an evaluation so far, in memory or in a folder.
+
+    Args:
+        count: number of images N.
+        folder: run folder, or None to keep everything in memory.
+        header: what the run is, JSON-ready; a folder with another header is refused.
+        group: the processes that work on it.
+
+    Raises:
+        ValueError: `folder` cannot be written, holds something else, or is damaged.
+    """
+
+    def __init__(self, count: int, folder: Path | None, header: dict[str, Any], group: Group) -> None:
+        self.count, self.group, self.folder = count, group, folder
+        self.units: list[Unit] = []
+        self.tables: dict[str, dict[str, Tensor]] = {}
+        self._own: list[Unit] = []
+        self._agree(lambda: _open_folder(folder, header) if folder and group.rank == 0 else None)
+        if any(other != header for other in group.gather(header)):
+            expected = "the same model, data and settings in every process"
+            raise ValueError(message("evaluate", "model, x, y", expected, "differences between the ranks"))
+        if folder is not None:
+            self._log = folder / ("log.jsonl" if group.rank == 0 else f"log-{group.rank}.jsonl")
+            # Nobody adds to a log before all have read them.
+            self._agree(lambda: self._read(folder))
+            _cut_torn_line(self._log)
+
+    def done(self, name: str) -> Tensor:
+        """Which images have candidates of this name, bool (N,)."""
+        table = self.tables.get(name)
+        return table["done"] if table else torch.zeros(self.count, dtype=torch.bool)
+
+    def add(self, unit: Unit) -> None:
+        """Record a finished unit; on disk when this returns, if the run has a folder."""
+        if self.folder is not None:
+            unit = self._write(self.folder, unit)
+        self._own.append(unit)
+        self._take(unit)
+
+    def images(self, name: str, ids: Tensor) -> Tensor:
+        """The candidates `name` of the images `ids`, on the CPU, which this process or the folder must have."""
+        found: dict[int, Tensor] = {}
+        wanted = set(ids.tolist())
+        for unit in self.units:
+            if unit.name != name or unit.images is None:
+                continue
+            if rows := [(row, i) for row, i in enumerate(unit.ids.tolist()) if i in wanted]:
+                images = _load(unit.images)["images"] if isinstance(unit.images, Path) else unit.images
+                found.update({i: images[row] for row, i in rows})
+        return torch.stack([found[i] for i in ids.tolist()])
+
+    def share(self) -> None:
+        """Give every process the small results of all; waits for them."""
+        for rank, units in enumerate(self.group.gather([replace(unit, images=None) for unit in self._own])):
+            if rank != self.group.rank:
+                for unit in units:
+                    self._take(unit)
+        self._own = []
+
+    def _agree(self, work: Callable[[], object]) -> None:
+        """Do something in every process; if it fails in one, raise its ValueError in all."""
+        problem = None
+        try:
+            work()
+        except ValueError as error:
+            problem = str(error)
+        if problems := [p for p in self.group.gather(problem) if p]:
+            raise ValueError(problems[0])
+
+    def _read(self, folder: Path) -> None:
+        for path in sorted(folder.glob("log*.jsonl")):
+            for record in _read_log(path):
+                self._take(_read_shard(folder, record))
+
+    def _take(self, unit: Unit) -> None:
+        self.units.append(unit)
+        table = self.tables.setdefault(unit.name, {"done": torch.zeros(self.count, dtype=torch.bool)})
+        for key, value in unit.values.items():
+            if key not in table:
+                table[key] = torch.zeros(self.count, *value.shape[1:], dtype=value.dtype)
+            table[key][unit.ids] = value
+        table["done"][unit.ids] = True
+
+    def _write(self, folder: Path, unit: Unit) -> Unit:
+        # No image has two candidates of one name, so the first id and the name make the file's name unique.
+        slug = re.sub(r"[^\w.@-]", "_", unit.name)[:60]
+        path = folder / "shards" / f"{slug}-{zlib.crc32(unit.name.encode()):08x}-{int(unit.ids[0]):07d}.safetensors"
+        tensors = {"ids": unit.ids, **{f"values.{k}": v for k, v in unit.values.items()}}
+        if isinstance(unit.images, Tensor):
+            tensors["images"] = unit.images
+        write_atomic(path, lambda p: save_file({k: v.contiguous() for k, v in tensors.items()}, str(p)))
+        record = {
+            "name": unit.name,
+            "images": len(unit.ids),
+            "shard": path.name,
+            "crc32": _crc32(path),
+            "seconds": unit.seconds,
+            "forward": unit.forward,
+            "backward": unit.backward,
+        }
+        with open(self._log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return replace(unit, images=path if "images" in tensors else None)
+
+
+def _open_folder(folder: Path, header: dict[str, Any]) -> None:
+    """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
+    path = folder / "run.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(message("evaluate", "out", "a readable run folder", f"{path} ({error})")) from error
+        # Through JSON, so that tuples compare as the lists that they become.
+        expected = json.loads(json.dumps({"format": FORMAT, **header}))
+        if found != expected:
+            keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+            given = f"{folder}, which belongs to a run with another {', '.join(keys)}"
+            raise ValueError(message("evaluate", "out", "a new folder or one of this run", given))
+    else:
+        if folder.is_dir() and (others := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
+            given = f"{folder}, which holds {others[0]!r} and no run.json"
+            raise ValueError(message("evaluate", "out", "a new folder or one of this run", given))
+        writable_folder("evaluate", "out", folder)
+        write_text(path, json.dumps({"format": FORMAT, **header}, indent=2) + "\n")
+    writable_folder("evaluate", "out", folder / "shards")
+
+
+def _read_log(path: Path) -> Iterator[dict[str, Any]]:
+    # What follows the last line feed is a line that a killed process did not finish.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+            record["shard"], record["crc32"]
+        except (ValueError, KeyError, TypeError) as error:
+            given = f"{path}, damaged in line {number} ({error})"
+            raise ValueError(message("evaluate", "out", "a run folder with whole logs", given)) from error
+        yield record
+
+
+def _cut_torn_line(path: Path) -> None:
+    if path.exists():
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+
+
+def _read_shard(folder: Path, record: dict[str, Any]) -> Unit:
+    path = folder / "shards" / record["shard"]
+    try:
+        if _crc32(path) != record["crc32"]:
+            raise ValueError("its checksum is not that of the log")
+        tensors = _load(path, images=False)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(message("evaluate", "out", "a run folder with whole shards", f"{path} ({error})")) from error
+    values = {k.removeprefix("values."): v for k, v in tensors.items() if k.startswith("values.")}
+    passes = (record["seconds"], record["forward"], record["backward"])
+    return Unit(record["name"], tensors["ids"], values, path, *passes)
+
+
+def _load(path: Path, images: bool = True) -> dict[str, Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if images or key != "images"}  # noqa: SIM118
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            crc = zlib.crc32(part, crc)
+    return crc

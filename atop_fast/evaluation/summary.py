@@ -1,0 +1,185 @@
+"""From the results of a run to a Report: choice among candidates, verdicts, emulated verdicts, table of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .report import versions
+from .runs import Run
+from .verdict import Verdict, emulated_verdicts
+
+CLEAN = "clean"
+# A candidate's name with this suffix is that candidate rounded to 8 bits.
+EIGHT_BIT = "@8bit"
+
+
+def curve_name(radius: float | str) -> str:
+    """The candidates of the accuracy curve at a radius."""
+    return f"curve@{radius}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What evaluate found out about one model.
+
+    Attributes:
+        clean: verdict on the images as they are.
+        robust: verdict on each image's chosen candidate, the one that fared worst in the selection draws.
+        attacks: verdict on each attack's candidates; an image that an attack did not get to (budget, or fooled already
+            in a protocol that stops there) keeps the candidate chosen so far.
+        eight_bit: verdict on the chosen candidates rounded to 8 bits, under the draws of `robust`.
+        emulated: what AutoAttack's rules would say, unsound for random defences: see emulated_verdicts.
+        headline: which of them the protocol's source reports, or None.
+        complete: whether every attack got to every image; if not, `robust` is an upper bound on the robust accuracy.
+        curve: verdict and "eps" for every radius asked for, and on how many images it was attacked.
+        samples: for every image its id, label, share of right draws ("clean", "robust"), chosen "attack", and the norm
+            of its perturbation ("distance").
+        passes: attack -> images through the model "forward" and "backward", verdicts included (None: not counted), and
+            how many "images" it attacked.
+        seconds: the same of the time, summed over processes, and "total".
+        settings: protocol, norm, eps, seed, draws, selection_draws, randomness, images.
+        diagnostics: {"name", "status", "reason"}, as given.
+        versions: of atop_fast and torch.
+    """
+
+    clean: Verdict
+    robust: Verdict
+    attacks: dict[str, Verdict]
+    eight_bit: Verdict
+    emulated: dict[str, Any]
+    headline: str | None
+    complete: bool
+    curve: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    passes: dict[str, dict[str, int | None]]
+    seconds: dict[str, float]
+    settings: dict[str, Any]
+    diagnostics: list[dict[str, str]]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; the settings stand beside the results."""
+        values = {**vars(self), **self.settings}
+        del values["settings"]
+        verdicts = {"attacks": {name: v.to_dict() for name, v in self.attacks.items()}}
+        verdicts |= {name: getattr(self, name).to_dict() for name in ("clean", "robust", "eight_bit")}
+        return {**values, **verdicts}
+
+
+def choice(run: Run, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Each image's worst candidate: fewest right selection draws, ties by the larger mean cross-entropy.
+
+    Returns:
+        Its place in `names` (N,) and its right selection draws (N,). An image whose candidate of a name is missing does
+        not choose it; the first name must be complete in what the caller reads.
+    """
+    shape = (len(names), run.count)
+    correct = torch.full(shape, torch.iinfo(torch.int32).max, dtype=torch.int32)
+    loss = torch.full(shape, -torch.inf)
+    for row, name in enumerate(names):
+        if name in run.tables:
+            table = run.tables[name]
+            correct[row] = torch.where(table["done"], table["correct"], correct[row])
+            loss[row] = torch.where(table["done"], table["loss"], loss[row])
+    fewest = correct.amin(dim=0)
+    return loss.masked_fill(correct > fewest, -torch.inf).argmax(dim=0), fewest
+
+
+def summarise(
+    run: Run,
+    labels: Tensor,
+    attacks: Sequence[str],
+    radii: Sequence[float],
+    settings: dict[str, Any],
+    interval: str = "wilson",
+    cascade: bool = False,
+    headline: str | None = None,
+    diagnostics: Sequence[Mapping[str, str]] = (),
+) -> Report:
+    """The Report of a run whose clean images and chosen 8-bit candidates are all judged."""
+    names = [CLEAN, *attacks]
+    predictions = [run.tables[CLEAN]["predictions"]]
+    right = [predictions[0] == labels[:, None]]
+    complete = True
+    for row, name in enumerate(attacks, start=1):
+        chosen, correct = choice(run, names[:row])
+        known = run.tables.get(name, {"predictions": predictions[0]})["predictions"]
+        done = run.done(name)
+        predictions.append(torch.where(done[:, None], known, _pick(predictions, chosen)))
+        # A candidate that does not exist cannot fail under the emulated rules.
+        right.append((predictions[-1] == labels[:, None]) | ~done[:, None])
+        complete &= bool((done | (correct == 0) if cascade else done).all())
+    chosen, _ = choice(run, names)
+    rounded = torch.zeros_like(predictions[0])
+    for row, name in enumerate(names):
+        if (at := chosen == row).any():
+            rounded[at] = run.tables[name + EIGHT_BIT]["predictions"][at]
+
+    def verdict(values: Tensor) -> Verdict:
+        return Verdict.from_predictions(values, labels, interval, settings["seed"])
+
+    verdicts = [verdict(p) for p in predictions]
+    robust = _pick(predictions, chosen)
+    return Report(
+        clean=verdicts[0],
+        robust=verdict(robust),
+        attacks=dict(zip(attacks, verdicts[1:], strict=True)),
+        eight_bit=verdict(rounded),
+        emulated=emulated_verdicts(torch.stack(right)),
+        headline=headline,
+        complete=complete,
+        curve=[_point(run, radius, predictions[0], verdict) for radius in radii],
+        samples=_samples(run, labels, names, chosen, right[0], robust == labels[:, None]),
+        **_costs(run, names),
+        settings=settings,
+        diagnostics=[dict(finding) for finding in diagnostics],
+        versions=versions(),
+    )
+
+
+def _pick(predictions: Sequence[Tensor], chosen: Tensor) -> Tensor:
+    """Each image's predictions (N, K) under its chosen candidate (N,)."""
+    return torch.stack(list(predictions))[chosen, torch.arange(len(chosen))]
+
+
+def _point(run: Run, radius: float, clean: Tensor, verdict: Any) -> dict[str, Any]:
+    name = curve_name(radius)
+    done = run.done(name)
+    known = run.tables.get(name, {"predictions": clean})["predictions"]
+    return {"eps": radius, **verdict(torch.where(done[:, None], known, clean)).to_dict(), "attacked": int(done.sum())}
+
+
+def _samples(
+    run: Run, labels: Tensor, names: Sequence[str], chosen: Tensor, clean: Tensor, robust: Tensor
+) -> list[dict[str, Any]]:
+    distances = torch.stack(
+        [run.tables[name]["distance"] if name in run.tables else torch.zeros(run.count) for name in names]
+    )
+    columns = {
+        "id": range(run.count),
+        "label": labels.tolist(),
+        "clean": clean.double().mean(dim=1).tolist(),
+        "robust": robust.double().mean(dim=1).tolist(),
+        "attack": [names[row] for row in chosen.tolist()],
+        "distance": _pick(list(distances), chosen).tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _costs(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    """Passes and seconds by name, in order; the 8-bit candidates together."""
+    passes: dict[str, dict[str, int | None]] = {}
+    seconds: dict[str, float] = dict.fromkeys(names, 0.0)
+    for unit in run.units:
+        name = "eight_bit" if unit.name.endswith(EIGHT_BIT) else unit.name
+        seconds[name] = seconds.get(name, 0.0) + unit.seconds
+        sums = passes.setdefault(name, {"forward": 0, "backward": 0, "images": 0})
+        for key, value in (("forward", unit.forward), ("backward", unit.backward), ("images", len(unit.ids))):
+            before = sums[key]
+            sums[key] = None if before is None or value is None else before + value
+    return {"passes": passes, "seconds": {**seconds, "total": sum(seconds.values())}}
