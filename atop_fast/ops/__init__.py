@@ -2,6 +2,7 @@
 
 from . import _registry
 from .assemble import assemble
+from .attack_loss import AttackLoss, attack_loss
 from .corrupt import corrupt
 from .gated_elu import gated_elu
 from .mask_blocks import mask_blocks
@@ -13,7 +14,9 @@ from .resize import resize
 _registry.load()
 
 __all__ = [
+    "AttackLoss",
     "assemble",
+    "attack_loss",
     "corrupt",
     "gated_elu",
     "mask_blocks",
