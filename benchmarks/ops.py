@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import _harness
+import attacks_ops
 import torch
 import transforms
 from _harness import Case
@@ -204,7 +205,13 @@ def main() -> None:
     rows = []
     skip = {"compile"} if args.no_compile else set()
     for case in itertools.chain(
-        *(cases(args.device) for cases in (pgd_cases, gated_elu_cases, conv3x3_cases, transforms.transform_cases))
+        *(
+            cases(args.device)
+            for cases in (
+                *(pgd_cases, gated_elu_cases, conv3x3_cases),
+                *(transforms.transform_cases, attacks_ops.attack_loss_cases),
+            )
+        )
     ):
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)

@@ -1,4 +1,6 @@
-"""The CUDA kernels equal the specifications bit for bit, executed on the CPU: what can be known of them without a GPU.
+"""The CUDA kernels equal the specifications, executed on the CPU: what can be known of them without a GPU.
+
+Bit for bit, but for the older kernels and attack_loss, whose sums have another order.
 
 A C++ compiler builds the sources of csrc/cuda with the few names of CUDA that cuda_on_cpu.h supplies, together with the
 host side of the ops, as a library for a namespace of its own.
@@ -184,6 +186,19 @@ def test_resample_of_each_sample_apart(cuda):
     wild = torch.tensor([[-100, 2**40, 3]])
     taps = (wild, weight[:1, :3], wild, weight[:1, :3])
     assert cuda.resample(x, *taps, *taps).isfinite().all()
+
+
+@pytest.mark.parametrize("classes", [4, 10, 33, 1001])
+def test_attack_loss(cuda, classes):
+    """Sums have an order of their own in a warp, so that losses and gradients agree up to rounding."""
+    op = _registry.OPS["attack_loss"]
+    for dtype in (*FLOATS, torch.float64):
+        z = images((19, 1, 1, classes), dtype).flatten(1)
+        labels, targets = (torch.randint(-1, classes + 1, (19,)) for _ in range(2))
+        for chosen, kind in ((None, 0), (None, 1), (targets, 1), (None, 2), (targets, 2)):
+            actual = cuda.attack_loss(z, labels, chosen, kind)
+            for a, b in zip(actual, op.reference(z, labels, chosen, kind), strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True)
 
 
 def test_older_kernels(cuda):

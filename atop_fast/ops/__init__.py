@@ -1,8 +1,8 @@
 """Tensor ops with one specification each and several implementations; see `_registry` for how they come together."""
 
 from . import _registry
-from ._steps_placeholder import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1
 from .assemble import assemble
+from .attack_loss import AttackLoss, attack_loss
 from .conv3x3 import FrozenConv3x3, conv3x3
 from .corrupt import corrupt
 from .gated_elu import gated_elu
@@ -15,8 +15,10 @@ from .resize import resize
 _registry.load()
 
 __all__ = [
+    "AttackLoss",
     "FrozenConv3x3",
     "assemble",
+    "attack_loss",
     "conv3x3",
     "corrupt",
     "gated_elu",

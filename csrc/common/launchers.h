@@ -100,6 +100,17 @@ const char* launch_assemble_bwd(const T* dy,            // [batch, channels, hei
                                 T* dcopies,  // [batch, copies, channels, height, width]
                                 void* stream);
 
+// What an attack maximises, and its gradient; of a label or target that is no class, NaN.  docs/math.md#attack_loss
+template <typename T>
+const char* launch_attack_loss(const T* logits,         // [batch, classes], fewer than 2**31 classes
+                               const int64_t* labels,   // [batch]
+                               const int64_t* targets,  // [batch] or null
+                               int kind,                // of math/attack_loss.h, with as many classes as it needs
+                               typename Compute<T>::type* losses,    // [batch]
+                               typename Compute<T>::type* gradient,  // [batch, classes]
+                               bool* correct,                        // [batch]
+                               int64_t batch, int64_t classes, void* stream);
+
 // The rows of a sparse matrix along one axis: row i of a group is weight[i, k] at columns start[i] + k.
 template <typename C>
 struct Taps {
