@@ -30,11 +30,11 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its overload, its reference, and its launcher in atop_fast.kernels as (module, function)."""
+    """One op: its overload, its reference, and its launcher in atop_fast.kernels as (module, function), if any."""
 
     overload: Any
     reference: Callable[..., Any]
-    launcher: tuple[str, str]
+    launcher: tuple[str, str] | None
 
 
 OPS: dict[str, Op] = {}
@@ -42,16 +42,18 @@ OPS: dict[str, Op] = {}
 MISSING: dict[str, str] = {}
 
 
-def define(schema: str, reference: Callable[..., Any], *, kernels: str) -> Any:
+def define(schema: str, reference: Callable[..., Any], *, kernels: str | None) -> Any:
     """Define an op by `schema`, with `reference` as the kernel of last resort and the fake, and return its overload.
 
-    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`.
+    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`; None for an op
+    that Triton does not have.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    OPS[name] = Op(overload, reference, (f"{NAMESPACE}.kernels.{kernels}", f"launch_{name}"))
+    launcher = None if kernels is None else (f"{NAMESPACE}.kernels.{kernels}", f"launch_{name}")
+    OPS[name] = Op(overload, reference, launcher)
     return overload
 
 
@@ -81,7 +83,7 @@ def load() -> None:
     if importlib.util.find_spec("triton") is None:
         MISSING["triton"] = "triton is not installed"
     elif torch.version.cuda and "cuda" in MISSING:
-        for name in OPS:
+        for name in (name for name, op in OPS.items() if op.launcher):
             LIBRARY.impl(name, functools.partial(_call_launcher, name), "CUDA")
 
 
@@ -105,11 +107,13 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
     CUDA tensors, or CPU tensors in the interpreter (TRITON_INTERPRET=1).
     """
     found = {"eager": OPS[name].reference}
+    has_triton = "triton" not in MISSING and OPS[name].launcher is not None
     if "cpp" not in MISSING:
         found["cpp"] = _kernel(name, torch._C.DispatchKey.CPU)
-    if "triton" not in MISSING and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    if has_triton and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
         found["triton"] = functools.partial(_call_launcher, name)
-    if "cuda" not in MISSING and torch.cuda.is_available():
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
+    if "cuda" not in MISSING and has_cuda and torch.cuda.is_available():
         found["cuda"] = _kernel(name, torch._C.DispatchKey.CUDA)
     return found
 
@@ -159,5 +163,7 @@ def _kernel(name: str, key: Any) -> Callable[..., Any]:
 
 
 def _call_launcher(name: str, *args: Any) -> Any:
-    module, function = OPS[name].launcher
+    launcher = OPS[name].launcher
+    assert launcher is not None
+    module, function = launcher
     return getattr(importlib.import_module(module), function)(*args)

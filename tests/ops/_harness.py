@@ -54,8 +54,8 @@ def backends(name: str = "gated_elu") -> list[str]:
     return [backend for backend in _registry.impls(name) if backend != other]
 
 
-def cases(but: str = "", **axes: Sequence[Any]) -> Callable[..., Any]:
-    """Parametrise a test over the backends, but one, and further axes, with ids such as triton-fp32-2x3x33x65."""
+def cases(but: str = "", op: str = "gated_elu", **axes: Sequence[Any]) -> Callable[..., Any]:
+    """Parametrise a test over the backends of `op`, but one, and further axes, with ids as triton-fp32-2x3x33x65."""
     combinations: list[tuple[Any, ...]] = [()]
     for values in axes.values():
         combinations = [(*head, value) for head in combinations for value in values]
@@ -66,7 +66,7 @@ def cases(but: str = "", **axes: Sequence[Any]) -> Callable[..., Any]:
             id="-".join([backend, *map(_text, combination)]),
             marks=[pytest.mark.backend(backend), *([pytest.mark.gpu] if DEVICE == "cuda" else [])],
         )
-        for backend in backends()
+        for backend in backends(op)
         if backend != but
         for combination in combinations
     ]
