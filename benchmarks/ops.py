@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import _harness
+import attack_steps
 import torch
 import transforms
 from _harness import Case
@@ -172,9 +173,8 @@ def main() -> None:
     _harness.keep_heap()
     rows = []
     skip = {"compile"} if args.no_compile else set()
-    for case in itertools.chain(
-        *(cases(args.device) for cases in (pgd_cases, gated_elu_cases, transforms.transform_cases))
-    ):
+    suites = (pgd_cases, attack_steps.step_cases, gated_elu_cases, transforms.transform_cases)
+    for case in itertools.chain(*(cases(args.device) for cases in suites)):
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)
     _harness.print_table(rows)

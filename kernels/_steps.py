@@ -1,8 +1,8 @@
 """What the kernels of the projected steps share: where a program's elements lie, their gradient, and norms.
 
-A program handles a block of elements of one sample. Norms over a sample of several blocks take one launch each: in phase
-r the programs store the sums of squares of their blocks for norm r, and in later ones they add them up. A sample of one
-block takes one launch, in phase ALL.
+A program handles a block of elements of one sample. Norms over a sample of several blocks take one launch each: in
+phase r the programs store the sums of squares of their blocks for norm r, and in later ones they add them up. A sample
+of one block takes one launch, in phase ALL.
 """
 
 from collections.abc import Callable

@@ -45,8 +45,8 @@ MISSING: dict[str, str] = {}
 def define(schema: str, reference: Callable[..., Any], *, kernels: str | None) -> Any:
     """Define an op by `schema`, with `reference` as the kernel of last resort and the fake, and return its overload.
 
-    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`; None for an op
-    that Triton does not have.
+    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`; None if it
+    has none.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)

@@ -101,7 +101,7 @@ def apgd_step_linf(
 
     Example:
         >>> x0 = torch.rand(8, 3, 32, 32)
-        >>> x = atop_fast.ops.apgd_step_linf(x0, x0, torch.randn_like(x0), x0, alpha=16 / 255, eps=8 / 255, momentum=1.0)
+        >>> x = atop_fast.ops.apgd_step_linf(x0, x0, torch.randn_like(x0), x0, 16 / 255, 8 / 255, momentum=1.0)
         >>> bool((x - x0).abs().max() <= 8 / 255 + 1e-6)
         True
     """

@@ -67,8 +67,8 @@ def project_l1(x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
             recorded. What a tensor `eps` holds is not read.
 
     Notes:
-        Points of the set stay as they are. NaN in a sample makes that sample NaN. The constraint on the L1 norm holds up
-        to rounding, about 1e-5 of eps in float32. Not differentiable, as an attack needs no gradient through it.
+        Points of the set stay as they are. NaN in a sample makes that sample NaN. The constraint on the L1 norm holds
+        up to rounding, about 1e-5 of eps in float32. Not differentiable, as an attack needs no gradient through it.
         C++ on the CPU; eager mode serves other devices.
 
     Reference:
