@@ -1,0 +1,89 @@
+"""Nearest points under constraints that a box adds to: onto a hyperplane (FAB) and onto an L1 ball (Square).
+
+All of them look for the root of a monotone, piecewise linear function of one number per row. Sorting its breakpoints
+and summing up gives its value at each of them at once; counting tells between which two the root lies.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hyperplane_step(norm: str, x: Tensor, w: Tensor, change: Tensor) -> Tensor:
+    """The smallest step from x to the hyperplane, inside the box.
+
+        argmin |d|_p   subject to   w . d = change,   0 <= x + d <= 1           Croce & Hein, ICML 2020, equation 4
+
+    Coordinate i can move by at most r_i in the direction that brings it nearer. The solution moves it by
+    min(l, r_i) (Linf) or min(l |w_i|, r_i) (L2), with one l for all; or (L1) moves those of the largest |w_i| all the
+    way, until it is there.
+
+    Args:
+        norm: "Linf", "L2" or "L1".
+        x: points (B, n) in [0, 1].
+        w: normals (B, n), finite.
+        change: (B,), what w . d must be, finite.
+
+    Returns:
+        Steps (B, n). Where the box does not meet the hyperplane, the step that comes nearest; 0 where w is 0.
+    """
+    # With w >= 0, or the step's sign turned; and scaled, lest w * w overflows or vanishes.
+    direction = w.sign() * torch.where(change < 0, -1.0, 1.0)[:, None]
+    scale = w.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    change, w = change.abs()[:, None] / scale, w.abs() / scale
+    room = torch.where(direction > 0, 1 - x, x).masked_fill(w == 0, 0)
+    if norm == "L1":
+        return direction * _fill(w, room, change)
+    if norm == "L2":
+        # What contributes nothing would have huge caps.
+        w = w.masked_fill(w < 1e-8, 0)
+        cap = torch.where(w > 0, room / w.clamp_min(1e-8), 0)
+        return direction * torch.minimum(_level(w * w, cap, change) * w, room)
+    return direction * torch.minimum(_level(w, room, change), room)
+
+
+def _level(weight: Tensor, cap: Tensor, total: Tensor) -> Tensor:
+    """The l (B, 1) with sum_i weight_i min(l, cap_i) = total; the largest cap where total is out of reach."""
+    cap, order = cap.sort(dim=1, descending=True)
+    weight = weight.gather(1, order)
+    # Of the first k, in this order, l is below the cap; the others are at their caps.
+    free = weight.cumsum(dim=1, dtype=torch.float64)
+    reached = (weight * cap).cumsum(dim=1, dtype=torch.float64)
+    capped = reached[:, -1:] - reached
+    k = (capped + cap * free >= total).sum(dim=1, keepdim=True)
+    last = (k - 1).clamp_min(0)
+    level = (total - capped.gather(1, last)) / free.gather(1, last).clamp_min(1e-300)
+    return torch.where(k > 0, level.clamp_min(0).to(cap.dtype), cap[:, :1])
+
+
+def _fill(weight: Tensor, room: Tensor, total: Tensor) -> Tensor:
+    """The smallest sum of d, 0 <= d <= room, with sum_i weight_i d_i = total; d = room where that is out of reach."""
+    weight, order = weight.sort(dim=1, descending=True)
+    room = room.gather(1, order)
+    gain = weight * room
+    before = gain.cumsum(dim=1, dtype=torch.float64) - gain
+    part = ((total - before) / weight.clamp_min(1e-30)).to(room.dtype)
+    return torch.empty_like(room).scatter_(1, order, torch.minimum(part.clamp_min(0), room))
+
+
+def project_l1(x: Tensor, center: Tensor, eps: float) -> Tensor:
+    """The nearest point, in L2, of the L1 ball of radius eps around images `center`, inside [0, 1].
+
+    With y = x - center, c_i the room that the box leaves on the side of y_i, and one l >= 0 for all coordinates:
+
+        |d_i| = clip(|y_i| - l, 0, c_i),   sum_i |d_i| = eps, or l = 0 if it is less          Croce & Hein, ICML 2021
+    """
+    y = (x - center).flatten(1)
+    room = torch.where(y > 0, 1 - center.flatten(1), center.flatten(1))
+    size = y.abs()
+    # sum_i relu(|y_i| - l) - relu(|y_i| - c_i - l): breakpoints of weight 1 and -1, largest first.
+    breakpoints, order = torch.cat((size, size - room), dim=1).sort(dim=1, descending=True)
+    sign = torch.where(order < size.shape[1], 1.0, -1.0)
+    slope = sign.cumsum(dim=1)
+    height = (sign * breakpoints).cumsum(dim=1, dtype=torch.float64)
+    k = (height - breakpoints * slope < eps).sum(dim=1, keepdim=True)
+    last = (k - 1).clamp_min(0)
+    level = (height.gather(1, last) - eps) / slope.gather(1, last).clamp_min(1)
+    level = torch.where(k > 0, level.clamp_min(0).to(y.dtype), breakpoints[:, :1])
+    return (center + (y.sign() * torch.minimum((size - level).clamp_min(0), room)).view_as(x)).clamp_(0, 1)
