@@ -100,12 +100,11 @@ def test_linf_square_is_a_square_of_two_values_in_each_channel():
     state = attack.begin(attack.estimator(attack.model), x, torch.zeros(64, dtype=torch.int64), torch.arange(64), x)
     side, tops = 7, set()
     for _, _, square in attack._squares(5, state):
-        assert square.inside.sum(dim=(1, 2, 3)).eq(side * side).all()
-        rows, columns = square.inside[:, 0].any(dim=2).sum(dim=1), square.inside[:, 0].any(dim=1).sum(dim=1)
-        assert rows.eq(side).all()
-        assert columns.eq(side).all()
+        assert square.rows.sum(dim=2).eq(side).all()
+        assert square.columns.sum(dim=3).eq(side).all()
+        assert square.rows.unfold(2, side, 1).prod(dim=-1).sum(dim=2).eq(1).all()
         assert set(square.signs.unique().tolist()) == {-1.0, 1.0}
-        tops |= set(square.inside[:, 0].any(dim=2).int().argmax(dim=1).tolist())
+        tops |= set(square.rows[:, 0, :, 0].argmax(dim=1).tolist())
     # Also the one that reaches the last row.
     assert tops == {0, 1, 2, 3}
 
@@ -121,7 +120,7 @@ def test_sizes_follow_the_schedule_of_the_original():
         for query, (_, _, got) in enumerate(attack._squares(0, state)):
             for row, number in enumerate((t + query).tolist()):
                 side = max(1, round((original.p_selection(number) * 1024) ** 0.5))
-                assert int(got.inside[row].sum()) == side * side
+                assert int((got.rows * got.columns)[row].sum()) == side * side
 
 
 @pytest.mark.parametrize("norm", ["L2", "L1"])
