@@ -23,8 +23,8 @@ from ..defense import Defense
 from ..ops.conv3x3 import FrozenConv3x3
 
 Model = Callable[..., Tensor]
-# Folding a ResNet takes as long as the passes of some hundred images.
-WORTHWHILE = 256
+# Folding a network takes as long as some of its passes. The number of images must not count: rounding would depend on it.
+WORTHWHILE = 8
 
 # A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would
 # bake it in.
@@ -43,20 +43,20 @@ _LAYERS = (
 
 
 @contextlib.contextmanager
-def prepared(model: Model, dtype: torch.dtype | None = None, rows: int = WORTHWHILE) -> Iterator[Model]:
+def prepared(model: Model, dtype: torch.dtype | None = None, passes: int = WORTHWHILE) -> Iterator[Model]:
     """The model as attacks call it: frozen inside the block, and folded where that is exact and worth its time.
 
     Args:
         model: a Defense, or any callable from images to logits.
         dtype: the type in which an autocast will run it: weights are cast here once instead of in every pass.
-        rows: how many images will go through it, about.
+        passes: how often each image will go through it, about.
 
     Yields:
         A module or callable that returns what `model` returns in evaluation mode, up to rounding. Parameters get no
         gradients. Mode, buffers and requires_grad flags of `model` are restored afterwards, also after an error.
     """
     with frozen(model):
-        if rows < WORTHWHILE:
+        if passes < WORTHWHILE:
             network = model
         elif type(model) is Defense:
             purifier = None if model.purifier is None else folded(model.purifier, dtype)
