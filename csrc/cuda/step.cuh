@@ -12,8 +12,10 @@ namespace atop {
 // Elements of a sample that one block handles; a sample of one part takes one launch, and others one for each norm and
 // one more.
 constexpr int64_t kPart = 8192;
-// At least so many of them share a multiprocessor: told so, ptxas does not spill registers to fit one more.
+// At least so many blocks share a multiprocessor, with norms and without: told so, ptxas does not spill registers to
+// fit one more.
 constexpr int kBlocks = 2;
+constexpr int kElementBlocks = 4;
 
 // V elements from index i of all samples on; the draws are added in their order.
 template <int V, typename T>
@@ -37,7 +39,7 @@ struct Elements {
 
 // One pack of V elements a thread; V divides a sample, unless all count as one: then the last pack may be shorter.
 template <typename Step, int V, typename T>
-__global__ void __launch_bounds__(kThreads) step_elements_kernel(StepArguments<T> a) {
+__global__ void __launch_bounds__(kThreads, kElementBlocks) step_elements_kernel(StepArguments<T> a) {
   const int64_t first = thread_index() * V, end = a.batch * a.inner;
   if (first >= end) return;
   const Step step(a.numbers(a.batch == 1 ? 0 : split(first, a.inner).quotient));

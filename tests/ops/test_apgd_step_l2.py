@@ -126,7 +126,7 @@ def test_nan_in_images_stays_in_its_sample(backend, argument):
     assert actual[::2].isfinite().all()
 
 
-@cases(layout=harness.LAYOUTS)
+@cases(layout=("contiguous", "permuted"))
 def test_opcheck(backend, layout):
     tensors = [harness.in_layout(t, layout) for t in STEP.sample((2, 3, 4, 5), torch.float32)]
     harness.check_opcheck(SPEC, backend, tensors, requires_grad=False)
