@@ -27,6 +27,14 @@ ATOP_HD bool is_argmax(const T* z, int64_t classes, int64_t y) {
   return !beaten;
 }
 
+template <typename T>
+ATOP_HD bool has_nan(const T* z, int64_t classes) {
+  for (int64_t j = 0; j < classes; ++j) {
+    if (load(z[j]) != load(z[j])) return true;
+  }
+  return false;
+}
+
 template <typename T, typename C>
 ATOP_HD void widen(const T* x, C* __restrict__ out, int64_t n) {
   for (int64_t j = 0; j < n; ++j) out[j] = load(x[j]);
@@ -218,19 +226,20 @@ template <typename C, int N>
 struct Lanes {
   C value[N][kLanes];
   int32_t index[N][kLanes];
-  int32_t nan[kLanes];  // whether there is one
+  C odd[kLanes];  // NaN if a logit is NaN or infinite, else 0
 
   // Slots that are never filled, as with -inf, name a class all the same.
   ATOP_HD Lanes() {
     for (int i = 0; i < N; ++i) {
       for (int64_t l = 0; l < kLanes; ++l) value[i][l] = -INFINITY, index[i][l] = i;
     }
-    fill(nan, kLanes, 0);
+    fill(odd, kLanes, C(0));
   }
 
   // Class k of all samples, after all lower ones: what it exceeds makes room for it.
   ATOP_HD void insert(const C* z, int32_t k) {
-    for (int64_t l = 0; l < kLanes; ++l) nan[l] |= z[l] != z[l];
+    for (int64_t l = 0; l < kLanes; ++l) odd[l] += z[l] - z[l];
+#pragma GCC unroll 4
     for (int i = N - 1; i >= 0; --i) {
       for (int64_t l = 0; l < kLanes; ++l) {
         const bool here = z[l] > value[i][l], above = i > 0 && z[l] > value[std::max(0, i - 1)][l];
@@ -269,7 +278,7 @@ ATOP_CLONES void ranked(Rows<T> rows) {
       math::Greatest<C, N> greatest;
       for (int i = 0; i < N; ++i) greatest.value[i] = top.value[i][l], greatest.index[i] = top.index[i][l];
       const Loss result(greatest, y.index[l], z_y[l], target.index[l] | none, z_target[l]);
-      loss[l] = top.nan[l] ? C(NAN) : result.loss;
+      loss[l] = result.loss;
       for (int i = 0; i < kMoves; ++i) move[i][l] = result.move[i], index[i][l] = result.index[i];
     }
     C* const gradient = rows.gradient + first * classes;
@@ -278,11 +287,15 @@ ATOP_CLONES void ranked(Rows<T> rows) {
       C* const g = gradient + l * classes;
       rows.losses[first + l] = loss[l];
       rows.correct[first + l] = top.index[0][l] == y.index[l];
-      if (math::is_finite(loss[l])) {
+      const bool nan = top.odd[l] != C(0) && has_nan(logits + l * classes, classes);
+      if (nan) {
+        rows.losses[first + l] = NAN;
+        rows.correct[first + l] = is_argmax(logits + l * classes, classes, y.index[l]);
+      }
+      if (math::is_finite(rows.losses[first + l])) {
         for (int i = 0; i < kMoves; ++i) g[index[i][l]] += move[i][l];
       } else {
         fill(g, classes, C(NAN));
-        if (top.nan[l]) rows.correct[first + l] = is_argmax(logits + l * classes, classes, y.index[l]);
       }
       if (y.broken[l] || target.broken[l]) rows.mark_broken(first + l);
     }
