@@ -76,6 +76,13 @@ def test_attack_selection_and_verdict_draws_are_disjoint(spy):
     assert len(attack | selection | verdict | trial) == sum(map(len, spy.keys.values()))
 
 
+def test_single_draws_are_kept_apart_too(spy):
+    evaluate(Defense(spy, None, nn.Flatten()), X[:4], Y[:4], draws=1, selection_draws=1, progress=False)
+    assert len(spy.keys["selection"]) == 4
+    assert len(spy.keys["verdict"]) == 4 * 3
+    assert not spy.keys["selection"] & spy.keys["verdict"]
+
+
 def test_fixed_randomness_uses_one_draw_of_every_sample(spy):
     defense = Defense(spy, None, build_classifier("small_cnn", channels=1))
     report = evaluate(defense, X[:6], Y[:6], eps=0.1, randomness="fixed", progress=False)

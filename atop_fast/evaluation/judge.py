@@ -40,12 +40,8 @@ class Judge:
         self.model, self.seed = model, check_integer("evaluate", "seed", seed)
         self.draws = check_integer("evaluate", "draws", draws, low=1)
         self.selection_draws = check_integer("evaluate", "selection_draws", selection_draws, low=1)
+        self.deterministic = False
         self.max_batch = None if max_batch is None else check_integer("evaluate", "max_batch", max_batch, low=1)
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether one draw tells everything."""
-        return self.draws == self.selection_draws == 1
 
     def trial(self, x: Tensor, labels: Tensor) -> bool:
         """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
@@ -71,8 +67,9 @@ class Judge:
         return True
 
     def collapse(self) -> None:
-        """Take one draw of everything: the model is deterministic."""
+        """The model is deterministic: take one draw, for choice and verdict alike."""
         self.draws = self.selection_draws = 1
+        self.deterministic = True
 
     def __call__(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Judge the images x (B, C, H, W) as the candidates `name` of the samples `ids`.
