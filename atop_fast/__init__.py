@@ -12,6 +12,7 @@ from .evaluation import Report, Verdict, evaluate
 from .purifiers import build_purifier
 from .training import FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
 from .transforms import RT1, RT2, RT3, RandomResizePad
+from .zoo import load_classifier
 
 try:
     __version__ = version("atop-fast")
@@ -39,6 +40,7 @@ __all__ = [
     "evaluation",
     "finetune",
     "image_folder",
+    "load_classifier",
     "load_data",
     "load_model",
     "mnist5k",

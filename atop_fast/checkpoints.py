@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from ._files import write_atomic
 from .classifiers import CLASSIFIERS
 from .purifiers import DISCRIMINATORS, PURIFIERS
 
-KINDS = {"classifier": CLASSIFIERS, "purifier": PURIFIERS, "discriminator": DISCRIMINATORS}
+KINDS: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
+    "classifier": CLASSIFIERS,
+    "purifier": PURIFIERS,
+    "discriminator": DISCRIMINATORS,
+}
 
 
 def save_model(path: str | Path, module: nn.Module, kind: str, name: str, **options: object) -> None:

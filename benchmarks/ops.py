@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import _harness
+import attack_steps
+import attacks_ops
 import torch
 import transforms
 from _harness import Case
@@ -203,9 +205,8 @@ def main() -> None:
     _harness.keep_heap()
     rows = []
     skip = {"compile"} if args.no_compile else set()
-    for case in itertools.chain(
-        *(cases(args.device) for cases in (pgd_cases, gated_elu_cases, conv3x3_cases, transforms.transform_cases))
-    ):
+    suites = (pgd_cases, gated_elu_cases, conv3x3_cases, attack_steps.step_cases, attacks_ops.attack_loss_cases)
+    for case in itertools.chain(*(cases(args.device) for cases in (*suites, transforms.transform_cases))):
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)
     _harness.print_table(rows)

@@ -20,11 +20,18 @@ EXACT = {"enable_fp_fusion": False}
 
 
 def launch(
-    kernel: Any, n: int, device: torch.device, *args: Any, rows: int = 1, block: int = BLOCK, **options: Any
+    kernel: Any,
+    n: int,
+    device: torch.device,
+    *args: Any,
+    rows: int = 1,
+    block: int = BLOCK,
+    num_warps: int = NUM_WARPS,
+    **options: Any,
 ) -> None:
     """Run `kernel(*args)` on `device` over `rows` rows of `n` elements, one block of a row a program."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(rows * -(-n // block),)](*args, BLOCK=block, num_warps=NUM_WARPS, **options)
+        kernel[(rows * -(-n // block),)](*args, BLOCK=block, num_warps=num_warps, **options)
 
 
 def in_layout_of(t: Tensor, model: Tensor) -> Tensor:

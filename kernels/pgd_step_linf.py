@@ -1,5 +1,8 @@
 """x' = clamp(clamp(x + alpha sign(g), x0 - eps, x0 + eps), 0, 1)                         docs/math.md#pgd_step_linf"""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -7,58 +10,66 @@ from torch import Tensor
 
 from atop_fast.ops.pgd_step_linf import check_arguments, reference
 
-from ._launch import in_layout_of, launch
+from ._steps import launch_elements, numbers, place, project_linf, read_gradient, read_number, sign, step
 
 
 @triton.jit
 def pgd_step_linf_fwd_kernel(
-    x,  # [N]
-    grad,  # [N]
-    x0,  # [N]
-    out,  # [N], may be x
+    x,  # [B, N]
+    grad,  # [DRAWS, B, N]
+    x0,  # [B, N]
+    out,  # [B, N], may be x
     alpha,
+    alphas,  # [B], or None
+    ALPHA_STRIDE,
     eps,
+    epsilons,  # [B], or None
+    EPS_STRIDE,
+    DRAWS: tl.constexpr,
+    DRAW_STRIDE,
     N,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < N
-    b_x = tl.load(x + offsets, mask)
-    b_g = tl.load(grad + offsets, mask)
-    b_x0 = tl.load(x0 + offsets, mask)
-    b_sign = tl.where(b_g > 0, 1.0, tl.where(b_g < 0, -1.0, 0.0))
-    b_x = b_x + alpha * b_sign
-    # Comparisons rather than tl.clamp, so that NaN passes as in torch.clamp.
-    low, high = b_x0 - eps, b_x0 + eps
-    b_x = tl.where(b_x < low, low, b_x)
-    b_x = tl.where(b_x > high, high, b_x)
-    b_x = tl.where(b_x0 != b_x0, b_x0, b_x)
-    b_x = tl.where(b_x < 0.0, 0.0, b_x)
-    b_x = tl.where(b_x > 1.0, 1.0, b_x)
-    tl.store(out + offsets, b_x, mask)
+    i_sample, _, o, mask = place(N, BLOCK)
+    b_g = read_gradient(grad, DRAWS, DRAW_STRIDE, o, mask)
+    b_x, b_x0 = tl.load(x + o, mask), tl.load(x0 + o, mask)
+    b_v = b_x + read_number(alpha, alphas, ALPHA_STRIDE, i_sample) * sign(b_g)
+    tl.store(out + o, project_linf(b_v, b_x0, read_number(eps, epsilons, EPS_STRIDE, i_sample)), mask)
 
 
-def launch_pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> Tensor:
+def launch_pgd_step_linf(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> Tensor:
     """The Triton implementation of atop_fast::pgd_step_linf."""
-    check_arguments("pgd_step_linf", x, grad, x0, alpha, eps)
+    check_arguments("pgd_step_linf", x, grad, x0, alpha, eps, alphas, epsilons)
     # Triton passes numbers as float32, so that float64 is left to the reference.
     if x.dtype != torch.float32 or x.numel() == 0:
-        return reference(x, grad, x0, alpha, eps)
-    out = torch.empty_like(x)
-    _launch(in_layout_of(x, out), grad, x0, out, alpha, eps)
-    return out
+        return reference(x, grad, x0, alpha, eps, alphas, epsilons)
+    return step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,))
 
 
-def launch_pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> None:
+def launch_pgd_step_linf_(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> None:
     """The Triton implementation of atop_fast::pgd_step_linf_."""
-    check_arguments("pgd_step_linf_", x, grad, x0, alpha, eps)
-    if x.dtype == torch.float32 and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        _launch(x, grad, x0, x, alpha, eps)
+    check_arguments("pgd_step_linf_", x, grad, x0, alpha, eps, alphas, epsilons)
+    if x.dtype != torch.float32 or x.numel() == 0:
+        x.copy_(reference(x, grad, x0, alpha, eps, alphas, epsilons))
     else:
-        x.copy_(launch_pgd_step_linf(x, grad, x0, alpha, eps))
+        step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,), out=x)
 
 
-def _launch(x: Tensor, grad: Tensor, x0: Tensor, out: Tensor, alpha: float, eps: float) -> None:
-    if n := x.numel():
-        grad, x0 = in_layout_of(grad, out), in_layout_of(x0, out)
-        launch(pgd_step_linf_fwd_kernel, n, x.device, x, grad, x0, out, alpha, eps, n)
+def _run(values: tuple[Any, ...], x: Tensor, grad: Tensor, x0: Tensor, out: Tensor) -> None:
+    launch_elements(pgd_step_linf_fwd_kernel, (x, grad, x0, out), grad, values)

@@ -18,19 +18,57 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from atop_fast.kernels._launch import BLOCK, EXACT, GATHER_BLOCK, NUM_WARPS
+from atop_fast.kernels._steps import NORM_BLOCK, NORM_WARPS
+from atop_fast.kernels.attack_loss import MAX_CLASSES, MIN_BLOCK
 from atop_fast.kernels.mask_blocks import TILE
 
 FLOATS = ("fp32", "bf16", "fp16")
 # The key of the randomness, and what corrupt reads: its numbers follow the pointers of its outputs.
 KEY = "*i64 *i64 *i64"
 CORRUPT = f"*u8 *fp32 {KEY}"
+# What attack_loss reads and writes, without and with targets; then its kind and its columns.
+LOSS, TARGETED = (f"*T *i64 {targets} *fp32 *fp32 *i8 i32 i32" for targets in ("=None", "*i64"))
+# How a projected step gets two of its numbers, its draws, and the length of a sample; what it reads, writes and sums.
+STEP = "fp32 =None i fp32 =None i =1 i i"
+STEPS = "fp32 *fp32 i32 fp32 *fp32 i32 =4 i i"
+SCRATCH = "*T *T *T *T *fp32"
 
 # case: kernel, its arguments in order, its block, storage types; "T" is the storage type, "i" an integer divisible by
 # 16, "i32" any other and "=x" the constant x. Exact kernels are compiled as they are launched.
 CASES = {
-    "pgd_step_linf": ("pgd_step_linf.pgd_step_linf_fwd_kernel", "*T *T *T *T fp32 fp32 i", BLOCK, ("fp32",)),
+    "pgd_step_linf": ("pgd_step_linf.pgd_step_linf_fwd_kernel", f"*T *T *T *T {STEP}", BLOCK, ("fp32",)),
+    # Four draws, and numbers of every sample.
+    "pgd_step_linf draws": ("pgd_step_linf.pgd_step_linf_fwd_kernel", f"*T *T *T *T {STEPS}", BLOCK, ("fp32",)),
+    "apgd_step_linf": (
+        "apgd_step_linf.apgd_step_linf_fwd_kernel",
+        f"*T *T *T *T *T fp32 =None i {STEP}",
+        BLOCK,
+        ("fp32",),
+    ),
+    # A sample of one block; the first launch, with draws, and the last of one of many.
+    "pgd_step_l2": ("pgd_step_l2.pgd_step_l2_fwd_kernel", f"*T *T *T *T =None =None {STEP} =-1", NORM_BLOCK, ("fp32",)),
+    "pgd_step_l2 first": ("pgd_step_l2.pgd_step_l2_fwd_kernel", f"{SCRATCH} *T {STEPS} =0", NORM_BLOCK, ("fp32",)),
+    "pgd_step_l2 last": ("pgd_step_l2.pgd_step_l2_fwd_kernel", f"{SCRATCH} =None {STEP} =2", NORM_BLOCK, ("fp32",)),
+    "apgd_step_l2": (
+        "apgd_step_l2.apgd_step_l2_fwd_kernel",
+        f"*T *T *T *T *T =None =None fp32 =None i {STEP} =-1",
+        NORM_BLOCK,
+        ("fp32",),
+    ),
+    "apgd_step_l2 last": (
+        "apgd_step_l2.apgd_step_l2_fwd_kernel",
+        f"*T {SCRATCH} =None fp32 =None i {STEP} =3",
+        NORM_BLOCK,
+        ("fp32",),
+    ),
     "gated_elu": ("gated_elu.gated_elu_fwd_kernel", "*T *T i i =False", BLOCK, FLOATS),
     "gated_elu_bwd": ("gated_elu.gated_elu_bwd_kernel", "*T *T *T i i =False", BLOCK, FLOATS),
+    "attack_loss": ("attack_loss.attack_loss_kernel", f"{LOSS} =0 =1024", BLOCK, FLOATS),
+    "attack_loss few classes": ("attack_loss.attack_loss_kernel", f"{LOSS} =0 =16", MIN_BLOCK, ("fp32",)),
+    "attack_loss margin": ("attack_loss.attack_loss_kernel", f"{LOSS} =1 =1024", BLOCK, ("fp32",)),
+    "attack_loss dlr": ("attack_loss.attack_loss_kernel", f"{LOSS} =2 =16", MIN_BLOCK, ("fp32",)),
+    "attack_loss targets": ("attack_loss.attack_loss_kernel", f"{TARGETED} =2 =1024", BLOCK, ("fp32",)),
+    "attack_loss most classes": ("attack_loss.attack_loss_kernel", f"{TARGETED} =2 =4096", MAX_CLASSES, ("fp32",)),
     # COUNT is divisible by 4, and is not.
     "random_normal": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =True", BLOCK, ("fp32",)),
     "random_normal any": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =False", BLOCK, ("fp32",)),
@@ -97,7 +135,7 @@ CASES = {
         ("fp32",),
     ),
 }
-CONTRACTED = ("pgd_step_linf", "gated_elu", "gated_elu_bwd")
+CONTRACTED = ("gated_elu", "gated_elu_bwd", *(case for case in CASES if "attack_loss" in case))
 ARCHS = (80, 90, 100)
 
 
@@ -105,7 +143,8 @@ def main() -> None:
     for case, (path, arguments, block, dtypes) in CASES.items():
         module, name = path.split(".")
         kernel = getattr(importlib.import_module(f"atop_fast.kernels.{module}"), name)
-        options = {"num_warps": NUM_WARPS, **({} if case in CONTRACTED else EXACT)}
+        warps = NORM_WARPS if block == NORM_BLOCK else NUM_WARPS
+        options = {"num_warps": warps, **({} if case in CONTRACTED else EXACT)}
         for dtype in dtypes:
             source = _source(kernel, [*arguments.split(), f"={block}"], dtype)
             for arch in ARCHS:

@@ -1,6 +1,8 @@
 #pragma once
 // Enough of CUDA to run the kernels of csrc/cuda on the CPU, one thread after the other; test_cuda_on_cpu.py compiles
-// it in the place of <cuda_runtime.h>. Every thread is a coroutine, which gives way at __syncthreads().
+// it in the place of <cuda_runtime.h>. Every thread is a coroutine, which gives way at __syncthreads() and twice in a
+// shuffle: the lanes of a warp that all take part stay in step. A kernel that has both must have all its warps shuffle
+// equally often between two barriers.
 
 #include <ucontext.h>
 
@@ -13,7 +15,7 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static
 using std::max;
 using std::min;
@@ -91,6 +93,16 @@ struct Launch {
 
 inline void __syncthreads() {
   swapcontext(&on_cpu::threads[threadIdx.x].context, &on_cpu::scheduler);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+  static T given[1024];
+  given[threadIdx.x] = value;
+  __syncthreads();
+  const T taken = given[threadIdx.x ^ lane_mask];
+  __syncthreads();
+  return taken;
 }
 
 inline cudaError_t cudaGetLastError() {

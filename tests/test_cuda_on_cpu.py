@@ -1,4 +1,6 @@
-"""The CUDA kernels equal the specifications bit for bit, executed on the CPU: what can be known of them without a GPU.
+"""The CUDA kernels equal the specifications, executed on the CPU: what can be known of them without a GPU.
+
+Bit for bit, but for the older kernels and attack_loss, whose sums have another order.
 
 A C++ compiler builds the sources of csrc/cuda with the few names of CUDA that cuda_on_cpu.h supplies, together with the
 host side of the ops, as a library for a namespace of its own.
@@ -186,9 +188,67 @@ def test_resample_of_each_sample_apart(cuda):
     assert cuda.resample(x, *taps, *taps).isfinite().all()
 
 
-def test_older_kernels(cuda):
-    x = torch.rand(3, 100)
-    check(cuda, "pgd_step_linf", x, torch.randn(3, 100), torch.rand(3, 100), 0.1, 0.2)
+@pytest.mark.parametrize("classes", [4, 10, 33, 1001])
+def test_attack_loss(cuda, classes):
+    """Sums have an order of their own in a warp, so that losses and gradients agree up to rounding."""
+    op = _registry.OPS["attack_loss"]
+    for dtype in (*FLOATS, torch.float64):
+        z = images((19, 1, 1, classes), dtype).flatten(1)
+        labels, targets = (torch.randint(-1, classes + 1, (19,)) for _ in range(2))
+        for chosen, kind in ((None, 0), (None, 1), (targets, 1), (None, 2), (targets, 2)):
+            actual = cuda.attack_loss(z, labels, chosen, kind)
+            for a, b in zip(actual, op.reference(z, labels, chosen, kind), strict=True):
+                torch.testing.assert_close(a, b, equal_nan=True)
+
+
+# Whole packs, and samples of odd lengths; in every layout.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("draws", [0, 3])
+@pytest.mark.parametrize("shape", [(3, 2, 4, 4), (2, 3, 5, 7)], ids=str)
+def test_steps(cuda, shape, draws, layout):
+    check_steps(cuda, shape, draws, layout, torch.float32)
+
+
+# A sample of one element; the longest of one part; of several parts.
+@pytest.mark.parametrize("shape", [(4,), (1, 8192), (2, 8193)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_steps_of_any_length(cuda, shape, dtype):
+    check_steps(cuda, shape, 2, "contiguous", dtype)
+
+
+def check_steps(cuda, shape, draws, layout, dtype):
+    x, x_prev, x0 = (images(shape, dtype, layout).nan_to_num(0.5).clamp(0, 1) for _ in range(3))
+    grad = torch.stack([images(shape, dtype, layout) - 0.5 for _ in range(draws or 1)])
+    grad = grad if draws else grad[0]
+    numbers = torch.rand(3, shape[0], dtype=dtype)
+    for alpha, eps, momentum in ((None, None, None), (*numbers[:2], None), numbers):
+        check(cuda, "pgd_step_linf", x, grad, x0, 0.1, 0.2, alpha, eps)
+        check(cuda, "apgd_step_linf", x, x_prev, grad, x0, 0.1, 0.2, 0.75, alpha, eps, momentum)
+    grad = grad.nan_to_num(0, 1, -1)
+    check_rounded(cuda, "pgd_step_l2", x, grad, x0, 0.1, 0.2, numbers[0])
+    check_rounded(cuda, "apgd_step_l2", x, x_prev, grad, x0, 0.1, 0.2, 0.75, *numbers)
+
+
+def check_rounded(cuda, name, *args):
+    """Assert that the op equals its reference up to rounding."""
+    expected, actual = _registry.OPS[name].reference(*args), getattr(cuda, name)(*args)
+    assert strides(actual) == strides(expected)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 if expected.dtype == torch.float32 else 1e-14)
+
+
+def test_steps_of_odd_gradients(cuda):
+    x, x0, grad = torch.rand(3, 3, 40), torch.rand(3, 3, 40), torch.randn(3, 3, 40)
+    grad[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    grad[1, 1, 3] = torch.nan
+    grad[2] = 0
+    check_rounded(cuda, "pgd_step_l2", x, grad, x0, 0.1, 0.2)
+    check_rounded(cuda, "apgd_step_l2", x, x0, grad, x0, 0.1, 0.2, 0.75)
+    moved = x.clone()
+    cuda.pgd_step_l2_(moved, grad, x0, 0.1, 0.2)
+    assert torch.equal(moved, cuda.pgd_step_l2(x, grad, x0, 0.1, 0.2))
+
+
+def test_gated_elu(cuda):
     for shape in ((2, 6, 4, 4), (2, 6, 3, 3)):
         h = torch.randn(shape)
         y = _registry.OPS["gated_elu"].reference(h)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,41 @@ def test_hinge_losses_follow_their_formulas():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
     assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * 0.25 + 0.5 * 0.5)
     assert generator_loss(fake).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("stride", "side"), [(1, 16), (2, 8)])
+def test_resnet_halves_the_resolution_and_doubles_the_channels(stride, side):
+    net = build_classifier("resnet18", channels=2, classes=7, width=4, blocks=(1, 2, 1), stride=stride).eval()
+    shapes = []
+    for stage in (net.layer1, net.layer2, net.layer3):
+        stage.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    assert net(torch.rand(2, 2, 16, 16)).shape == (2, 7)
+    assert shapes == [(4, side, side), (8, side // 2, side // 2), (16, side // 4, side // 4)]
+    assert [len(stage) for stage in (net.layer1, net.layer2, net.layer3)] == [1, 2, 1]
+
+
+def test_resnet18_equals_pyautoattacks(monkeypatch):
+    """Another's network with the same parameters gives the same logits."""
+    pyautoattack = pytest.importorskip("pyautoattack")
+    monkeypatch.syspath_prepend(str(Path(pyautoattack.__file__).parent / "examples"))
+    theirs = importlib.import_module("resnet").ResNet18().eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var)
+    ours = build_classifier("resnet18").eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "small_resnet"])
+def test_classifier_files_round_trip(name, tmp_path):
+    net = build_classifier(name, channels=2).eval()
+    save_model(tmp_path / "c.safetensors", net, "classifier", name, channels=2)
+    x = torch.rand(2, 2, 16, 16)
+    assert torch.equal(load_model(tmp_path / "c.safetensors", "classifier")(x), net(x))
 
 
 class Identity(nn.Module):
@@ -120,7 +157,9 @@ def test_defense_takes_a_new_draw_with_every_bare_call():
         ),
         (lambda: Defense(RT1(4), None, len), TypeError, "Defense: classifier must be a torch.nn.Module, got builtin"),
         (lambda: build_purifier("vae"), ValueError, "build_purifier: name must be one of 'unet', got 'vae'"),
-        (lambda: build_classifier("x"), ValueError, "build_classifier: name must be one of 'small_cnn', got 'x'"),
+        (lambda: build_classifier("resnet18", blocks=()), ValueError, r"ResNet: blocks must be .*, got \(\)"),
+        (lambda: build_classifier("resnet18", blocks=(0,)), ValueError, "ResNet: blocks must be an integer and >= 1"),
+        (lambda: build_classifier("x"), ValueError, "name must be one of 'small_cnn', .* got 'x'"),
     ],
 )
 def test_wrong_input_is_named(call, error, pattern):

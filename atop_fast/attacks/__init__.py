@@ -1,27 +1,33 @@
 """Attacks: called `attack(images, labels)`, built on one gradient estimator and one queue."""
 
 from .apgd import APGD, APGDT
+from .autoattack import AutoAttack
 from .base import NORMS, Attack
 from .cw import CW
+from .fab import FAB
 from .gradient import GRADIENT_MODES, Estimate, GradientEstimator, Passes, counted_passes, draw_logits
 from .network import Model, folded, frozen, prepared
 from .pgd import FGSM, MIFGSM, PGD
+from .square import Square
 from .stadv import StAdv
 
 __all__ = [
     "APGD",
     "APGDT",
     "CW",
+    "FAB",
     "FGSM",
     "GRADIENT_MODES",
     "MIFGSM",
     "NORMS",
     "PGD",
     "Attack",
+    "AutoAttack",
     "Estimate",
     "GradientEstimator",
     "Model",
     "Passes",
+    "Square",
     "StAdv",
     "counted_passes",
     "draw_logits",

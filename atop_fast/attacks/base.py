@@ -98,7 +98,8 @@ class Attack(ABC):
         images = images.detach()
         if not len(images):
             return images.clone()
-        with prepared(self.model, PRECISIONS[self.precision]) as network, torch.no_grad():
+        rows = len(images) * self.steps * self.eot_iter
+        with prepared(self.model, PRECISIONS[self.precision], rows) as network, torch.no_grad():
             return self.run(self.estimator(network), images, labels, ids, start)
 
     def estimator(self, network: Model) -> GradientEstimator:

@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_integer
 from ..defense import Defense
-from ..ops import resize
-from ..ops.attack_loss import attack_loss
+from ..ops import attack_loss, resize
 from ..randomness import derive_seed, seeded
 from .network import Model
 

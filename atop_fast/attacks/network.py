@@ -20,8 +20,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .. import purifiers
 from ..defense import Defense
+from ..ops.conv3x3 import FrozenConv3x3
 
 Model = Callable[..., Tensor]
+# Folding a ResNet takes as long as the passes of some hundred images.
+WORTHWHILE = 256
 
 # A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would
 # bake it in.
@@ -40,21 +43,24 @@ _LAYERS = (
 
 
 @contextlib.contextmanager
-def prepared(model: Model, dtype: torch.dtype | None = None) -> Iterator[Model]:
-    """The model as attacks call it: frozen inside the block, and folded where that is exact.
+def prepared(model: Model, dtype: torch.dtype | None = None, rows: int = WORTHWHILE) -> Iterator[Model]:
+    """The model as attacks call it: frozen inside the block, and folded where that is exact and worth its time.
 
     Args:
         model: a Defense, or any callable from images to logits.
         dtype: the type in which an autocast will run it: weights are cast here once instead of in every pass.
+        rows: how many images will go through it, about.
 
     Yields:
         A module or callable that returns what `model` returns in evaluation mode, up to rounding. Parameters get no
         gradients. Mode, buffers and requires_grad flags of `model` are restored afterwards, also after an error.
     """
     with frozen(model):
-        if type(model) is Defense:
+        if rows < WORTHWHILE:
+            network = model
+        elif type(model) is Defense:
             purifier = None if model.purifier is None else folded(model.purifier, dtype)
-            network: Model = Defense(model.transform, purifier, folded(model.classifier, dtype)).eval()
+            network = Defense(model.transform, purifier, folded(model.classifier, dtype)).eval()
         else:
             network = folded(model, dtype) if isinstance(model, nn.Module) else model
         yield network
@@ -133,12 +139,16 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _laid_out(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy for frozen passes: channels_last is faster on CPUs and on tensor cores."""
-    module = copy.deepcopy(module).requires_grad_(False)
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.to(dtype=dtype)
-    return module.to(memory_format=torch.channels_last)
+    """A copy for frozen passes: in channels_last, which CPUs and tensor cores prefer, and with prepared weights."""
+    module = copy.deepcopy(module).requires_grad_(False).to(memory_format=torch.channels_last)
+    for name, layer in list(module.named_modules()):
+        if dtype is not None and isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(dtype)
+        if FrozenConv3x3.accepts(layer):
+            if not name:
+                return FrozenConv3x3(layer)
+            module.set_submodule(name, FrozenConv3x3(layer))
+    return module
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from ..ops import pgd_step_linf, random_normal
-from ..ops.attack_loss import attack_loss
+from ..ops import attack_loss, pgd_step_linf, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
 from .base import Attack, initial_state, norm_l2, per_image, project_l2
 from .gradient import GradientEstimator, draw_logits

@@ -1,13 +1,18 @@
 """Tensor ops with one specification each and several implementations; see `_registry` for how they come together."""
 
 from . import _registry
-from ._steps_placeholder import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1
+from .apgd_step_l2 import apgd_step_l2
+from .apgd_step_linf import apgd_step_linf
 from .assemble import assemble
+from .attack_loss import AttackLoss, attack_loss
 from .conv3x3 import FrozenConv3x3, conv3x3
 from .corrupt import corrupt
 from .gated_elu import gated_elu
 from .mask_blocks import mask_blocks
+from .pgd_step_l1 import pgd_step_l1
+from .pgd_step_l2 import pgd_step_l2, pgd_step_l2_
 from .pgd_step_linf import pgd_step_linf, pgd_step_linf_
+from .project_l1 import project_l1
 from .random_normal import random_normal
 from .random_resize_pad import random_resize_pad
 from .resize import resize
@@ -15,14 +20,22 @@ from .resize import resize
 _registry.load()
 
 __all__ = [
+    "AttackLoss",
     "FrozenConv3x3",
+    "apgd_step_l2",
+    "apgd_step_linf",
     "assemble",
+    "attack_loss",
     "conv3x3",
     "corrupt",
     "gated_elu",
     "mask_blocks",
+    "pgd_step_l1",
+    "pgd_step_l2",
+    "pgd_step_l2_",
     "pgd_step_linf",
     "pgd_step_linf_",
+    "project_l1",
     "random_normal",
     "random_resize_pad",
     "resize",

@@ -111,11 +111,11 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
     if "cpp" not in MISSING:
         found["cpp"] = _kernel(name, torch._C.DispatchKey.CPU)
     launcher = OPS[name].launcher
-    if launcher is None:
-        return found
-    if "triton" not in MISSING and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if launcher and "triton" not in MISSING and (torch.cuda.is_available() or interpreted):
         found["triton"] = functools.partial(_call_launcher, launcher)
-    if "cuda" not in MISSING and torch.cuda.is_available():
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
+    if has_cuda and "cuda" not in MISSING and torch.cuda.is_available():
         found["cuda"] = _kernel(name, torch._C.DispatchKey.CUDA)
     return found
 

@@ -7,83 +7,100 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_number, check_tensor, message
 from ._registry import LIBRARY, NAMESPACE, define
+from ._steps import check_step, either, in_layout_of, project_linf, run, run_in_place, split, spread, sum_of_draws
 
-DTYPES = (torch.float32, torch.float64)
 
-
-def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> Tensor:
+def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
     """The op as a user would write it; the baseline of the benchmarks."""
-    return (x + alpha * grad.sign()).clamp(x0 - eps, x0 + eps).clamp(0, 1)
+    return project_linf(x + spread(alpha, x) * sum_of_draws(grad, x).sign(), x0, spread(eps, x))
 
 
-def reference(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> Tensor:
+def reference(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> Tensor:
     """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
-    check_arguments("pgd_step_linf", x, grad, x0, alpha, eps)
-    projected = (x + alpha * grad.sign()).clamp(x0 - eps, x0 + eps)
-    return torch.clamp(projected, 0, 1, out=torch.empty_like(x))
+    check_arguments("pgd_step_linf", x, grad, x0, alpha, eps, alphas, epsilons)
+    return in_layout_of(x, formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
 
 
-def reference_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> None:
+def reference_(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> None:
     """The specification of the step in place."""
-    check_arguments("pgd_step_linf_", x, grad, x0, alpha, eps)
-    x.copy_(formula(x, grad, x0, alpha, eps))
+    check_arguments("pgd_step_linf_", x, grad, x0, alpha, eps, alphas, epsilons)
+    x.copy_(formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
 
 
-_ARGUMENTS = "Tensor grad, Tensor x0, float alpha, float eps"
+_ARGUMENTS = "Tensor grad, Tensor x0, float alpha, float eps, Tensor? alphas=None, Tensor? epsilons=None"
 OP = define(f"pgd_step_linf(Tensor x, {_ARGUMENTS}) -> Tensor", reference, kernels="pgd_step_linf")
 OP_ = define(f"pgd_step_linf_(Tensor(a!) x, {_ARGUMENTS}) -> ()", reference_, kernels="pgd_step_linf")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, grad, x0, ctx.alpha, ctx.eps = inputs
+    x, grad, x0, ctx.alpha, ctx.eps, alphas, epsilons = inputs
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-        ctx.save_for_backward(x, grad, x0)
+        ctx.save_for_backward(x, grad, x0, alphas, epsilons)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.saved_tensors:
-        return None, None, None, None, None
-    x, grad, x0 = ctx.saved_tensors
-    low, high = x0 - ctx.eps, x0 + ctx.eps
-    moved = x + ctx.alpha * grad.sign()
+        return (None,) * 7
+    x, grad, x0, alphas, epsilons = ctx.saved_tensors
+    alpha, eps = spread(either(ctx.alpha, alphas), x), spread(either(ctx.eps, epsilons), x)
+    low, high = x0 - eps, x0 + eps
+    moved = x + alpha * sum_of_draws(grad, x).sign()
     projected = moved.clamp(low, high)
     dy = dy * ((projected >= 0) & (projected <= 1))
     dx = dy * ((moved >= low) & (moved <= high)) if ctx.needs_input_grad[0] else None
     dx0 = dy * ((moved < low) | (moved > high)) if ctx.needs_input_grad[2] else None
-    return dx, None, dx0, None, None
+    return dx, None, dx0, None, None, None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::pgd_step_linf", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-def pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> Tensor:
+def pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
     r"""Step along the sign of the gradient, then project onto the ball around `x0` and the image range.
 
     .. math:: x' = \mathrm{clamp}(\mathrm{clamp}(x + \alpha\,\mathrm{sign}(g), x_0 - \epsilon, x_0 + \epsilon), 0, 1)
 
     Args:
         x: The current images in [0, 1], any shape, float32 or float64.
-        grad: The loss gradient at `x`; shape, dtype and device of `x`.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
+            (draws, *x.shape), of which the step takes the sum, added in their order.
         x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
-        alpha: The step size in units of [0, 1], finite; negative to descend.
-        eps: The radius of the ball in units of [0, 1], finite and >= 0.
+        alpha: The step size in units of [0, 1], finite; negative to descend. A number, or a tensor of shape () or, one
+            for each sample, (B,), of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
 
     Returns:
         x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or number is not as described.
+        ValueError: If a shape, device or number is not as described. What a tensor `alpha` or `eps` holds is not read.
 
     Notes:
         sign(NaN) is 0, as in torch.sign; NaN in `x` or `x0` gives NaN. Every backend returns the same bits.
-        Differentiable in `x` (inside of both clamps) and `x0` (on the edge of the ball); `grad` gets no gradient.
-        torch.compile makes one graph for each pair of numbers.
+        Differentiable in `x` (inside of both clamps) and `x0` (on the edge of the ball); `grad`, `alpha` and `eps` get
+        no gradient. torch.compile makes one graph for each pair of numbers, and one for all tensors.
 
     Reference:
         Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, equation 2.
+        Sum over draws: Athalye et al., Obfuscated Gradients Give a False Sense of Security, ICML 2018 (EOT).
 
     Example:
         >>> x0 = torch.rand(8, 3, 32, 32)
@@ -91,18 +108,19 @@ def pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float)
         >>> bool((x - x0).abs().max() <= 8 / 255)
         True
     """
-    check_arguments("pgd_step_linf", x, grad, x0, alpha, eps)
-    return OP(x, grad, x0, alpha, eps)
+    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
+    check_arguments("pgd_step_linf", x, grad, x0, number, radius, alphas, epsilons)
+    return run(OP, x, grad, x0, (number, radius, alphas, epsilons))
 
 
-def pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> Tensor:
+def pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
     r"""Take the step of :func:`pgd_step_linf` in place.
 
     .. math:: x \leftarrow x' \text{ as there}
 
     Args:
         x: The images to move; see :func:`pgd_step_linf`. Shares no memory with `grad` and `x0`.
-        grad: The loss gradient at `x`.
+        grad: The loss gradient at `x`, or those of several draws.
         x0: The clean images.
         alpha: The step size.
         eps: The radius of the ball.
@@ -128,49 +146,20 @@ def pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float
         >>> atop_fast.ops.pgd_step_linf_(x, torch.randn_like(x), x0, alpha=2 / 255, eps=8 / 255) is x
         True
     """
-    function = "pgd_step_linf_"
-    check_arguments(function, x, grad, x0, alpha, eps)
-    if torch.is_grad_enabled():
-        for argument, value in (("x", x), ("grad", grad), ("x0", x0)):
-            if value.requires_grad:
-                expected = "a tensor that does not require grad, or the call be under torch.no_grad()"
-                raise ValueError(message(function, argument, expected, "one that does"))
-    if torch.compiler.is_compiling():
-        OP_(x, grad, x0, alpha, eps)
-        return x
-    for argument, value in (("grad", grad), ("x0", x0)):
-        if _may_overlap(x, value):
-            raise ValueError(message(function, argument, "a tensor that shares no memory with x", "one that does"))
-    OP_(x, grad, x0, alpha, eps)
-    torch.autograd.graph.increment_version(x)
-    return x
+    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
+    check_arguments("pgd_step_linf_", x, grad, x0, number, radius, alphas, epsilons)
+    return run_in_place("pgd_step_linf_", OP_, x, grad, x0, (number, radius, alphas, epsilons))
 
 
-def check_arguments(function: str, x: Tensor, grad: Tensor, x0: Tensor, alpha: float, eps: float) -> None:
+def check_arguments(
+    function: str,
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None,
+    epsilons: Tensor | None,
+) -> None:
     """Raise unless the arguments are as the docstrings describe."""
-    if check_tensor(function, "x", x).dtype not in DTYPES:
-        raise TypeError(message(function, "x", "a float32 or float64 tensor", x.dtype))
-    for argument, value in (("grad", grad), ("x0", x0)):
-        if check_tensor(function, argument, value).shape != x.shape:
-            raise ValueError(message(function, argument, f"of the shape of x {tuple(x.shape)}", tuple(value.shape)))
-        if value.dtype != x.dtype:
-            raise TypeError(message(function, argument, f"of the dtype of x {x.dtype}", value.dtype))
-        if value.device != x.device:
-            raise ValueError(message(function, argument, f"on the device of x {x.device}", value.device))
-    # While torch.compile traces, numbers may be symbols; what runs checks them.
-    if not torch.compiler.is_compiling():
-        check_number(function, "alpha", alpha)
-        check_number(function, "eps", eps, low=0)
-
-
-def _may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the bytes between the first and the last element of `a` and `b` meet."""
-    if a.numel() == 0:
-        return False
-    (a_first, a_end), (b_first, b_end) = _extent(a), _extent(b)
-    return a_first < b_end and b_first < a_end
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+    check_step(function, x, grad, {"x0": x0}, {"alpha": (alpha, alphas), "eps": (eps, epsilons)})

@@ -7,15 +7,48 @@
 
 #include "common/half.h"
 #include "math/philox.h"
+#include "math/step.h"
 
 namespace atop {
 
+// A number for all samples, or one for each in device memory, so that a captured graph can be replayed with others.
 template <typename T>
-const char* launch_pgd_step_linf(const T* x,     // [n]
-                                 const T* grad,  // [n]
-                                 const T* x0,    // [n]
-                                 T* out,         // [n], may be x
-                                 int64_t n, T alpha, T eps, void* stream);
+struct PerSample {
+  const T* values;  // [batch], or [1] with stride 0, or null
+  int64_t stride;
+  T number;
+
+  ATOP_HD T operator[](int64_t sample) const { return values ? values[sample * stride] : number; }
+};
+
+// What the projected steps of attacks read and write. Where no number is a sample's own and there are no norms, all
+// samples may count as one.
+template <typename T>
+struct StepArguments {
+  const T* x;       // [batch, inner]
+  const T* grad;    // [draws, batch, inner], the samples without gaps
+  const T* x0;      // [batch, inner]
+  const T* x_prev;  // [batch, inner]; x where the op has none
+  T* out;           // [batch, inner], may be x
+  T* partials;      // [norms, batch, step_parts(inner)], or null if that is 1
+  T* total;         // [batch, inner] where there are partials and draws > 1, or null
+  int64_t draws, draw_stride, batch, inner;
+  PerSample<T> alpha, eps, momentum;
+
+  ATOP_HD math::StepNumbers<T> numbers(int64_t sample) const { return {alpha[sample], eps[sample], momentum[sample]}; }
+};
+
+// Into how many parts a sample is divided while its norms are computed.
+int64_t step_parts(int64_t inner);
+
+template <typename T>
+const char* launch_pgd_step_linf(const StepArguments<T>& arguments, void* stream);
+template <typename T>
+const char* launch_pgd_step_l2(const StepArguments<T>& arguments, void* stream);
+template <typename T>
+const char* launch_apgd_step_linf(const StepArguments<T>& arguments, void* stream);
+template <typename T>
+const char* launch_apgd_step_l2(const StepArguments<T>& arguments, void* stream);
 
 // A row is the block in which all f stand before all g: an image in NCHW, a pixel in channels_last.
 template <typename T>
@@ -99,6 +132,17 @@ const char* launch_assemble_bwd(const T* dy,            // [batch, channels, hei
                                 Images images,
                                 T* dcopies,  // [batch, copies, channels, height, width]
                                 void* stream);
+
+// What an attack maximises, and its gradient; of a label or target that is no class, NaN.  docs/math.md#attack_loss
+template <typename T>
+const char* launch_attack_loss(const T* logits,         // [batch, classes], fewer than 2**31 classes
+                               const int64_t* labels,   // [batch]
+                               const int64_t* targets,  // [batch] or null
+                               int kind,                // of math/attack_loss.h, with as many classes as it needs
+                               typename Compute<T>::type* losses,    // [batch]
+                               typename Compute<T>::type* gradient,  // [batch, classes]
+                               bool* correct,                        // [batch]
+                               int64_t batch, int64_t classes, void* stream);
 
 // The rows of a sparse matrix along one axis: row i of a group is weight[i, k] at columns start[i] + k.
 template <typename C>

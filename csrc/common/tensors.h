@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+
 #include "common/checks.h"
 #include "common/half.h"
 
@@ -48,6 +50,20 @@ inline bool is_channels_last(const Tensor& t) {
 inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& like, bool channels_last) {
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// Contiguous, on the device of `like`. torch::stable::empty looks aten::empty up by name, which takes longer than a
+// small op.
+inline Tensor empty_contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
+  int64_t strides[4], step = 1;
+  for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(1, sizes[i])) strides[i] = step;
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device, like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 // Runs launch(stream) on the device of `t` and raises if it reports an error.

@@ -6,6 +6,7 @@ import importlib
 import math
 
 import _harness as harness
+import _steps
 import pytest
 import torch
 from _harness import DEVICE, cases
@@ -19,6 +20,7 @@ BLOCK = 1024
 SHAPES = ((), (0,), (1,), (BLOCK - 1,), (BLOCK + 1,), (2, 3, 0, 5), (2, 3, 33, 65), (3, 7, 5))
 STEPS = {"functional": ops.pgd_step_linf, "in_place": lambda x, *rest: ops.pgd_step_linf_(clone(x), *rest)}
 NAMES = ("pgd_step_linf", "pgd_step_linf_")
+STEP = _steps.Step("pgd_step_linf", {"alpha": ALPHA, "eps": EPS}, spec_module.formula, exact=True)
 
 
 def clone(t):
@@ -170,28 +172,42 @@ def test_stays_in_ball_and_range(backend):
     assert 0 <= x.min() <= x.max() <= 1
 
 
-BAD = [
-    ({"x": torch.rand(2, 3).int()}, TypeError, "x must be a float32 or float64 tensor, got torch.int32"),
-    ({"grad": torch.rand(3, 2)}, ValueError, r"grad must be of the shape of x \(2, 3\), got \(3, 2\)"),
-    ({"x0": torch.rand(2, 3).double()}, TypeError, "x0 must be of the dtype of x torch.float32, got torch.float64"),
-    ({"alpha": math.nan}, ValueError, "alpha must be finite, got nan"),
-    ({"eps": -0.5}, ValueError, "eps must be finite and >= 0, got -0.5"),
-]
+@cases(layout=harness.LAYOUTS, shape=((2, 3, 9, 7), (3, 7, 5)))
+def test_numbers_and_draws(backend, layout, shape):
+    _steps.check_numbers_and_draws(STEP, backend, shape, layout, torch.float32)
 
 
-@cases(bad=range(len(BAD)))
+@cases(dtype=SPEC.dtypes)
+def test_draws_of_scalars_and_of_long_samples(backend, dtype):
+    _steps.check_numbers_and_draws(STEP, backend, (5,), "contiguous", dtype)
+    tensors = STEP.sample((2, 3, 40, 80), dtype, _steps.DRAWS)
+    _steps.check_equal(STEP, backend, tensors, STEP.per_sample(2, dtype))
+
+
+@cases()
+def test_tensors_like_numbers(backend):
+    _steps.check_tensors_like_numbers(STEP, backend)
+
+
+@cases(layout=harness.LAYOUTS)
+def test_in_place_draws_and_numbers(backend, layout):
+    _steps.check_in_place(STEP, backend, layout)
+
+
+@cases()
+def test_gradients_of_draws(backend):
+    _steps.check_gradients(STEP, backend, differentiable=(0, 2))
+
+
+@cases()
+def test_compiles_once_for_all_numbers(backend):
+    _steps.check_compiles_once(STEP, backend)
+
+
+@cases()
 @pytest.mark.skipif(DEVICE != "cpu", reason="the same words on every device")
-def test_bad_input(backend, bad):
-    change, error, words = BAD[bad]
-    arguments = {"x": torch.rand(2, 3), "grad": torch.rand(2, 3), "x0": torch.rand(2, 3), "alpha": ALPHA, "eps": EPS}
-    arguments.update(change)
-    with harness.owned_by(backend, NAMES):
-        for name in NAMES:
-            with pytest.raises(error, match=f"{name}: {words}"):
-                getattr(ops, name)(**arguments)
-        # The op itself raises in the same words; from C++ as RuntimeError.
-        with pytest.raises(RuntimeError if backend == "cpp" else error, match=words):
-            torch.ops.atop_fast.pgd_step_linf(**arguments)
+def test_bad_input(backend):
+    _steps.check_bad_input(STEP, backend, NAMES)
 
 
 def test_wrong_types():

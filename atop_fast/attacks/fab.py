@@ -1,0 +1,141 @@
+"""FAB-T (Croce & Hein, ICML 2020): the fast adaptive boundary attack, targeted, which looks for the nearest point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_integer, check_number, message
+from ..ops import random_normal
+from ..randomness import Tag, derive_seed, random_uniform
+from ._projections import hyperplane_step
+from .base import Attack, initial_state, per_image
+from .gradient import GradientEstimator
+from .network import Model
+from .queue import State
+
+
+class FAB(Attack):
+    """Projections onto the linearised decision boundary between the class y and a target class.
+
+        d1, d2 = smallest steps from x, x0 to { z : f(x) + grad f(x) . (z - x) = 0 },   f = z_target - z_y
+        x <- clip((1 - a)(x + eta d1) + a (x0 + eta d2)),   a = min(|d1| / (|d1| + |d2|), alpha_max)
+        x <- x0 + beta (x - x0)   where x is adversarial                  Croce & Hein, 2020, algorithm 1
+
+    The attack minimises the norm. What comes back is the nearest adversarial point that it met, if it is within eps,
+    and the image itself otherwise. Targeted only: the untargeted FAB needs the gradients of all logits in every step.
+
+    Args:
+        model, norm, eps: see Attack; norm "Linf", "L2" or "L1".
+        steps: iterations against each target class; each takes two forward passes and one backward.
+        target_classes: the most likely classes besides y, by the clean image's logits, one after the other; an image
+            that is fooled within eps goes on to no other.
+        restarts: runs; all but the first start from random points at the distance eps / 2 of the images that were
+            not fooled before.
+        alpha_max, eta, beta: see above.
+        eot_iter, gradient, seed, max_batch, precision, substitute: see Attack. With a random defence, a point is
+            adversarial if more than half of `eot_iter` draws, other than its gradient's, are misclassified.
+        early_stop: see Attack; an image is done at its first adversarial point within eps, which is not the nearest.
+
+    Called as Attack says; `start`, if it is given, is where the first run starts from against each class. An image that
+    is misclassified comes back as it is.
+    """
+
+    norms = ("Linf", "L2", "L1")
+    loss = "margin"
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 100,
+        target_classes: int = 9,
+        restarts: int = 1,
+        alpha_max: float = 0.1,
+        eta: float = 1.05,
+        beta: float = 0.9,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, norm, eps, steps=steps, seed=seed, **options)
+        self.target_classes = check_integer("FAB", "target_classes", target_classes, low=1)
+        self.restarts = check_integer("FAB", "restarts", restarts, low=1)
+        self.alpha_max = check_number("FAB", "alpha_max", alpha_max, low=0, high=1)
+        self.eta = check_number("FAB", "eta", eta, low=0)
+        self.beta = check_number("FAB", "beta", beta, low=0, high=1)
+
+    def run(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        best = super().run(estimator, images, labels, ids, start)
+        for restart in range(1, self.restarts):
+            rows = (best == images).flatten(1).all(dim=1).nonzero()[:, 0]
+            if not len(rows):
+                break
+            again = self.estimator(estimator.model)
+            again.seed = derive_seed(self.seed, "restart", restart)
+            begun = self._random_start(again.seed, images[rows], ids[rows])
+            best[rows] = super().run(again, images[rows], labels[rows], ids[rows], begun)
+        return best
+
+    def _random_start(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
+        if self.norm == "Linf":
+            direction = 2 * random_uniform(images.shape[1:], seed, ids, 0, Tag.START) - 1
+        else:
+            direction = random_normal(images.shape[1:], seed, ids, 0, Tag.START)
+        direction = direction.to(images.dtype)
+        return (images + self.eps / 2 * direction / self._norm(direction).clamp_min(1e-12)).clamp_(0, 1)
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        state = initial_state(images, labels, ids, images)
+        state["start"] = images if start is None else start
+        logits = estimator.logits(images, ids, state["t"])
+        if logits.shape[2] < 2:
+            raise ValueError(message("FAB", "model", "a classifier of two or more classes", logits.shape[2]))
+        correct = (logits.argmax(dim=2) == labels[:, None]).float().mean(dim=1)
+        own_first = logits.mean(dim=1).scatter(1, labels[:, None], torch.inf)
+        state["targets"] = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : 1 + self.target_classes]
+        state["norm"] = torch.full_like(correct, torch.inf)
+        state["done"] = correct < 0.5
+        return state
+
+    def step(self, estimator: GradientEstimator, state: State) -> None:
+        x0, labels, ids, t = state["x0"], state["labels"], state["ids"], state["t"]
+        classes = state["targets"].shape[1]
+        number = (t // self.steps).clamp_max(classes - 1)
+        target = state["targets"].gather(1, number[:, None])[:, 0]
+        x = torch.where(per_image(t % self.steps == 0), state["start"], state["x"])
+        moved = self._moved(x, x0, *estimator(x, labels, ids, 2 * t, target)[:2])
+        fooled = estimator.evaluate(moved, labels, ids, 2 * t + 1).correct < 0.5
+        norm = self._norm(moved - x0).flatten()
+        nearer = fooled & (norm <= self.eps) & (norm < state["norm"]) & ~state["done"]
+        state["best"] = torch.where(per_image(nearer), moved, state["best"])
+        state["norm"] = torch.where(nearer, norm, state["norm"])
+        back = torch.where(per_image(fooled), x0 + (moved - x0) * self.beta, moved)
+        state["x"] = torch.where(per_image(state["done"]), state["x"], back)
+        state["t"] = t = t + ~state["done"]
+        over = (t % self.steps == 0) | self.early_stop
+        state["done"] = state["done"] | (over & (state["norm"] < torch.inf)) | (t >= classes * self.steps)
+
+    def _moved(self, x: Tensor, x0: Tensor, gradient: Tensor | None, gap: Tensor) -> Tensor:
+        """The next point, given f and its gradient at x."""
+        assert gradient is not None
+        w, gap = (torch.nan_to_num(v, nan=0, posinf=0, neginf=0) for v in (gradient.flatten(1), gap))
+        # From x, f must change by -f; from x0, by that and the way from x0 to x.
+        change = torch.cat((-gap, (w * (x - x0).flatten(1)).sum(dim=1) - gap)).to(w.dtype)
+        both = torch.cat((x, x0))
+        steps = hyperplane_step(self.norm, both.flatten(1), torch.cat((w, w)), change).view_as(both)
+        size1, size2 = self._norm(steps).clamp_min(1e-8).chunk(2)
+        alpha = (size1 / (size1 + size2)).clamp_max(self.alpha_max)
+        ahead = (both + self.eta * steps).chunk(2)
+        return torch.lerp(*ahead, alpha).clamp_(0, 1)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """The norm of every image, (B, 1, 1, 1)."""
+        order = {"Linf": torch.inf, "L2": 2, "L1": 1}[self.norm]
+        return torch.linalg.vector_norm(x.flatten(1), order, dim=1)[:, None, None, None]

@@ -1,0 +1,159 @@
+"""Diagnostics: is the contract kept, and can the attack's gradient be trusted, before hours are spent?"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import (
+    check_choice,
+    check_fits,
+    check_images,
+    check_integer,
+    check_labels,
+    check_not_empty,
+    check_number,
+    message,
+)
+from ..defense import Defense
+from ..randomness import derive_seed, permutation
+from . import contract, masking
+from ._probe import Finding, Model, Probe, untouched
+
+CHECKS = (*contract.CHECKS, *masking.CHECKS)
+
+__all__ = ["CHECKS", "Finding", "check_contract", "diagnose", "format_findings"]
+
+
+def diagnose(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    seed: int = 0,
+    steps: int = 10,
+    eot_iter: int | None = None,
+    max_images: int = 64,
+    checks: Sequence[str] | None = None,
+) -> list[Finding]:
+    """Check a model's contract and look for gradient masking; docs/diagnostics.md says what each check does and why.
+
+    Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits (B, classes >= 2). A module's
+            mode, buffers and requires_grad, and torch's generators, are as before afterwards, also after an error.
+        x: float images (N, C, H, W); they should be in [0, 1], which is one of the checks.
+        y: int64 labels (N,).
+        norm, eps: threat model ("Linf" or "L2"); eps > 0 in units of [0, 1] pixels.
+        seed: key of all randomness.
+        steps: PGD steps.
+        eot_iter: draws in each gradient of the attacks on a random model; by default what the gradient's noise asks
+            for, at most 8.
+        max_images: images that are examined, chosen at random by `seed`.
+        checks: names out of CHECKS; all by default. Those that need a Defense are left out for other models, and a
+            failure of "images" or "finite" ends the list, as later checks would only repeat it.
+
+    Returns:
+        A Finding for each check, in the order of CHECKS.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    return _run("diagnose", model, x, y, norm, eps, seed, steps, eot_iter, max_images, checks, CHECKS)
+
+
+def check_contract(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    seed: int = 0,
+    max_images: int = 64,
+    checks: Sequence[str] | None = None,
+) -> list[Finding]:
+    """The cheap part of diagnose: the contract between images and model, without an attack. See diagnose."""
+    names = tuple(contract.CHECKS)
+    return _run("check_contract", model, x, y, "Linf", 8 / 255, seed, 1, None, max_images, checks, names)
+
+
+def format_findings(findings: Sequence[Finding], width: int = 120) -> str:
+    """Findings as a table of text, a line or more each."""
+    column = max((len(f.name) for f in findings), default=0)
+    lines = []
+    for f in findings:
+        head = f"{f.status:4}  {f.name:<{column}}  "
+        text = textwrap.wrap(f.reason, max(20, width - len(head)))
+        lines += [head + text[0], *(" " * len(head) + rest for rest in text[1:])]
+    return "\n".join(lines)
+
+
+def _run(
+    function: str,
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    norm: str,
+    eps: float,
+    seed: int,
+    steps: int,
+    eot_iter: int | None,
+    max_images: int,
+    checks: Sequence[str] | None,
+    known: Sequence[str],
+) -> list[Finding]:
+    if not callable(model):
+        raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
+    check_not_empty(function, "x", check_images(function, "x", x, finite=False))
+    check_labels(function, "y", y, x)
+    check_choice(function, "norm", norm, ("Linf", "L2"))
+    if check_number(function, "eps", eps, low=0) == 0:
+        raise ValueError(message(function, "eps", "> 0", eps))
+    check_integer(function, "steps", steps, low=1)
+    check_integer(function, "max_images", max_images, low=1)
+    if eot_iter is not None:
+        check_integer(function, "eot_iter", eot_iter, low=1)
+    for name in checks or ():
+        check_choice(function, "checks", name, known)
+    ids = permutation(len(x), derive_seed(check_integer(function, "seed", seed), "doctor"), 0)[:max_images].sort()[0]
+    ids = ids.to(x.device)
+    options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "steps": steps, "eot_iter": eot_iter}
+    probe = Probe(model, x.detach()[ids], y[ids], ids, **options, total=len(x))
+    findings: list[Finding] = []
+    chosen = _chosen(model, known if checks is None else checks)
+    if "images" in chosen:
+        findings.append(chosen.pop("images")(probe))
+        if findings[0].status == "fail":
+            return findings
+    with untouched(model, x.device):
+        _check_model(function, probe)
+    for name, check in chosen.items():
+        with untouched(model, x.device, evaluation=name not in contract.AS_GIVEN):
+            findings.append(check(probe))
+        if findings[-1].status == "fail" and name in contract.STOPS:
+            break
+    return findings
+
+
+def _chosen(model: Model, names: Sequence[str]) -> dict[str, Callable[[Probe], Finding]]:
+    """The wanted checks that apply, in the order in which they run."""
+    every = {**contract.CHECKS, **masking.CHECKS}
+    left_out = () if isinstance(model, Defense) else masking.DEFENSE
+    return {name: check for name, check in every.items() if name in names and name not in left_out}
+
+
+def _check_model(function: str, probe: Probe) -> None:
+    """Raise ValueError unless the model maps the images to (B, classes >= 2), with every label among the classes."""
+    with torch.no_grad(), check_fits(function, "x", probe.x):
+        logits = probe.logits(probe.x)
+    shape = tuple(logits.shape)
+    if len(shape) != 2 or shape[0] != len(probe.x) or shape[1] < 2:
+        expected = f"a callable to logits ({len(probe.x)}, classes >= 2)"
+        raise ValueError(message(function, "model", expected, f"logits of shape {shape}"))
+    if int(probe.y.max()) >= shape[1]:
+        expected = f"class indices below the model's {shape[1]} logits"
+        raise ValueError(message(function, "y", expected, int(probe.y.max())))

@@ -1,0 +1,271 @@
+"""What every check stands on: the finding, the model under test left as it was, and the statistics of comparisons."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attacks import PGD
+from ..defense import Defense
+from ..randomness import derive_seed
+
+Status = Literal["pass", "warn", "fail"]
+Model = Callable[..., Tensor]
+# Standard errors of a comparison beyond which it is doubted, and refused.
+WARN, FAIL = 2.0, 3.0
+# Expected cosine of an n-draw gradient with the true mean that makes n draws enough, and the most draws tried.
+COSINE, MOST_DRAWS = 0.9, 64
+# Most draws in each gradient of the attacks here, unless the caller says otherwise.
+ATTACK_DRAWS = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; dataclasses.asdict makes it JSON-ready.
+
+    Attributes:
+        name: the check.
+        status: "pass", "warn" (results are in doubt) or "fail" (results would be wrong or meaningless).
+        reason: why, with the numbers, and what to do.
+        numbers: what was measured.
+    """
+
+    name: str
+    status: Status
+    reason: str
+    numbers: dict[str, Any]
+
+
+class Probe:
+    """A model and the images on which it is examined.
+
+    Randomness is keyed by (seed, sample id, draw) for a Defense. For another callable a draw seeds torch's global
+    generator, which `untouched` restores.
+
+    Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        x: images (B, C, H, W); y: int64 classes (B,); ids: int64 (B,), the identity of every image.
+        norm, eps: threat model; eps in units of [0, 1] pixels.
+        seed: key of all randomness.
+        steps: PGD steps.
+        eot_iter: draws in each gradient of an attack; None takes what the gradient's noise asks for, at most 8.
+        total: images whose evaluation is planned.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        ids: Tensor,
+        *,
+        norm: str,
+        eps: float,
+        seed: int,
+        steps: int,
+        eot_iter: int | None,
+        total: int,
+    ) -> None:
+        self.model, self.x, self.y, self.ids = model, x, y, ids
+        self.norm, self.eps, self.seed, self.steps, self.total = norm, eps, seed, steps, total
+        self._eot_iter = eot_iter
+        self._adversarial: dict[tuple[object, ...], Tensor] = {}
+        self._attacked: dict[tuple[object, ...], Tensor] = {}
+
+    @property
+    def classifier(self) -> Model:
+        """The classifier behind the transform and the purifier of a Defense; another model itself."""
+        return self.model.classifier if isinstance(self.model, Defense) else self.model
+
+    def logits(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Tensor:
+        """Logits (B, classes), float32, under one draw; equal (purpose, draw) give equal randomness.
+
+        The images are self.x, changed or not, unless their ids are given.
+        """
+        seed = derive_seed(self.seed, purpose)
+        if isinstance(self.model, Defense):
+            return self.model(x, seed, self.ids if ids is None else ids, draw).float()
+        seed_generators(derive_seed(seed, draw), x.device)
+        return self.model(x).float()
+
+    def gradient(
+        self, x: Tensor, loss: str = "ce", draw: int = 0, count: int | None = None
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Loss (B,), its input gradient (B, C, H, W), and whether the logits are attached to the images at all.
+
+        `loss` is "ce", or "margin" = max_{j != y} z_j - z_y. Only the first `count` images are taken.
+        """
+        leaf = x[:count].detach().clone().requires_grad_()
+        with torch.enable_grad():
+            z = self.logits(leaf, draw, ids=self.ids[:count])
+            value = attack_loss(z, self.y[:count], loss)
+            if not value.requires_grad:
+                return value, torch.zeros_like(leaf), False
+            (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        attached = gradient is not None
+        return value.detach(), gradient if attached else torch.zeros_like(leaf), attached
+
+    @cached_property
+    def random(self) -> bool:
+        """Whether another draw gives other logits."""
+        with torch.no_grad():
+            first, second = self.logits(self.x, 0), self.logits(self.x, 1)
+        return not same(first, second)
+
+    @cached_property
+    def reproducible(self) -> bool:
+        """Whether the same draw gives the same logits: if not, the model's randomness is out of reach."""
+        with torch.no_grad():
+            first, second = self.logits(self.x), self.logits(self.x)
+        return same(first, second)
+
+    @property
+    def draws(self) -> int:
+        """Draws in which an image is judged."""
+        return 8 if self.random or not self.reproducible else 1
+
+    def correct(self, x: Tensor, model: Model | None = None) -> Tensor:
+        """Share of fresh draws (B,) in which images are classified correctly."""
+        with torch.no_grad():
+            if model is not None:
+                return (model(x).argmax(dim=1) == self.y).float()
+            hits = [self.logits(x, draw, "verdict").argmax(dim=1) == self.y for draw in range(self.draws)]
+        return torch.stack(hits).float().mean(dim=0)
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """Share of fresh draws (B,) in which the images themselves are classified correctly."""
+        return self.correct(self.x)
+
+    def attacked(self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact", target: str = "model") -> Tensor:
+        """Share of fresh draws (B,) correct under an attack on the whole model or its "classifier" alone; kept."""
+        key = (attack, eps, gradient, target)
+        if key not in self._attacked:
+            adversarial = self.adversarial(eps, attack, gradient, target)
+            self._attacked[key] = self.correct(adversarial, None if target == "model" else self.classifier)
+        return self._attacked[key]
+
+    def adversarial(
+        self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact", target: str = "model"
+    ) -> Tensor:
+        """Adversarial images (B, C, H, W) of the whole model or its "classifier" alone; kept."""
+        key = (attack, eps, gradient, target)
+        if key not in self._adversarial:
+            victim, eot_iter = (self.model, self.eot_iter) if target == "model" else (self.classifier, 1)
+            options: dict[str, Any] = {"eot_iter": eot_iter, "seed": derive_seed(self.seed, "attack")}
+            if attack is PGD:
+                options["steps"] = self.steps
+            run = attack(victim, norm=self.norm, eps=eps, gradient=gradient, **options)
+            self._adversarial[key] = run(self.x, self.y, self.ids)
+        return self._adversarial[key]
+
+    @property
+    def eot_iter(self) -> int:
+        """Draws in each gradient of an attack."""
+        if not self.random and self.reproducible:
+            return 1
+        if self._eot_iter is not None:
+            return self._eot_iter
+        return next((n for n, cosine in self.cosines.items() if cosine >= COSINE or n == ATTACK_DRAWS))
+
+    @cached_property
+    def cosines(self) -> dict[int, float]:
+        """Expected cosine of the mean of n = 1, 2, 4 .. 64 gradients with the true mean gradient.
+
+        With mu the mean of one draw's gradient and v its variance (the trace of its covariance), the signal-to-noise
+        ratio is SNR(n) = |mu|^2 / (v / n), and the cosine about |mu| / sqrt(|mu|^2 + v / n) = sqrt(SNR / (1 + SNR)).
+        Averaged over 8 of the images, less those without a gradient, each with N = 64 draws, of which the squared mean
+        exceeds |mu|^2 by v / N.
+        """
+        sizes = [2**k for k in range(MOST_DRAWS.bit_length())]
+        if not self.random and self.reproducible:
+            return dict.fromkeys(sizes, 1.0)
+        draws = [self.gradient(self.x, "ce", draw, 8)[1].flatten(1) for draw in range(MOST_DRAWS)]
+        # Gradients of saturated images are as small as 1e-30; their squares would vanish.
+        g = torch.stack(draws).double()
+        variance = g.var(dim=0).sum(dim=1)
+        signal = (g.mean(dim=0).square().sum(dim=1) - variance / len(g)).clamp_min(0)
+        moving = variance + signal > 0
+        if not moving.any():
+            return dict.fromkeys(sizes, 0.0)
+        share = {n: n * signal / (n * signal + variance) for n in sizes}
+        return {n: float(s[moving].sqrt().mean()) for n, s in share.items()}
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed the generators that `untouched` restores; torch.manual_seed would seed those of every GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def attack_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
+    """Cross-entropy ("ce") or margin max_{j != y} z_j - z_y ("margin") of logits (B, classes): (B,)."""
+    if loss == "ce":
+        return F.cross_entropy(logits, labels, reduction="none")
+    own = logits.gather(1, labels[:, None])
+    return (logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1, keepdim=True) - own)[:, 0]
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two sets of logits, relative to their size."""
+    return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two sets of logits are equal up to rounding, which another order of summation brings about."""
+    return difference(a, b) <= 1e-4
+
+
+def excess(a: Tensor, b: Tensor) -> float:
+    """Standard errors by which the mean of a lies above that of b, for accuracies (B,) of the same images.
+
+    sum d / sqrt(sum d^2) with d = a - b. For right or wrong it is McNemar's statistic (1947): only images on which the
+    two differ count, (n10 - n01) / sqrt(n10 + n01).
+    """
+    d = (a - b).double()
+    return float(d.sum() / d.square().sum().sqrt().clamp_min(1e-12))
+
+
+def judged(errors: float) -> Status:
+    """The status of an expectation that is broken by so many standard errors."""
+    return "fail" if errors > FAIL else "warn" if errors > WARN else "pass"
+
+
+@contextlib.contextmanager
+def untouched(model: object, device: torch.device, evaluation: bool = True) -> Iterator[None]:
+    """Leave a model and torch's generators exactly as they were, also after an error.
+
+    Inside, parameters ask for no gradient, and with `evaluation` every module is in evaluation mode. Restored are
+    modes, requires_grad, the buffers with their contents, and torch's generators of the CPU and of `device`.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    training, requires_grad = [m.training for m in modules], [p.requires_grad for p in parameters]
+    buffers = [{k: (b, None if b is None else b.clone()) for k, b in m._buffers.items()} for m in modules]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        for m in modules if evaluation else ():
+            m.training = False
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for m, mode, kept in zip(modules, training, buffers, strict=True):
+            m.training = mode
+            # A module may have written into a buffer, or put another tensor in its place.
+            for k, (b, contents) in kept.items():
+                m._buffers[k] = b
+                if contents is not None:
+                    with torch.no_grad():
+                        b.copy_(contents)
+        for p, was in zip(parameters, requires_grad, strict=True):
+            p.requires_grad_(was)

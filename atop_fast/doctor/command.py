@@ -1,0 +1,73 @@
+"""The command `atop-fast doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from .._files import write_text
+from ..checkpoints import load_model
+from ..config import DataConfig, TransformConfig
+from ..defense import Defense
+from . import diagnose, format_findings
+
+
+def doctor(
+    classifier: str,
+    purifier: str | None = None,
+    out: str | None = None,
+    data: DataConfig = DataConfig(),
+    transform: TransformConfig = TransformConfig(),
+    alone: bool = False,
+    norm: Literal["Linf", "L2"] = "Linf",
+    eps: float = 8 / 255,
+    steps: int = 10,
+    eot_iter: int | None = None,
+    images: int = 64,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Check a defence's contract and look for gradient masking; exit code 1 if a check fails.
+
+    Args:
+        classifier: classifier.safetensors.
+        purifier: purifier.safetensors; without it the transform alone stands before the classifier.
+        out: file for the findings as JSON; none by default.
+        data: images and their split; the held-out part is used.
+        transform: the random transform, as in training.
+        alone: check the classifier alone, without transform and purifier.
+        norm: norm of the threat model.
+        eps: its radius, in units of [0, 1] pixels.
+        steps: PGD steps.
+        eot_iter: draws in each gradient; by default what the gradient's noise asks for, at most 8.
+        images: how many held-out images are examined.
+        device: where to compute: cpu, cuda, cuda:1, ...
+        seed: key of all randomness.
+    """
+    # The command line registers this command, so it is not there yet when this file is read.
+    from ..cli import _device
+
+    place = _device("doctor", device)
+    model = load_model(classifier, "classifier")
+    if not alone:
+        model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)
+    part = data.load()[1].to(place)
+    findings = diagnose(
+        model.eval().to(place),
+        part.images,
+        part.labels,
+        norm=norm,
+        eps=eps,
+        seed=seed,
+        steps=steps,
+        eot_iter=eot_iter,
+        max_images=images,
+    )
+    if out is not None:
+        write_text(Path(out), json.dumps([asdict(f) for f in findings], indent=2) + "\n")
+    print(format_findings(findings))
+    if any(f.status == "fail" for f in findings):
+        sys.exit(1)

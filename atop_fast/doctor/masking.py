@@ -1,0 +1,249 @@
+"""Checks for gradient masking: what must hold of any honest robustness, each judged against its noise.
+
+An accuracy that breaks an expectation by 2 standard errors of the paired difference is doubted, by 3 refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import attacks
+from ..attacks import FGSM
+from ..defense import Defense
+from ..randomness import derive_seed
+from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, attack_loss, excess, judged
+from ._search import random_search
+
+# Queries of the random search, and the noise of float32 logits relative to their size.
+QUERIES, ROUNDING = 100, 1e-6
+# The Square attack, where this version has it.
+_SQUARE = getattr(attacks, "Square", None)
+
+
+def gradient_noise(probe: Probe) -> Finding:
+    """Draws that an averaged gradient needs to point where the true mean gradient does."""
+    cosines = probe.cosines
+    enough = next((n for n, cosine in cosines.items() if cosine >= COSINE), None)
+    numbers = {"recommended_eot_iter": enough, "cosine": {str(n): c for n, c in cosines.items()}}
+    if enough == 1:
+        text = f"The gradient of one draw has cosine {cosines[1]:.2f} with the mean: eot_iter=1 is enough."
+        return Finding("gradient_noise", "pass", text, numbers)
+    if enough is not None:
+        text = f"The gradient of one draw has cosine {cosines[1]:.2f} with the mean, that of {enough} draws "
+        return Finding("gradient_noise", "pass", f"{text}{cosines[enough]:.2f}: use eot_iter={enough}.", numbers)
+    last = cosines[MOST_DRAWS]
+    text = f"Even the mean gradient of {MOST_DRAWS} draws has cosine {last:.2f} with the true one: attacks follow "
+    text += "noise; use more draws, and a black-box attack beside them."
+    return Finding("gradient_noise", "fail" if last < 0.5 else "warn", text, numbers)
+
+
+def finite_difference(probe: Probe) -> Finding:
+    """Along the gradient the loss rises as the gradient says, over a step of 1 % of a pixel's share of eps.
+
+    L(x + h u) - L(x - h u) against 2 h |g|, u = g / |g|, L the margin loss, which does not saturate.
+    """
+    if not probe.reproducible:
+        text = "Randomness that cannot be repeated hides how the loss changes: see determinism."
+        return Finding("finite_difference", "warn", text, {})
+    pixels = math.sqrt(probe.x[0].numel())
+    step = 0.01 * (probe.eps * pixels if probe.norm == "Linf" else probe.eps)
+    _, g, _ = probe.gradient(probe.x, "margin")
+    length = g.flatten(1).norm(dim=1)[:, None, None, None]
+    with torch.no_grad():
+        ends = [probe.logits(probe.x + sign * step * g / length.clamp_min(1e-30)) for sign in (1, -1)]
+        up, down = (attack_loss(z, probe.y, "margin") for z in ends)
+        noise = ROUNDING * ends[0].abs().amax(dim=1)
+    predicted = 2 * step * length.flatten()
+    # A step into rounding noise says nothing; a gradient of zero says that nothing changes, which attacks believe.
+    told = (predicted > 10 * noise) | (predicted == 0)
+    agree = ((up - down - predicted).abs() <= 0.5 * predicted) & (predicted > 0)
+    share = float((agree & told).sum() / told.sum().clamp_min(1))
+    numbers = {"images": int(told.sum()), "agree": share, "step_l2": step}
+    if 2 * int(told.sum()) < len(told):
+        text = f"The loss moves less than rounding on {len(told) - int(told.sum())} of {len(told)} images: "
+        return Finding("finite_difference", "warn", f"{text}use float32 logits, or a larger eps.", numbers)
+    text = f"The loss rises along the gradient as predicted (within half) on {share:.0%} of {int(told.sum())} images"
+    if share >= 0.8:
+        return Finding("finite_difference", "pass", f"{text}.", numbers)
+    text += ": the gradient does not describe the model (rounding, thresholds); use BPDA and a black-box attack."
+    return Finding("finite_difference", "fail" if share < 0.5 else "warn", text, numbers)
+
+
+def iterations(probe: Probe) -> Finding:
+    """Many steps are not weaker than one."""
+    one, many = probe.attacked(probe.eps, FGSM), probe.attacked(probe.eps)
+    names = (f"PGD with {probe.steps} steps", "FGSM's single step")
+    return _not_weaker("iterations", many, one, names, "raise steps and eot_iter, or use the margin loss")
+
+
+def black_box(probe: Probe) -> Finding:
+    """The white-box attack is not weaker than a random search that sees logits only."""
+    white, black = probe.attacked(probe.eps), probe.correct(_black_box(probe))
+    names = ("PGD", f"a random search of {QUERIES} queries")
+    return _not_weaker("black_box", white, black, names, "do not trust its gradient; report a black-box attack too")
+
+
+def eps_sweep(probe: Probe) -> Finding:
+    """Accuracy is the clean one at eps 0, does not rise with eps, and falls to about 0 where all is in reach."""
+    reach = 1.0 if probe.norm == "Linf" else math.sqrt(probe.x[0].numel())
+    radii = sorted({0.0, probe.eps / 2, probe.eps, min(2 * probe.eps, reach), reach / 2, reach})
+    curve = {eps: probe.attacked(eps) for eps in radii}
+    accuracies = {f"{eps:.4g}": float(right.mean()) for eps, right in curve.items()}
+    count = len(probe.x)
+    # Under 5 % accuracy, the noise of the share that is still correct.
+    left = min(float(curve[eps].mean()) for eps in radii[-2:])
+    broken = {
+        "at eps 0 it is not the clean accuracy": abs(excess(curve[0.0], probe.clean)),
+        "it does not fall to 0 at large eps": (left - 0.05) / math.sqrt(0.05 * 0.95 / count),
+    }
+    pairs = list(itertools.pairwise(radii))
+    rises = {pair: excess(curve[pair[1]], curve[pair[0]]) for pair in pairs}
+    worst = max(rises, key=lambda pair: rises[pair])
+    broken[f"it rises from eps {worst[0]:.3g} to {worst[1]:.3g}"] = rises[worst]
+    problem = max(broken, key=lambda name: broken[name])
+    status = judged(broken[problem])
+    shown = ", ".join(f"{accuracy:.2f} at {eps}" for eps, accuracy in accuracies.items())
+    numbers = {"accuracy": accuracies, "standard_errors": broken}
+    text = f"Accuracy under PGD is {shown}"
+    if status == "pass":
+        return Finding("eps_sweep", status, f"{text}: it falls as it must.", numbers)
+    text += f"; {problem}, by {broken[problem]:.1f} standard errors: the attack fails, not the images' distance; "
+    return Finding("eps_sweep", status, f"{text}raise steps and eot_iter, or attack without its gradient.", numbers)
+
+
+def gradient_modes(probe: Probe) -> Finding:
+    """Defense: the exact gradient is not weaker than BPDA or the classifier's alone."""
+    curves = {name: probe.attacked(probe.eps, gradient=name) for name in ("exact", "bpda", "blind")}
+    other = min(("bpda", "blind"), key=lambda name: float(curves[name].mean()))
+    names = ("PGD with the exact gradient", f"PGD with the {other} one")
+    advice = f"the transform or purifier masks the gradient; attack with gradient={other!r} too"
+    finding = _not_weaker("gradient_modes", curves["exact"], curves[other], names, advice)
+    accuracies = {name: float(right.mean()) for name, right in curves.items()}
+    return Finding(finding.name, finding.status, finding.reason, {**finding.numbers, "accuracy": accuracies})
+
+
+def fixed_randomness(probe: Probe) -> Finding:
+    """Defense: what it costs that an attacker knows the verdict's draw, and whether one draw's gradient is enough.
+
+    Whoever knows the draw may use either attack, so that the lower accuracy of each image counts. The gradient of one
+    draw can still be the weaker one: pixels that its noise clips have none, and no other draw frees them.
+    """
+    assert isinstance(probe.model, Defense)
+    fixed = _FixedDefense(probe.model, derive_seed(probe.seed, "verdict"), 0)
+    run = Probe(
+        *(fixed, probe.x, probe.y, probe.ids),
+        norm=probe.norm,
+        eps=probe.eps,
+        seed=probe.seed,
+        steps=probe.steps,
+        eot_iter=1,
+        total=probe.total,
+    )
+    known, fresh = run.attacked(probe.eps), probe.attacked(probe.eps)
+    transferred = run.correct(probe.adversarial(probe.eps))
+    worth, errors = float((fresh - torch.minimum(known, transferred)).mean()), excess(known, transferred)
+    numbers = {
+        "fresh": float(fresh.mean()),
+        "known": float(known.mean()),
+        "known_transferred": float(transferred.mean()),
+        "worth_of_secrecy": worth,
+        "standard_errors": errors,
+    }
+    text = (
+        f"PGD leaves {numbers['fresh']:.2f} correct on fresh draws, and {numbers['known']:.2f} on a draw that it knows"
+    )
+    if errors > FAIL:
+        text += f", where the images of the fresh draws leave only {numbers['known_transferred']:.2f}, {errors:.1f} "
+        text += "standard errors less: one draw's gradient is masked (clipped pixels?); start from those images."
+        return Finding("fixed_randomness", "warn", text, numbers)
+    return Finding("fixed_randomness", "pass", f"{text}: keeping the draws secret is worth {worth:.2f}.", numbers)
+
+
+def useless_transform(probe: Probe) -> Finding:
+    """Defense: under the best attack on each, it is more robust than its classifier alone.
+
+    Both are attacked at eps / 2 and eps, the Defense by exact, BPDA and blind gradients, of which the strongest counts.
+    """
+    levels = (probe.eps / 2, probe.eps)
+    whole = torch.stack([_strongest(probe, eps) for eps in levels]).mean(dim=0)
+    alone = torch.stack([probe.attacked(eps, target="classifier") for eps in levels]).mean(dim=0)
+    gain = float((whole - alone).mean())
+    above = gain + WARN * float((whole - alone).std(correction=0)) / math.sqrt(len(whole))
+    with torch.no_grad():
+        classes = torch.stack([probe.logits(probe.x, draw).argmax(dim=1) for draw in range(probe.draws)])
+    unsteady = float((classes != classes[0]).any(dim=0).float().mean())
+    numbers = {
+        "defence": float(whole.mean()),
+        "classifier": float(alone.mean()),
+        "gain": gain,
+        "gain_at_most": above,
+        "images_whose_class_changes_with_the_draw": unsteady,
+    }
+    text = f"Attacked at eps / 2 and eps, the defence keeps {numbers['defence']:.2f} and its classifier alone "
+    text += f"{numbers['classifier']:.2f}"
+    if above < 0.1:
+        text += (
+            f", a gain of {gain:.2f} (at most {above:.2f}): transform and purifier add no robustness worth the name; "
+        )
+        text += "report the classifier."
+        return Finding("useless_transform", "fail", text, numbers)
+    if excess(whole, alone) > WARN:
+        return Finding("useless_transform", "pass", f"{text}: a gain of {gain:.2f}.", numbers)
+    text += f", a gain of {gain:.2f} that noise explains: give more images."
+    return Finding("useless_transform", "warn", text, numbers)
+
+
+# In the order in which they run; those of DEFENSE need a Defense.
+CHECKS: dict[str, Callable[[Probe], Finding]] = {
+    f.__name__: f
+    for f in (
+        *(gradient_noise, finite_difference, iterations, black_box, eps_sweep),
+        *(gradient_modes, fixed_randomness, useless_transform),
+    )
+}
+DEFENSE = ("gradient_modes", "fixed_randomness", "useless_transform")
+
+
+class _FixedDefense(Defense):
+    """A Defense that takes one draw, whatever it is asked for; its parts are the given one's."""
+
+    def __init__(self, defense: Defense, seed: int, draw: int) -> None:
+        super().__init__(defense.transform, defense.purifier, defense.classifier)
+        self.training, self.key = defense.training, (seed, draw)
+
+    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draws: object = None) -> Tensor:
+        """Purified images under the one draw."""
+        return super().purify(x, self.key[0], sample_ids, self.key[1])
+
+
+def _not_weaker(name: str, strong: Tensor, weak: Tensor, names: Sequence[str], advice: str) -> Finding:
+    """The finding on two attacks' accuracies (B,), of which the first must not be the higher one."""
+    a, b = float(strong.mean()), float(weak.mean())
+    errors = excess(strong, weak)
+    numbers = {"expected_stronger": a, "expected_weaker": b, "standard_errors": errors}
+    status = judged(errors)
+    if status == "pass":
+        return Finding(name, status, f"{names[0]} leaves {a:.2f} correct, {names[1]} {b:.2f}.", numbers)
+    text = f"{names[0]} leaves {a:.2f} correct and {names[1]} only {b:.2f}, {errors:.1f} standard errors less: "
+    return Finding(name, status, f"{text}{advice}.", numbers)
+
+
+def _strongest(probe: Probe, eps: float) -> Tensor:
+    """Accuracy (B,) under the gradient mode that leaves the lowest mean."""
+    curves = [probe.attacked(eps, gradient=mode) for mode in ("exact", "bpda", "blind")]
+    return min(curves, key=lambda right: float(right.mean()))
+
+
+def _black_box(probe: Probe) -> Tensor:
+    """Adversarial images from logits alone."""
+    seed = derive_seed(probe.seed, "random search")
+    if _SQUARE is None:
+        return random_search(probe, QUERIES, seed)
+    # One lucky draw must not end an image.
+    options = {"queries": QUERIES, "seed": seed, "early_stop": probe.draws == 1}
+    return _SQUARE(probe.model, probe.norm, probe.eps, **options)(probe.x, probe.y, probe.ids)

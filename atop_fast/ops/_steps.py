@@ -1,0 +1,160 @@
+"""The projected steps of attacks: the arguments and the arithmetic that they share.
+
+In the ops' schemas each of alpha, eps and momentum is a number and an optional tensor that replaces it, so that numbers
+cost no tensor; the public functions take either in one argument.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_number, check_tensor, message
+
+DTYPES = (torch.float32, torch.float64)
+# What keeps a norm from dividing by 0.
+TINY = 1e-12
+
+
+def split(value: float | Tensor) -> tuple[float, Tensor | None]:
+    """A number or tensor as the two arguments of an op."""
+    return (0.0, value) if isinstance(value, Tensor) else (value, None)
+
+
+def either(number: float | Tensor, values: Tensor | None) -> float | Tensor:
+    """The argument that was split."""
+    return number if values is None else values
+
+
+def spread(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number, or one for each sample, in a shape that goes with `x`."""
+    return value.view(-1, *(1,) * (x.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value
+
+
+def sum_of_draws(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradients of all draws added in their order, or the gradient itself."""
+    if grad.dim() == x.dim():
+        return grad
+    total = grad[0]
+    for draw in grad[1:]:
+        total = total + draw
+    return total
+
+
+def project_linf(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
+    """The nearest point of the L-infinity ball around `x0`, in [0, 1]."""
+    return v.clamp(x0 - eps, x0 + eps).clamp(0, 1)
+
+
+def with_momentum(x: Tensor, x_prev: Tensor, z: Tensor, momentum: float | Tensor) -> Tensor:
+    """x + m (z - x) + (1 - m) (x - x_prev), with 1 - m rounded to the dtype of `x`."""
+    m = spread(momentum, x) if isinstance(momentum, Tensor) else x.new_full((), momentum)
+    return x + m * (z - x) + (1 - m) * (x - x_prev)
+
+
+def norm(t: Tensor) -> Tensor:
+    """L2 norm of every sample, in a shape that goes with `t`."""
+    return t[:, None].flatten(1).norm(dim=1).view(-1, *(1,) * (t.dim() - 1))
+
+
+def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
+    """`result` in the memory layout that torch.empty_like gives `x`."""
+    out = torch.empty_like(x)
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
+def check_step(
+    function: str,
+    x: Tensor,
+    grad: Tensor,
+    others: dict[str, Tensor],
+    numbers: dict[str, tuple[float, Tensor | None]],
+    samples: bool = False,
+) -> None:
+    """Raise unless the arguments are as the docstrings describe; `samples` where the op has norms over each of them."""
+    if check_tensor(function, "x", x).dtype not in DTYPES:
+        raise TypeError(message(function, "x", "a float32 or float64 tensor", x.dtype))
+    shape = x.shape
+    if samples and not shape:
+        raise ValueError(message(function, "x", "of shape (B, ...)", "a scalar"))
+    draw_shape = check_tensor(function, "grad", grad).shape
+    if len(draw_shape) == len(shape) + 1:
+        if not draw_shape[0]:
+            raise ValueError(message(function, "grad", "of at least one draw", "none"))
+        draw_shape = draw_shape[1:]
+    _check_like(function, "grad", grad, x, draw_shape)
+    for argument, value in others.items():
+        _check_like(function, argument, value, x, check_tensor(function, argument, value).shape)
+    # While torch.compile traces, numbers may be symbols; what runs checks them.
+    are_known = not torch.compiler.is_compiling()
+    for argument, (number, values) in numbers.items():
+        if values is not None:
+            _check_per_sample(function, argument, values, x)
+        elif are_known:
+            check_number(function, argument, number, low=0 if argument == "eps" else -math.inf)
+
+
+def run(op: Any, x: Tensor, grad: Tensor, x0: Tensor, numbers: tuple[Any, ...]) -> Tensor:
+    """Call the differentiable `op` on checked arguments; without its way through autograd where nothing records."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or x0.requires_grad)):
+        return op(x, grad, x0, *numbers)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(x, grad, x0, *numbers)
+
+
+def run_in_place(function: str, op: Any, x: Tensor, grad: Tensor, x0: Tensor, numbers: tuple[Any, ...]) -> Tensor:
+    """Call the in-place `op` on checked arguments and return `x`."""
+    refuse_gradients(function, x=x, grad=grad, x0=x0)
+    if torch.compiler.is_compiling():
+        op(x, grad, x0, *numbers)
+        return x
+    for argument, value in (("grad", grad), ("x0", x0)):
+        if _may_overlap(x, value):
+            raise ValueError(message(function, argument, "a tensor that shares no memory with x", "one that does"))
+    op(x, grad, x0, *numbers)
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def refuse_gradients(function: str, **tensors: Tensor) -> None:
+    """Raise if autograd records and would not see what the op does to `tensors`."""
+    if torch.is_grad_enabled():
+        for argument, value in tensors.items():
+            if value.requires_grad:
+                expected = "a tensor that does not require grad, or the call be under torch.no_grad()"
+                raise ValueError(message(function, argument, expected, "one that does"))
+
+
+def _check_like(function: str, argument: str, value: Tensor, x: Tensor, shape: torch.Size) -> None:
+    """`shape` is that of one of the draws that `value` holds."""
+    if shape != x.shape:
+        raise ValueError(message(function, argument, f"of the shape of x {tuple(x.shape)}", tuple(shape)))
+    if value.dtype != x.dtype:
+        raise TypeError(message(function, argument, f"of the dtype of x {x.dtype}", value.dtype))
+    if value.device != x.device:
+        raise ValueError(message(function, argument, f"on the device of x {x.device}", value.device))
+
+
+def _check_per_sample(function: str, argument: str, values: Tensor, x: Tensor) -> None:
+    if values.dtype != x.dtype:
+        raise TypeError(message(function, argument, f"of the dtype of x {x.dtype}", values.dtype))
+    if values.dim() and (not x.dim() or values.shape != x.shape[:1]):
+        expected = f"of shape () or {tuple(x.shape[:1])}" if x.dim() else "of shape ()"
+        raise ValueError(message(function, argument, expected, tuple(values.shape)))
+    if values.device != x.device:
+        raise ValueError(message(function, argument, f"on the device of x {x.device}", values.device))
+
+
+def _may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes between the first and the last element of `a` and `b` meet."""
+    a_first, b_first = a.data_ptr(), b.data_ptr()
+    return a_first < b_first + _extent(b) and b_first < a_first + _extent(a)
+
+
+def _extent(t: Tensor) -> int:
+    if t.is_contiguous() or not t.numel():
+        return t.nbytes
+    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()

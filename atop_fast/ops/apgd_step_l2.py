@@ -1,0 +1,139 @@
+"""One step of APGD in the L2 ball: a projected normalised-gradient step with momentum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._registry import define
+from ._steps import (
+    TINY,
+    check_step,
+    either,
+    in_layout_of,
+    norm,
+    refuse_gradients,
+    split,
+    spread,
+    sum_of_draws,
+    with_momentum,
+)
+
+
+def formula(
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+) -> Tensor:
+    """The op as a user would write it; the baseline of the benchmarks."""
+    g = torch.nan_to_num(sum_of_draws(grad, x))
+    eps = spread(eps, x)
+    z = _project(x + spread(alpha, x) * (g / (norm(g) + TINY)), x0, eps)
+    return _project(with_momentum(x, x_prev, z, momentum), x0, eps)
+
+
+def reference(
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    momentum: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+    momenta: Tensor | None = None,
+) -> Tensor:
+    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
+    check_arguments("apgd_step_l2", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
+    numbers = either(alpha, alphas), either(eps, epsilons), either(momentum, momenta)
+    return in_layout_of(x, formula(x, x_prev, grad, x0, *numbers))
+
+
+_TENSORS, _NUMBERS = "Tensor x, Tensor x_prev, Tensor grad, Tensor x0", "float alpha, float eps, float momentum"
+_PER_SAMPLE = "Tensor? alphas=None, Tensor? epsilons=None, Tensor? momenta=None"
+OP = define(f"apgd_step_l2({_TENSORS}, {_NUMBERS}, {_PER_SAMPLE}) -> Tensor", reference, kernels="apgd_step_l2")
+
+
+def apgd_step_l2(
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+) -> Tensor:
+    r"""Take one step of APGD in the L2 ball.
+
+    .. math:: z = P(x + \alpha\,g / |g|_2), \quad x' = P(x + m (z - x) + (1 - m) (x - x_\mathrm{prev}))
+
+    with P(v) = clamp(x0 + d / |d| min(eps, |d|), 0, 1), d = v - x0.
+
+    Args:
+        x: The current images in [0, 1], (B, ...), float32 or float64.
+        x_prev: The images of the step before, `x` itself in the first; shape, dtype and device of `x`.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
+            (draws, *x.shape), of which the step takes the sum, added in their order.
+        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
+        alpha: The length of the step in units of [0, 1], finite. A number, or a tensor of shape () or, one for each
+            sample, (B,), of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
+        momentum: m, finite, the weight of the new step (0.75 in the paper, 1 in the first step); as `alpha`.
+
+    Returns:
+        x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or number is not as described, or a tensor requires grad while gradients are
+            recorded. What a tensor `alpha`, `eps` or `momentum` holds is not read.
+
+    Notes:
+        NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num). To the norms that divide
+        1e-12 is added, as in AutoAttack. NaN in a sample of the other images makes that sample NaN.
+        Not differentiable: nothing attacks through an attack's step, and the op keeps nothing for a backward pass.
+        torch.compile makes one graph for all tensors, and one for each set of numbers.
+
+    Reference:
+        Croce and Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free
+        Attacks, ICML 2020, algorithm 1, lines 7 and 8, with the projection of AutoAttack.
+
+    Example:
+        >>> x0 = torch.rand(8, 3, 32, 32)
+        >>> x = atop_fast.ops.apgd_step_l2(x0, x0, torch.randn_like(x0), x0, alpha=1.0, eps=0.5, momentum=1.0)
+        >>> bool((x - x0).flatten(1).norm(dim=1).max() <= 0.5 + 1e-6)
+        True
+    """
+    (number, alphas), (radius, epsilons), (weight, momenta) = split(alpha), split(eps), split(momentum)
+    check_arguments("apgd_step_l2", x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
+    refuse_gradients("apgd_step_l2", x=x, x_prev=x_prev, grad=grad, x0=x0)
+    return OP(x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
+
+
+def check_arguments(
+    function: str,
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    momentum: float,
+    alphas: Tensor | None,
+    epsilons: Tensor | None,
+    momenta: Tensor | None,
+) -> None:
+    """Raise unless the arguments are as the docstrings describe."""
+    numbers = {"alpha": (alpha, alphas), "eps": (eps, epsilons), "momentum": (momentum, momenta)}
+    check_step(function, x, grad, {"x_prev": x_prev, "x0": x0}, numbers, samples=True)
+
+
+def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
+    delta = v - x0
+    length = norm(delta)
+    return (x0 + delta / (length + TINY) * length.clamp_max(eps)).clamp(0, 1)

@@ -1,0 +1,129 @@
+"""One step of APGD in the L-infinity ball: a projected sign-gradient step with momentum."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._registry import define
+from ._steps import (
+    check_step,
+    either,
+    in_layout_of,
+    project_linf,
+    refuse_gradients,
+    split,
+    spread,
+    sum_of_draws,
+    with_momentum,
+)
+
+
+def formula(
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+) -> Tensor:
+    """The op as a user would write it; the baseline of the benchmarks."""
+    eps = spread(eps, x)
+    z = project_linf(x + spread(alpha, x) * sum_of_draws(grad, x).sign(), x0, eps)
+    return project_linf(with_momentum(x, x_prev, z, momentum), x0, eps)
+
+
+def reference(
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    momentum: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+    momenta: Tensor | None = None,
+) -> Tensor:
+    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
+    check_arguments("apgd_step_linf", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
+    numbers = either(alpha, alphas), either(eps, epsilons), either(momentum, momenta)
+    return in_layout_of(x, formula(x, x_prev, grad, x0, *numbers))
+
+
+_TENSORS, _NUMBERS = "Tensor x, Tensor x_prev, Tensor grad, Tensor x0", "float alpha, float eps, float momentum"
+_PER_SAMPLE = "Tensor? alphas=None, Tensor? epsilons=None, Tensor? momenta=None"
+OP = define(f"apgd_step_linf({_TENSORS}, {_NUMBERS}, {_PER_SAMPLE}) -> Tensor", reference, kernels="apgd_step_linf")
+
+
+def apgd_step_linf(
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+) -> Tensor:
+    r"""Take one step of APGD in the L-infinity ball.
+
+    .. math:: z = P(x + \alpha\,\mathrm{sign}(g)), \quad x' = P(x + m (z - x) + (1 - m) (x - x_\mathrm{prev}))
+
+    with P(v) = clamp(clamp(v, x0 - eps, x0 + eps), 0, 1).
+
+    Args:
+        x: The current images in [0, 1], any shape, float32 or float64.
+        x_prev: The images of the step before, `x` itself in the first; shape, dtype and device of `x`.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
+            (draws, *x.shape), of which the step takes the sum, added in their order.
+        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
+        alpha: The step size in units of [0, 1], finite. A number, or a tensor of shape () or, one for each
+            sample, (B,), of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
+        momentum: m, finite, the weight of the new step (0.75 in the paper, 1 in the first step); as `alpha`.
+
+    Returns:
+        x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or number is not as described, or a tensor requires grad while gradients are
+            recorded. What a tensor `alpha`, `eps` or `momentum` holds is not read.
+
+    Notes:
+        sign(NaN) is 0, as in torch.sign; NaN in the other images gives NaN. Every backend returns the same bits.
+        Not differentiable: nothing attacks through an attack's step, and the op keeps nothing for a backward pass.
+        torch.compile makes one graph for all tensors, and one for each set of numbers.
+
+    Reference:
+        Croce and Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free
+        Attacks, ICML 2020, algorithm 1, lines 7 and 8.
+
+    Example:
+        >>> x0 = torch.rand(8, 3, 32, 32)
+        >>> x = atop_fast.ops.apgd_step_linf(x0, x0, torch.randn_like(x0), x0, 16 / 255, 8 / 255, momentum=1.0)
+        >>> bool((x - x0).abs().max() <= 8 / 255 + 1e-6)
+        True
+    """
+    (number, alphas), (radius, epsilons), (weight, momenta) = split(alpha), split(eps), split(momentum)
+    check_arguments("apgd_step_linf", x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
+    refuse_gradients("apgd_step_linf", x=x, x_prev=x_prev, grad=grad, x0=x0)
+    return OP(x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
+
+
+def check_arguments(
+    function: str,
+    x: Tensor,
+    x_prev: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    momentum: float,
+    alphas: Tensor | None,
+    epsilons: Tensor | None,
+    momenta: Tensor | None,
+) -> None:
+    """Raise unless the arguments are as the docstrings describe."""
+    numbers = {"alpha": (alpha, alphas), "eps": (eps, epsilons), "momentum": (momentum, momenta)}
+    check_step(function, x, grad, {"x_prev": x_prev, "x0": x0}, numbers)

@@ -1,0 +1,123 @@
+"""One projected sparse step in the L1 ball, as in l1-APGD."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import check_integer, message
+from ._registry import define
+from ._steps import check_step, either, in_layout_of, refuse_gradients, split, spread, sum_of_draws
+from .project_l1 import formula as project
+
+
+def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor, k: int | Tensor) -> Tensor:
+    """The op as a user would write it; the baseline of the benchmarks."""
+    g = torch.nan_to_num(sum_of_draws(grad, x))
+    magnitude = g.abs()[:, None].flatten(1)
+    if not magnitude.numel():
+        return x.clamp(0, 1)
+    ranked = magnitude.sort(dim=1, descending=True)[0]
+    last = torch.as_tensor(k, device=x.device).expand(len(x)).clamp(1, magnitude.shape[1]) - 1
+    chosen = (magnitude >= ranked.gather(1, last[:, None])).view_as(x)
+    direction = torch.where(chosen, g.sign(), 0)
+    count = (direction != 0)[:, None].flatten(1).sum(dim=1).clamp_min(1).to(x.dtype)
+    return project(x + spread(alpha / count, x) * direction, x0, eps)
+
+
+def reference(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    k: int,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+    ks: Tensor | None = None,
+) -> Tensor:
+    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
+    check_arguments("pgd_step_l1", x, grad, x0, alpha, eps, k, alphas, epsilons, ks)
+    numbers = either(alpha, alphas), either(eps, epsilons), k if ks is None else ks
+    return in_layout_of(x, formula(x, grad, x0, *numbers))
+
+
+_ARGUMENTS = "Tensor x, Tensor grad, Tensor x0, float alpha, float eps, int k"
+_PER_SAMPLE = "Tensor? alphas=None, Tensor? epsilons=None, Tensor? ks=None"
+OP = define(f"pgd_step_l1({_ARGUMENTS}, {_PER_SAMPLE}) -> Tensor", reference, kernels=None)
+
+
+def pgd_step_l1(
+    x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor, k: int | Tensor
+) -> Tensor:
+    r"""Step along the k largest entries of the gradient, then project onto the L1 ball and the image range.
+
+    .. math:: v = x + \alpha\,\mathrm{sign}(g) [|g| \ge |g|_{(k)}] / n, \quad x' = P(v)
+
+    with |g|_(k) the k-th largest entry of the sample's gradient in magnitude, n the number of entries that move, and P
+    the projection of :func:`project_l1`.
+
+    Args:
+        x: The current images in [0, 1], (B, ...), float32 or float64.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
+            (draws, *x.shape), of which the step takes the sum, added in their order.
+        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
+        alpha: The L1 length of the step in units of [0, 1], finite. A number, or a tensor of shape () or, one for each
+            sample, (B,), of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
+        k: How many entries move, >= 1: an int, or int64 of shape () or (B,). More than there are is all; a tensor's
+            numbers below 1 are 1.
+
+    Returns:
+        x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or number is not as described, or a tensor requires grad while gradients are
+            recorded. What a tensor `alpha`, `eps` or `k` holds is not read.
+
+    Notes:
+        Entries as large as the k-th move too, entries of 0 do not. NaN in the gradient counts as 0 and infinity as the
+        largest number. NaN in a sample of `x` or `x0` makes that sample NaN. Not differentiable. C++ on the CPU; eager
+        mode serves other devices.
+
+    Reference:
+        Croce and Hein, Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers, ICML 2021,
+        section 3.
+
+    Example:
+        >>> x0 = torch.rand(8, 3, 32, 32)
+        >>> x = atop_fast.ops.pgd_step_l1(x0, torch.randn_like(x0), x0, alpha=1.0, eps=12.0, k=100)
+        >>> bool((x - x0).abs().flatten(1).sum(dim=1).max() <= 1.001)
+        True
+    """
+    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
+    first, ks = (1, k) if isinstance(k, Tensor) else (k, None)
+    check_arguments("pgd_step_l1", x, grad, x0, number, radius, first, alphas, epsilons, ks)
+    refuse_gradients("pgd_step_l1", x=x, grad=grad, x0=x0)
+    return OP(x, grad, x0, number, radius, first, alphas, epsilons, ks)
+
+
+def check_arguments(
+    function: str,
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    k: int,
+    alphas: Tensor | None,
+    epsilons: Tensor | None,
+    ks: Tensor | None,
+) -> None:
+    """Raise unless the arguments are as the docstring describes."""
+    check_step(function, x, grad, {"x0": x0}, {"alpha": (alpha, alphas), "eps": (eps, epsilons)}, samples=True)
+    if ks is None:
+        if not torch.compiler.is_compiling():
+            check_integer(function, "k", k, low=1)
+    elif ks.dtype != torch.int64:
+        raise TypeError(message(function, "k", "an int64 tensor", ks.dtype))
+    elif ks.shape not in ((), x.shape[:1]):
+        raise ValueError(message(function, "k", f"of shape () or {tuple(x.shape[:1])}", tuple(ks.shape)))
+    elif ks.device != x.device:
+        raise ValueError(message(function, "k", f"on the device of x {x.device}", ks.device))

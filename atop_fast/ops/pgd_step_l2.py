@@ -1,0 +1,176 @@
+"""One projected normalised-gradient step in the L2 ball."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._registry import LIBRARY, NAMESPACE, define
+from ._steps import TINY, check_step, either, in_layout_of, norm, run, run_in_place, split, spread, sum_of_draws
+
+
+def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
+    """The op as a user would write it; the baseline of the benchmarks."""
+    moved = _moved(x, grad, spread(alpha, x))
+    delta = moved - x0
+    return (x0 + delta * (spread(eps, x) / norm(delta).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
+
+
+def reference(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> Tensor:
+    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
+    check_arguments("pgd_step_l2", x, grad, x0, alpha, eps, alphas, epsilons)
+    return in_layout_of(x, formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
+
+
+def reference_(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> None:
+    """The specification of the step in place."""
+    check_arguments("pgd_step_l2_", x, grad, x0, alpha, eps, alphas, epsilons)
+    x.copy_(formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
+
+
+_ARGUMENTS = "Tensor grad, Tensor x0, float alpha, float eps, Tensor? alphas=None, Tensor? epsilons=None"
+OP = define(f"pgd_step_l2(Tensor x, {_ARGUMENTS}) -> Tensor", reference, kernels="pgd_step_l2")
+OP_ = define(f"pgd_step_l2_(Tensor(a!) x, {_ARGUMENTS}) -> ()", reference_, kernels="pgd_step_l2")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, grad, x0, ctx.alpha, ctx.eps, alphas, epsilons = inputs
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+        ctx.save_for_backward(x, grad, x0, alphas, epsilons)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Through the scale c(d) of x' = clamp(x0 + d c(d)); docs/math.md#pgd_step_l2."""
+    if not ctx.saved_tensors:
+        return (None,) * 7
+    x, grad, x0, alphas, epsilons = ctx.saved_tensors
+    delta = _moved(x, grad, spread(either(ctx.alpha, alphas), x)) - x0
+    length = norm(delta)
+    ratio = spread(either(ctx.eps, epsilons), x) / length.clamp_min(TINY)
+    scale = ratio.clamp_max(1)
+    projected = x0 + delta * scale
+    dy = dy * ((projected >= 0) & (projected <= 1))
+    along = (dy * delta)[:, None].flatten(1).sum(dim=1).view_as(length) / length.clamp_min(TINY) ** 2
+    # Where the length is below TINY, or the ball is not left, the scale is a constant.
+    dx = dy * scale - torch.where((ratio <= 1) & (length >= TINY), delta * (along * scale), 0)
+    return dx, None, dy - dx, None, None, None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::pgd_step_l2", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
+    r"""Step along the normalised gradient, then project onto the L2 ball around `x0`, and clip to the image range.
+
+    .. math:: v = x + \alpha g / |g|_2, \quad x' = \mathrm{clamp}(x_0 + (v - x_0) \min(1, \epsilon / |v - x_0|_2), 0, 1)
+
+    Args:
+        x: The current images in [0, 1], (B, ...), float32 or float64; the norms are over each sample.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
+            (draws, *x.shape), of which the step takes the sum, added in their order.
+        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
+        alpha: The length of the step in units of [0, 1], finite; negative to descend. A number, or a tensor of shape ()
+            or, one for each sample, (B,), of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
+
+    Returns:
+        x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or number is not as described. What a tensor `alpha` or `eps` holds is not read.
+
+    Notes:
+        NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num); norms below 1e-12 count
+        as 1e-12, so that a gradient of 0 moves nothing. NaN in a sample of `x` or `x0` makes that sample NaN.
+        Clipping follows the projection onto the ball: the result lies in both, but is not always their nearest point.
+        Differentiable once in `x` and `x0`; `grad`, `alpha` and `eps` get no gradient, as if the direction were given.
+        torch.compile makes one graph for each pair of numbers, and one for all tensors.
+
+    Reference:
+        Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, equation 2, for L2.
+
+    Example:
+        >>> x0 = torch.rand(8, 3, 32, 32)
+        >>> x = atop_fast.ops.pgd_step_l2(x0, torch.randn_like(x0), x0, alpha=0.1, eps=0.5)
+        >>> bool((x - x0).flatten(1).norm(dim=1).max() <= 0.1 + 1e-6)
+        True
+    """
+    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
+    check_arguments("pgd_step_l2", x, grad, x0, number, radius, alphas, epsilons)
+    return run(OP, x, grad, x0, (number, radius, alphas, epsilons))
+
+
+def pgd_step_l2_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
+    r"""Take the step of :func:`pgd_step_l2` in place.
+
+    .. math:: x \leftarrow x' \text{ as there}
+
+    Args:
+        x: The images to move; see :func:`pgd_step_l2`. Shares no memory with `grad` and `x0`.
+        grad: The loss gradient at `x`, or those of several draws.
+        x0: The clean images.
+        alpha: The length of the step.
+        eps: The radius of the ball.
+
+    Returns:
+        `x` itself.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If a shape, device or number is not as described, `x` shares memory with `grad` or `x0`, or a
+            tensor requires grad while gradients are recorded.
+
+    Notes:
+        Not differentiable: autograd would not see the step. As with torch's own in-place functions, the version of `x`
+        counts up, so that a graph which still needs the old values notices.
+
+    Reference:
+        As :func:`pgd_step_l2`.
+
+    Example:
+        >>> x0 = torch.rand(8, 3, 32, 32)
+        >>> x = x0.clone()
+        >>> atop_fast.ops.pgd_step_l2_(x, torch.randn_like(x), x0, alpha=0.1, eps=0.5) is x
+        True
+    """
+    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
+    check_arguments("pgd_step_l2_", x, grad, x0, number, radius, alphas, epsilons)
+    return run_in_place("pgd_step_l2_", OP_, x, grad, x0, (number, radius, alphas, epsilons))
+
+
+def check_arguments(
+    function: str,
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None,
+    epsilons: Tensor | None,
+) -> None:
+    """Raise unless the arguments are as the docstrings describe."""
+    check_step(function, x, grad, {"x0": x0}, {"alpha": (alpha, alphas), "eps": (eps, epsilons)}, samples=True)
+
+
+def _moved(x: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
+    g = torch.nan_to_num(sum_of_draws(grad, x))
+    return x + alpha * g / norm(g).clamp_min(TINY)

@@ -1,0 +1,143 @@
+#include "common/launchers.h"
+#include "math/attack_loss.h"
+#include "vector.cuh"
+
+namespace atop {
+namespace {
+
+constexpr int kWarp = 32;
+
+template <typename V>
+__device__ __forceinline__ V from_lane(V v, int distance) {
+  return __shfl_xor_sync(0xFFFFFFFFu, v, distance);
+}
+
+// One sample of a warp: the greatest of its logits, NaN left out, and the first NaN; all lanes hold the same.
+template <typename T, int N>
+struct Row {
+  using C = typename Compute<T>::type;
+  const T* z;  // [classes]
+  int lane, classes;
+  math::Greatest<C, N> top;
+  int32_t first_nan = INT32_MAX;
+
+  __device__ Row(const T* row, int classes) : z(row), lane(threadIdx.x % kWarp), classes(classes) {
+    for (int j = lane; j < classes; j += kWarp) {
+      const C v = load(z[j]);
+      if (v != v) {
+        first_nan = min(first_nan, j);
+      } else {
+        top.insert(v, j);
+      }
+    }
+    for (int distance = kWarp / 2; distance; distance /= 2) {
+      first_nan = min(first_nan, from_lane(first_nan, distance));
+      math::Greatest<C, N> other;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        other.value[i] = from_lane(top.value[i], distance);
+        other.index[i] = from_lane(top.index[i], distance);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) top.insert(other.value[i], other.index[i]);
+    }
+  }
+
+  __device__ bool has_nan() const { return first_nan < classes; }
+  // As torch.argmax, for which NaN is the greatest.
+  __device__ int32_t argmax() const { return has_nan() ? first_nan : top.index[0]; }
+};
+
+// One warp a sample.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    launch_cross_entropy_kernel(const T* __restrict__ logits,        // [batch, classes]
+                                const int64_t* __restrict__ labels,  // [batch]
+                                typename Compute<T>::type* __restrict__ losses,
+                                typename Compute<T>::type* __restrict__ gradient, bool* __restrict__ correct,
+                                int64_t batch, int classes) {
+  using C = typename Compute<T>::type;
+  const int64_t sample = thread_index() / kWarp;
+  if (sample >= batch) return;
+  const Row<T, 1> row(logits + sample * classes, classes);
+  const int64_t y = labels[sample];
+  const bool broken = !math::is_class(y, classes);
+  const C z_y = broken ? C(NAN) : load(row.z[y]), greatest = row.has_nan() ? C(NAN) : row.top.value[0];
+  C others = 0;
+  for (int j = row.lane; j < classes; j += kWarp) {
+    if (j != y) others += math::Exp<C>(load(row.z[j]) - greatest).exp();
+  }
+  for (int distance = kWarp / 2; distance; distance /= 2) others += from_lane(others, distance);
+  const C e_y = math::Exp<C>(z_y - greatest).exp(), scale = math::cross_entropy_scale(e_y, others);
+  for (int j = row.lane; j < classes; j += kWarp) {
+    const C e = math::Exp<C>(load(row.z[j]) - greatest).exp();
+    gradient[sample * classes + j] = scale * (j == y ? -others : e);
+  }
+  if (row.lane) return;
+  losses[sample] = math::cross_entropy(greatest, z_y, e_y, others);
+  correct[sample] = row.argmax() == y;
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    launch_ranked_kernel(const T* __restrict__ logits,         // [batch, classes]
+                         const int64_t* __restrict__ labels,   // [batch]
+                         const int64_t* __restrict__ targets,  // [batch] or null
+                         typename Compute<T>::type* __restrict__ losses,
+                         typename Compute<T>::type* __restrict__ gradient, bool* __restrict__ correct, int64_t batch,
+                         int classes) {
+  using C = typename Compute<T>::type;
+  const int64_t sample = thread_index() / kWarp;
+  if (sample >= batch) return;
+  const Row<T, N> row(logits + sample * classes, classes);
+  const int64_t y = labels[sample], target = targets ? targets[sample] : -1;
+  const bool broken = !math::is_class(y, classes) || (targets && !math::is_class(target, classes));
+  const C nan = NAN, z_y = broken || row.has_nan() ? nan : load(row.z[y]);
+  const C z_target = broken || target < 0 ? nan : load(row.z[target]);
+  const math::Ranked<C, N> loss(row.top, int32_t(y), z_y, int32_t(target), z_target);
+  const C start = math::is_finite(loss.loss) ? C(0) : nan;
+  for (int j = row.lane; j < classes; j += kWarp) {
+    C g = start;
+#pragma unroll
+    for (int i = 0; i < loss.kMoves; ++i) g += loss.index[i] == j ? loss.move[i] : C(0);
+    gradient[sample * classes + j] = g;
+  }
+  if (row.lane) return;
+  losses[sample] = loss.loss;
+  correct[sample] = !broken && row.argmax() == y;
+}
+
+}  // namespace
+
+template <typename T>
+const char* launch_attack_loss(const T* logits, const int64_t* labels, const int64_t* targets, int kind,
+                               typename Compute<T>::type* losses, typename Compute<T>::type* gradient, bool* correct,
+                               int64_t batch, int64_t classes, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const unsigned blocks = blocks_for(batch * kWarp);
+  const int k = int(classes);
+  if (kind == math::kCrossEntropy) {
+    launch_cross_entropy_kernel<T>
+        <<<blocks, kThreads, 0, cuda_stream>>>(logits, labels, losses, gradient, correct, batch, k);
+  } else if (kind == math::kMargin) {
+    launch_ranked_kernel<T, 2>
+        <<<blocks, kThreads, 0, cuda_stream>>>(logits, labels, targets, losses, gradient, correct, batch, k);
+  } else if (targets) {
+    launch_ranked_kernel<T, 4>
+        <<<blocks, kThreads, 0, cuda_stream>>>(logits, labels, targets, losses, gradient, correct, batch, k);
+  } else {
+    launch_ranked_kernel<T, 3>
+        <<<blocks, kThreads, 0, cuda_stream>>>(logits, labels, targets, losses, gradient, correct, batch, k);
+  }
+  return launch_error();
+}
+
+#define ATOP_INSTANTIATE(T)                                                                                 \
+  template const char* launch_attack_loss(const T*, const int64_t*, const int64_t*, int, Compute<T>::type*, \
+                                          Compute<T>::type*, bool*, int64_t, int64_t, void*);
+ATOP_INSTANTIATE(float)
+ATOP_INSTANTIATE(double)
+ATOP_INSTANTIATE(BFloat16)
+ATOP_INSTANTIATE(Half)
+
+}  // namespace atop

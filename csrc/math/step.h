@@ -1,0 +1,53 @@
+#pragma once
+// What the projected steps of attacks share.                                                        docs/math.md#steps
+
+#include "common/macros.h"
+
+namespace atop::math {
+
+// One element of what a step reads; g is the sum of the draws' gradients, made finite where a norm is taken of it.
+template <typename T>
+struct Element {
+  T x, g, x0, x_prev;
+};
+
+// The numbers of one sample.
+template <typename T>
+struct StepNumbers {
+  T alpha, eps, momentum;
+};
+
+// NaN in v passes, as in torch.clamp.
+template <typename T>
+ATOP_HD T clamp(T v, T low, T high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+template <typename T>
+ATOP_HD T sign(T g) {
+  return g > T(0) ? T(1) : g < T(0) ? T(-1) : T(0);
+}
+
+template <typename T>
+constexpr T kLargest = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
+
+// As torch.nan_to_num: NaN becomes 0 and infinity the largest number.
+template <typename T>
+ATOP_HD T finite(T g) {
+  return g != g ? T(0) : clamp(g, -kLargest<T>, kLargest<T>);
+}
+
+// The nearest point of the L-infinity ball, in the image range. NaN in a bound passes, as in torch.clamp.
+template <typename T>
+ATOP_HD T project_linf(T v, T x0, T eps) {
+  const T low = x0 - eps;
+  const T projected = clamp(v, low, x0 + eps);
+  return clamp(low != low ? low : projected, T(0), T(1));
+}
+
+// What keeps a norm from dividing by 0.
+template <typename T>
+constexpr T kTiny = T(1e-12);
+
+}  // namespace atop::math

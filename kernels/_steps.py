@@ -1,0 +1,169 @@
+"""What the kernels of the projected steps share: where a program's elements lie, their gradient, and norms.
+
+A program handles a block of elements of one sample. Norms over a sample of several blocks take one launch each: in
+phase r the programs store the sums of squares of their blocks for norm r, and in later ones they add them up. A sample
+of one block takes one launch, in phase ALL.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atop_fast.ops._steps import in_layout_of as in_layout_of_x
+
+from ._launch import EXACT, in_layout_of, launch, stride_of
+
+# Where a norm is taken, a block is as long as registers allow, and a sample of up to so many elements is one block.
+NORM_BLOCK = 4096
+NORM_WARPS = 8
+ALL = tl.constexpr(-1)
+# As torch.nan_to_num has it.
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def place(N, BLOCK: tl.constexpr):
+    """Of one program: its sample, its block in the sample, where its elements lie and which of them exist."""
+    i_program, n_blocks = tl.program_id(0), tl.cdiv(N, BLOCK)
+    i_sample, i_block = (i_program // n_blocks).to(tl.int64), i_program % n_blocks
+    o = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return i_sample, i_block, i_sample * N + o, o < N
+
+
+@triton.jit
+def read_number(number, values, STRIDE, i_sample):
+    """A number, or that of the sample."""
+    if values is None:
+        return number
+    else:
+        return tl.load(values + i_sample * STRIDE)
+
+
+@triton.jit
+def read_gradient(grad, DRAWS: tl.constexpr, DRAW_STRIDE, o, mask):
+    """The draws' gradients added in their order."""
+    b_g = tl.load(grad + o, mask, other=0.0)
+    for i_draw in range(1, DRAWS):
+        b_g += tl.load(grad + (i_draw * DRAW_STRIDE + o), mask, other=0.0)
+    return b_g
+
+
+@triton.jit
+def sign(b_g):
+    return tl.where(b_g > 0, 1.0, tl.where(b_g < 0, -1.0, 0.0))
+
+
+@triton.jit
+def clamp(b_v, low, high):
+    # Comparisons rather than tl.clamp, so that NaN passes as in torch.clamp.
+    b_v = tl.where(b_v < low, low, b_v)
+    return tl.where(b_v > high, high, b_v)
+
+
+@triton.jit
+def project_linf(b_v, b_x0, eps):
+    low = b_x0 - eps
+    b_v = clamp(b_v, low, b_x0 + eps)
+    return clamp(tl.where(low != low, low, b_v), 0.0, 1.0)
+
+
+@triton.jit
+def finite(b_g):
+    """As torch.nan_to_num."""
+    return tl.where(b_g != b_g, 0.0, clamp(b_g, -LARGEST, LARGEST))
+
+
+@triton.jit
+def norm(b_v, mask, partials, i_sample, i_block, N, R: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr):
+    """Norm R of the sample from phase R + 1 on; in phase R store this block's share of it. Before that, nothing."""
+    if PHASE == ALL:
+        return tl.sqrt_rn(tl.sum(tl.where(mask, b_v * b_v, 0.0)))
+    else:
+        n_blocks = tl.cdiv(N, BLOCK)
+        p_row = partials + (R * (tl.num_programs(0) // n_blocks) + i_sample) * n_blocks
+        b_sum = 0.0
+        if PHASE == R:
+            tl.store(p_row + i_block, tl.sum(tl.where(mask, b_v * b_v, 0.0)))
+        if PHASE > R:
+            i_first = 0
+            while i_first < n_blocks:
+                o = i_first + tl.arange(0, 128)
+                b_sum += tl.sum(tl.load(p_row + o, o < n_blocks, other=0.0))
+                i_first += 128
+        return tl.sqrt_rn(b_sum)
+
+
+def dense_arguments(x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Tensor) -> tuple[Tensor, ...] | None:
+    """The tensors in the layout of `out`, if a sample's elements lie together there, and in every draw."""
+    if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    if grad.dim() == x.dim():
+        grad = in_layout_of(grad, out)
+    elif grad.stride()[1:] != out.stride():
+        if not out.is_contiguous():
+            return None
+        grad = grad.contiguous()
+    return (in_layout_of(x, out), grad, *(in_layout_of(t, out) for t in others))
+
+
+def step(
+    run: Callable[..., None], x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Tensor | None = None
+) -> Tensor:
+    """Have `run(x, grad, *others, out)` write the step of dense tensors to `out`, which may be x."""
+    result = torch.empty_like(x) if out is None else out
+    dense = dense_arguments(x, grad, others, result)
+    if dense is not None:
+        run(*dense, result)
+        return result
+    flat = [t.contiguous() for t in (x, grad, *others)]
+    target = torch.empty_like(flat[0])
+    run(*flat, target)
+    return in_layout_of_x(x, target) if out is None else out.copy_(target)
+
+
+def numbers(*pairs: tuple[float, Tensor | None]) -> tuple[Any, ...]:
+    """Each number with the tensor in its place, and the distance between the samples' numbers there."""
+    return tuple(
+        item for number, values in pairs for item in (number, values, 0 if values is None else stride_of(values))
+    )
+
+
+def draws(x: Tensor, grad: Tensor) -> tuple[int, int]:
+    """The number of draws, and the distance between two of them."""
+    return (grad.shape[0], grad.stride(0)) if grad.dim() > x.dim() else (1, 0)
+
+
+def launch_elements(kernel: Any, tensors: tuple[Tensor, ...], grad: Tensor, values: tuple[Any, ...]) -> None:
+    """Run `kernel` without norms; all samples count as one where no number is a sample's own."""
+    x = tensors[0]
+    rows = len(x) if any(isinstance(v, Tensor) and v.dim() for v in values) else 1
+    n = x.numel() // rows
+    launch(kernel, n, x.device, *tensors, *values, *draws(x, grad), n, rows=rows, **EXACT)
+
+
+def launch_with_norms(
+    kernel: Any, count: int, tensors: tuple[Tensor, ...], grad: Tensor, values: tuple[Any, ...]
+) -> None:
+    """Run `kernel` with `count` norms over each sample; `tensors` begins with x and grad."""
+    x, _, *others = tensors
+    n, rows = x.numel() // len(x), len(x)
+    options = {"rows": rows, "num_warps": NORM_WARPS, **EXACT}
+    if n <= NORM_BLOCK:
+        block = max(128, triton.next_power_of_2(n))
+        launch(
+            kernel, n, x.device, x, grad, *others, None, None, *values, *draws(x, grad), n, -1, block=block, **options
+        )
+        return
+    partials = x.new_empty(count * rows * -(-n // NORM_BLOCK))
+    n_draws, stride = draws(x, grad)
+    total = torch.empty_like(x) if n_draws > 1 else None
+    for phase in range(count + 1):
+        scratch = (partials, total if phase == 0 else None)
+        args = (x, grad, *others, *scratch, *values, n_draws, stride, n, phase)
+        launch(kernel, n, x.device, *args, block=NORM_BLOCK, **options)
+        if total is not None:
+            grad, n_draws, stride = total, 1, 0

@@ -1,0 +1,147 @@
+"""The losses of an attack, their gradients and correct predictions                         docs/math.md#attack_loss
+
+A program handles ROWS samples whole. NaN is taken out first, as it has an order of its own in every reduction.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atop_fast.ops.attack_loss import check_arguments, reference
+
+from ._launch import launch
+from .exp import exp_and_expm1
+from .log1p import log1p
+
+# A program keeps its rows in registers; beyond this many classes the reference sorts faster than it would spill.
+MAX_CLASSES = 4096
+# The numbers of a row are held by many threads at a time, so that many short rows would take many registers.
+MIN_BLOCK = 256
+
+
+@triton.jit
+def _divide(a, b):
+    # The plain division of float32 is only good to 2 ulp; that of float64 is exact.
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _pick(b_z, o_class, b_index):
+    """The logit of one class of every row, and 0 for what is no class."""
+    return tl.sum(tl.where(o_class == b_index[:, None], b_z, 0.0), axis=1)
+
+
+@triton.jit
+def _take(b_z, o_class):
+    """The greatest logit of every row and its class, the lowest among equals; and the logits without it."""
+    b_value = tl.max(b_z, axis=1)
+    b_index = tl.min(tl.where(b_z == b_value[:, None], o_class, 2147483647), axis=1)
+    return b_value, b_index, tl.where(o_class == b_index[:, None], float("-inf"), b_z)
+
+
+@triton.jit
+def _cross_entropy(b_z, o_class, b_y, b_first):
+    b_z_y = _pick(b_z, o_class, b_y)
+    b_e, _ = exp_and_expm1(b_z - b_first[:, None])
+    b_e_y, _ = exp_and_expm1(b_z_y - b_first)
+    is_y = o_class == b_y[:, None]
+    b_others = tl.sum(tl.where(is_y, 0.0, b_e), axis=1)
+    b_loss = (b_first - b_z_y) + log1p(b_others + (b_e_y - 1.0))
+    b_scale = _divide(tl.full(b_e_y.shape, 1.0, b_e_y.dtype), b_others + b_e_y)
+    return b_loss, tl.where(is_y, -b_others[:, None], b_e) * b_scale[:, None]
+
+
+@triton.jit
+def _ranked(b_z, o_class, b_y, b_target, b_first, b_i1, b_rest, KIND: tl.constexpr, HAS_TARGET: tl.constexpr):
+    b_second, b_i2, b_rest = _take(b_rest, o_class)
+    if HAS_TARGET:
+        b_other, b_z_other = b_target, _pick(b_z, o_class, b_target)
+    else:
+        b_other = tl.where(b_i1 == b_y, b_i2, b_i1)
+        b_z_other = tl.where(b_i1 == b_y, b_second, b_first)
+    b_loss = b_z_other - _pick(b_z, o_class, b_y)
+    b_move = tl.where(o_class == b_other[:, None], 1.0, 0.0) - tl.where(o_class == b_y[:, None], 1.0, 0.0)
+    if KIND == 2:
+        b_low, b_i3, b_rest = _take(b_rest, o_class)
+        b_spread = tl.where(o_class == b_i3[:, None], 1.0, 0.0)
+        if HAS_TARGET:
+            b_fourth, b_i4, _ = _take(b_rest, o_class)
+            b_low = (b_low + b_fourth) * 0.5
+            b_spread = tl.where((o_class == b_i3[:, None]) | (o_class == b_i4[:, None]), 0.5, 0.0)
+        b_spread -= tl.where(o_class == b_i1[:, None], 1.0, 0.0)
+        b_slope = _divide(tl.full(b_low.shape, 1.0, b_low.dtype), (b_first - b_low) + 1e-12)
+        b_loss *= b_slope
+        # Each term by itself, as what another class has must not come in as infinity times 0.
+        b_move = tl.where(b_move == 0.0, 0.0, b_move * b_slope[:, None])
+        b_move += tl.where(b_spread == 0.0, 0.0, b_spread * (b_loss * b_slope)[:, None])
+    return b_loss, b_move.to(b_z.dtype)
+
+
+@triton.jit
+def attack_loss_kernel(
+    logits,  # [B, K]
+    labels,  # [B]
+    targets,  # [B], or None
+    losses,  # [B]
+    gradient,  # [B, K]
+    correct,  # [B]
+    B,
+    K,
+    KIND: tl.constexpr,  # the place in LOSSES of the op
+    COLUMNS: tl.constexpr,  # K or more
+    BLOCK: tl.constexpr,
+):
+    ROWS: tl.constexpr = BLOCK // COLUMNS
+    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_class = tl.arange(0, COLUMNS)[None, :]
+    is_row = o_row < B
+    mask = is_row[:, None] & (o_class < K)
+    o_z = o_row[:, None] * K + o_class
+    b_z = tl.load(logits + o_z, mask, other=float("-inf"))
+    b_z = b_z if b_z.dtype == tl.float64 else b_z.to(tl.float32)
+    b_nan = tl.min(tl.where(b_z != b_z, o_class, 2147483647), axis=1)
+    b_z = tl.where(b_z != b_z, float("-inf"), b_z)
+    b_y = tl.load(labels + o_row, is_row, other=0)
+    is_broken = (b_y < 0) | (b_y >= K)
+    b_first, b_i1, b_rest = _take(b_z, o_class)
+    if KIND == 0:
+        b_loss, b_gradient = _cross_entropy(b_z, o_class, b_y, b_first)
+    elif targets is None:
+        b_loss, b_gradient = _ranked(b_z, o_class, b_y, b_y, b_first, b_i1, b_rest, KIND, False)
+    else:
+        b_target = tl.load(targets + o_row, is_row, other=0)
+        is_broken = is_broken | (b_target < 0) | (b_target >= K)
+        b_loss, b_gradient = _ranked(b_z, o_class, b_y, b_target, b_first, b_i1, b_rest, KIND, True)
+    b_loss = tl.where(is_broken | (b_nan < K), float("nan"), b_loss)
+    # Not finite for the ranked losses, NaN for the cross-entropy.
+    is_lost = b_loss != b_loss if KIND == 0 else b_loss - b_loss != 0.0
+    b_gradient = tl.where(is_lost[:, None], float("nan"), b_gradient)
+    is_right = (tl.where(b_nan < K, b_nan, b_i1) == b_y) & (is_broken == 0)
+    tl.store(gradient + o_z, b_gradient, mask)
+    tl.store(losses + o_row, b_loss, is_row)
+    tl.store(correct + o_row, is_right.to(tl.int8), is_row)
+
+
+def launch_attack_loss(
+    logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The Triton implementation of atop_fast::attack_loss."""
+    check_arguments("attack_loss", logits, labels, targets, kind)
+    batch, classes = logits.shape
+    if classes > MAX_CLASSES:
+        return reference(logits, labels, targets, kind)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    losses = torch.empty(batch, dtype=wide, device=logits.device)
+    gradient = torch.empty((batch, classes), dtype=wide, device=logits.device)
+    correct = torch.empty(batch, dtype=torch.bool, device=logits.device)
+    if batch:
+        columns = max(2, triton.next_power_of_2(classes))
+        block = max(MIN_BLOCK, columns)
+        inputs = (logits.contiguous(), labels.contiguous(), None if targets is None else targets.contiguous())
+        outputs = (losses, gradient, correct.view(torch.int8))
+        launch(
+            attack_loss_kernel, batch * columns, logits.device, *inputs, *outputs, batch, classes, kind, columns,
+            block=block,
+        )  # fmt: skip
+    return losses, gradient, correct

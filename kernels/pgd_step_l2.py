@@ -1,0 +1,90 @@
+"""v = x + alpha g / |g|,  d = v - x0,  x' = clamp(x0 + d min(1, eps / |d|), 0, 1)         docs/math.md#pgd_step_l2"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atop_fast.ops.pgd_step_l2 import check_arguments, reference
+
+from ._steps import ALL, clamp, finite, launch_with_norms, norm, numbers, place, read_gradient, read_number, step
+
+TINY = tl.constexpr(1e-12)
+
+
+@triton.jit
+def pgd_step_l2_fwd_kernel(
+    x,  # [B, N]
+    grad,  # [DRAWS, B, N]
+    x0,  # [B, N]
+    out,  # [B, N], may be x
+    partials,  # [2, B, blocks of a sample], or None
+    total,  # [B, N] for the sum of the draws, or None
+    alpha,
+    alphas,  # [B], or None
+    ALPHA_STRIDE,
+    eps,
+    epsilons,  # [B], or None
+    EPS_STRIDE,
+    DRAWS: tl.constexpr,
+    DRAW_STRIDE,
+    N,
+    PHASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_sample, i_block, o, mask = place(N, BLOCK)
+    b_g = finite(read_gradient(grad, DRAWS, DRAW_STRIDE, o, mask))
+    if total is not None:
+        tl.store(total + o, b_g, mask)
+    g_norm = norm(b_g, mask, partials, i_sample, i_block, N, 0, PHASE, BLOCK)
+    if PHASE != 0:
+        b_x, b_x0 = tl.load(x + o, mask), tl.load(x0 + o, mask)
+        length = tl.where(g_norm < TINY, TINY, g_norm)
+        b_d = b_x + tl.div_rn(read_number(alpha, alphas, ALPHA_STRIDE, i_sample), length) * b_g - b_x0
+        d_norm = norm(b_d, mask, partials, i_sample, i_block, N, 1, PHASE, BLOCK)
+        if PHASE == 2 or PHASE == ALL:
+            length = tl.where(d_norm < TINY, TINY, d_norm)
+            ratio = tl.div_rn(read_number(eps, epsilons, EPS_STRIDE, i_sample), length)
+            b_d = b_d * tl.where(ratio > 1.0, 1.0, ratio)
+            tl.store(out + o, clamp(b_x0 + b_d, 0.0, 1.0), mask)
+
+
+def launch_pgd_step_l2(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> Tensor:
+    """The Triton implementation of atop_fast::pgd_step_l2."""
+    check_arguments("pgd_step_l2", x, grad, x0, alpha, eps, alphas, epsilons)
+    # Triton passes numbers as float32, so that float64 is left to the reference.
+    if x.dtype != torch.float32 or x.numel() == 0:
+        return reference(x, grad, x0, alpha, eps, alphas, epsilons)
+    return step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,))
+
+
+def launch_pgd_step_l2_(
+    x: Tensor,
+    grad: Tensor,
+    x0: Tensor,
+    alpha: float,
+    eps: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> None:
+    """The Triton implementation of atop_fast::pgd_step_l2_."""
+    check_arguments("pgd_step_l2_", x, grad, x0, alpha, eps, alphas, epsilons)
+    if x.dtype != torch.float32 or x.numel() == 0:
+        x.copy_(reference(x, grad, x0, alpha, eps, alphas, epsilons))
+    else:
+        step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,), out=x)
+
+
+def _run(values: tuple[Any, ...], x: Tensor, grad: Tensor, x0: Tensor, out: Tensor) -> None:
+    launch_with_norms(pgd_step_l2_fwd_kernel, 2, (x, grad, x0, out), grad, values)

@@ -1,0 +1,410 @@
+"""Diagnostics: plain models pass, every defect is found by the check that is named after it, nothing is changed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atop_fast import PGD, RT1, RT2, Defense, build_classifier, mnist5k, save_model
+from atop_fast.doctor import CHECKS, check_contract, diagnose, format_findings
+from atop_fast.doctor._probe import Probe, excess
+from atop_fast.doctor.command import doctor
+from atop_fast.randomness import derive_seed, permutation, seeded
+
+EPS = 0.15
+DEFENSE_CHECKS = {"gradient_modes", "fixed_randomness", "useless_transform"}
+
+
+def train(model, data, epochs, eps):
+    """Cross-entropy on PGD-5 images of a growing radius; eps 0 trains on clean ones."""
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for epoch in range(epochs):
+        radius = eps * min(1, (epoch + 1) / 4)
+        attack = PGD(model, eps=radius, steps=5, seed=epoch)
+        for ids in permutation(len(data), 0, epoch).split(100):
+            x, y = data.images[ids], data.labels[ids]
+            loss = F.cross_entropy(model(attack(x, y, ids) if eps else x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Digits of 16x16 pixels: 1,500 to train on, and 200 others."""
+    data = mnist5k()
+    data = type(data)(F.avg_pool2d(data.images, 2), data.labels, data.classes)
+    train_part, test_part = data.split(1500, 0)
+    return train_part, test_part.take(slice(0, 200))
+
+
+@pytest.fixture(scope="module")
+def standard(digits):
+    """An undefended classifier."""
+    with seeded(0):
+        return train(build_classifier("small_cnn", width=12), digits[0], 12, 0.0)
+
+
+@pytest.fixture(scope="module")
+def robust(digits, standard):
+    """The same, trained on further: adversarially."""
+    with seeded(0):
+        model = build_classifier("small_cnn", width=12)
+    model.load_state_dict(standard.state_dict())
+    return train(model.train(), digits[0], 6, EPS)
+
+
+class Changed(nn.Module):
+    """A classifier whose input, output or both are changed."""
+
+    def __init__(self, model, before=None, after=None):
+        super().__init__()
+        self.model, self.before, self.after = model, before, after
+
+    def forward(self, x):
+        z = self.model(x if self.before is None else self.before(x))
+        return z if self.after is None else self.after(z)
+
+
+def found(findings):
+    """Names of the findings that are no pass, with their status."""
+    return {f.name: f.status for f in findings if f.status != "pass"}
+
+
+def run(model, data, **options):
+    return found(diagnose(model, data.images, data.labels, eps=EPS, **options))
+
+
+@pytest.mark.parametrize("kind", ["standard", "robust"])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_plain_models_pass(request, digits, kind, norm):
+    model, data = request.getfixturevalue(kind), digits[1]
+    findings = diagnose(model, data.images, data.labels, norm=norm, eps=EPS if norm == "Linf" else 1.0)
+    assert [f.name for f in findings] == [name for name in CHECKS if name not in DEFENSE_CHECKS]
+    assert found(findings) == {}, format_findings(findings)
+
+
+def test_the_trained_model_is_robust(digits, standard, robust):
+    """Else the test above would say little."""
+    x, y = digits[1].images, digits[1].labels
+    left = []
+    for model in (standard, robust):
+        with torch.no_grad():
+            left.append(float((model(PGD(model, eps=EPS, steps=20)(x, y)).argmax(dim=1) == y).float().mean()))
+    assert left[1] > left[0] + 0.2
+
+
+def test_shattered_gradient_fails(digits, robust):
+    bad = run(Changed(robust, lambda x: (4 * x).round() / 4), digits[1])
+    assert bad["zero_gradient"] == bad["finite_difference"] == "fail"
+
+
+def test_gradient_of_another_function_fails(digits, standard):
+    """Not zero, so that only the finite difference can tell."""
+    bad = run(Changed(standard, lambda x: (15 * x).round() / 15 + 1e-3 * x), digits[1])
+    assert bad["finite_difference"] == "fail"
+    assert "zero_gradient" not in bad
+
+
+@pytest.mark.parametrize("kind", ["standard", "robust"])
+def test_useless_random_transform_fails(request, digits, kind):
+    defense = Defense(RT2(4, 0.0, 0.02), None, request.getfixturevalue(kind)).eval()
+    bad = run(defense, digits[1])
+    assert bad["useless_transform"] == "fail"
+
+
+class Binarise(nn.Module):
+    """A purifier that takes images close to black and white: robust on digits, with or without a gradient."""
+
+    def __init__(self, slope):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, corrupted):
+        return torch.tanh(self.slope * corrupted[:, :-2])
+
+
+def test_a_defence_that_works_passes(digits, standard):
+    assert run(Defense(RT1(2, 0.05), Binarise(4), standard).eval(), digits[1]) == {}
+
+
+def test_purifier_that_masks_its_gradient_is_found(digits, standard):
+    # A tanh this steep is 1 in float32, and its gradient 0, wherever the image is not mid-grey.
+    defense = Defense(RT1(2, 0.05), Binarise(400), standard).eval()
+    findings = diagnose(defense, digits[1].images, digits[1].labels, eps=EPS, checks=["finite_difference"])
+    assert found(findings) == {"finite_difference": "fail"}
+
+
+def test_gradient_only_at_the_images_is_weaker_in_many_steps(digits, standard):
+    def before(x):
+        # The mean of four 8-bit pixels is a multiple of 1 / 1020; PGD's random start is not.
+        grid = ((1020 * x).round() / 1020 - x).abs().amax(dim=(1, 2, 3), keepdim=True) < 1e-6
+        return torch.where(grid, x, x.detach())
+
+    assert run(Changed(standard, before), digits[1], checks=["iterations"]) == {"iterations": "fail"}
+
+
+class WrongBackward(torch.autograd.Function):
+    """The identity, with the gradient's sign turned."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+def test_misleading_gradient_fails(digits, standard):
+    bad = run(Changed(standard, WrongBackward.apply), digits[1])
+    assert bad["finite_difference"] == bad["black_box"] == "fail"
+
+
+def test_misleading_purifier_is_weaker_than_bpda(digits, standard):
+    class Turned(nn.Module):
+        def forward(self, corrupted):
+            return WrongBackward.apply(corrupted[:, :-2])
+
+    defense = Defense(RT2(4, 0.0, 0.02), Turned(), standard).eval()
+    bad = run(defense, digits[1], checks=["gradient_modes", "iterations"])
+    assert bad["gradient_modes"] == "fail"
+
+
+def test_accuracy_that_does_not_fall_fails(digits):
+    """An input that is ignored: 90 % right by the image's identity, which is no robustness that an attack can test."""
+    labels = digits[1].labels
+
+    def oracle(x):
+        right = F.one_hot(labels[permutation(200, derive_seed(0, "doctor"), 0)[:64].sort()[0]], 10).float()
+        return right[: len(x)] + 0 * x.sum(dim=(1, 2, 3))[:, None]
+
+    bad = run(oracle, digits[1], checks=["eps_sweep"])
+    assert bad == {"eps_sweep": "fail"}
+
+
+CONTRACT = {
+    "softmax": ("logits", "fail", lambda m: Changed(m, after=lambda z: z.softmax(1))),
+    "log-softmax": ("logits", "warn", lambda m: Changed(m, after=lambda z: z.log_softmax(1))),
+    "sigmoid": ("logits", "warn", lambda m: Changed(m, after=torch.sigmoid)),
+    "NaN": ("finite", "fail", lambda m: Changed(m, after=lambda z: torch.where(z[:, :1] > 0, z, torch.nan))),
+    "detached": ("finite", "fail", lambda m: Changed(m, torch.Tensor.detach)),
+    "saturated": ("zero_gradient", "fail", lambda m: Changed(m, after=lambda z: 1e4 * z)),
+    "constant": ("accuracy", "warn", lambda m: Changed(m, lambda x: 0 * x)),
+    "dropout": ("mode", "fail", lambda m: Changed(m, nn.Dropout(0.5)).train()),
+    "functional dropout": ("determinism", "warn", lambda m: Changed(m, lambda x: F.dropout(x, 0.2))),
+    "batch norm": ("batch_coupling", "fail", lambda m: Changed(m, nn.BatchNorm2d(1)).train()),
+    "batch statistics": ("batch_coupling", "fail", lambda m: Changed(m, nn.BatchNorm2d(1, track_running_stats=False))),
+}
+
+
+@pytest.mark.parametrize("defect", CONTRACT)
+def test_contract(digits, standard, defect):
+    name, status, build = CONTRACT[defect]
+    findings = check_contract(build(standard), digits[1].images, digits[1].labels)
+    assert found(findings).get(name) == status, format_findings(findings)
+    reason = {f.name: f.reason for f in findings}[name]
+    told = {"saturated": "saturate the softmax", "detached": "cut off", "dropout": "Dropout", "batch norm": "eval()"}
+    assert told.get(defect, "") in reason
+
+
+class Centroids(nn.Module):
+    """The nearest mean image of a class, which shift and scale of the images lead astray."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.register_buffer("means", torch.stack([data.images[data.labels == k].mean(dim=0) for k in range(10)]))
+
+    def forward(self, x):
+        c = normalised(self.means).flatten(1)
+        return 2 * x.flatten(1) @ c.T - c.square().sum(dim=1)
+
+
+def normalised(x):
+    return (x - 0.1307) / 0.3081
+
+
+def test_normalisation_that_costs_accuracy_fails(digits):
+    centroids = Centroids(digits[0])
+    for before, status in ((normalised, None), (None, "fail")):
+        findings = check_contract(Changed(centroids, before), digits[1].images, digits[1].labels)
+        assert found(findings).get("normalisation") == status, format_findings(findings)
+
+
+def test_double_normalisation_is_found_at_the_first_layer(digits, standard):
+    x, y = digits[1].images, digits[1].labels
+    for before, status in ((normalised, None), (lambda x: normalised(normalised(x)), "warn")):
+        model = Changed(standard, before)
+        assert found(check_contract(model, x, y, checks=["normalisation"])).get("normalisation") == status
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: 255 * x, "divide by 255"),
+        (lambda x: 2 * x - 1, r"looks like [-1, 1]"),
+        (lambda x: (x - 0.1307) / 0.3081, "normalisation"),
+        (lambda x: torch.where(x > 0.9, torch.nan, x), "NaN"),
+    ],
+)
+def test_images_outside_0_1(digits, standard, change, said):
+    (finding,) = diagnose(standard, change(digits[1].images), digits[1].labels)
+    assert (finding.name, finding.status) == ("images", "fail")
+    assert said in finding.reason
+
+
+def test_whose_randomness(digits, standard):
+    generator = torch.Generator()
+
+    def noisy(x):
+        return standard(x + 0.05 * torch.randn(x.shape, generator=generator))
+
+    models = {
+        "none": standard,
+        "keys": Defense(RT2(4, 0.25, 0.1), None, standard),
+        "torch's global generator": Changed(standard, lambda x: x + 0.05 * torch.randn_like(x)),
+        "other": noisy,
+    }
+    for source, model in models.items():
+        (finding,) = check_contract(model, digits[1].images, digits[1].labels, checks=["determinism"])
+        assert finding.numbers["source"] == source
+    assert finding.status == "fail"
+
+
+def test_cost_counts_what_autograd_keeps(digits):
+    """Twice exp keeps both results, float32; a frozen linear layer keeps its weight, which is no image's."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    x, y = digits[1].images, digits[1].labels
+    (plain,) = check_contract(model, x, y, checks=["cost"])
+    (twice,) = check_contract(Changed(model, lambda x: x.exp().exp()), x, y, checks=["cost"])
+    assert twice.numbers["saved_bytes"] - plain.numbers["saved_bytes"] == 2 * 4 * 256
+    seconds = plain.numbers["protocol_seconds"]
+    assert 0 < seconds["quick"] < seconds["pgd-200"] < seconds["autoattack"]
+
+
+def test_gradient_noise_follows_its_law(digits):
+    """Gradients 0.5 + 1.5 n in every pixel: SNR(n) = n / 9, and the cosine is sqrt(1 / (1 + 9 / n))."""
+    x, y = torch.full((8, 1, 16, 16), 0.5), torch.zeros(8, dtype=torch.int64)
+
+    def model(images):
+        # The cross-entropy of two equal logits has the gradient (-1/2, 1/2) in them, whatever the noise.
+        z = (images + 1.5 * torch.randn_like(images)).detach() * images
+        z = z.sum(dim=(1, 2, 3)) - z.sum(dim=(1, 2, 3)).detach()
+        return torch.stack((-z, z), dim=1) + torch.randn(1)
+
+    options = {"norm": "Linf", "eps": EPS, "seed": 0, "steps": 1, "eot_iter": None, "total": 8}
+    cosines = Probe(model, x, y, torch.arange(8), **options).cosines
+    for n, cosine in cosines.items():
+        assert cosine == pytest.approx(math.sqrt(1 / (1 + 9 / n)), abs=0.02)
+    (finding,) = diagnose(model, x, y, checks=["gradient_noise"])
+    # 1 / (1 + 9 / n) >= 0.81 from n = 38.4.
+    assert finding.numbers["recommended_eot_iter"] == 64
+
+
+def test_excess_is_mcnemar():
+    a, b = torch.zeros(100), torch.zeros(100)
+    a[:9], b[9:10] = 1, 1
+    assert excess(a, b) == pytest.approx((9 - 1) / math.sqrt(9 + 1))
+    assert excess(a, a) == 0
+
+
+def test_nothing_is_changed(digits, standard):
+    x, y = digits[1].images, digits[1].labels
+    norm = nn.BatchNorm2d(1)
+    model = Changed(standard, norm).train()
+    norm.weight.requires_grad_(False)
+
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.calls = model, 0
+
+        def forward(self, images):
+            self.calls += 1
+            # While another tensor stands in a buffer's place.
+            norm.running_mean = norm.running_mean + 1
+            if self.calls > 20:
+                raise KeyError("stop")
+            return self.model(images)
+
+    def state():
+        flags = [m.training for m in model.modules()] + [p.requires_grad for p in model.parameters()]
+        values = [v.clone() for v in model.state_dict().values()]
+        return flags, [id(b) for b in model.buffers()], values, torch.get_rng_state()
+
+    before = state()
+    diagnose(model, x, y, eps=EPS, max_images=8, steps=1)
+    wrapped = Fails().train()
+    with pytest.raises(KeyError):
+        diagnose(wrapped, x, y, eps=EPS, max_images=8, steps=1)
+    after = state()
+    assert before[:2] == after[:2]
+    assert all(torch.equal(a, b) for a, b in zip(before[2], after[2], strict=True))
+    assert torch.equal(before[3], after[3])
+    assert all(p.grad is None or not p.grad.any() for p in norm.parameters())
+
+
+def test_repeats_and_is_json(digits, standard):
+    defense = Defense(RT2(4, 0.25, 0.1), None, standard)
+    checks = [name for name in CHECKS if name != "cost"]
+    options = {"eps": EPS, "max_images": 8, "steps": 2, "checks": checks}
+    first, second = (diagnose(defense, digits[1].images, digits[1].labels, **options) for _ in range(2))
+    assert first == second
+    assert [f["name"] for f in json.loads(json.dumps([asdict(f) for f in first]))] == checks
+    table = format_findings(first)
+    assert max(map(len, table.splitlines())) <= 120
+    assert all(name in table for name in checks)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model": 3}, "model must be a callable"),
+        ({"model": lambda x: x}, "model must be a callable to logits"),
+        ({"model": nn.Conv2d(3, 3, 1)}, "x must be images that the networks take"),
+        ({"x": torch.zeros(4, 8)}, "x must be images of shape"),
+        ({"x": torch.zeros(0, 1, 16, 16), "y": torch.zeros(0, dtype=torch.int64)}, "x must be at least one"),
+        ({"y": torch.full((4,), 10)}, "y must be class indices below the model's 10 logits"),
+        ({"norm": "L0"}, "norm must be one of"),
+        ({"eps": 0.0}, "eps must be > 0"),
+        ({"eps": -1.0}, "eps must be finite"),
+        ({"steps": 0}, "steps must be an integer"),
+        ({"eot_iter": 0}, "eot_iter must be an integer"),
+        ({"max_images": 0}, "max_images must be an integer"),
+        ({"checks": ["everything"]}, "checks must be one of"),
+    ],
+)
+def test_bad_arguments(change, expected):
+    given = {"model": build_classifier("small_cnn"), "x": torch.zeros(4, 1, 16, 16)}
+    given |= {"y": torch.zeros(4, dtype=torch.int64), **change}
+    with pytest.raises((TypeError, ValueError), match=f"diagnose: {expected}"):
+        diagnose(**given)
+
+
+def test_command(digits, standard, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    for i, (x, y) in enumerate(zip(digits[1].images, digits[1].labels, strict=True)):
+        (tmp_path / "images" / str(int(y))).mkdir(parents=True, exist_ok=True)
+        image.fromarray((255 * x[0]).byte().numpy()).save(tmp_path / "images" / str(int(y)) / f"{i}.png")
+    options = {"channels": 1, "classes": 10, "width": 12}
+    save_model(tmp_path / "classifier.safetensors", standard, "classifier", "small_cnn", **options)
+    from atop_fast.config import DataConfig, TransformConfig
+
+    given = {"out": str(tmp_path / "doctor.json"), "data": DataConfig(str(tmp_path / "images"), None, True, 0)}
+    given |= {"images": 16, "steps": 2, "eps": EPS}
+    doctor(str(tmp_path / "classifier.safetensors"), alone=True, **given)
+    assert "pass  eps_sweep" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        doctor(str(tmp_path / "classifier.safetensors"), transform=TransformConfig(mask_ratio=0.0, sigma=0.02), **given)
+    assert stop.value.code == 1
+    status = {f["name"]: f["status"] for f in json.loads((tmp_path / "doctor.json").read_text())}
+    assert status["useless_transform"] == "fail"

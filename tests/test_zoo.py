@@ -1,0 +1,233 @@
+"""load_classifier: RobustBench's checkpoints by path and by name; files that hold code are refused."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from atop_fast import build_classifier, load_classifier, save_model
+from atop_fast.classifiers import WideResNet
+from atop_fast.randomness import seeded
+from atop_fast.zoo import _autoattack_is_pyautoattack
+
+X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TINY = {"depth": 10, "widen": 1}
+
+
+def randomised(model):
+    """Running statistics and weights away from their first values, so that every parameter matters."""
+    for parameter in model.state_dict().values():
+        if parameter.is_floating_point():
+            nn.init.uniform_(parameter, 0.05, 0.2) if parameter.dim() == 1 else nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(X)
+
+
+@pytest.fixture
+def tiny():
+    with seeded(0):
+        return randomised(build_classifier("wrn_28_10", **TINY))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("resnet18", 11_173_962), ("wrn_28_10", 36_479_194), ("wrn_34_10", 46_160_474)]
+)
+def test_architectures_have_the_known_number_of_parameters(name, parameters):
+    with torch.device("meta"):
+        model = build_classifier(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_parameter_names_are_those_of_trades():
+    names = set(build_classifier("wrn_28_10", depth=16, widen=2).state_dict())
+    expected = {"conv1.weight", "block1.layer.0.convShortcut.weight", "block2.layer.0.bn1.running_mean"}
+    expected |= {"block3.layer.1.conv2.weight", "block1.layer.1.bn2.weight", "bn1.bias", "fc.weight", "fc.bias"}
+    assert expected <= names
+    assert "block1.layer.1.convShortcut.weight" not in names
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {"state_dict": {f"module.model.{key}": value for key, value in state.items()}},
+        lambda state: {**state, "sub_block1.layer.0.bn1.weight": torch.ones(16)},
+    ],
+    ids=["plain", "state_dict", "module", "both", "unused-block"],
+)
+def test_checkpoints_load_in_every_form(wrap, tiny, tmp_path):
+    torch.save(wrap(tiny.state_dict()), tmp_path / "c.pt")
+    loaded = load_classifier(tmp_path / "c.pt", "wrn_28_10", **TINY)
+    assert not loaded.training
+    assert torch.equal(logits(loaded), logits(tiny))
+
+
+def deepmind_name(key):
+    """TRADES' names to DeepMind's, written independently of the loader."""
+    stage, _, rest = key.partition(".")
+    if stage.startswith("block"):
+        number, name, kind = rest.removeprefix("layer.").split(".")
+        names = {"bn1": "batchnorm_0", "bn2": "batchnorm_1", "conv1": "conv_0", "conv2": "conv_1"}
+        name = names.get(name, "shortcut")
+        return f"layer.{int(stage[-1]) - 1}.block.{number}.{name}.{kind}"
+    return {"conv1": "init_conv", "bn1": "batchnorm", "fc": "logits"}[stage] + "." + rest
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_deepminds_checkpoints_load(activation, tmp_path):
+    with seeded(0):
+        model = randomised(WideResNet(**TINY, activation=activation, deepmind=True))
+    state = {deepmind_name(key): value for key, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "c.pt")
+    loaded = load_classifier(tmp_path / "c.pt", "wrn_28_10", **TINY, activation=activation, deepmind=True)
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match=r"a checkpoint whose weights fit WideResNet, got .*Missing key"):
+        load_classifier(tmp_path / "c.pt", "wrn_28_10", **TINY)
+
+
+def test_own_files_load(tmp_path):
+    model = build_classifier("small_cnn", channels=3).eval()
+    save_model(tmp_path / "c.safetensors", model, "classifier", "small_cnn", channels=3)
+    assert torch.equal(logits(load_classifier(tmp_path / "c.safetensors")), logits(model))
+
+
+class Malicious:
+    """Pickles into a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("wrap", [lambda bad: bad, lambda bad: {"state_dict": {"conv1.weight": bad}}])
+def test_files_that_hold_code_are_refused(wrap, tmp_path):
+    path, touched = tmp_path / "c.pt", tmp_path / "touched"
+    torch.save(wrap(Malicious(touched)), path)
+    with pytest.raises(ValueError, match=r"load_classifier: name_or_path must be a checkpoint of tensors alone .* got"):
+        load_classifier(path, "wrn_28_10", **TINY)
+    assert not touched.exists()
+    torch.load(path, weights_only=False)
+    assert touched.exists(), "the file would have run its code"
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (None, "a readable checkpoint of torch.save"),
+        (b"", "a readable checkpoint of torch.save"),
+        (b"\x00" * 100, "got .*c.pt"),
+        ([1, 2], 'a state dict, or {"state_dict": ...}'),
+        ({"epoch": 3}, 'a state dict, or {"state_dict": ...}'),
+        ({"conv1.weight": torch.ones(3)}, r"weights fit WideResNet, got .*c\.pt \(Error.*Missing key"),
+    ],
+    ids=["missing", "empty", "zeros", "list", "numbers", "other-weights"],
+)
+def test_other_files_are_refused(content, pattern, tmp_path):
+    path = tmp_path / "c.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=f"load_classifier: name_or_path must be .*{pattern}"):
+        load_classifier(path, "wrn_28_10", **TINY)
+
+
+@pytest.mark.parametrize(
+    ("call", "pattern"),
+    [
+        (lambda: load_classifier("c.pt"), r"architecture must be the architecture of c\.pt: one of 'small_cnn'"),
+        (lambda: load_classifier("c.pt", "vgg"), "architecture must be one of 'small_cnn', .* got 'vgg'"),
+        (lambda: load_classifier("Standard", dataset="mnist"), "dataset must be one of 'cifar10', 'cifar100'"),
+        (lambda: load_classifier("Standard", threat_model="L7"), "threat_model must be one of 'Linf', 'L2'"),
+        (lambda: WideResNet(depth=12), "WideResNet: depth must be 6 n \\+ 4 for an integer n, got 12"),
+        (lambda: WideResNet(deepmind=True, channels=1), "WideResNet: channels must be 3 with deepmind, got 1"),
+    ],
+)
+def test_wrong_input_is_named(call, pattern):
+    with pytest.raises(ValueError, match=pattern):
+        call()
+
+
+def test_a_name_without_robustbench_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "robustbench"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "robustbench", None)
+    with pytest.raises(ImportError, match=r"'Standard' needs the package robustbench: pip install 'atop-fast\[zoo\]'"):
+        load_classifier("Standard")
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    """The CIFAR-10 models of the package robustbench for Linf."""
+    try:
+        with _autoattack_is_pyautoattack():
+            models = importlib.import_module("robustbench.model_zoo.models").model_dicts
+            enums = importlib.import_module("robustbench.model_zoo.enums")
+        assert "autoattack" not in sys.modules
+    except ImportError as error:
+        pytest.skip(f"robustbench is not installed ({error})")
+    return models[enums.BenchmarkDataset("cifar10")][enums.ThreatModel("Linf")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("theirs", "options", "architecture", "ours"),
+    [
+        ("wide_resnet.WideResNet", {"depth": 16, "widen_factor": 2, "sub_block1": True}, "wrn_28_10", {}),
+        ("dm_wide_resnet.DMWideResNet", {"depth": 16, "width": 2}, "wrn_28_10", {"deepmind": True}),
+        ("resnet.ResNet18", {}, "resnet18", None),
+    ],
+)
+def test_logits_are_those_of_robustbenchs_network(theirs, options, architecture, ours, zoo, tmp_path):
+    module, _, name = theirs.partition(".")
+    network = getattr(importlib.import_module(f"robustbench.model_zoo.architectures.{module}"), name)
+    with seeded(0):
+        model = randomised(network(**options))
+    torch.save(model.state_dict(), tmp_path / "c.pt")
+    ours = {} if ours is None else {"depth": 16, "widen": 2, **ours}
+    loaded = load_classifier(tmp_path / "c.pt", architecture, **ours)
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_download_asks_robustbench(zoo, tmp_path, monkeypatch):
+    asked, model = [], nn.Flatten()
+
+    def fetch(**arguments):
+        asked.append(arguments)
+        return model
+
+    monkeypatch.setattr("robustbench.utils.load_model", fetch)
+    assert load_classifier("Standard", folder=tmp_path, download=True) is model
+    assert not model.training
+    expected = {"model_name": "Standard", "model_dir": str(tmp_path), "dataset": "cifar10", "threat_model": "Linf"}
+    assert asked == [expected]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_named_models_are_read_and_never_fetched_unasked(zoo, tmp_path, monkeypatch):
+    tiny = importlib.import_module("robustbench.model_zoo.architectures.wide_resnet").WideResNet
+    monkeypatch.setitem(zoo["Standard"], "model", lambda: tiny(depth=10, widen_factor=1))
+    with pytest.raises(ValueError, match=r"a model whose file is at .*Standard\.pt, or download=True, got 'Standard'"):
+        load_classifier("Standard", folder=tmp_path)
+    with pytest.raises(ValueError, match="name_or_path must be one of 'Andriushchenko2020Understanding'"):
+        load_classifier("NoSuchModel", folder=tmp_path)
+    with seeded(0):
+        model = randomised(tiny(depth=10, widen_factor=1))
+    path = tmp_path / "cifar10" / "Linf" / "Standard.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)
+    assert torch.equal(logits(load_classifier("Standard", folder=tmp_path)), logits(model))
