@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_fits, check_integer, message
-from ..attacks import Model, draw_logits
+from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense
 from ..randomness import derive_seed, seeded
 from ..transforms import RandomTransform
@@ -31,7 +31,7 @@ class Judge:
             whose draws are repeated calls; torch's generators are seeded for them and restored.
         seed: key of the evaluation.
         draws, selection_draws: numbers of draws; both become 1 for a deterministic model.
-        max_batch: most images in one forward pass.
+        max_batch: most images in one forward pass; None: as many as the attacks would take, found out by trial().
 
     Logits are computed in float32: no autocast, no TF32, on the model as it is.
     """
@@ -40,31 +40,36 @@ class Judge:
         self.model, self.seed = model, check_integer("evaluate", "seed", seed)
         self.draws = check_integer("evaluate", "draws", draws, low=1)
         self.selection_draws = check_integer("evaluate", "selection_draws", selection_draws, low=1)
-        self.max_batch = 1024 if max_batch is None else check_integer("evaluate", "max_batch", max_batch, low=1)
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether one draw tells everything."""
-        return self.draws == self.selection_draws == 1
+        self.deterministic = False
+        self.max_batch = None if max_batch is None else check_integer("evaluate", "max_batch", max_batch, low=1)
 
     def trial(self, x: Tensor, labels: Tensor) -> bool:
         """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
-        x, labels = x[:TRIAL_IMAGES], labels[:TRIAL_IMAGES]
         ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")
-        key = (seed, ids, 0) if isinstance(self.model, Defense) else ()
+        key = (seed, ids[:1], 0) if isinstance(self.model, Defense) else ()
         # A model that does not fit its images should fail here, not after an hour.
-        with check_fits("evaluate", "x", x):
-            with torch.no_grad(), full_precision(x.device), seeded(seed, x.device):
-                shape = tuple(self.model(x.float(), *key).shape)
+        with check_fits("evaluate", "x", x), full_precision(x.device):
+            with torch.no_grad(), seeded(seed, x.device):
+                shape = tuple(self.model(x[:1].float(), *key).shape)
             if len(shape) != 2:
                 raise ValueError(message("evaluate", "model", "a callable with logits of shape (B, classes)", shape))
-            logits = self.logits(x, ids, seed, 3)
-        _check_logits(logits, labels)
-        return bool((logits == logits[:, :1]).all())
+            if self.max_batch is None:
+                estimator = GradientEstimator(self.model, seed=seed)
+                estimator.logits(x[:1].float(), ids[:1], ids[:1])
+                self.max_batch = estimator._forward_rows
+            # Most random models give themselves away at a few images.
+            for first, last in ((0, 8), (8, TRIAL_IMAGES)):
+                if len(part := ids[first:last]):
+                    logits = self.logits(x[part], part, seed, 3)
+                    _check_logits(logits, labels)
+                    if not (logits == logits[:, :1]).all():
+                        return False
+        return True
 
     def collapse(self) -> None:
-        """Take one draw of everything: the model is deterministic."""
+        """The model is deterministic: take one draw, for choice and verdict alike."""
         self.draws = self.selection_draws = 1
+        self.deterministic = True
 
     def __call__(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Judge the images x (B, C, H, W) as the candidates `name` of the samples `ids`.
@@ -91,7 +96,7 @@ class Judge:
     def logits(self, x: Tensor, ids: Tensor, key: int, draws: int) -> Tensor:
         """Logits (B, draws, classes), float32, of images x (B, C, H, W) under the draws 0 .. draws - 1 of `key`."""
         with full_precision(x.device):
-            return draw_logits(self.model, x.float(), key, ids, range(draws), self.max_batch)
+            return draw_logits(self.model, x.float(), key, ids, range(draws), self.max_batch or 1024)
 
 
 class FixedRandomness(RandomTransform):
