@@ -117,6 +117,14 @@ def test_lower_precision_for_the_networks_alone(precision, tolerance):
     assert F.cosine_similarity(low.gradient.flatten(), exact.gradient.flatten(), dim=0) > 1 - tolerance
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_steps_that_add_up_draws_are_the_same_for_any_passes(norm):
+    """Where one pass holds all draws the step op adds them up, otherwise the estimator does: the same bits."""
+    whole = PGD(DEFENSE, norm, 0.2, steps=4, eot_iter=7)(X, Y, IDS)
+    for max_batch in (8, 24, 64):
+        assert torch.equal(PGD(DEFENSE, norm, 0.2, steps=4, eot_iter=7, max_batch=max_batch)(X, Y, IDS), whole)
+
+
 def test_passes_are_counted():
     with counted_passes() as passes:
         PGD(DEFENSE, steps=3, eot_iter=2)(X[:8], Y[:8])

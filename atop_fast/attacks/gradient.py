@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_integer
 from ..defense import Defense
-from ..ops import attack_loss, resize
+from ..ops import AttackLoss, attack_loss, resize
 from ..randomness import derive_seed, seeded
 from .network import Model
 
@@ -54,7 +54,7 @@ def counted_passes() -> Iterator[Passes]:
 class Estimate(NamedTuple):
     """What one evaluation of the model at B images tells an attack."""
 
-    gradient: Tensor | None  # (B, C, H, W): of the mean loss; None if not asked for
+    gradient: Tensor | None  # (B, C, H, W): of the mean loss, or as asked for
     loss: Tensor  # (B,) float32: mean over the draws
     correct: Tensor  # (B,) float32: share of the draws that are classified correctly
 
@@ -123,6 +123,7 @@ class GradientEstimator:
         t: Tensor,
         targets: Tensor | None = None,
         loss: str | None = None,
+        summed: bool = True,
     ) -> Estimate:
         """Loss and gradient.
 
@@ -132,27 +133,55 @@ class GradientEstimator:
             t: int64 (B,); row b uses the draws t[b] * eot_iter .. t[b] * eot_iter + eot_iter - 1.
             targets: int64 (B,), the other class of a targeted loss.
             loss: another loss than the estimator's.
+            summed: False for those to whom the gradient's scale does not matter: they get the sum over the draws, or,
+                where one pass holds all draws, their gradients (eot_iter, B, C, H, W), which the step ops add up.
         """
         self._measure(x)
+        count = self.eot_iter * len(x)
+        if not summed and isinstance(self.model, Defense) and self.eot_iter > 1 and count <= self._rows:
+            return self._draw_by_draw(x, labels, ids, t, targets, loss)
         total = torch.zeros_like(x) if self.eot_iter > 1 or len(x) % ROWS or len(x) > self._rows else None
         sums = x.new_zeros((2, len(x)), dtype=torch.float32)
         first_draws = t * self.eot_iter
         for part in self._passes(x, self._rows):
-            leaf = part.take(x).detach().requires_grad_()
-            with torch.enable_grad(), self._autocast(x):
-                logits = self._forward(leaf, part, ids, first_draws).float()
-            rivals = None if targets is None else part.take(targets)
-            result = attack_loss(logits.detach(), part.take(labels), loss or self.loss, rivals)
-            (gradient,) = torch.autograd.grad(logits, leaf, result.gradient)
-            self.passes.backward += len(leaf)
+            gradient, result = self._differentiated(part, x, labels, ids, first_draws, targets, loss)
             for rows, samples in part.pieces():
                 sums[0, samples] += result.losses[rows]
                 sums[1, samples] += result.correct[rows]
                 if total is not None:
                     total[samples] += gradient[rows]
         # A single pass over single draws leaves nothing to add up.
-        mean = gradient if total is None else total.div_(self.eot_iter)
-        return Estimate(mean, *sums.div_(self.eot_iter))
+        total = gradient if total is None else total.div_(self.eot_iter if summed else 1)
+        return Estimate(total, *sums.div_(self.eot_iter))
+
+    def _draw_by_draw(
+        self, x: Tensor, labels: Tensor, ids: Tensor, t: Tensor, targets: Tensor | None, loss: str | None
+    ) -> Estimate:
+        (part,) = self._passes(x, self._rows)
+        gradient, result = self._differentiated(part, x, labels, ids, t * self.eot_iter, targets, loss)
+        shape = (self.eot_iter, len(x))
+        means = (v[: part.count].float().view(shape).mean(dim=0) for v in (result.losses, result.correct))
+        return Estimate(gradient[: part.count].unflatten(0, shape), *means)
+
+    def _differentiated(
+        self,
+        part: _Pass,
+        x: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        first_draws: Tensor,
+        targets: Tensor | None,
+        loss: str | None,
+    ) -> tuple[Tensor, AttackLoss]:
+        """One pass forward and backward: the gradients and losses of its rows."""
+        leaf = part.take(x).detach().requires_grad_()
+        with torch.enable_grad(), self._autocast(x):
+            logits = self._forward(leaf, part, ids, first_draws).float()
+        rivals = None if targets is None else part.take(targets)
+        result = attack_loss(logits.detach(), part.take(labels), loss or self.loss, rivals)
+        (gradient,) = torch.autograd.grad(logits, leaf, result.gradient)
+        self.passes.backward += len(leaf)
+        return gradient, result
 
     def evaluate(
         self,

@@ -23,7 +23,8 @@ from ..defense import Defense
 from ..ops.conv3x3 import FrozenConv3x3
 
 Model = Callable[..., Tensor]
-# Folding a network takes as long as some of its passes. The number of images must not count: rounding would depend on it.
+# Folding a network takes as long as some of its passes. How many images there are must not matter: rounding would
+# depend on it.
 WORTHWHILE = 8
 
 # A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would

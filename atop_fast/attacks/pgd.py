@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from ..ops import attack_loss, pgd_step_linf, random_normal
+from ..ops import attack_loss, pgd_step_l2, pgd_step_linf, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
 from .base import Attack, initial_state, norm_l2, per_image, project_l2
 from .gradient import GradientEstimator, draw_logits
@@ -37,6 +37,9 @@ class PGD(Attack):
 
     Called as Attack says.
     """
+
+    # Whether the gradient is needed as one tensor.
+    summed = False
 
     def __init__(
         self,
@@ -102,7 +105,8 @@ class PGD(Attack):
         return state
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
-        estimate = estimator(state["x"], state["labels"], state["ids"], state["t"])
+        # The sign and the direction of a sum over draws are those of the mean.
+        estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], summed=self.summed)
         if self.early_stop:
             state["done"] |= estimate.correct == 0
         assert estimate.gradient is not None
@@ -114,11 +118,8 @@ class PGD(Attack):
             self._end_cycles(state)
 
     def _moved(self, state: State, gradient: Tensor) -> Tensor:
-        x, x0 = state["x"], state["x0"]
-        if self.norm == "Linf":
-            return pgd_step_linf(x, gradient, x0, self.alpha, self.eps)
-        gradient = torch.nan_to_num(gradient)
-        return project_l2(x + self.alpha * gradient / norm_l2(gradient).clamp_min(1e-12), x0, self.eps)
+        step = pgd_step_linf if self.norm == "Linf" else pgd_step_l2
+        return step(state["x"], gradient, state["x0"], self.alpha, self.eps)
 
     def _end_cycles(self, state: State) -> None:
         """End images whose iterate equals that of step 2^k, the latest power of two (Brent's cycle detection, 1980)."""
@@ -148,6 +149,7 @@ class MIFGSM(PGD):
     """
 
     norms = ("Linf",)
+    summed = True
 
     def __init__(
         self,
