@@ -2,8 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import attacks, evaluation, ops, purifiers, training, transforms
-from .attacks import FGSM, PGD
+from . import attacks, doctor, evaluation, ops, purifiers, training, transforms
+from .attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PGD, AutoAttack, Square, StAdv
 from .checkpoints import load_model, save_model
 from .classifiers import build_classifier
 from .data import Dataset, image_folder, load_data, mnist5k
@@ -21,21 +21,30 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "APGD",
+    "APGDT",
+    "CW",
+    "FAB",
     "FGSM",
+    "MIFGSM",
     "PGD",
     "RT1",
     "RT2",
     "RT3",
+    "AutoAttack",
     "Dataset",
     "Defense",
     "FinetuneConfig",
     "PretrainConfig",
     "RandomResizePad",
     "Report",
+    "Square",
+    "StAdv",
     "Verdict",
     "attacks",
     "build_classifier",
     "build_purifier",
+    "doctor",
     "evaluate",
     "evaluation",
     "finetune",

@@ -95,6 +95,15 @@ def check_choice(function: str, argument: str, value: Any, choices: Sequence[str
     return str(value)
 
 
+def check_device(function: str, argument: str, name: str) -> torch.device:
+    """The device `name`; raise ValueError if this machine has none."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(message(function, argument, "a device of this machine", f"{name!r} ({reason})")) from error
+
+
 @contextlib.contextmanager
 def check_fits(function: str, argument: str, images: Tensor) -> Iterator[None]:
     """Turn a RuntimeError of the networks inside, such as another number of channels, into a ValueError."""

@@ -1,4 +1,4 @@
-"""The command line: atop-fast demo | classifier | pretrain | finetune | evaluate | env."""
+"""The command line: atop-fast demo | classifier | pretrain | finetune | doctor | evaluate | env."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import jsonargparse
 import torch
 
 from . import env as environment
-from ._checks import check_choice, message
+from ._checks import check_choice, check_device, message
 from ._files import writable_folder
 from .checkpoints import load_model, read_header, save_model
 from .classifiers import build_classifier
 from .config import DataConfig, TransformConfig
 from .defense import Defense
 from .demo import DemoConfig, run_demo
+from .doctor.command import doctor
 from .evaluation import PROTOCOLS, quick_attacks
 from .evaluation import evaluate as run_evaluation
 from .evaluation.report import format_table
@@ -61,7 +62,7 @@ def classifier(
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    place = _device("classifier", device)
+    place = check_device("classifier", "device", device)
     folder = writable_folder("classifier", "out", out)
     train, held_out = (part.to(place) for part in data.load())
     shape = {"channels": train.images.shape[1], "classes": len(train.classes), "width": width}
@@ -105,7 +106,7 @@ def pretrain(
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    place = _device("pretrain", device)
+    place = check_device("pretrain", "device", device)
     folder = writable_folder("pretrain", "out", out)
     train = data.load()[0].to(place)
     channels = train.images.shape[1]
@@ -152,7 +153,7 @@ def finetune(
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    place = _device("finetune", device)
+    place = check_device("finetune", "device", device)
     folder = writable_folder("finetune", "out", out)
     model = load_model(purifier, "purifier")
     defense = Defense(transform.build(), model, load_model(classifier, "classifier")).to(place)
@@ -196,6 +197,7 @@ def evaluate(
     randomness: Literal["fresh", "fixed"] = "fresh",
     interval: Literal["wilson", "bootstrap"] = "wilson",
     curve: tuple[float, ...] = (),
+    diagnostics: bool = True,
     budget: str | None = None,
     batch_size: int = 100,
     images: int | None = None,
@@ -222,6 +224,7 @@ def evaluate(
         randomness: fresh, or fixed: mask and noise are fixed for each image and known to the attacker.
         interval: of the means: wilson or bootstrap.
         curve: radii of a curve of accuracy against eps, such as [0, 0.05, 0.1].
+        diagnostics: examine the model as the command doctor does, for the report.
         budget: time after which no further attack starts, such as 90s, 10m or 2h.
         batch_size: images attacked together.
         images: how many held-out images; default as many as the protocol names, or all.
@@ -229,7 +232,8 @@ def evaluate(
         seed: key of all randomness.
     """
     # Under torchrun every process has a GPU of its own.
-    place = _device("evaluate", f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _ranks() else device)
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _ranks() else device
+    place = check_device("evaluate", "device", own)
     plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
     flags: dict[str, Any] = {"steps": steps, "eot_iter": eot_iter, "gradient": gradient}
     options = {name: value for name, value in flags.items() if value is not None}
@@ -260,6 +264,7 @@ def evaluate(
         randomness=randomness,
         interval=interval,
         curve=curve,
+        diagnostics=None if diagnostics else (),
         title=name,
     ).to_dict()
     if _ranks() and int(os.environ["RANK"]):
@@ -278,7 +283,7 @@ def env() -> None:
     environment.main()
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, classifier, pretrain, finetune, evaluate, env)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, classifier, pretrain, finetune, doctor, evaluate, env)}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -305,15 +310,6 @@ def main(args: list[str] | None = None) -> None:
 def _fail(error: Any) -> int:
     print(f"atop-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-
-
-def _device(function: str, name: str) -> torch.device:
-    """The device `name`, or ValueError if this machine has none."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(message(function, "device", "a device of this machine", f"{name!r} ({reason})")) from error
 
 
 def _ranks() -> bool:

@@ -197,6 +197,7 @@ class Demo:
             draws=self.config.draws,
             max_batch=128,
             out=self.state / f"evaluate_{name}",
+            diagnostics=(),
             title=name,
             progress=self.progress,
         ).to_dict()

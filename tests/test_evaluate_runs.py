@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ def run(out, batch_size=10, before=lambda ids: None, sigma=0.1, **options):
 
     defense = Defense(RT2(4, sigma=sigma), None, nn.Flatten())
     options = {"draws": 4, "selection_draws": 3, "progress": False, "attacks": attacks, "eps": 0.1, **options}
+    options.setdefault("diagnostics", ())
     return evaluate(defense, images(), Y, out=out, batch_size=batch_size, **options)
 
 
@@ -239,3 +241,20 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
     for process in processes:
         process.start()
     assert finish(processes) == [1, 1]
+
+
+def test_a_report_holds_the_diagnostics_of_its_model(tmp_path):
+    report = run(tmp_path / "whole", diagnostics=None)
+    names = [finding["name"] for finding in report.diagnostics]
+    assert {"logits", "determinism", "eps_sweep", "useless_transform"} <= set(names)
+    assert json.loads((tmp_path / "whole" / "report.json").read_text())["diagnostics"] == report.diagnostics
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert all(name in page for name in names)
+
+    def fail(*args, **options):
+        raise AssertionError("examined again")
+
+    # A call that goes on with the run does not examine the model again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("atop_fast.evaluation.evaluate"), "diagnose", fail)
+        assert results(run(tmp_path / "whole", diagnostics=None)) == results(report)

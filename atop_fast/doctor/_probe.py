@@ -9,11 +9,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import PGD
 from ..defense import Defense
+from ..ops import attack_loss
 from ..randomness import derive_seed
 
 Status = Literal["pass", "warn", "fail"]
@@ -105,7 +105,7 @@ class Probe:
         leaf = x[:count].detach().clone().requires_grad_()
         with torch.enable_grad():
             z = self.logits(leaf, draw, ids=self.ids[:count])
-            value = attack_loss(z, self.y[:count], loss)
+            value = attack_loss(z, self.y[:count], loss).losses
             if not value.requires_grad:
                 return value, torch.zeros_like(leaf), False
             (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
@@ -205,14 +205,6 @@ def seed_generators(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
-
-
-def attack_loss(logits: Tensor, labels: Tensor, loss: str) -> Tensor:
-    """Cross-entropy ("ce") or margin max_{j != y} z_j - z_y ("margin") of logits (B, classes): (B,)."""
-    if loss == "ce":
-        return F.cross_entropy(logits, labels, reduction="none")
-    own = logits.gather(1, labels[:, None])
-    return (logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1, keepdim=True) - own)[:, 0]
 
 
 def difference(a: Tensor, b: Tensor) -> float:

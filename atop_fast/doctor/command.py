@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
+from .._checks import check_device
 from .._files import write_text
 from ..checkpoints import load_model
 from ..config import DataConfig, TransformConfig
@@ -47,10 +48,7 @@ def doctor(
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    # The command line registers this command, so it is not there yet when this file is read.
-    from ..cli import _device
-
-    place = _device("doctor", device)
+    place = check_device("doctor", "device", device)
     model = load_model(classifier, "classifier")
     if not alone:
         model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)

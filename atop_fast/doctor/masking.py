@@ -12,17 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import attacks
-from ..attacks import FGSM
+from ..attacks import FGSM, Square
 from ..defense import Defense
+from ..ops import attack_loss
 from ..randomness import derive_seed
-from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, attack_loss, excess, judged
-from ._search import random_search
+from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, excess, judged
 
 # Queries of the random search, and the noise of float32 logits relative to their size.
 QUERIES, ROUNDING = 100, 1e-6
-# The Square attack, where this version has it.
-_SQUARE = getattr(attacks, "Square", None)
 
 
 def gradient_noise(probe: Probe) -> Finding:
@@ -56,7 +53,7 @@ def finite_difference(probe: Probe) -> Finding:
     length = g.flatten(1).norm(dim=1)[:, None, None, None]
     with torch.no_grad():
         ends = [probe.logits(probe.x + sign * step * g / length.clamp_min(1e-30)) for sign in (1, -1)]
-        up, down = (attack_loss(z, probe.y, "margin") for z in ends)
+        up, down = (attack_loss(z, probe.y, "margin").losses for z in ends)
         noise = ROUNDING * ends[0].abs().amax(dim=1)
     predicted = 2 * step * length.flatten()
     # A step into rounding noise says nothing; a gradient of zero says that nothing changes, which attacks believe.
@@ -241,9 +238,7 @@ def _strongest(probe: Probe, eps: float) -> Tensor:
 
 def _black_box(probe: Probe) -> Tensor:
     """Adversarial images from logits alone."""
-    seed = derive_seed(probe.seed, "random search")
-    if _SQUARE is None:
-        return random_search(probe, QUERIES, seed)
+    seed = derive_seed(probe.seed, "black box")
     # One lucky draw must not end an image.
-    options = {"queries": QUERIES, "seed": seed, "early_stop": probe.draws == 1}
-    return _SQUARE(probe.model, probe.norm, probe.eps, **options)(probe.x, probe.y, probe.ids)
+    square = Square(probe.model, probe.norm, probe.eps, queries=QUERIES, seed=seed, early_stop=probe.draws == 1)
+    return square(probe.x, probe.y, probe.ids)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
+from .._files import write_text
 from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
+from ..doctor import check_contract, diagnose
 from ..randomness import derive_seed, seeded
 from .judge import Judge, eight_bit, fixed_randomness, full_precision
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
@@ -49,7 +53,7 @@ def evaluate(
     randomness: str = "fresh",
     interval: str = "wilson",
     curve: Sequence[float] = (),
-    diagnostics: Sequence[Mapping[str, str]] = (),
+    diagnostics: Sequence[Mapping[str, Any]] | None = None,
     title: str = "evaluate",
     progress: bool = True,
 ) -> Report:
@@ -80,7 +84,8 @@ def evaluate(
             known to the attacker; needs a Defense.
         interval: of the means: "wilson", which is conservative, or "bootstrap" over images.
         curve: radii at which PGD-20 (with 4 draws a gradient) is repeated for the curve of accuracy against eps.
-        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}.
+        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}; by default,
+            and if there is a report (`out`), those of atop_fast.doctor on at most 64 of the images.
         title, progress: name of the model in the report, and of the progress bar with the time left.
 
     Under torchrun, or with an initialised process group, every process attacks its share of the images and returns the
@@ -108,9 +113,10 @@ def evaluate(
             raise TypeError(message("evaluate", "attacks", expected, type(attacks).__name__))
         model = fixed_randomness(model, seed)
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
-    with process_group() as group, frozen(model), counted_passes() as passes:
-        if judge.trial(x, y):
-            judge.collapse()
+    with process_group() as group, counted_passes() as passes:
+        with frozen(model):
+            if judge.trial(x, y):
+                judge.collapse()
         named = _attacks(attacks, plan, model, threat, seed, judge.deterministic, max_batch)
         for radius in radii:
             args = (threat.norm, radius, seed, judge.deterministic, max_batch)
@@ -129,16 +135,21 @@ def evaluate(
         texts = {name: _text(attack if attacks else plan.attacks.get(name, CURVE)) for name, attack in named.items()}
         header = {**settings, "attacks": texts, "model": _digest_model(model), "data": _digest("", x, y)}
         run = Run(len(x), None if out is None else Path(out), header, group)
+        if diagnostics is None:
+            diagnostics = [] if out is None else _diagnostics(Path(out), model, x, y, threat, seed)
         cascade = attacks is None and plan.cascade and judge.deterministic
         work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, passes)
-        work.all(title, progress and group.rank == 0)
+        with frozen(model):
+            work.all(title, progress and group.rank == 0)
         run.share()
         headline = plan.headline if attacks is None else None
         labels = y.cpu()
         report = summarise(run, labels, list(work.attacks), radii, settings, interval, cascade, headline, diagnostics)
         if out is not None and group.rank == 0:
             ids, candidates = work.shown(report)
-            write_evaluation(Path(out), title, report.to_dict(), _gallery(model, x, ids, candidates, seed))
+            with frozen(model):
+                rows = _gallery(model, x, ids, candidates, seed)
+            write_evaluation(Path(out), title, report.to_dict(), rows)
         # Nobody leaves, and takes the connection along, before the report is there.
         group.gather(None)
     return report
@@ -296,6 +307,21 @@ def parse_budget(budget: float | str) -> float:
             return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]  # type: ignore[index]
         raise ValueError(message("evaluate", "budget", 'seconds, or text such as "90s", "10m" or "2h"', repr(budget)))
     return check_number("evaluate", "budget", budget, low=0)
+
+
+def _diagnostics(folder: Path, model: Model, x: Tensor, y: Tensor, threat: _Threat, seed: int) -> list[dict[str, Any]]:
+    """What the doctor finds; kept in the folder for a call that goes on with this run. Equal in every process."""
+    path = folder / "diagnostics.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if threat.norm == "L1" or threat.eps == 0:
+        # The checks for masking attack in the Linf and L2 balls.
+        findings = check_contract(model, x, y, seed=seed)
+    else:
+        findings = diagnose(model, x, y, norm=threat.norm, eps=threat.eps, seed=seed)
+    found = [asdict(finding) for finding in findings]
+    write_text(path, json.dumps(found, indent=2) + "\n")
+    return found
 
 
 def _gallery(model: Model, x: Tensor, ids: Tensor, candidates: Tensor, seed: int) -> list[tuple[str, Tensor]]:

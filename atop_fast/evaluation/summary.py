@@ -43,7 +43,7 @@ class Report:
             how many "images" it attacked.
         seconds: the same of the time, summed over processes, and "total".
         settings: protocol, norm, eps, seed, draws, selection_draws, randomness, images.
-        diagnostics: {"name", "status", "reason"}, as given.
+        diagnostics: {"name", "status", "reason"} and perhaps "numbers", as given or as atop_fast.doctor found them.
         versions: of atop_fast and torch.
     """
 
@@ -59,7 +59,7 @@ class Report:
     passes: dict[str, dict[str, int | None]]
     seconds: dict[str, float]
     settings: dict[str, Any]
-    diagnostics: list[dict[str, str]]
+    diagnostics: list[dict[str, Any]]
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def summarise(
     interval: str = "wilson",
     cascade: bool = False,
     headline: str | None = None,
-    diagnostics: Sequence[Mapping[str, str]] = (),
+    diagnostics: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
     """The Report of a run whose clean images and chosen 8-bit candidates are all judged."""
     names = [CLEAN, *attacks]
