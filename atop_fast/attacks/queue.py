@@ -10,8 +10,9 @@ from torch import Tensor
 from .gradient import ROWS, GradientEstimator
 
 State = dict[str, Tensor]
-# Images in the batch at a time; a GPU needs more of them to be busy.
-SLOTS = {"cpu": 64}
+# Images in the batch at a time. More of them cost tiny networks fewer calls, and nothing else: passes have sizes of
+# their own.
+SLOTS = {"cpu": 256}
 SLOTS_ON_GPU = 512
 # Steps between two looks at which images are done; each look waits for a GPU.
 STEPS = {"cpu": 1}
