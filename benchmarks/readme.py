@@ -8,7 +8,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Rows of ops--cpu.json that the README shows: op, direction, shape, dtype, layout.
+# Rows of these files that the README shows: op, direction, shape, dtype, layout (or the loss). What stands in the second
+# file was measured after the first.
+OPS_FILES = ("ops", "attack-ops")
 OPS = (
     ("corrupt", "forward", "64x3x32x32", "float32", "nchw"),
     ("corrupt", "both", "64x3x32x32", "float32", "nchw"),
@@ -17,6 +19,14 @@ OPS = (
     ("random_resize_pad", "both", "16x3x224x224 to 256x256", "float32", "nchw"),
     ("pgd_step_linf", "forward", "64x3x32x32", "float32", "nchw"),
     ("pgd_step_linf", "forward", "64x3x256x256", "float32", "nchw"),
+    ("pgd_step_l2", "forward", "64x3x32x32", "float32", "nchw"),
+    ("pgd_step_l2", "forward", "64x3x256x256", "float32", "nchw"),
+    ("apgd_step_linf", "forward", "64x3x32x32", "float32", "nchw"),
+    ("attack_loss", "both", "512x10", "float32", "ce"),
+    ("attack_loss", "both", "512x1000", "float32", "ce"),
+    ("attack_loss", "both", "512x10", "float32", "dlr"),
+    ("attack_loss", "both", "512x1000", "float32", "dlr"),
+    ("conv3x3", "both", "64x64x32x32", "float32", "nhwc"),
     ("gated_elu", "both", "8x96x128x128", "float32", "nchw"),
     ("gated_elu", "both", "8x96x128x128", "float32", "nhwc"),
     ("gated_elu", "both", "8x96x128x128", "bfloat16", "nhwc"),
@@ -42,11 +52,37 @@ def demo() -> str:
     )
 
 
+def attacks() -> str:
+    """Attacks end to end against the originals, with what each found."""
+    documents = [json.loads((RESULTS / f"{name}--cpu.json").read_text()) for name in ("attacks", "autoattack")]
+    lines = ["| work | ours | against | faster | accuracy, theirs and ours | judged alike |", "|---|---|---|---|---|---|"]
+    for document in documents:
+        for row in document["rows"]:
+            if row["variant"] in document["versions"]:
+                peer = row
+                continue
+            both = f"{100 * peer['accuracy']:.1f} %, {100 * row['accuracy']:.1f} %"
+            lines.append(
+                f"| {row['case']} | {row['variant']} | {peer['variant']} | {row['ratio']:.1f}x | {both} "
+                f"| {100 * row['agree']:.1f} % |"
+            )
+    versions = documents[0]["versions"]
+    peers = ", ".join(f"{peer} {versions[peer]}" for peer in ("torchattacks", "pyautoattack"))
+    names = ("attacks--cpu.json", "autoattack--cpu.json")
+    files = ", ".join(f"[{name}](benchmarks/results/{name})" for name in names)
+    return "\n".join(lines) + f"\n\n{_source(documents[0])} Peers: {peers}. Files: {files}."
+
+
 def ops() -> str:
     """Speed-ups of the C++ kernels over eager mode and torch.compile."""
-    document = json.loads((RESULTS / "ops--cpu.json").read_text())
+    documents = [json.loads((RESULTS / f"{name}--cpu.json").read_text()) for name in OPS_FILES]
     keys = ("op", "direction", "shape", "dtype", "layout")
-    rows = {tuple(row[k] for k in keys): row for row in document["rows"] if row["backend"] == "cpp"}
+    rows = {
+        tuple(row[k] for k in keys): row
+        for document in documents
+        for row in document["rows"]
+        if row["backend"] == "cpp"
+    }
     lines = [
         "| op | work | shape | type, layout | against eager | against torch.compile |",
         "|---|---|---|---|---|---|",
@@ -59,7 +95,11 @@ def ops() -> str:
             f"| `{row['op']}` | {work} | {row['shape']} | {row['dtype']}, {row['layout'].upper()} "
             f"| {row['speedup_vs_eager']:.1f}x | {compiled} |"
         )
-    return "\n".join(lines) + f"\n\n{_source(document)}"
+    sources = [
+        f"[{name}--cpu.json](benchmarks/results/{name}--cpu.json): {_source(document)}"
+        for name, document in zip(OPS_FILES, documents, strict=True)
+    ]
+    return "\n".join(lines) + "\n\n" + "\n".join(sources)
 
 
 # Rows of the three runs that docs/transforms.md shows, with the targets that were set: against eager and compile.
@@ -142,9 +182,9 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": demo, "ops": ops, "transforms": transforms, "limits": limits}
+TABLES = {"demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits}
 # Where the tables stand.
-PAGES = {"README.md": ("demo", "ops"), "docs/transforms.md": ("transforms", "limits")}
+PAGES = {"README.md": ("demo", "attacks", "ops"), "docs/transforms.md": ("transforms", "limits")}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import RT2, RT3, Defense, build_classifier, build_purifier
-from atop_fast.attacks import FGSM, PGD, GradientEstimator, counted_passes, draw_logits
+from atop_fast.attacks import FGSM, PGD, GradientEstimator, Square, counted_passes, draw_logits
 from atop_fast.randomness import seeded
 
 with seeded(0):
@@ -131,6 +131,16 @@ def test_passes_are_counted():
         draw_logits(DEFENSE, X[:8], 0, IDS[:8], range(5))
     # Eight more in which the estimator finds out how much a row saves.
     assert (passes.forward, passes.backward) == (8 * (3 * 2 + 5) + 8, 8 * 3 * 2)
+
+
+def test_a_model_without_gradients_can_be_asked_for_logits():
+    def model(x):
+        return torch.from_numpy(x.flatten(1)[:, :10].numpy())
+
+    logits = GradientEstimator(model).logits(X, IDS, torch.zeros_like(IDS))
+    assert torch.equal(logits[:, 0], X.flatten(1)[:, :10])
+    adversarial = Square(model, eps=0.1, queries=8)(X, Y)
+    assert (adversarial - X).abs().max() <= 0.1 + 1e-6
 
 
 class GlobalNoise(nn.Module):

@@ -205,12 +205,19 @@ class GradientEstimator:
         return self._logits(x, ids, t * self.eot_iter)
 
     def _logits(self, x: Tensor, ids: Tensor, first_draws: Tensor) -> Tensor:
-        self._measure(x)
+        # Another callable than a module may not be differentiable, and tells nothing of its memory.
+        if isinstance(self.model, nn.Module):
+            self._measure(x)
         parts = []
         with torch.no_grad(), self._autocast(x):
-            for part in self._passes(x, self._forward_rows):
+            for part in self._passes(x, self.forward_rows):
                 parts.append(self._forward(part.take(x), part, ids, first_draws)[: part.count].float())
         return torch.cat(parts).view(self.eot_iter, len(x), -1).transpose(0, 1)
+
+    @property
+    def forward_rows(self) -> int:
+        """Most rows of a pass without gradients, as far as that is known: the first pass over images tells."""
+        return self._forward_rows or MOST_ROWS
 
     def _passes(self, x: Tensor, most: int) -> Iterator[_Pass]:
         """The eot_iter * B rows, draw by draw, in passes of at most `most` rows."""

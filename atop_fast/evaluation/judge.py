@@ -56,7 +56,7 @@ class Judge:
             if self.max_batch is None:
                 estimator = GradientEstimator(self.model, seed=seed)
                 estimator.logits(x[:1].float(), ids[:1], ids[:1])
-                self.max_batch = estimator._forward_rows
+                self.max_batch = estimator.forward_rows
             # Most random models give themselves away at a few images.
             for first, last in ((0, 8), (8, TRIAL_IMAGES)):
                 if len(part := ids[first:last]):
