@@ -12,7 +12,8 @@ import pytest
 from atop_fast.ops import _registry
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-NO_OPS = [RESULTS / "demo--cpu.json", RESULTS / "limits--cpu.json"]
+ATTACKS = [RESULTS / f"{name}--cpu.json" for name in ("attacks", "autoattack")]
+NO_OPS = [RESULTS / "demo--cpu.json", RESULTS / "limits--cpu.json", *ATTACKS]
 FILES = sorted(path for path in RESULTS.glob("*.json") if path not in NO_OPS)
 
 
@@ -53,3 +54,19 @@ def test_every_native_owner_is_measured():
         # A backward op is measured with its forward op, as direction "both".
         if _registry.owner(name, "cpu") == "cpp":
             assert name.removesuffix("_bwd") in measured, name
+
+
+@pytest.mark.parametrize("path", ATTACKS, ids=lambda path: path.stem)
+def test_attacks_are_faster_and_no_weaker(path):
+    """Every contest names its peer's version, and ours leaves at most half a point more accuracy than the peer."""
+    document = json.loads(path.read_text())
+    assert {"date", "commit", "device", "threads", "versions", "rows"} <= set(document)
+    contests = defaultdict(dict)
+    for row in document["rows"]:
+        contests[row["case"]][row["variant"]] = row
+    for variants in contests.values():
+        (peer,) = set(variants) & set(document["versions"])
+        assert len(variants) >= 2
+        for name in set(variants) - {peer}:
+            assert variants[name]["accuracy"] <= variants[peer]["accuracy"] + 0.005
+            assert variants[name]["ratio"] > 1
