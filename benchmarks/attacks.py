@@ -85,7 +85,7 @@ def eot(cifar: Path) -> Iterator[Contest]:
         "float32": _ours(PGD(defense, **step), x, y),
         "bfloat16": _ours(PGD(defense, **step, precision="bfloat16"), x, y),
     }
-    yield Contest("PGD-20 x EOT-20, RT2 + U-Net + ResNet-18, B=8", defense, x, y, run, rounds=3)
+    yield Contest("PGD-20 x EOT-20, RT2 + U-Net + ResNet-18, B=8", defense, x, y, run, rounds=2)
 
 
 def autoattack(cifar: Path) -> Iterator[Contest]:
