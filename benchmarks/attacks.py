@@ -92,7 +92,6 @@ def autoattack(cifar: Path) -> Iterator[Contest]:
     """AutoAttack standard on small adversarially trained models, with the same numbers of steps and queries."""
     for name, load, norm, eps, screen in (
         ("CIFAR", _robust_cifar, "Linf", EPS, True),
-        ("digits", _robust_mnist, "Linf", 0.2, False),
         ("digits", _robust_mnist, "L2", 1.5, False),
     ):
         model, x, y = load(cifar, 512)
