@@ -8,8 +8,8 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# Rows of these files that the README shows: op, direction, shape, dtype, layout (or the loss). What stands in the second
-# file was measured after the first.
+# Rows of these files that the README shows: op, direction, shape, dtype, layout (or the loss). What stands in the
+# second file was measured after the first.
 OPS_FILES = ("ops", "attack-ops")
 OPS = (
     ("corrupt", "forward", "64x3x32x32", "float32", "nchw"),
@@ -55,7 +55,10 @@ def demo() -> str:
 def attacks() -> str:
     """Attacks end to end against the originals, with what each found."""
     documents = [json.loads((RESULTS / f"{name}--cpu.json").read_text()) for name in ("attacks", "autoattack")]
-    lines = ["| work | ours | against | faster | accuracy, theirs and ours | judged alike |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| work | ours | against | faster | accuracy, theirs and ours | judged alike |",
+        "|---|---|---|---|---|---|",
+    ]
     for document in documents:
         for row in document["rows"]:
             if row["variant"] in document["versions"]:

@@ -143,7 +143,7 @@ def main() -> None:
     for case, (path, arguments, block, dtypes) in CASES.items():
         module, name = path.split(".")
         kernel = getattr(importlib.import_module(f"atop_fast.kernels.{module}"), name)
-        # Nothing else is launched with more warps, attack_loss with as large a block neither.
+        # attack_loss has blocks as large, but is launched with the usual warps.
         warps = NORM_WARPS if block == NORM_BLOCK and "_l2" in name else NUM_WARPS
         options = {"num_warps": warps, **({} if case in CONTRACTED else EXACT)}
         for dtype in dtypes:

@@ -6,59 +6,38 @@ import json
 import math
 from dataclasses import asdict
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atop_fast import PGD, RT1, RT2, Defense, build_classifier, mnist5k, save_model
+from atop_fast import PGD, RT1, RT2, Defense, build_classifier, save_model
 from atop_fast.doctor import CHECKS, check_contract, diagnose, format_findings
 from atop_fast.doctor._probe import Probe, excess
 from atop_fast.doctor.command import doctor
-from atop_fast.randomness import derive_seed, permutation, seeded
+from atop_fast.randomness import derive_seed, permutation
 
 EPS = 0.15
 DEFENSE_CHECKS = {"gradient_modes", "fixed_randomness", "useless_transform"}
 
 
-def train(model, data, epochs, eps):
-    """Cross-entropy on PGD-5 images of a growing radius; eps 0 trains on clean ones."""
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for epoch in range(epochs):
-        radius = eps * min(1, (epoch + 1) / 4)
-        attack = PGD(model, eps=radius, steps=5, seed=epoch)
-        for ids in permutation(len(data), 0, epoch).split(100):
-            x, y = data.images[ids], data.labels[ids]
-            loss = F.cross_entropy(model(attack(x, y, ids) if eps else x), y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def digits():
-    """Digits of 16x16 pixels: 1,500 to train on, and 200 others."""
-    data = mnist5k()
-    data = type(data)(F.avg_pool2d(data.images, 2), data.labels, data.classes)
-    train_part, test_part = data.split(1500, 0)
-    return train_part, test_part.take(slice(0, 200))
+    """Digits on which the networks were trained, and 128 others."""
+    return models.all_digits().split(4000, seed=0)[0], models.mnist().take(slice(0, 128))
 
 
 @pytest.fixture(scope="module")
-def standard(digits):
+def standard():
     """An undefended classifier."""
-    with seeded(0):
-        return train(build_classifier("small_cnn", width=12), digits[0], 12, 0.0)
+    return models.standard_mnist()
 
 
 @pytest.fixture(scope="module")
-def robust(digits, standard):
-    """The same, trained on further: adversarially."""
-    with seeded(0):
-        model = build_classifier("small_cnn", width=12)
-    model.load_state_dict(standard.state_dict())
-    return train(model.train(), digits[0], 6, EPS)
+def robust():
+    """An adversarially trained one."""
+    return models.robust_mnist()
 
 
 class Changed(nn.Module):
@@ -116,7 +95,7 @@ def test_gradient_of_another_function_fails(digits, standard):
 @pytest.mark.parametrize("kind", ["standard", "robust"])
 def test_useless_random_transform_fails(request, digits, kind):
     defense = Defense(RT2(4, 0.0, 0.02), None, request.getfixturevalue(kind)).eval()
-    bad = run(defense, digits[1])
+    bad = run(defense, digits[1], max_images=32)
     assert bad["useless_transform"] == "fail"
 
 
@@ -132,7 +111,7 @@ class Binarise(nn.Module):
 
 
 def test_a_defence_that_works_passes(digits, standard):
-    assert run(Defense(RT1(2, 0.05), Binarise(4), standard).eval(), digits[1]) == {}
+    assert run(Defense(RT1(2, 0.05), Binarise(4), standard).eval(), digits[1], max_images=32) == {}
 
 
 def test_purifier_that_masks_its_gradient_is_found(digits, standard):
@@ -144,8 +123,8 @@ def test_purifier_that_masks_its_gradient_is_found(digits, standard):
 
 def test_gradient_only_at_the_images_is_weaker_in_many_steps(digits, standard):
     def before(x):
-        # The mean of four 8-bit pixels is a multiple of 1 / 1020; PGD's random start is not.
-        grid = ((1020 * x).round() / 1020 - x).abs().amax(dim=(1, 2, 3), keepdim=True) < 1e-6
+        # Images are multiples of 1 / 255; PGD's random start is not.
+        grid = ((255 * x).round() / 255 - x).abs().amax(dim=(1, 2, 3), keepdim=True) < 1e-6
         return torch.where(grid, x, x.detach())
 
     assert run(Changed(standard, before), digits[1], checks=["iterations"]) == {"iterations": "fail"}
@@ -183,7 +162,7 @@ def test_accuracy_that_does_not_fall_fails(digits):
     labels = digits[1].labels
 
     def oracle(x):
-        right = F.one_hot(labels[permutation(200, derive_seed(0, "doctor"), 0)[:64].sort()[0]], 10).float()
+        right = F.one_hot(labels[permutation(len(labels), derive_seed(0, "doctor"), 0)[:64].sort()[0]], 10).float()
         return right[: len(x)] + 0 * x.sum(dim=(1, 2, 3))[:, None]
 
     bad = run(oracle, digits[1], checks=["eps_sweep"])
@@ -281,11 +260,11 @@ def test_whose_randomness(digits, standard):
 
 def test_cost_counts_what_autograd_keeps(digits):
     """Twice exp keeps both results, float32; a frozen linear layer keeps its weight, which is no image's."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))
     x, y = digits[1].images, digits[1].labels
     (plain,) = check_contract(model, x, y, checks=["cost"])
     (twice,) = check_contract(Changed(model, lambda x: x.exp().exp()), x, y, checks=["cost"])
-    assert twice.numbers["saved_bytes"] - plain.numbers["saved_bytes"] == 2 * 4 * 256
+    assert twice.numbers["saved_bytes"] - plain.numbers["saved_bytes"] == 2 * 4 * 1024
     seconds = plain.numbers["protocol_seconds"]
     assert 0 < seconds["quick"] < seconds["pgd-200"] < seconds["autoattack"]
 
@@ -395,7 +374,7 @@ def test_command(digits, standard, tmp_path, capsys):
     for i, (x, y) in enumerate(zip(digits[1].images, digits[1].labels, strict=True)):
         (tmp_path / "images" / str(int(y))).mkdir(parents=True, exist_ok=True)
         image.fromarray((255 * x[0]).byte().numpy()).save(tmp_path / "images" / str(int(y)) / f"{i}.png")
-    options = {"channels": 1, "classes": 10, "width": 12}
+    options = {"channels": 1, "classes": 10}
     save_model(tmp_path / "classifier.safetensors", standard, "classifier", "small_cnn", **options)
     from atop_fast.config import DataConfig, TransformConfig
 

@@ -2,10 +2,10 @@
 
 #include <cstring>
 
+#include "cpu/levels.h"
 #include "math/corrupt.h"
 #include "math/normal.h"
 
-// The three x86-64 levels of ATOP_CLONES, whose attribute cannot choose between intrinsics.
 #if ATOP_HAS_CLONES
 #include <immintrin.h>
 
@@ -89,16 +89,7 @@ void corrupt_rest(const float* x, const float* noise, float sigma, const uint8_t
   }
 }
 
-#if defined(ATOP_LEVELS)
-
-int level() {
-  static const int found = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
-  return found;
-}
-
-#define ATOP_CALL(...) (level() == 4 ? v4::__VA_ARGS__ : level() == 3 ? v3::__VA_ARGS__ : v1::__VA_ARGS__)
-
-#else
+#if !defined(ATOP_LEVELS)
 
 namespace plain {
 

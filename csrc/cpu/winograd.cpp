@@ -2,9 +2,9 @@
 
 #include <cstring>
 
+#include "cpu/levels.h"
 #include "math/winograd.h"
 
-// As in simd.cpp: the three x86-64 levels of ATOP_CLONES, whose attribute cannot choose between intrinsics.
 #if ATOP_HAS_CLONES
 #include <immintrin.h>
 
@@ -56,20 +56,7 @@ namespace v1 {
 #include "cpu/winograd_undef.inc"
 }  // namespace v1
 
-#if ATOP_HAS_CLONES
-
-namespace {
-
-int level() {
-  static const int found = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
-  return found;
-}
-
-}  // namespace
-
-#define ATOP_CALL(...) (level() == 4 ? v4::__VA_ARGS__ : level() == 3 ? v3::__VA_ARGS__ : v1::__VA_ARGS__)
-
-#else
+#if !ATOP_HAS_CLONES
 
 #define ATOP_CALL(...) v1::__VA_ARGS__
 
