@@ -85,8 +85,9 @@ class AutoAttack:
                 message(name, "attacks_to_run", "given with version 'custom', and only then", attacks_to_run)
             )
         self.attacks_to_run = tuple(attacks_to_run or VERSIONS[version])
-        for attack in (*self.attacks_to_run, *finish):
-            check_choice(name, "attacks_to_run", attack, NAMES)
+        for argument, attacks in (("attacks_to_run", self.attacks_to_run), ("finish", finish)):
+            for attack in attacks:
+                check_choice(name, argument, attack, NAMES)
         self.precision = check_choice(name, "precision", precision, list(PRECISIONS))
         self.finish = tuple(finish)
         self.seed = check_integer(name, "seed", seed, low=-(2**63), high=2**63 - 1)
@@ -94,7 +95,8 @@ class AutoAttack:
         self.queries = check_integer(name, "queries", queries, low=1)
         default = 20 if version == "rand" else 1
         self.eot_iter = default if eot_iter is None else check_integer(name, "eot_iter", eot_iter, low=1)
-        self.max_batch, self.progress = max_batch, bool(progress)
+        self.max_batch = None if max_batch is None else check_integer(name, "max_batch", max_batch, low=1)
+        self.progress = bool(progress)
         self.accuracy: dict[str, float] = {}
 
     def build(self, attack: str, precision: str | None = None) -> Attack:
@@ -108,15 +110,15 @@ class AutoAttack:
             "max_batch": self.max_batch,
             "eot_iter": self.eot_iter,
         }
-        restarts = 5 if self.version == "plus" or (self.norm == "L1" and attack == "apgd-ce") else 1
+        # AutoAttack's own settings for L1.
+        sparse = self.norm == "L1" and self.version in ("standard", "custom")
+        restarts = 5 if self.version == "plus" or (sparse and attack == "apgd-ce") else 1
         if attack in ("apgd-ce", "apgd-dlr"):
-            shrink = self.norm == "L1" and self.version == "standard"
             loss = attack.removeprefix("apgd-")
-            return APGD(self.model, steps=self.steps, loss=loss, restarts=restarts, shrink_eps=shrink, **options)
+            return APGD(self.model, steps=self.steps, loss=loss, restarts=restarts, shrink_eps=sparse, **options)
         if attack == "apgd-t":
-            classes = 5 if self.norm == "L1" and self.version == "standard" else 9
-            shrink = self.norm == "L1" and self.version == "standard"
-            return APGDT(self.model, steps=self.steps, target_classes=classes, shrink_eps=shrink, **options)
+            classes = 5 if sparse else 9
+            return APGDT(self.model, steps=self.steps, target_classes=classes, shrink_eps=sparse, **options)
         if attack == "fab-t":
             return FAB(self.model, steps=self.steps, restarts=restarts, **options)
         return Square(self.model, queries=self.queries, resc_schedule=False, **options)
@@ -125,7 +127,7 @@ class AutoAttack:
         """Adversarial images of x (N, C, H, W) in [0, 1] with labels y, int64 (N,); where all attacks fail, x itself.
 
         `bs` images at most go through the model at a time in verdicts; attacks size their passes themselves. The result
-        does not depend on it.
+        does not depend on it, unless the model has randomness of its own (see atop_fast.attacks.draw_logits).
         """
         return self._evaluate(x, y, None, bs)
 
@@ -165,6 +167,7 @@ class AutoAttack:
         parts = [
             draw_logits(self.model, x[part], seed, ids[part], range(1), bs)[:, 0].argmax(dim=1) == y[part]
             for part in torch.arange(len(x), device=x.device).split(bs)
+            if len(part)
         ]
         return torch.cat([*parts, torch.zeros(0, dtype=torch.bool, device=x.device)])
 
