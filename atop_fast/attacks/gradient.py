@@ -185,7 +185,7 @@ class GradientEstimator:
         size = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
         (gradient,) = torch.autograd.grad(logits, leaf, result.gradient / size[:, None])
         self.passes.backward += len(leaf)
-        return gradient.mul_(size.to(gradient.dtype)[:, None, None, None]), result
+        return gradient * size.to(gradient.dtype)[:, None, None, None], result
 
     def evaluate(
         self,
