@@ -1,4 +1,4 @@
-"""AutoAttack: what its versions are made of, the cascade, parity with the original, and its verdict on random models."""
+"""AutoAttack: what its versions are made of, the cascade, parity with the original, its verdict on random models."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_no_images_and_progress(capsys):
         ({"version": "quick"}, "AutoAttack: version must be one of 'standard', 'plus', 'rand', 'custom', got 'quick'"),
         ({"version": "custom"}, "AutoAttack: attacks_to_run must be given with version 'custom', and only then, got"),
         ({"attacks_to_run": ("square",)}, "AutoAttack: attacks_to_run must be given with version 'custom'"),
-        ({"version": "custom", "attacks_to_run": ("fab",)}, "AutoAttack: attacks_to_run must be one of 'apgd-ce', .*'fab'"),
+        ({"version": "custom", "attacks_to_run": ("fab",)}, "attacks_to_run must be one of 'apgd-ce', .*'fab'"),
         ({"finish": ("pgd",)}, "AutoAttack: finish must be one of 'apgd-ce', .* got 'pgd'"),
         ({"precision": "int8"}, "AutoAttack: precision must be one of 'float32', .* got 'int8'"),
         ({"steps": 0}, "AutoAttack: steps must be an integer and >= 1, got 0"),

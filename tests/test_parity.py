@@ -132,8 +132,8 @@ def test_apgd_is_that_of_pyautoattack(task, loss, norm):
 
 def test_folding_turns_few_signs(monkeypatch):
     """Batch norm folded into Winograd convolutions rounds differently, which turns the sign of gradients near 0: of
-    1 in 16,000 in a step. After ten steps, 1 pixel in 10 is another; the original against itself, with its cross-entropy
-    in float32 and in float64, 1 in 6."""
+    1 in 16,000 in a step. After ten steps, 1 pixel in 10 is another; the original against itself, with its
+    cross-entropy in float32 and in float64, 1 in 6."""
     torchattacks = pytest.importorskip("torchattacks")
     monkeypatch.setattr(network, "WORTHWHILE", 1)
     data, model = models.cifar(), models.standard_cifar()

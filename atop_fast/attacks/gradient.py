@@ -179,8 +179,8 @@ class GradientEstimator:
             logits = self._forward(leaf, part, ids, first_draws).float()
         rivals = None if targets is None else part.take(targets)
         result = attack_loss(logits.detach(), part.take(labels), loss or self.loss, rivals)
-        # Confident networks have gradients near the smallest numbers, with which CPUs compute a hundred times slower and
-        # which float16 does not have: the backward pass gets rows of size 1. Powers of two change no bits.
+        # Confident networks have gradients near the smallest numbers, with which CPUs compute slowly and which float16
+        # does not have: the backward pass gets rows of size 1. Powers of two change no bits.
         largest = result.gradient.abs().amax(dim=1).nan_to_num(1.0).clamp(2.0**-100, 2.0**100)
         size = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
         (gradient,) = torch.autograd.grad(logits, leaf, result.gradient / size[:, None])
