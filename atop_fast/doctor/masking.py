@@ -239,6 +239,7 @@ def _strongest(probe: Probe, eps: float) -> Tensor:
 def _black_box(probe: Probe) -> Tensor:
     """Adversarial images from logits alone."""
     seed = derive_seed(probe.seed, "black box")
-    # One lucky draw must not end an image.
-    square = Square(probe.model, probe.norm, probe.eps, queries=QUERIES, seed=seed, early_stop=probe.draws == 1)
+    # One lucky draw must not end an image, and a Defense may always have another.
+    ends = probe.draws == 1 and not isinstance(probe.model, Defense)
+    square = Square(probe.model, probe.norm, probe.eps, queries=QUERIES, seed=seed, early_stop=ends)
     return square(probe.x, probe.y, probe.ids)
