@@ -10,8 +10,8 @@ from torch import nn
 
 from atop_fast import RT2, Defense, build_classifier
 from atop_fast.attacks import Square, counted_passes, prepared
-from atop_fast.attacks._projections import project_l1
 from atop_fast.attacks.square import QUERIES, _bump
+from atop_fast.ops import project_l1
 from atop_fast.randomness import seeded
 
 NORMS = {"Linf": torch.inf, "L2": 2, "L1": 1}

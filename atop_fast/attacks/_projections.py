@@ -1,6 +1,6 @@
-"""Nearest points under constraints that a box adds to: onto a hyperplane (FAB) and onto an L1 ball (Square).
+"""The nearest point of a hyperplane inside a box, which FAB steps to.
 
-Both look for the root of a monotone, piecewise linear function of one number per row: by bisection, or, where the
+It is the root of a monotone, piecewise linear function of one number per row: found by bisection, or, where the
 function has steps, by sorting.
 """
 
@@ -67,30 +67,3 @@ def _fill(weight: Tensor, room: Tensor, total: Tensor) -> Tensor:
     before = gain.cumsum(dim=1, dtype=torch.float64) - gain
     part = ((total - before) / weight.clamp_min(1e-30)).to(room.dtype)
     return torch.empty_like(room).scatter_(1, order, torch.minimum(part.clamp_min(0), room))
-
-
-def project_l1(x: Tensor, center: Tensor, eps: float) -> Tensor:
-    """The nearest point, in L2, of the L1 ball of radius eps around images `center`, inside [0, 1].
-
-    With y = x - center, c_i the room that the box leaves on the side of y_i, and one l >= 0 for all coordinates:
-
-        |d_i| = clip(|y_i| - l, 0, c_i),   sum_i |d_i| = eps, or l = 0 if it is less          Croce & Hein, ICML 2021
-    """
-    y = (x - center).flatten(1)
-    room = torch.where(y > 0, 1 - center.flatten(1), center.flatten(1))
-    size = y.abs()
-
-    def shrunk(level: Tensor) -> Tensor:
-        return torch.minimum((size - level).clamp_(min=0), room)
-
-    high = size.amax(dim=1, keepdim=True)
-    low = torch.zeros_like(high)
-    # Bisection, which here is several times faster than sorting; where it ends, the sum is linear in the level.
-    for _ in range(30):
-        middle = (low + high) / 2
-        above = shrunk(middle).sum(dim=1, keepdim=True) > eps
-        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    d = shrunk(high)
-    falling = ((d > 0) & (d < room)).sum(dim=1, keepdim=True).clamp_min(1)
-    level = torch.maximum(low, high - (eps - d.sum(dim=1, keepdim=True)).clamp_min(0) / falling)
-    return (center + (y.sign() * shrunk(level)).view_as(x)).clamp_(0, 1)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number
 from ..defense import Defense
+from ..ops import project_l1
 from ..randomness import Tag, derive_seed, random_bits
-from ._projections import project_l1
 from .base import Attack, initial_state, norm_l2, per_image, project_l2
 from .gradient import GradientEstimator
 from .network import Model
