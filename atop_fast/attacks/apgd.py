@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .._checks import check_choice, check_integer, check_number
 from ..ops import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1, random_normal
-from ..randomness import Tag, derive_seed, random_uniform
-from .base import NORMS, Attack, initial_state, norm_l2, per_image
+from ..randomness import Tag, random_uniform
+from .base import NORMS, Attack, better_candidate, initial_state, norm_l2, per_image
 from .gradient import Estimate, GradientEstimator
 from .network import Model
 from .queue import State, run_queue
@@ -74,21 +74,7 @@ class APGD(Attack):
     def run(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
-        best = self.search(estimator, images, labels, ids, start)
-        for restart in range(1, self.restarts):
-            judge = self.estimator(estimator.model)
-            judge.seed = derive_seed(self.seed, "selection")
-            before = judge.evaluate(best, labels, ids, torch.zeros_like(labels))
-            left = before.correct.nonzero()[:, 0]
-            if not len(left):
-                break
-            again = self.estimator(estimator.model)
-            again.seed = derive_seed(self.seed, "restart", restart)
-            candidate = self.search(again, images[left], labels[left], ids[left], None)
-            after = judge.evaluate(candidate, labels[left], ids[left], torch.zeros_like(left))
-            better = _better(after.correct, after.loss, before.correct[left], before.loss[left])
-            best[left] = torch.where(per_image(better), candidate, best[left])
-        return best
+        return self.best_of_restarts(self.search, self.restarts, estimator, images, labels, ids, start)
 
     def search(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
@@ -150,7 +136,7 @@ class APGD(Attack):
         state["x"] = torch.where(first, begun, moved)
 
     def _keep_candidate(self, state: State, estimate: Estimate, now: State) -> None:
-        better = _better(estimate.correct, estimate.loss, state["candidate_correct"], state["candidate_loss"])
+        better = better_candidate(estimate.correct, estimate.loss, state["candidate_correct"], state["candidate_loss"])
         better &= now["counts"] & ~state["done"]
         state["best"] = torch.where(per_image(better), state["x"], state["best"])
         state["candidate_correct"] = torch.where(better, estimate.correct, state["candidate_correct"])
@@ -299,11 +285,6 @@ def _windows(steps: int, norm: str) -> dict[int, int]:
         if norm != "L1":
             window = max(window - shorter, least)
     return found
-
-
-def _better(correct: Tensor, loss: Tensor, than_correct: Tensor, than_loss: Tensor) -> Tensor:
-    """Whether a candidate is classified correctly in fewer draws, or in as many with a larger loss."""
-    return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
 
 
 def _nonzero(delta: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_number, message
 from ..defense import Defense
-from ..randomness import check_keys
+from ..randomness import check_keys, derive_seed
 from .gradient import GRADIENT_MODES, PRECISIONS, GradientEstimator
 from .network import Model, prepared
 from .queue import State, run_queue
@@ -121,6 +121,40 @@ class Attack(ABC):
         """The attack on checked arguments and a prepared network."""
         return run_queue(self, estimator, images, labels, ids, start)
 
+    def best_of_restarts(
+        self,
+        search: Callable[..., Tensor],
+        restarts: int,
+        estimator: GradientEstimator,
+        images: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        start: Tensor | None,
+    ) -> Tensor:
+        """Candidates of `search`, as `run` is called, and of further runs with seeds of their own.
+
+        Only images that some fresh draw still classifies correctly are searched again; see `better_candidate`.
+        """
+        best = search(estimator, images, labels, ids, start)
+        if restarts == 1:
+            return best
+        judge = self.estimator(estimator.model)
+        judge.seed = derive_seed(self.seed, "selection")
+        _, loss, correct = judge.evaluate(best, labels, ids, torch.zeros_like(ids))
+        for restart in range(1, restarts):
+            rows = correct.nonzero()[:, 0]
+            if not len(rows):
+                break
+            again = self.estimator(estimator.model)
+            again.seed = derive_seed(self.seed, "restart", restart)
+            candidate = search(again, images[rows], labels[rows], ids[rows], None)
+            _, new_loss, new_correct = judge.evaluate(candidate, labels[rows], ids[rows], torch.zeros_like(rows))
+            better = better_candidate(new_correct, new_loss, correct[rows], loss[rows])
+            rows = rows[better]
+            best[rows] = candidate[better]
+            correct[rows], loss[rows] = new_correct[better], new_loss[better]
+        return best
+
     @abstractmethod
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
@@ -147,6 +181,11 @@ def initial_state(images: Tensor, labels: Tensor, ids: Tensor, x: Tensor) -> Sta
         "t": torch.zeros_like(labels),
         "done": torch.zeros_like(labels, dtype=torch.bool),
     }
+
+
+def better_candidate(correct: Tensor, loss: Tensor, than_correct: Tensor, than_loss: Tensor) -> Tensor:
+    """Whether a candidate is classified correctly in fewer draws, or in as many with a larger loss."""
+    return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
 
 
 def per_image(values: Tensor) -> Tensor:

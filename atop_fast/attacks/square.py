@@ -99,27 +99,7 @@ class Square(Attack):
     def run(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
-        best = super().run(estimator, images, labels, ids, start)
-        if self.restarts == 1:
-            return best
-        judge = self.estimator(estimator.model)
-        judge.seed = derive_seed(self.seed, "selection")
-        rank = judge.evaluate(best, labels, ids, torch.zeros_like(ids))
-        correct, loss = rank.correct, rank.loss
-        for restart in range(1, self.restarts):
-            rows = correct.nonzero()[:, 0]
-            if not len(rows):
-                break
-            again = self.estimator(estimator.model)
-            again.seed = derive_seed(self.seed, "restart", restart)
-            candidate = super().run(again, images[rows], labels[rows], ids[rows], None)
-            other = judge.evaluate(candidate, labels[rows], ids[rows], torch.zeros_like(rows))
-            equal = other.correct == correct[rows]
-            better = (other.correct < correct[rows]) | (equal & (other.loss > loss[rows]))
-            rows = rows[better]
-            best[rows] = candidate[better]
-            correct[rows], loss[rows] = other.correct[better], other.loss[better]
-        return best
+        return self.best_of_restarts(super().run, self.restarts, estimator, images, labels, ids, start)
 
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
