@@ -22,8 +22,7 @@ from atop_fast import (
 )
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.randomness import derive_seed, seeded
-from atop_fast.training import fit
-from atop_fast.training.purifier import _Trainer
+from atop_fast.training import PretrainStep, fit
 
 X = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
@@ -87,10 +86,10 @@ def test_finetuning_lowers_the_loss_under_its_attack():
 def test_losses_follow_the_formula(transform):
     purifier, discriminator, _ = networks()
     torch.nn.init.normal_(purifier.to_image.weight, std=0.1)
-    trainer = _Trainer(transform, purifier, discriminator, PretrainConfig(gan_weight=0.5), X)
+    step = PretrainStep(transform, purifier, discriminator, PretrainConfig(gan_weight=0.5), seed=3)
     ids, target = torch.arange(12), X.flip(0)
-    image, loss, logs = trainer.restore(X, target, 3, ids, 7)
-    corrupted = transform(X, 3, ids, 7)
+    image, loss, logs = step.restore(X, target, ids, 7)
+    corrupted = transform(X, derive_seed(3, "transform"), ids, 7)
     purified = purifier(corrupted)
     l1 = (purified - (2 * target - 1).repeat_interleave(transform.copies, 0)).abs().mean()
     scores = discriminator.eval()(purified, corrupted[:, -1:])
@@ -102,13 +101,60 @@ def test_losses_follow_the_formula(transform):
 def test_gan_term_has_a_gradient_for_the_purifier_and_none_for_the_discriminator():
     purifier, discriminator, _ = networks()
     torch.nn.init.normal_(purifier.to_image.weight, std=0.1)
-    trainer = _Trainer(RT, purifier, discriminator, PretrainConfig(gan_weight=0.5), X)
-    _, _, logs = trainer.restore(X, X, 3, torch.arange(12), 0)
-    trainer.optimizers["discriminator"].zero_grad()
+    step = PretrainStep(RT, purifier, discriminator, PretrainConfig(gan_weight=0.5), seed=3)
+    _, _, logs = step.restore(X, X, torch.arange(12), 0)
+    step.optimizers["discriminator"].zero_grad()
     logs["gan"].backward()
     assert any(p.grad.abs().sum() > 0 for p in purifier.parameters())
     assert all(p.grad is None for p in discriminator.parameters())
     assert discriminator.training
+
+
+class TwoStages(torch.nn.Module):
+    """A purifier with a coarse and a refined output."""
+
+    def __init__(self):
+        super().__init__()
+        self.coarse, self.refined = torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 1, 1)
+
+    def stages(self, x):
+        coarse = self.coarse(x)
+        return coarse, self.refined(coarse)
+
+    def forward(self, x):
+        return self.stages(x)[1]
+
+
+def test_every_stage_is_restored():
+    step = PretrainStep(RT, TwoStages(), None, PretrainConfig(), seed=3)
+    ids = torch.arange(12)
+    image, loss, logs = step.restore(X, X, ids, 7)
+    coarse, refined = step.purifier.stages(RT(X, derive_seed(3, "transform"), ids, 7))
+    l1 = (coarse - (2 * X - 1)).abs().mean() + (refined - (2 * X - 1)).abs().mean()
+    torch.testing.assert_close(loss, l1)
+    torch.testing.assert_close(logs["l1"], l1)
+    torch.testing.assert_close(image, (refined + 1) / 2)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_trains_alike(precision, tmp_path):
+    """The losses are near those of float32, the weights stay float32, and a stopped run resumes, loss scale and all."""
+
+    def run(precision, epochs=4, checkpoint=None):
+        purifier, discriminator, classifier = networks()
+        config = FinetuneConfig(epochs=epochs, batch_size=6, eps=0.1, precision=precision)
+        options = {"discriminator": discriminator, "config": config, "checkpoint": checkpoint, **QUIET}
+        history = finetune(Defense(RT, purifier, classifier), X, Y, **options)
+        assert {p.dtype for p in purifier.parameters()} == {torch.float32}
+        return history, weights(purifier)
+
+    (wide, _), (narrow, trained) = run("float32"), run(precision, checkpoint=tmp_path / "run.pt")
+    for a, b in zip(wide, narrow, strict=True):
+        assert all(abs(a[key] - b[key]) < 0.02 * abs(a[key]) for key in ("l1", "ce", "discriminator"))
+    assert wide != narrow
+    again, resumed = run(precision, checkpoint=tmp_path / "run.pt")
+    assert again == narrow
+    assert equal(resumed, trained)
 
 
 def test_classification_loss_waits_for_its_epoch():
@@ -153,8 +199,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
     whole = run()
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        # Three discriminator passes a step, three steps an epoch.
-        run(path, fail_at=3 * stop_at + 1)
+        # Two discriminator passes a step, three steps an epoch.
+        run(path, fail_at=2 * stop_at + 1)
     history, purifier, discriminator = run(path)
     assert history == whole[0]
     assert equal(purifier, whole[1])
@@ -225,6 +271,7 @@ def test_every_epoch_sees_every_image_once():
     ("call", "error", "pattern"),
     [
         (lambda: PretrainConfig(epochs=-1), ValueError, "PretrainConfig: epochs must be an integer and >= 0, got -1"),
+        (lambda: PretrainConfig(precision="half"), ValueError, "precision must be one of 'float32', .* got 'half'"),
         (lambda: FinetuneConfig(eps=-1), ValueError, "FinetuneConfig: eps must be finite and >= 0, got -1"),
         (lambda: FinetuneConfig(target="x"), ValueError, "target must be one of 'adversarial', 'clean', got 'x'"),
         (lambda: pretrain(networks()[0], RT, X * 2), ValueError, r"pretrain: images must be in \[0, 1\]"),
@@ -234,9 +281,14 @@ def test_every_epoch_sees_every_image_once():
             "finetune: defense must be a Defense with a purifier, got one without",
         ),
         (
+            lambda: pretrain(torch.nn.Conv2d(3, 2, 1), RT, X),
+            ValueError,
+            r"Conv2d: output must be of shape \(1, 1, 16, 16\), got \(1, 2, 16, 16\)",
+        ),
+        (
             lambda: pretrain(torch.nn.Identity(), RT, X),
             ValueError,
-            r"Identity: output must be of shape \(1, 1, 16, 16\), got \(1, 3, 16, 16\)",
+            "pretrain: purifier must be a module with parameters, got Identity",
         ),
         (
             lambda: finetune(Defense(RT, networks()[0], build_classifier("small_cnn", channels=3)), X, Y),

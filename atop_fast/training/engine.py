@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ def fit(
     seed: int,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
+    scalers: Mapping[str, torch.amp.GradScaler] | None = None,
     checkpoint: Path | None = None,
     fingerprint: str = "",
     progress: bool = True,
@@ -41,7 +43,7 @@ def fit(
         images, labels: the data (N, C, H, W) and (N,).
         epochs, batch_size: length; the last batch of an epoch may be smaller.
         seed: key of the data order.
-        modules, optimizers: everything that changes, by name.
+        modules, optimizers, scalers: everything that changes, by name.
         checkpoint: file written after every epoch, from which an interrupted call with the same `fingerprint` goes on
             to the same result; tensors and numbers only.
         fingerprint: what else the result depends on, as text; the data, the first weights, `epochs`, `batch_size` and
@@ -61,7 +63,11 @@ def fit(
             for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
                 group["lr"] = rate * factor
 
-    parts = {**modules, **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()}}
+    parts: dict[str, Any] = {
+        **modules,
+        **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()},
+        **{f"scaler of {name}": scaler for name, scaler in (scalers or {}).items()},
+    }
     history: History = []
     if state := load_checkpoint("fit", checkpoint, fingerprint):
         history = state["history"]
