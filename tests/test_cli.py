@@ -54,7 +54,7 @@ def fail(capsys, *args):
 
 
 def test_the_whole_flow(files, capsys):
-    main(["classifier", "--out=c", *DATA, "--epochs=30", "--batch_size=4", "--lr=0.02"])
+    main(["classifier", "--out=c", *DATA, "--training.epochs=30", "--training.batch_size=4", "--training.lr=0.02"])
     assert "Held-out accuracy 1.000" in capsys.readouterr().out
     main(["pretrain", "--out=p", *DATA, "--training.epochs=1", "--width=4"])
     main([

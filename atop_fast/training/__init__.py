@@ -1,16 +1,22 @@
 """Training: a classifier, a purifier on clean images (pretrain) and on adversarial ones (finetune)."""
 
-from .classifier import train_classifier
-from .config import FinetuneConfig, PretrainConfig
+from .classifier import ClassifierStep, train_classifier
+from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, TrainingConfig
 from .engine import fit
+from .feed import Feed
 from .purifier import finetune, pretrain
-from .step import FinetuneStep, PretrainStep
+from .step import FinetuneStep, PretrainStep, Step
 
 __all__ = [
+    "ClassifierConfig",
+    "ClassifierStep",
+    "Feed",
     "FinetuneConfig",
     "FinetuneStep",
     "PretrainConfig",
     "PretrainStep",
+    "Step",
+    "TrainingConfig",
     "finetune",
     "fit",
     "pretrain",

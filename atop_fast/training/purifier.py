@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from .._checks import check_images, check_labels, check_not_empty
 from .._files import describe
 from ..attacks import frozen
 from ..defense import Defense
 from ..transforms import RandomTransform
 from .config import FinetuneConfig, PretrainConfig
 from .engine import History, fit
+from .feed import Feed, Images
 from .step import FinetuneStep, PretrainStep
 
 
 def pretrain(
     purifier: nn.Module,
     transform: RandomTransform,
-    images: Tensor,
+    images: Images,
     *,
     discriminator: nn.Module | None = None,
     config: PretrainConfig | None = None,
     seed: int = 0,
+    workers: int = 4,
     checkpoint: Path | None = None,
+    checkpoint_minutes: float = 1.0,
+    metrics: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Train a purifier to restore clean images (AToP, equation 4); changes it in place, leaves it in evaluation mode.
@@ -34,86 +35,75 @@ def pretrain(
     Args:
         purifier: see Defense.
         transform: the random transform.
-        images: float (N, C, H, W) in [0, 1].
+        images, workers: see Feed.
         discriminator: D(images in [-1, 1], mask) -> scores; None trains without the GAN term.
         config: PretrainConfig.
         seed: key of all randomness.
-        checkpoint: see atop_fast.training.fit.
-        progress: show a progress bar.
+        checkpoint, checkpoint_minutes, metrics, progress: see fit.
 
     Returns:
         Mean losses of every epoch.
+
+    Raises:
+        ValueError: images outside [0, 1], none at all, or such as the networks do not take; see fit, too.
     """
-    config = config or PretrainConfig()
-    check_not_empty("pretrain", "images", check_images("pretrain", "images", images))
-    step = PretrainStep(transform, purifier, discriminator, config, seed)
-    step.check(images)
-    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    return _fit("pretrain", step, images, labels, config, seed, checkpoint, progress)
+    step = PretrainStep(transform, purifier, discriminator, config or PretrainConfig(), seed)
+    feed = Feed("pretrain", images, None, step.device, workers)
+    step.check(feed.first())
+    return fit(
+        "pretrain",
+        step,
+        feed,
+        seed=seed,
+        checkpoint=checkpoint,
+        checkpoint_minutes=checkpoint_minutes,
+        metrics=metrics,
+        fingerprint=repr(transform),
+        progress=progress,
+    )
 
 
 def finetune(
     defense: Defense,
-    images: Tensor,
-    labels: Tensor,
+    images: Images,
+    labels: Tensor | None = None,
     *,
     discriminator: nn.Module | None = None,
     config: FinetuneConfig | None = None,
     seed: int = 0,
+    workers: int = 4,
     checkpoint: Path | None = None,
+    checkpoint_minutes: float = 1.0,
+    metrics: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Fine-tune the purifier of a defence on adversarial images (AToP, equation 8); the classifier stays as it is.
 
     Args:
         defense: the whole pipeline, with a purifier; changed in place, its purifier left in evaluation mode.
-        images: float (N, C, H, W) in [0, 1].
-        labels: int64 (N,).
-        discriminator, seed, checkpoint, progress: as in pretrain.
+        images, labels, workers: see Feed.
+        discriminator, seed: as in pretrain.
         config: FinetuneConfig.
+        checkpoint, checkpoint_minutes, metrics, progress: see fit.
 
     Returns:
         Mean losses of every epoch, and the accuracy on the training attack.
+
+    Raises:
+        ValueError: as pretrain, and if `defense` has no purifier.
     """
-    config = config or FinetuneConfig()
-    check_not_empty("finetune", "images", check_images("finetune", "images", images))
-    check_labels("finetune", "labels", labels, images)
     with frozen(defense.classifier):
-        step = FinetuneStep(defense, discriminator, config, seed)
-        step.check(images)
-        constants = describe(*defense.classifier.state_dict().values())
-        return _fit("finetune", step, images, labels, config, seed, checkpoint, progress, constants)
-
-
-def _fit(
-    title: str,
-    step: PretrainStep,
-    images: Tensor,
-    labels: Tensor,
-    config: PretrainConfig,
-    seed: int,
-    checkpoint: Path | None,
-    progress: bool,
-    constants: str = "",
-) -> History:
-    """Run `step` with its networks in training mode, and leave them in evaluation mode."""
-    for module in step.modules.values():
-        module.train()
-    history = fit(
-        title,
-        step,
-        images,
-        labels,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        seed=seed,
-        modules=step.modules,
-        optimizers=step.optimizers,
-        scalers=step.scalers,
-        checkpoint=checkpoint,
-        fingerprint=f"{title} {asdict(config)} {step.transform!r} {constants}",
-        progress=progress,
-    )
-    for module in step.modules.values():
-        module.eval()
-    return history
+        step = FinetuneStep(defense, discriminator, config or FinetuneConfig(), seed)
+        feed = Feed("finetune", images, labels, step.device, workers)
+        step.check(feed.first())
+        return fit(
+            "finetune",
+            step,
+            feed,
+            seed=seed,
+            checkpoint=checkpoint,
+            checkpoint_minutes=checkpoint_minutes,
+            metrics=metrics,
+            fingerprint=f"{defense.transform!r} {describe(*defense.classifier.state_dict().values())}",
+            progress=progress,
+        )
