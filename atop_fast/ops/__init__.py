@@ -7,7 +7,7 @@ from .assemble import assemble
 from .attack_loss import AttackLoss, attack_loss
 from .conv3x3 import FrozenConv3x3, conv3x3
 from .corrupt import corrupt
-from .gated_elu import gated_elu
+from .gated import gated_elu, gated_relu
 from .mask_blocks import mask_blocks
 from .pgd_step_l1 import pgd_step_l1
 from .pgd_step_l2 import pgd_step_l2, pgd_step_l2_
@@ -29,6 +29,7 @@ __all__ = [
     "conv3x3",
     "corrupt",
     "gated_elu",
+    "gated_relu",
     "mask_blocks",
     "pgd_step_l1",
     "pgd_step_l2",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_float_tensor, check_integer, message
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
-from .gated_elu import memory_format
+from .gated import memory_format
 
 # Outputs whose prepared weights lie side by side.
 PANEL = 16

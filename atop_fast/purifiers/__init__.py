@@ -6,7 +6,8 @@ from torch import nn
 
 from .._checks import check_choice
 from .discriminator import SNPatchDiscriminator, discriminator_loss, generator_loss
-from .unet import GatedConv, GatedUNet
+from .layers import GatedConv
+from .unet import GatedUNet
 
 PURIFIERS: dict[str, type[nn.Module]] = {"unet": GatedUNet}
 DISCRIMINATORS: dict[str, type[nn.Module]] = {"sn_patch": SNPatchDiscriminator}
