@@ -6,6 +6,7 @@ from .apgd_step_linf import apgd_step_linf
 from .assemble import assemble
 from .attack_loss import AttackLoss, attack_loss
 from .conv3x3 import FrozenConv3x3, conv3x3
+from .convolve import convolve
 from .corrupt import corrupt
 from .gated import gated_elu, gated_relu
 from .mask_blocks import mask_blocks
@@ -16,6 +17,7 @@ from .project_l1 import project_l1
 from .random_normal import random_normal
 from .random_resize_pad import random_resize_pad
 from .resize import resize
+from .upsample_conv3x3 import upsample_conv3x3
 
 _registry.load()
 
@@ -27,6 +29,7 @@ __all__ = [
     "assemble",
     "attack_loss",
     "conv3x3",
+    "convolve",
     "corrupt",
     "gated_elu",
     "gated_relu",
@@ -40,4 +43,5 @@ __all__ = [
     "random_normal",
     "random_resize_pad",
     "resize",
+    "upsample_conv3x3",
 ]
