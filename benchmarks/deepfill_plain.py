@@ -16,7 +16,9 @@ CNUM = 48
 class Gated(nn.Module):
     """elu(f) * sigmoid(g), or relu(f) * sigmoid(g), f and g the halves of a convolution's output."""
 
-    def __init__(self, inputs: int, outputs: int, size: int = 3, stride: int = 1, dilation: int = 1, relu: bool = False):
+    def __init__(
+        self, inputs: int, outputs: int, size: int = 3, stride: int = 1, dilation: int = 1, relu: bool = False
+    ):
         super().__init__()
         self.conv = nn.Conv2d(inputs, 2 * outputs, size, stride, dilation * (size - 1) // 2, dilation)
         self.relu = relu
