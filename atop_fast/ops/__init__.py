@@ -5,6 +5,7 @@ from .apgd_step_l2 import apgd_step_l2
 from .apgd_step_linf import apgd_step_linf
 from .assemble import assemble
 from .attack_loss import AttackLoss, attack_loss
+from .contextual_attention import contextual_attention
 from .conv3x3 import FrozenConv3x3, conv3x3
 from .convolve import convolve
 from .corrupt import corrupt
@@ -28,6 +29,7 @@ __all__ = [
     "apgd_step_linf",
     "assemble",
     "attack_loss",
+    "contextual_attention",
     "conv3x3",
     "convolve",
     "corrupt",
