@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_integer, message
-from ..ops import upsample_conv3x3
-from ._attention import contextual_attention
+from ..ops import contextual_attention, upsample_conv3x3
 from .layers import ACTIVATIONS, GatedConv
 
 DILATIONS = (1, 2, 4, 8, 16)
