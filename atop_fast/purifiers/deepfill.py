@@ -193,7 +193,7 @@ class DeepFillV2(nn.Module):
             The mask has a gradient as an input of the first convolution alone: where it composes the images and
             selects the patches of the attention it is a constant.
         """
-        if x.dim() != 4 or x.shape[1] != 5 or x.shape[2] % 8 or x.shape[3] % 8:
+        if x.dim() != 4 or x.shape[1] != 5 or x.shape[2] % 8 or x.shape[3] % 8 or 0 in x.shape[2:]:
             expected = "of shape (B, 5, H, W) with H and W divisible by 8"
             raise ValueError(message("DeepFillV2", "x", expected, tuple(x.shape)))
         image, mask = x[:, :3], x[:, 4:].detach()
