@@ -7,19 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_integer, message
-from ..ops import gated_elu
-
-
-class GatedConv(nn.Module):
-    """elu(f) * sigmoid(g), f and g the halves of one convolution's output (Yu et al., ICCV 2019)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, 2 * out_channels, 3, stride, padding=dilation, dilation=dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride)."""
-        return gated_elu(self.conv(x))
+from .layers import GatedConv
 
 
 class GatedUNet(nn.Module):

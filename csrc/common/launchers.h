@@ -183,4 +183,11 @@ const char* launch_conv3x3_prepare(const float* weight,     // [outputs, channel
                                    float* prepared,  // [36, panels, channels, kConvPanel], 0 beyond the outputs
                                    void* stream);
 
+// The gradient of the convolution in its weights, on the CPU only.
+const char* launch_conv3x3_bwd_weight(const float* dy,  // [batch, height, width, outputs]
+                                      const float* x,   // [batch, height, width, channels]
+                                      Conv3x3 size,
+                                      float* dw,  // [outputs, channels, 3, 3]
+                                      void* stream);
+
 }  // namespace atop

@@ -66,9 +66,12 @@ void transform_input(const float* const* pixels, int64_t channels, float* v, int
   ATOP_CALL(transform_input(pixels, channels, v, step));
 }
 
-void multiply(const float* v, int64_t v_step, const float* u, float* m, int64_t tiles, int64_t channels,
-              int64_t panels) {
-  ATOP_CALL(multiply(v, v_step, u, m, tiles, channels, panels));
+void transform_gradient(const float* const* pixels, int64_t outputs, float* z, int64_t panel, int64_t step) {
+  ATOP_CALL(transform_gradient(pixels, outputs, z, panel, step));
+}
+
+void multiply(const Product& product, const float* v, const float* u, float* m) {
+  ATOP_CALL(multiply(product, v, u, m));
 }
 
 void transform_output(const float* m, int64_t step, const float* bias, int64_t outputs, float* const* pixels) {

@@ -16,12 +16,23 @@ constexpr int64_t kRows = 6;    // tiles that the registers of the highest level
 // of kPanel.
 void transform_input(const float* const* pixels, int64_t channels, float* v, int64_t step);
 
-// m[t][o] = sum_c v[t][c] u[o / kPanel][c][o % kPanel] for one point, in the order of c.
-void multiply(const float* v,  // [tiles, v_step]
-              int64_t v_step,
-              const float* u,  // [panels, channels, kPanel]
-              float* m,        // [tiles, panels * kPanel]
-              int64_t tiles, int64_t channels, int64_t panels);
+// z[(o / kPanel) * panel + point * step + o % kPanel] = A dY A' of the pixels dy[i][j] = pixels[4 i + j][o],
+// o < outputs. Writes up to the next multiple of kPanel, where it is 0.
+void transform_gradient(const float* const* pixels, int64_t outputs, float* z, int64_t panel, int64_t step);
+
+// One product of matrices, for one point: rows are tiles and the depth channels, or in the gradient of the weights the
+// other way round.
+struct Product {
+  int64_t rows, depth, panels;
+  int64_t v_row, v_step;  // from row to row of v, and along its depth
+  int64_t m_row;
+  bool add;  // to what m holds
+};
+
+// m[r][o] = sum_k v[r * v_row + k * v_step] u[o / kPanel][k][o % kPanel], in the order of k.
+void multiply(const Product& product, const float* v,
+              const float* u,  // [panels, depth, kPanel]
+              float* m);       // [rows, m_row], of which panels * kPanel are written
 
 // pixels[4 i + j][o] = (A' m A)[i][j] + bias[o] with m from m[point * step + o], o < outputs. Pixels that are null are
 // left out, and so is a bias that is null.
