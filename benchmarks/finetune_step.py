@@ -27,7 +27,7 @@ from typing import Any
 import _harness
 import torch
 import torch.nn.functional as F
-from deepfill_plain import PlainDeepFillV2
+from deepfill_plain import PlainDeepFill
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -53,7 +53,7 @@ class PlainStep:
         if variant != "public":
             for module in (generator, discriminator, classifier):
                 module.to(memory_format=torch.channels_last)
-        self.stages = torch.compile(generator.stages) if variant == "compiled" else generator.stages
+        self.stages = torch.compile(generator) if variant == "compiled" else generator
         self.optimizers = [
             torch.optim.Adam(module.parameters(), CONFIG.lr, (0.5, 0.999)) for module in (generator, discriminator)
         ]
@@ -103,7 +103,7 @@ class PlainStep:
 def build(variant: str, cnum: int, size: int) -> tuple[Any, nn.Module]:
     """The step and its generator, with the same weights for every variant."""
     with atop.randomness.seeded(0):
-        plain, discriminator = PlainDeepFillV2(cnum), SNPatchDiscriminator()
+        plain, discriminator = PlainDeepFill(cnum), SNPatchDiscriminator()
         classifier = atop.build_classifier("resnet18_256").eval().requires_grad_(False)
     if variant not in ("float32", "bfloat16"):
         return PlainStep(plain, discriminator, classifier, variant), plain

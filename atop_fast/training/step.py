@@ -56,7 +56,7 @@ class Step:
                 raise ValueError(message(type(self).__name__, name, "a module with parameters", type(module).__name__))
         self.device = next(next(iter(self.modules.values())).parameters()).device
         self.dtype = PRECISIONS[config.precision]
-        if _registry.owner("gated_elu", self.device.type) != "eager":
+        if _registry.owner("gated", self.device.type) != "eager":
             for module in self.modules.values():
                 module.to(memory_format=torch.channels_last)
         self.optimizers = {
