@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .._checks import check_choice, check_integer, message
-from ..ops import gated_elu, gated_relu
+from ..ops import convolve, gated_elu, gated_relu
 
 ACTIVATIONS = {"elu": gated_elu, "relu": gated_relu}
 
@@ -52,7 +52,9 @@ class GatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and activate images."""
-        return ACTIVATIONS[self.activation](self.conv(x))
+        conv = self.conv
+        h = convolve(x, conv.weight, None, conv.stride[0], conv.dilation[0])
+        return ACTIVATIONS[self.activation](h, conv.bias)
 
     def extra_repr(self) -> str:
         """What the convolution does not show."""
