@@ -248,8 +248,30 @@ def test_steps_of_odd_gradients(cuda):
     assert torch.equal(moved, cuda.pgd_step_l2(x, grad, x0, 0.1, 0.2))
 
 
-def test_gated_elu(cuda):
-    for shape in ((2, 6, 4, 4), (2, 6, 3, 3)):
-        h = torch.randn(shape)
-        y = _registry.OPS["gated_elu"].reference(h)
-        torch.testing.assert_close(cuda.gated_elu(h), y)
+# Packs and single numbers in each layout; several parts; channels for more than one block of threads.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 6, 3, 3), (1, 4, 130, 131), (1, 2064, 2, 3), (2, 16, 5, 9)], ids=str)
+def test_gated(cuda, shape, layout):
+    for dtype in (*FLOATS, torch.float64):
+        h = 3 * images(shape, dtype, layout) - 1.5
+        dy = images((shape[0], shape[1] // 2, *shape[2:]), dtype, layout).nan_to_num(1, 1, 1)
+        for bias in (None, torch.randn(shape[1]), torch.randn(shape[1]).to(dtype)):
+            for activation in (0, 1):
+                check_close(cuda, "gated", h, bias, activation)
+                for with_db in (False, True)[: 1 if bias is None else 2]:
+                    check_close(cuda, "gated_bwd", dy, h.nan_to_num(0, 1, -1), bias, activation, with_db)
+
+
+def check_close(cuda, name, *args):
+    """Assert that the op equals its reference up to rounding, sums included."""
+    expected, actual = _registry.OPS[name].reference(*args), getattr(cuda, name)(*args)
+    for a, b in zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]:
+        assert strides(a) == strides(b)
+        tolerance = max(1e-12 if a.dtype == torch.float64 else 1e-5, 2 * torch.finfo(a.dtype).eps)
+        scale = 1 + (0 if name == "gated" or a.dim() > 1 else dy_sum(args[0]))
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def dy_sum(dy):
+    """What sums over batch and pixels may grow to."""
+    return dy.abs().sum(dim=(0, 2, 3)).max().item() if dy.numel() else 0

@@ -140,7 +140,11 @@ def test_defense_takes_a_new_draw_with_every_bare_call():
             "Defense: transform must be a RandomTransform",
         ),
         (lambda: Defense(RT1(4), None, len), TypeError, "Defense: classifier must be a torch.nn.Module, got builtin"),
-        (lambda: build_purifier("vae"), ValueError, "build_purifier: name must be one of 'unet', 'deepfill_v2', got 'vae'"),
+        (
+            lambda: build_purifier("vae"),
+            ValueError,
+            "build_purifier: name must be one of 'unet', 'deepfill_v2', got 'vae'",
+        ),
         (lambda: build_classifier("resnet18", blocks=()), ValueError, r"ResNet: blocks must be .*, got \(\)"),
         (lambda: build_classifier("resnet18", blocks=(0,)), ValueError, "ResNet: blocks must be an integer and >= 1"),
         (lambda: build_classifier("x"), ValueError, "name must be one of 'small_cnn', .* got 'x'"),

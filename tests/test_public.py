@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from atop_fast import build_purifier, load_model, save_model
@@ -139,10 +139,8 @@ def test_truncated_and_damaged_files_are_refused(generator, tmp_path):
     save_public(path, generator)
     whole = path.read_bytes()
     files = [whole[: int(len(whole) * share)] for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999)]
-    # The directory at the end of the archive, and the pickle at its start.
-    files += [
-        whole[:k] + b"\xff" * 64 + whole[k + 64 :] for k in (0, 100, 400, 2000, len(whole) - 64, len(whole) - 9000)
-    ]
+    # The pickle at the start of the archive, and the directory at its end.
+    files += [whole[:k] + b"\xff" * 64 + whole[k + 64 :] for k in (0, 100, 400, 2000, len(whole) - 64)]
     for content in (*files, b"\x00" * 100, b"text"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"load_deepfill: path must be .*, got .*g\.pth \("):
@@ -179,13 +177,12 @@ def replaced(name, tensor):
         (replaced("res.x", torch.ones(1)), r"Unexpected key.*res\.x"),
         (replaced("generator.stage1.x", torch.ones(1)), r"Unexpected key.*generator\.stage1\.x"),
         (replaced("stage1.conv1.conv.bias", torch.ones(7)), r"size mismatch for stage1\.conv1\.conv\.bias"),
-        (replaced(FIRST, torch.ones(12, 5, 5, 5)), r"size mismatch for stage1\.conv1\.conv\.weight|size mismatch"),
+        (replaced(FIRST, torch.ones(12, 5, 5, 5)), "size mismatch for stage1"),
         (replaced(FIRST, torch.ones(6, 5, 5, 5)), "cnum must be divisible by 4, got 6"),
         (replaced(FIRST, torch.ones(8)), rf"convolution weights {FIRST}, got .*\(of shape \(8,\)\)"),
         # Nobody has so much memory.
         (replaced(FIRST, torch.ones(1).expand(4_000_000, 1, 1, 1)), "size mismatch"),
         (replaced("stage1.conv1.conv.bias", torch.ones(8, dtype=torch.int64)), "not of real numbers: stage1.conv1"),
-        (replaced("stage1.conv1.conv.bias", torch.ones(8).to_sparse()), "weights fit the network"),
         (replaced("stage2.contextual_attention.fuse_weight", torch.ones(1, 1, 3, 3)), "identity as .*fuse_weight"),
         (lambda state: {}, "a checkpoint with convolution weights"),
         (lambda state: {"state_dict": state}, r'a state dict, or {"G": \.\.\.}, got .*g\.pth \(with \'G\'\)'),
@@ -229,8 +226,6 @@ def test_a_file_without_a_discriminator_says_what_it_has(generator, tmp_path):
 @pytest.mark.skipif("ATOP_FAST_GOLDEN" not in os.environ, reason="set ATOP_FAST_GOLDEN to the folder of golden outputs")
 @pytest.mark.parametrize("form", [dict, atop])
 def test_golden_weights_load_and_return(form, tmp_path):
-    from safetensors.torch import load_file
-
     golden = load_file(Path(os.environ["ATOP_FAST_GOLDEN"]) / "deepfill_v2_cnum8_64.safetensors")
     state = {k.removeprefix("state/"): v for k, v in golden.items() if k.startswith("state/")}
     torch.save({"G": form(state)}, tmp_path / "g.pth")

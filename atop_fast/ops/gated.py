@@ -50,11 +50,11 @@ def reference_bwd(dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, w
     return dh.to(h.dtype).contiguous(memory_format=memory_format(h)), db
 
 
-OP = define("gated(Tensor h, Tensor? bias, int activation) -> Tensor", reference, kernels=None)
+OP = define("gated(Tensor h, Tensor? bias, int activation) -> Tensor", reference, kernels="gated")
 OP_BWD = define(
     "gated_bwd(Tensor dy, Tensor h, Tensor? bias, int activation, bool with_db) -> (Tensor, Tensor)",
     reference_bwd,
-    kernels=None,
+    kernels="gated",
 )
 
 
