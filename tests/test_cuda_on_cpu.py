@@ -248,18 +248,23 @@ def test_steps_of_odd_gradients(cuda):
     assert torch.equal(moved, cuda.pgd_step_l2(x, grad, x0, 0.1, 0.2))
 
 
-# Packs and single numbers in each layout; several parts; channels for more than one block of threads.
+# Packs and single numbers in each layout; channels for more than one block of threads; several parts.
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 6, 3, 3), (1, 4, 130, 131), (1, 2064, 2, 3), (2, 16, 5, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 16, 3, 3), (1, 2064, 1, 3), (1, 2, 130, 131)], ids=str)
 def test_gated(cuda, shape, layout):
-    for dtype in (*FLOATS, torch.float64):
+    small = shape[2] < 100
+    for dtype in (*FLOATS, torch.float64) if small else FLOATS[:1]:
         h = 3 * images(shape, dtype, layout) - 1.5
         dy = images((shape[0], shape[1] // 2, *shape[2:]), dtype, layout).nan_to_num(1, 1, 1)
-        for bias in (None, torch.randn(shape[1]), torch.randn(shape[1]).to(dtype)):
-            for activation in (0, 1):
-                check_close(cuda, "gated", h, bias, activation)
-                for with_db in (False, True)[: 1 if bias is None else 2]:
-                    check_close(cuda, "gated_bwd", dy, h.nan_to_num(0, 1, -1), bias, activation, with_db)
+        bias = torch.randn(shape[1])
+        finite = h.nan_to_num(0, 1, -1)
+        for activation in (0, 1) if small else (1,):
+            check_close(cuda, "gated_bwd", dy, finite, bias, activation, True)
+        if small:
+            check_close(cuda, "gated", h, None, 0)
+            check_close(cuda, "gated", h, bias.to(dtype), 1)
+            check_close(cuda, "gated_bwd", dy, finite, None, 0, False)
+            check_close(cuda, "gated_bwd", dy, finite, bias, 1, False)
 
 
 def check_close(cuda, name, *args):
