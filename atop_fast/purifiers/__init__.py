@@ -7,14 +7,25 @@ from torch import nn
 from .._checks import check_choice
 from .discriminator import SNPatchDiscriminator, discriminator_loss, generator_loss
 from .layers import GatedConv
+from .mae import MaskedAutoencoder
 from .unet import GatedUNet
 
-PURIFIERS: dict[str, type[nn.Module]] = {"unet": GatedUNet}
+# A module of the user's own may be added here: then its files load by its name, as those of ours.
+PURIFIERS: dict[str, type[nn.Module]] = {
+    "mae": MaskedAutoencoder,
+    "unet": GatedUNet,
+}
 DISCRIMINATORS: dict[str, type[nn.Module]] = {"sn_patch": SNPatchDiscriminator}
 
 
 def build_purifier(name: str, **options: object) -> nn.Module:
-    """A purifier by name: "unet" (GatedUNet). Any module from (B, C + 2, H, W) to images in [-1, 1] serves as well."""
+    """A purifier by name; options are those of its class.
+
+    - "mae": MaskedAutoencoder, a vision transformer on patches.
+    - "unet": GatedUNet, gated convolutions at the images' own resolution.
+
+    Any module from (B, C + 2, H, W) to images in [-1, 1] serves Defense and training as well.
+    """
     return PURIFIERS[check_choice("build_purifier", "name", name, list(PURIFIERS))](**options)
 
 
@@ -23,6 +34,7 @@ __all__ = [
     "PURIFIERS",
     "GatedConv",
     "GatedUNet",
+    "MaskedAutoencoder",
     "SNPatchDiscriminator",
     "build_purifier",
     "discriminator_loss",
