@@ -1,8 +1,8 @@
 """y = a(f) sigmoid(g) and its gradients, a = elu or relu                                            docs/math.md#gated
 
-Lines as in csrc: h is [lines of f | lines of g] for each image, a line being a channel in NCHW; a pixel in channels_last
-is an image of one line, and without bias that serves for NCHW too. Every load is widened at once: the interpreter cannot
-compute in bfloat16, and the specification asks for float32.
+Lines as in csrc: h is [lines of f | lines of g] for each image, a line being a channel in NCHW; a pixel in
+channels_last is an image of one line, and without bias that serves for NCHW too. Every load is widened at once: the
+interpreter cannot compute in bfloat16, and the specification asks for float32.
 """
 
 from typing import Any
