@@ -1,4 +1,4 @@
-"""A 3x3 convolution on CPUs with a quarter of the multiplications, for frozen networks under attack."""
+"""A 3x3 convolution on CPUs with a quarter of the multiplications, and its gradients."""
 
 from __future__ import annotations
 
@@ -134,6 +134,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd(f"{NAMESPACE}::conv3x3", _backward, setup_context=_setup_context, lib=LIBRARY)
 forbid_double_backward("conv3x3_bwd")
+forbid_double_backward("conv3x3_bwd_weight")
 
 
 def wins(x: Tensor, weight: Tensor, dilation: int, prepared: bool) -> bool:
