@@ -180,11 +180,10 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
         ValueError: If a shape or `dilation` is not as described.
 
     Notes:
-        Differentiable in `x`, `weight` and `bias`.
         The relative error is about 1e-6, where a direct convolution in float32 has 3e-7. NaN and infinity spread over
-        their tile of 4x4 outputs. Where Winograd serves it is differentiable once, and a second derivative raises
-        RuntimeError; a sample's result has the same bits whatever the batch, its place in it and the number of threads, and so has
-        the gradient of the weights whatever the number of threads.
+        their tile of 4x4 outputs. Where Winograd serves it is differentiable once, in all three tensors, and a second
+        derivative raises RuntimeError; a sample's result has the same bits whatever the batch, its place in it and the
+        number of threads, and the gradient of the weights whatever the number of threads.
         `FrozenConv3x3` saves the preparation of the weights, which is worth it where images are small.
 
     Reference:

@@ -20,7 +20,9 @@ def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""Repeat every pixel in 2x2 and convolve with 3x3 weights, padded by zeros.
 
-    .. math:: y_{b,o,i,j} = \beta_o + \sum_{c,k,l} w_{o,c,k,l} \, x_{b,c,\lfloor (i+k-1)/2 \rfloor, \lfloor (j+l-1)/2 \rfloor}
+    .. math::
+        y_{b,o,i,j} = \beta_o
+            + \sum_{c,k,l} w_{o,c,k,l} \, x_{b,c,\lfloor (i+k-1)/2 \rfloor, \lfloor (j+l-1)/2 \rfloor}
 
     The repeated image is not made: neighbouring weights that meet the same pixel are added first, which makes it a
     transposed convolution of stride 2 with 4x4 weights.
