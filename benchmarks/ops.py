@@ -22,11 +22,14 @@ from atop_fast.ops import _registry
 
 # The package exports each function under the name of its module.
 conv3x3 = importlib.import_module("atop_fast.ops.conv3x3")
+upsample_conv3x3 = importlib.import_module("atop_fast.ops.upsample_conv3x3")
 gated_elu = importlib.import_module("atop_fast.ops.gated_elu")
 pgd_step_linf = importlib.import_module("atop_fast.ops.pgd_step_linf")
 NUMBERS = (2 / 255, 8 / 255)
 # Batch, channels, outputs and size: a CIFAR ResNet-18 under attack, and an inpainting network.
 CONVOLUTIONS = ((64, 64, 64, 32), (64, 128, 128, 16), (64, 256, 256, 8), (64, 512, 512, 4), (8, 96, 192, 64))
+# Batch, channels and size, of the same network.
+UPSAMPLINGS = ((8, 96, 64), (8, 48, 128))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -89,9 +92,26 @@ def conv3x3_cases(device: str) -> Iterator[Case]:
         formula, mine = (functools.partial(_autograd_pass, f, x, dy) for f in (plain, ours))
         both = {_registry.owner("conv3x3", device): mine}
         yield _case("conv3x3", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-4)
+        formula = functools.partial(_autograd_pass, _of_weight(conv3x3.formula, x), weight, dy)
+        mine = functools.partial(_autograd_pass, _of_weight(conv3x3.conv3x3, x), weight, dy)
+        both = {_registry.owner("conv3x3", device): mine}
+        yield _case("conv3x3_weight", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-3)
         formula = functools.partial(conv3x3.reference_prepare, weight, False)
         run = {name: functools.partial(f, weight, False) for name, f in _impls("conv3x3_prepare").items()}
         yield _case("conv3x3_prepare", "forward", weight, "nchw", 5 * weight.nbytes, formula, run, tolerance=1e-6)
+
+
+def upsample_conv3x3_cases(device: str) -> Iterator[Case]:
+    """Forward plus the gradients of the images and the weights; a composition of torch's functions on every device."""
+    for (batch, channels, size), dtype in itertools.product(UPSAMPLINGS, (torch.float32, torch.bfloat16)):
+        x = torch.randn(batch, channels, size, size, device=device).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = (torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5).to(dtype)
+        dy = torch.randn_like(upsample_conv3x3.formula(x, weight))
+        functions = (upsample_conv3x3.formula, upsample_conv3x3.upsample_conv3x3)
+        formula, mine = (functools.partial(_two_gradients, f, x, weight, dy) for f in functions)
+        nbytes = 2 * (x.nbytes + dy.nbytes + weight.nbytes)
+        yield _case("upsample_conv3x3", "both", x, "nhwc", nbytes, formula, {"transposed": mine}, tolerance=None)
 
 
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
@@ -111,6 +131,15 @@ def _autograd_pass(function: Callable[[Tensor], Tensor], h: Tensor, dy: Tensor) 
     leaf = h.detach().requires_grad_()
     (dh,) = torch.autograd.grad(function(leaf), leaf, dy)
     return dh
+
+
+def _of_weight(function: Callable[..., Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda weight: function(x, weight, None, 1)
+
+
+def _two_gradients(function: Callable[..., Tensor], x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+    return torch.autograd.grad(function(*leaves), leaves, dy)
 
 
 class _Gate(torch.autograd.Function):
@@ -205,8 +234,9 @@ def main() -> None:
     _harness.keep_heap()
     rows = []
     skip = {"compile"} if args.no_compile else set()
-    suites = (pgd_cases, gated_elu_cases, conv3x3_cases, attack_steps.step_cases, attacks_ops.attack_loss_cases)
-    for case in itertools.chain(*(cases(args.device) for cases in (*suites, transforms.transform_cases))):
+    convolutions = (conv3x3_cases, upsample_conv3x3_cases)
+    steps = (attack_steps.step_cases, attacks_ops.attack_loss_cases, transforms.transform_cases)
+    for case in itertools.chain(*(cases(args.device) for cases in (pgd_cases, gated_elu_cases, *convolutions, *steps))):
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)
     _harness.print_table(rows)
