@@ -183,4 +183,27 @@ const char* launch_conv3x3_prepare(const float* weight,     // [outputs, channel
                                    float* prepared,  // [36, panels, channels, kConvPanel], 0 beyond the outputs
                                    void* stream);
 
+// The features of contextual_attention, (batch, channels, 2 rows, 2 columns), with one place for every second pixel.
+struct Attention {
+  int64_t batch, channels, rows, columns;
+};
+
+// Where the elements of features lie; strides in the order of batch, channel, row, column.
+template <typename T>
+struct Strided {
+  T* first;
+  int64_t strides[4];
+};
+
+// On the CPU only.                                                                docs/math.md#contextual_attention
+template <typename T>
+const char* launch_contextual_attention(Strided<const T> features,
+                                        const bool* valid,  // [batch, rows, columns]
+                                        Attention size, Strided<T> y, void* stream);
+
+template <typename T>
+const char* launch_contextual_attention_bwd(Strided<const T> dy, Strided<const T> features,
+                                            const bool* valid,  // [batch, rows, columns]
+                                            Attention size, Strided<T> dfeatures, void* stream);
+
 }  // namespace atop

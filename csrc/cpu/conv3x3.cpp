@@ -1,10 +1,9 @@
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/launchers.h"
 #include "common/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/winograd.h"
 #include "math/winograd.h"
 
@@ -12,23 +11,6 @@ namespace atop {
 namespace {
 
 using namespace winograd;
-
-constexpr int64_t round_up(int64_t n, int64_t step) {
-  return (n + step - 1) / step * step;
-}
-
-// Memory of cache lines, not initialised.
-struct Scratch {
-  static constexpr std::align_val_t kLine{64};
-  struct Delete {
-    void operator()(float* p) const { ::operator delete[](p, kLine); }
-  };
-  std::unique_ptr<float[], Delete> memory;
-
-  explicit Scratch(int64_t count)
-      : memory(static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), kLine))) {}
-  float* get() const { return memory.get(); }
-};
 
 // The first outputs of all tiles along an axis. A tile has 4 outputs `dilation` apart, from 6 pixels `dilation` apart:
 // pixels with the same remainder are an image of their own.
@@ -97,7 +79,7 @@ struct Convolution {
       const int64_t n = std::min(kPanels, panels - panel), o = panel * kPanel;
       for (int64_t k = 0; k < kPoints; ++k) {
         const float* const u = prepared + (k * panels + panel) * size.channels * kPanel;
-        multiply(v + k * v_step, width, u, m + k * m_step, count, size.channels, n);
+        multiply(v + k * v_step, width, u, m + k * m_step, n * kPanel, count, size.channels, n);
       }
       for (int64_t t = 0; t < count; ++t) {
         output(first + t, o, std::min(n * kPanel, size.outputs - o), m + t * n * kPanel, m_step);
@@ -141,7 +123,7 @@ const char* launch_conv3x3(const float* x, const float* prepared, const float* b
   const int64_t v_step = together * round_up(size.channels, kPanel) + kPanel;
   const int64_t m_step = together * kPanels * kPanel + kPanel;
   torch::stable::parallel_for(0, (tiles + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
-    const Scratch v(kPoints * v_step), m(kPoints * m_step);
+    const Scratch<float> v(kPoints * v_step), m(kPoints * m_step);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * together;
       convolution.run(first, std::min(together, tiles - first), v.get(), v_step, m.get(), m_step);

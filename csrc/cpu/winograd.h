@@ -3,25 +3,15 @@
 // and chosen by the machine it runs on. An element is computed in the same order of operations whatever its tile,
 // vector or register; levels with and without a fused multiply-add round differently.
 
-#include "common/launchers.h"
+#include "cpu/multiply.h"
 
 namespace atop::winograd {
 
 constexpr int kPoints = 36;  // products of a tile and a pair of channels
-constexpr int64_t kPanel = kConvPanel;
-constexpr int64_t kPanels = 4;  // panels of a call at most
-constexpr int64_t kRows = 6;    // tiles that the registers of the highest level take at once
 
 // v[point * step + c] = B' d B of the pixels d[i][j] = pixels[6 i + j][c], c < channels. Writes up to the next multiple
 // of kPanel.
 void transform_input(const float* const* pixels, int64_t channels, float* v, int64_t step);
-
-// m[t][o] = sum_c v[t][c] u[o / kPanel][c][o % kPanel] for one point, in the order of c.
-void multiply(const float* v,  // [tiles, v_step]
-              int64_t v_step,
-              const float* u,  // [panels, channels, kPanel]
-              float* m,        // [tiles, panels * kPanel]
-              int64_t tiles, int64_t channels, int64_t panels);
 
 // pixels[4 i + j][o] = (A' m A)[i][j] + bias[o] with m from m[point * step + o], o < outputs. Pixels that are null are
 // left out, and so is a bias that is null.
