@@ -229,7 +229,14 @@ def main() -> None:
     _harness.keep_heap()
     rows = []
     skip = {"compile"} if args.no_compile else set()
-    suites = (pgd_cases, gated_elu_cases, conv3x3_cases, attention_cases, attack_steps.step_cases, attacks_ops.attack_loss_cases)
+    suites = (
+        pgd_cases,
+        gated_elu_cases,
+        conv3x3_cases,
+        attention_cases,
+        attack_steps.step_cases,
+        attacks_ops.attack_loss_cases,
+    )
     for case in itertools.chain(*(cases(args.device) for cases in (*suites, transforms.transform_cases))):
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)
