@@ -21,6 +21,7 @@ from torch import Tensor
 from atop_fast.ops import _registry, gated
 
 # The package exports each function under the name of its module.
+contextual_attention = importlib.import_module("atop_fast.ops.contextual_attention")
 conv3x3 = importlib.import_module("atop_fast.ops.conv3x3")
 upsample_conv3x3 = importlib.import_module("atop_fast.ops.upsample_conv3x3")
 pgd_step_linf = importlib.import_module("atop_fast.ops.pgd_step_linf")
@@ -121,6 +122,29 @@ def upsample_conv3x3_cases(device: str) -> Iterator[Case]:
         formula, mine = (functools.partial(_two_gradients, f, x, weight, dy) for f in functions)
         nbytes = 2 * (x.nbytes + dy.nbytes + weight.nbytes)
         yield _case("upsample_conv3x3", "both", x, "nhwc", nbytes, formula, {"transposed": mine}, tolerance=None)
+
+
+def attention_cases(device: str) -> Iterator[Case]:
+    """Forward, and forward plus backward, with a quarter of the blocks of 32 pixels masked, and with none."""
+    for masked, layout in itertools.product((0.25, 0.0), LAYOUTS):
+        features = 0.3 * torch.randn(8, 96, 64, 64, device=device).contiguous(memory_format=LAYOUTS[layout])
+        blocks = (torch.rand(8, 1, 8, 8, device=device) < masked).float()
+        valid = contextual_attention._valid(blocks.repeat_interleave(32, 2).repeat_interleave(32, 3), features)
+        name = "contextual_attention" if masked else "contextual_attention unmasked"
+        run = {backend: functools.partial(f, features, valid) for backend, f in _impls("contextual_attention").items()}
+        formula = functools.partial(contextual_attention.formula, features, valid)
+        yield _case(name, "forward", features, layout, 2 * features.nbytes, formula, run, tolerance=1e-3)
+        dy = torch.randn_like(features)
+
+        def plain(leaf: Tensor, valid: Tensor = valid) -> Tensor:
+            return contextual_attention.formula(leaf, valid)
+
+        def ours(leaf: Tensor, valid: Tensor = valid) -> Tensor:
+            return contextual_attention.OP(leaf, valid)
+
+        formula, mine = (functools.partial(_autograd_pass, f, features, dy) for f in (plain, ours))
+        both = {_registry.owner("contextual_attention", device): mine}
+        yield _case(name, "both", features, layout, 5 * features.nbytes, formula, both, tolerance=1e-3)
 
 
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
@@ -250,7 +274,7 @@ def main() -> None:
     _harness.keep_heap()
     rows = []
     skip = {"compile"} if args.no_compile else set()
-    convolutions = (conv3x3_cases, upsample_conv3x3_cases)
+    convolutions = (conv3x3_cases, upsample_conv3x3_cases, attention_cases)
     steps = (attack_steps.step_cases, attacks_ops.attack_loss_cases, transforms.transform_cases)
     for case in itertools.chain(*(cases(args.device) for cases in (pgd_cases, gated_cases, *convolutions, *steps))):
         if case.op.startswith(tuple(args.op)):

@@ -1,6 +1,8 @@
-// The loops of csrc/cpu/winograd.cpp against a convolution in float64, driven by tests/test_math_headers.py, which
-// compiles it once for every level that winograd.cpp may choose. Prints the largest error for some sizes.
+// The loops of csrc/cpu/winograd.cpp and multiply.cpp against a convolution in float64, driven by
+// tests/test_math_headers.py, which compiles it once for every level that they may choose. Prints the largest error for
+// some sizes.
 
+#include "cpu/multiply.cpp"
 #include "cpu/winograd.cpp"
 
 #include <algorithm>

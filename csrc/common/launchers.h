@@ -204,4 +204,27 @@ const char* launch_conv3x3_bwd_weight(const float* dy,  // [batch, height, width
                                       float* dw,  // [outputs, channels, 3, 3]
                                       void* stream);
 
+// The features of contextual_attention, (batch, channels, 2 rows, 2 columns), with one place for every second pixel.
+struct Attention {
+  int64_t batch, channels, rows, columns;
+};
+
+// Where the elements of features lie; strides in the order of batch, channel, row, column.
+template <typename T>
+struct Strided {
+  T* first;
+  int64_t strides[4];
+};
+
+// On the CPU only.                                                                docs/math.md#contextual_attention
+template <typename T>
+const char* launch_contextual_attention(Strided<const T> features,
+                                        const bool* valid,  // [batch, rows, columns]
+                                        Attention size, Strided<T> y, void* stream);
+
+template <typename T>
+const char* launch_contextual_attention_bwd(Strided<const T> dy, Strided<const T> features,
+                                            const bool* valid,  // [batch, rows, columns]
+                                            Attention size, Strided<T> dfeatures, void* stream);
+
 }  // namespace atop

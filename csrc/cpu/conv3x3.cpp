@@ -3,6 +3,7 @@
 
 #include "common/launchers.h"
 #include "common/parallel.h"
+#include "cpu/multiply.h"
 #include "cpu/tiles.h"
 #include "cpu/winograd.h"
 #include "math/winograd.h"
@@ -85,7 +86,7 @@ const char* launch_conv3x3(const float* x, const float* prepared, const float* b
   const int64_t v_step = together * round_up(size.channels, kPanel) + kPanel;
   const int64_t m_step = together * kPanels * kPanel + kPanel;
   torch::stable::parallel_for(0, (tiles + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
-    const Scratch v(kPoints * v_step), m(kPoints * m_step);
+    const Scratch<float> v(kPoints * v_step), m(kPoints * m_step);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * together;
       convolution.run(first, std::min(together, tiles - first), v.get(), v_step, m.get(), m_step);

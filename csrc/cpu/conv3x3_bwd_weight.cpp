@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "common/parallel.h"
+#include "cpu/multiply.h"
 #include "cpu/tiles.h"
 #include "cpu/winograd.h"
 #include "math/winograd.h"
@@ -97,9 +98,9 @@ const char* launch_conv3x3_bwd_weight(const float* dy, const float* x, Conv3x3 s
   // As in the convolution, the matrices of the points a cache line further apart than they are large.
   const int64_t v_step = together * gradient.width() + kPanel, z_step = (together * panels + 1) * kPanel;
   const int64_t m_step = (channels * panels + 1) * kPanel, chunk_step = kPoints * m_step;
-  const Scratch m(chunks * chunk_step);
+  const Scratch<float> m(chunks * chunk_step);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch v(kPoints * v_step), z(kPoints * z_step);
+    const Scratch<float> v(kPoints * v_step), z(kPoints * z_step);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t start = chunk * length, stop = std::min(tiles, start + length);
       for (int64_t first = start; first < stop; first += together) {

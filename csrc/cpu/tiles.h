@@ -2,30 +2,12 @@
 // The tiles of Winograd's convolution and where their pixels lie.
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "common/launchers.h"
+#include "cpu/scratch.h"
 
 namespace atop::winograd {
-
-constexpr int64_t round_up(int64_t n, int64_t step) {
-  return (n + step - 1) / step * step;
-}
-
-// Memory of cache lines, not initialised.
-struct Scratch {
-  static constexpr std::align_val_t kLine{64};
-  struct Delete {
-    void operator()(float* p) const { ::operator delete[](p, kLine); }
-  };
-  std::unique_ptr<float[], Delete> memory;
-
-  explicit Scratch(int64_t count)
-      : memory(static_cast<float*>(::operator new[](static_cast<size_t>(count) * sizeof(float), kLine))) {}
-  float* get() const { return memory.get(); }
-};
 
 // The first outputs of all tiles along an axis. A tile has 4 outputs `dilation` apart, from 6 pixels `dilation` apart:
 // pixels with the same remainder are an image of their own.

@@ -10,6 +10,7 @@ import torch
 from _harness import DEVICE, cases
 
 from atop_fast import ops
+from atop_fast.ops import _registry
 
 # The package exports the function under the name of its module.
 spec_module = importlib.import_module("atop_fast.ops.contextual_attention")
@@ -62,6 +63,9 @@ def by_the_definition(features, mask):
     return torch.stack(results)
 
 
+# Errors relative to the largest number. The products are other ones than the formula's, and so is their rounding.
+TOLERANCES = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 2e-5}
+
 SPEC = harness.Spec(
     name="contextual_attention",
     call=spec_module.OP,
@@ -72,6 +76,27 @@ SPEC = harness.Spec(
     exact=False,
     ops=NAMES,
 )
+
+
+def close(actual, expected, dtype):
+    assert (actual.dtype, actual.shape) == (dtype, expected.shape)
+    if actual.numel():
+        error = (actual.double() - expected).abs().max()
+        assert error <= TOLERANCES[dtype] * expected.abs().max() + torch.finfo(torch.float32).tiny
+
+
+def check(backend, features, valid):
+    """The result and its gradient equal those of the formula in float64."""
+    dy, results = torch.randn_like(features), []
+    exact = (spec_module.formula, features.double(), dy.double())
+    for function, inputs, upstream in (exact, (spec_module.OP, features, dy)):
+        leaf = inputs.detach().requires_grad_()
+        with harness.owned_by(backend, NAMES):
+            y = function(leaf, valid)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, upstream)))
+    for expected, actual in zip(*results, strict=True):
+        close(actual, expected, features.dtype)
+    return results[1][0]
 
 
 @cases(op="contextual_attention", size=((2, 2), (8, 6), (2, 10), (10, 2)), scale=(1, 4))
@@ -97,4 +122,182 @@ def test_formula_is_the_definition():
 @pytest.mark.usefixtures("poisoned_memory")
 @cases(op="contextual_attention", dtype=SPEC.dtypes, shape=SHAPES)
 def test_matches_formula(backend, dtype, shape):
-    harness.check_forward(SPEC, backend, sample(shape, dtype))
+    check(backend, *sample(shape, dtype))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@cases(op="contextual_attention", layout=harness.LAYOUTS, dtype=SPEC.dtypes)
+def test_layouts(backend, layout, dtype):
+    features, valid = sample((3, 18, 6, 8), dtype)
+    y = check(backend, harness.in_layout(features, layout), valid)
+    assert y.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+
+
+@cases(op="contextual_attention", layout=harness.LAYOUTS)
+def test_upstream_gradient_in_another_layout(backend, layout):
+    features, valid = sample((3, 5, 6, 8), torch.float32)
+    dy = torch.randn_like(features)
+    expected = spec_module.reference_bwd(dy, features, valid)
+    with harness.owned_by(backend, NAMES):
+        actual = spec_module.OP_BWD(harness.in_layout(dy, layout), features, valid)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@cases(op="contextual_attention", mask=(0, 1))
+def test_nothing_or_everything_masked(backend, mask):
+    """Without a valid patch there is nothing to paste, and nothing to learn."""
+    features = torch.randn(2, 4, 8, 8, device=DEVICE).requires_grad_()
+    with harness.owned_by(backend, NAMES):
+        y = ops.contextual_attention(features, torch.full((2, 1, 16, 16), float(mask), device=DEVICE))
+        (dfeatures,) = torch.autograd.grad(y, features, torch.ones_like(y))
+    for result in (y.detach(), dfeatures):
+        assert result.isfinite().all()
+        assert result.any() == (mask == 0)
+
+
+@cases(op="contextual_attention", value=(0.0, 1e-6))
+def test_norms_below_the_least(backend, value):
+    """Keys are divided by 1e-4 at least, and then their norm has no gradient."""
+    features = torch.zeros(1, 3, 6, 6, dtype=torch.float64, device=DEVICE)
+    features[..., :3] = value * torch.randn(1, 3, 6, 3, dtype=torch.float64, device=DEVICE)
+    valid, dy = torch.ones(1, 3, 3, dtype=torch.bool, device=DEVICE), torch.randn_like(features)
+    expected, mine = spec_module.formula, spec_module.OP
+    with harness.owned_by(backend, NAMES):
+        results = []
+        for function in (expected, mine):
+            leaf = features.clone().requires_grad_()
+            y = function(leaf, valid)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, dy)))
+    for actual, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-15)
+
+
+@cases(op="contextual_attention", place=((0, 0), (3, 5)))
+def test_nan_stays_in_its_sample(backend, place):
+    features, valid = torch.randn(2, 3, 6, 8, device=DEVICE), torch.ones(2, 3, 4, dtype=torch.bool, device=DEVICE)
+    expected = harness.run(SPEC, backend, (features, valid))
+    features[0, 0, place[0], place[1]] = float("nan")
+    y = harness.run(SPEC, backend, (features, valid))
+    assert y[0].isnan().any()
+    harness.same_bits(y[1], expected[1])
+
+
+@cases(op="contextual_attention")
+def test_gradcheck(backend):
+    features, valid = sample((2, 3, 6, 4), torch.float64)
+    valid[1, 0, 0] = True
+    with harness.owned_by(backend, NAMES):
+        assert torch.autograd.gradcheck(lambda t: spec_module.OP(t, valid), features.requires_grad_())
+
+
+@cases(op="contextual_attention")
+def test_second_backward_same(backend):
+    harness.check_second_backward_same(SPEC, backend, sample((2, 4, 6, 8), torch.float32))
+
+
+@cases(op="contextual_attention")
+def test_double_backward_raises(backend):
+    features, valid = sample((1, 2, 4, 4), torch.float32)
+    features.requires_grad_()
+    with harness.owned_by(backend, NAMES):
+        (d,) = torch.autograd.grad(spec_module.OP(features, valid).sum(), features, create_graph=True)
+        with pytest.raises(RuntimeError, match="contextual_attention: double backward is not supported"):
+            d.sum().backward()
+
+
+@cases(op="contextual_attention", layout=("channels_last", "sliced"))
+def test_opcheck(backend, layout):
+    features, valid = sample((2, 4, 4, 6), torch.float32)
+    harness.check_opcheck(SPEC, backend, (harness.in_layout(features, layout), valid), requires_grad=True)
+
+
+@cases("eager", op="contextual_attention", layout=("channels_last", "sliced"))
+def test_opcheck_bwd(backend, layout):
+    features, valid = sample((2, 4, 4, 6), torch.float32)
+    with harness.owned_by(backend, NAMES):
+        arguments = (torch.randn_like(features), harness.in_layout(features, layout), valid)
+        torch.library.opcheck(spec_module.OP_BWD, arguments)
+
+
+@pytest.mark.backend("cpp")
+@pytest.mark.skipif("cpp" in _registry.MISSING or DEVICE != "cpu", reason="no native build, or a GPU")
+def test_bits_depend_on_nothing_else():
+    """A sample's result has the same bits in every batch, at every place in it, and with any number of threads."""
+    features, valid = sample((5, 20, 22, 18), torch.float32)
+    dy, threads, results = torch.randn_like(features), torch.get_num_threads(), []
+    try:
+        # With more threads than samples they share one; with fewer, each has its own.
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            for size in (1, 2, 5):
+                parts = [t.split(size) for t in (dy, features, valid)]
+                y = torch.cat([spec_module.OP(*part) for part in zip(*parts[1:], strict=True)])
+                d = torch.cat([spec_module.OP_BWD(*part) for part in zip(*parts, strict=True)])
+                results.append((y, d))
+    finally:
+        torch.set_num_threads(threads)
+    for y, d in results[1:]:
+        harness.same_bits(y, results[0][0])
+        harness.same_bits(d, results[0][1])
+
+
+@cases("eager", op="contextual_attention")
+def test_compiles(backend):
+    samples = [(features, valid) for features, valid in (sample((n, 4, 8, 6), torch.float32) for n in (2, 5))]
+    harness.check_compiled(SPEC, backend, samples, compiler="aot_eager")
+
+
+def test_public_function_compiles():
+    features = torch.randn(2, 3, 8, 6, device=DEVICE)
+    mask = (torch.rand(2, 1, 16, 12, device=DEVICE) < 0.1).float()
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.contextual_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(features, mask), ops.contextual_attention(features, mask))
+
+
+SHAPE = r"features must be of shape \(B, C, h, w\), h and w even, got"
+BAD_FEATURES = [
+    (torch.zeros(1, 2, 4, 4).int(), TypeError, "features must be a float32, float64, bfloat16 or float16 tensor"),
+    (
+        torch.zeros(1, 2, 3, 4),
+        ValueError,
+        r"features must be of shape \(B, C, h, w\), h and w even, got \(1, 2, 3, 4\)",
+    ),
+    (
+        torch.zeros(1, 2, 0, 4),
+        ValueError,
+        r"features must be of shape \(B, C, h, w\), h and w even, got \(1, 2, 0, 4\)",
+    ),
+    (torch.zeros(4, 2), ValueError, r"features must be of shape \(B, C, h, w\), h and w even, got \(4, 2\)"),
+]
+
+
+@cases(op="contextual_attention", bad=range(len(BAD_FEATURES)))
+@pytest.mark.skipif(DEVICE != "cpu", reason="the same words on every device")
+def test_bad_features(backend, bad):
+    features, error, words = BAD_FEATURES[bad]
+    with harness.owned_by(backend, NAMES):
+        with pytest.raises(error, match="contextual_attention: " + words):
+            ops.contextual_attention(features, torch.zeros(1, 1, 8, 8))
+        with pytest.raises(RuntimeError if backend == "cpp" else error, match="contextual_attention: " + words):
+            torch.ops.atop_fast.contextual_attention(features, torch.ones(1, 2, 2, dtype=torch.bool))
+
+
+@cases(op="contextual_attention")
+@pytest.mark.skipif(DEVICE != "cpu", reason="the same words on every device")
+def test_bad_valid(backend):
+    kinds = (RuntimeError, RuntimeError) if backend == "cpp" else (TypeError, ValueError)
+    features = torch.zeros(1, 2, 4, 6)
+    with harness.owned_by(backend, NAMES):
+        with pytest.raises(kinds[0], match=r"valid must be a bool tensor, got torch.float32"):
+            spec_module.OP(features, torch.zeros(1, 2, 3))
+        with pytest.raises(kinds[1], match=r"valid must be of shape \(1, 2, 3\), got \(1, 3, 2\)"):
+            spec_module.OP(features, torch.zeros(1, 3, 2, dtype=torch.bool))
+        with pytest.raises(kinds[1], match=r"dy must be of the shape of y \(1, 2, 4, 6\), got \(1, 2, 6, 4\)"):
+            spec_module.OP_BWD(torch.zeros(1, 2, 6, 4), features, torch.zeros(1, 2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9, 12), (1, 1, 8, 6), (2, 1, 8, 12), (1, 2, 8, 12), (1, 1, 2, 3), (8, 12)])
+def test_bad_mask(shape):
+    with pytest.raises(ValueError, match=r"mask must be of shape \(1, 1, 4 k, 6 k\) for an integer k, got "):
+        ops.contextual_attention(torch.zeros(1, 2, 4, 6), torch.zeros(shape))
