@@ -159,6 +159,8 @@ def _peak_kibibytes() -> int:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for every variant; they run in turns."""
+    # First, while this process needs little itself.
+    peaks = {v: None if v == "compiled" else peak_mebibytes(args, v) for v in args.variants}
     batch = data(args.batch, args.size)
     steps, found = {}, {}
     for variant in args.variants:
@@ -180,7 +182,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             "spread": round(max(seconds[variant]) - min(seconds[variant]), 3),
             "ratio": round(statistics.median(seconds[first]) / median, 2),
             "gradient_distance": float(f"{distance:.2g}"), "parts": split(step, batch),
-            "peak_mib": None if variant == "compiled" else peak_mebibytes(args, variant),
+            "peak_mib": peaks[variant],
         })  # fmt: skip
     return rows
 
