@@ -10,7 +10,7 @@ from .data import Dataset, image_folder, load_data, mnist5k
 from .defense import Defense
 from .evaluation import Report, Verdict, evaluate
 from .purifiers import build_purifier
-from .training import FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
+from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
 from .transforms import RT1, RT2, RT3, RandomResizePad
 from .zoo import load_classifier
 
@@ -32,6 +32,7 @@ __all__ = [
     "RT2",
     "RT3",
     "AutoAttack",
+    "ClassifierConfig",
     "Dataset",
     "Defense",
     "FinetuneConfig",

@@ -1,13 +1,18 @@
-"""Atomic files and checkpoints: a reader, or a run that resumes after kill -9, sees a whole file or none."""
+"""Atomic files and checkpoints: a reader, or a run that resumes after kill -9, sees a whole file or none.
+
+Reading a file runs nothing in it.
+"""
 
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ._checks import message
@@ -48,6 +53,38 @@ def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[
         expected = "a checkpoint of this run (delete it to start again)"
         raise ValueError(message(function, "checkpoint", expected, f"{path}: {error}")) from error
     return state
+
+
+def read_state(function: str, argument: str, path: Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a network by their names, from a file of others, on the CPU.
+
+    Args:
+        function, argument: for errors.
+        path: a safetensors file if its name ends in .safetensors, else one of torch.save.
+        key: the name of the state dict where the file holds more; it may also be all that it holds.
+
+    Raises:
+        ValueError: no such file, a damaged one, one with other objects than tensors, numbers and containers of them, or
+            without a state dict.
+    """
+    try:
+        # Not executable: weights_only refuses whatever is not a tensor, a number or a container of them.
+        safe = path.suffix == ".safetensors"
+        content: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        expected = "a checkpoint of tensors alone (other objects could run code and are refused)"
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(message(function, argument, expected, f"{path} ({reason})")) from error
+    except Exception as error:
+        # torch.load raises several unrelated types on a damaged file; each means the same to the caller.
+        expected = "a readable checkpoint of torch.save, or of safetensors and so named"
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(message(function, argument, expected, f"{path} ({reason})")) from error
+    state = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        held = ", ".join(map(repr, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(message(function, argument, f'a state dict, or {{"{key}": ...}}', f"{path} (with {held})"))
+    return dict(state)
 
 
 def describe(*tensors: Tensor) -> str:

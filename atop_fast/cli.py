@@ -24,7 +24,7 @@ from .evaluation import evaluate as run_evaluation
 from .evaluation.report import format_table
 from .purifiers import SNPatchDiscriminator, build_purifier
 from .randomness import derive_seed, seeded
-from .training import FinetuneConfig, PretrainConfig, train_classifier
+from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, train_classifier
 from .training import finetune as run_finetune
 from .training import pretrain as run_pretrain
 
@@ -43,9 +43,7 @@ def demo(out: str = "runs/demo", options: DemoConfig = DemoConfig()) -> None:
 def classifier(
     out: str = "runs/classifier",
     data: DataConfig = DataConfig(),
-    epochs: int = 10,
-    batch_size: int = 64,
-    lr: float = 4e-3,
+    training: ClassifierConfig = ClassifierConfig(lr=4e-3),
     width: int = 16,
     device: str = "cpu",
     seed: int = 0,
@@ -55,9 +53,7 @@ def classifier(
     Args:
         out: folder for classifier.safetensors.
         data: images and their split.
-        epochs: passes over the training part.
-        batch_size: images a step.
-        lr: first learning rate of Adam.
+        training: length, learning rate, precision and augmentation.
         width: channels of its first layer.
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
@@ -69,16 +65,7 @@ def classifier(
     with seeded(derive_seed(seed, "classifier")):
         model = build_classifier("small_cnn", **shape).to(place)
     checkpoint = folder / "classifier.pt"
-    train_classifier(
-        model,
-        train.images,
-        train.labels,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        seed=seed,
-        checkpoint=checkpoint,
-    )
+    train_classifier(model, train.images, train.labels, config=training, seed=seed, checkpoint=checkpoint)
     save_model(folder / "classifier.safetensors", model, "classifier", "small_cnn", **shape)
     checkpoint.unlink(missing_ok=True)
     with torch.no_grad():

@@ -31,7 +31,7 @@ from .evaluation.protocols import Attack
 from .evaluation.report import format_table, gallery, versions, write_report
 from .purifiers import SNPatchDiscriminator, build_purifier
 from .randomness import derive_seed, seeded
-from .training import FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
+from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
 from .transforms import RT2
 
 SYSTEMS = ("classifier", "rt_only", "pretrained", "finetuned")
@@ -135,8 +135,7 @@ class Demo:
             classifier,
             self.train.images,
             self.train.labels,
-            epochs=self.config.classifier_epochs,
-            lr=4e-3,
+            config=ClassifierConfig(self.config.classifier_epochs, lr=4e-3),
             seed=self._seed("classifier"),
             checkpoint=self.state / "classifier.pt",
             progress=self.progress,
@@ -174,9 +173,10 @@ class Demo:
                 lr=3e-3,
                 gan_weight=0.005,
                 ce_weight=2.0,
+                attack="fgsm" if self.config.finetune_steps == 1 else "pgd",
+                steps=self.config.finetune_steps,
                 attacked=attacked,
                 eps=self.config.eps,
-                steps=self.config.finetune_steps,
             ),
             seed=self._seed("finetune"),
             checkpoint=self.state / f"finetune_{attacked}.pt",

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import pickle
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._checks import check_choice, message
+from ._files import read_state
 from .checkpoints import load_model
 from .classifiers import CLASSIFIERS, WideResNet, build_classifier
 
@@ -106,7 +104,10 @@ def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, 
 
 
 def _with_weights(model: nn.Module, path: Path) -> nn.Module:
-    state = _read_tensors(path)
+    state = read_state("load_classifier", "name_or_path", path, "state_dict")
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     if isinstance(model, WideResNet):
         # Weights of a stage that TRADES' networks create and never run.
         state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
@@ -125,31 +126,6 @@ def _rename(key: str) -> str:
     for pattern, replacement in DEEPMIND_NAMES:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their names in the network."""
-    try:
-        # Not executable: weights_only refuses whatever is not a tensor, a number or a container of them.
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        expected = "a checkpoint of tensors alone (other objects could run code and are refused)"
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(message("load_classifier", "name_or_path", expected, f"{path} ({reason})")) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        expected = "a readable checkpoint of torch.save"
-        raise ValueError(message("load_classifier", "name_or_path", expected, f"{path} ({reason})")) from error
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        expected = 'a state dict, or {"state_dict": ...}'
-        raise ValueError(message("load_classifier", "name_or_path", expected, path))
-    state = dict(content)
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
 
 
 @contextlib.contextmanager

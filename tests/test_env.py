@@ -22,15 +22,9 @@ def python(*arguments, **environment):
 def test_report_covers_versions_and_owners():
     report = env.report()
     assert report["Versions"]["torch"] == torch.__version__
-    names = {"assemble", "assemble_bwd", "corrupt", "corrupt_bwd", "corrupt_passes", "gated_elu", "gated_elu_bwd"}
-    names |= {
-        "attack_loss",
-        "contextual_attention",
-        "contextual_attention_bwd",
-        "conv3x3",
-        "conv3x3_bwd",
-        "conv3x3_prepare",
-    }
+    names = {"assemble", "assemble_bwd", "corrupt", "corrupt_bwd", "corrupt_passes", "gated", "gated_bwd"}
+    names |= {"attack_loss", "conv3x3", "conv3x3_bwd", "conv3x3_prepare"}
+    names |= {"contextual_attention", "contextual_attention_bwd"}
     names |= {"mask_blocks", "pgd_step_linf", "pgd_step_linf_", "random_normal", "resample"}
     names |= {"apgd_step_l2", "apgd_step_linf", "pgd_step_l1", "pgd_step_l2", "pgd_step_l2_", "project_l1"}
     assert set(report["Owner of each op"]) == names
@@ -45,7 +39,7 @@ def test_prints_aligned_text(capsys):
 
 def test_absence_has_a_reason():
     for backend in ("cpp", "cuda", "triton"):
-        if backend not in _registry.impls("gated_elu") and torch.cuda.is_available():
+        if backend not in _registry.impls("gated") and torch.cuda.is_available():
             assert _registry.MISSING[backend]
 
 

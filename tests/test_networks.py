@@ -1,4 +1,4 @@
-"""Purifiers, discriminator, classifiers, Defense and their files."""
+"""The gated U-Net, classifiers, Defense and their files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from atop_fast import RT1, RT2, RT3, Defense, build_classifier, build_purifier, load_model, save_model
 from atop_fast.checkpoints import read_header
-from atop_fast.purifiers import GatedUNet, SNPatchDiscriminator, discriminator_loss, generator_loss
+from atop_fast.purifiers import GatedUNet, MaskedAutoencoder
 from atop_fast.randomness import seeded
 
 X = torch.rand(4, 1, 16, 16)
@@ -46,20 +46,48 @@ def test_unet_gradients_reach_every_parameter():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-def test_discriminator_is_spectrally_normalised():
+def test_unet_grows_and_starts_as_the_one_without_blocks():
     with seeded(0):
-        net = SNPatchDiscriminator(1, 8, 3).train()
-    for _ in range(50):
-        scores = net(X * 2 - 1, torch.zeros_like(X))
-    assert scores.shape == (4, 32 * 2 * 2)
-    for layer in net.layers:
-        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+        small = GatedUNet(3, 8)
+    grown = GatedUNet(3, 8, blocks=2)
+    missing = grown.load_state_dict(small.state_dict(), strict=False).missing_keys
+    assert missing
+    assert all("_blocks." in name for name in missing)
+    nn.init.normal_(small.to_image.weight)
+    grown.load_state_dict(small.state_dict(), strict=False)
+    z = torch.randn(2, 5, 16, 16)
+    torch.testing.assert_close(grown(z), small(z))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in GatedUNet(width=32, blocks=2).parameters()) == 2_199_971
 
 
-def test_hinge_losses_follow_their_formulas():
-    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.0])
-    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * 0.25 + 0.5 * 0.5)
-    assert generator_loss(fake).item() == pytest.approx(1.0)
+def test_autoencoder_does_not_depend_on_the_batch_nor_see_masked_patches():
+    with seeded(0):
+        net = MaskedAutoencoder(1, 16, 4)
+        nn.init.normal_(net.to_pixels.weight)
+    z = torch.cat([RT1(4, ratio)(X) for ratio in (0.25, 0.75, 1.0)])
+    with torch.no_grad():
+        y = net(z)
+        torch.testing.assert_close(torch.cat([net(part) for part in z.split(5)]), y, rtol=1e-4, atol=1e-5)
+        hidden = torch.where(z[:, -1:] == 1, torch.cat((torch.rand_like(z[:, :1]), z[:, 1:]), 1), z)
+        torch.testing.assert_close(net(hidden), y)
+        partly = z.clone()
+        partly[:, -1, :2, :2] = 1
+        assert not torch.allclose(net(partly)[:4], y[:4])
+
+
+@pytest.mark.parametrize("build", [lambda: MaskedAutoencoder(1, 16, 4), lambda: GatedUNet(1, 4, blocks=2)])
+def test_checkpointing_and_compiling_change_nothing(build):
+    with seeded(0):
+        net = build()
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.05)
+    z = RT1(4)(X)
+    expected = torch.autograd.grad(net(z).square().sum(), list(net.parameters()))
+    net.checkpointing = True
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for module in (net, compiled):
+        torch.testing.assert_close(torch.autograd.grad(module(z).square().sum(), list(net.parameters())), expected)
 
 
 @pytest.mark.parametrize(("stride", "side"), [(1, 16), (2, 8)])
@@ -156,7 +184,11 @@ def test_defense_takes_a_new_draw_with_every_bare_call():
             "Defense: transform must be a RandomTransform",
         ),
         (lambda: Defense(RT1(4), None, len), TypeError, "Defense: classifier must be a torch.nn.Module, got builtin"),
-        (lambda: build_purifier("vae"), ValueError, "build_purifier: name must be one of 'unet', got 'vae'"),
+        (
+            lambda: build_purifier("vae"),
+            ValueError,
+            "build_purifier: name must be one of 'deepfill_v2', 'mae', 'unet', got 'vae'",
+        ),
         (lambda: build_classifier("resnet18", blocks=()), ValueError, r"ResNet: blocks must be .*, got \(\)"),
         (lambda: build_classifier("resnet18", blocks=(0,)), ValueError, "ResNet: blocks must be an integer and >= 1"),
         (lambda: build_classifier("x"), ValueError, "name must be one of 'small_cnn', .* got 'x'"),

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from atop_fast import (
     RT2,
     RT3,
+    ClassifierConfig,
     Defense,
     FinetuneConfig,
     PretrainConfig,
@@ -22,8 +22,7 @@ from atop_fast import (
 )
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.randomness import derive_seed, seeded
-from atop_fast.training import fit
-from atop_fast.training.purifier import _Trainer
+from atop_fast.training import FinetuneStep, PretrainStep
 
 X = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
@@ -47,9 +46,20 @@ def equal(a, b):
 
 def test_classifier_learns():
     _, _, classifier = networks()
-    history = train_classifier(classifier, X, Y, epochs=60, batch_size=6, lr=1e-2, **QUIET)
+    history = train_classifier(classifier, X, Y, config=ClassifierConfig(60, 6, 1e-2), **QUIET)
     assert history[-1]["accuracy"] == 1 > history[0]["accuracy"]
     assert not classifier.training
+
+
+def test_augmentation_changes_what_a_classifier_sees_in_every_epoch():
+    def losses(augment):
+        _, _, classifier = networks()
+        config = ClassifierConfig(epochs=2, batch_size=12, lr=0, augment=augment)
+        return [epoch["loss"] for epoch in train_classifier(classifier, X, Y, config=config, **QUIET)]
+
+    (same, again), (moved, otherwise) = losses(False), losses(True)
+    assert same == pytest.approx(again, rel=1e-6)
+    assert len({round(loss, 5) for loss in (same, moved, otherwise)}) == 3
 
 
 def test_pretraining_learns_to_restore():
@@ -66,7 +76,7 @@ def test_finetuning_changes_the_purifier_alone(attacked, target):
     purifier, discriminator, classifier = networks()
     before, frozen_before = weights(purifier), weights(classifier)
     flags = [p.requires_grad for p in classifier.parameters()]
-    config = FinetuneConfig(epochs=1, batch_size=5, attacked=attacked, target=target, eps=0.1, steps=2)
+    config = FinetuneConfig(epochs=1, batch_size=5, attacked=attacked, target=target, eps=0.1, attack="pgd", steps=2)
     history = finetune(Defense(RT, purifier, classifier), X, Y, discriminator=discriminator, config=config, **QUIET)
     assert not equal(weights(purifier), before)
     assert equal(weights(classifier), frozen_before)
@@ -77,7 +87,7 @@ def test_finetuning_changes_the_purifier_alone(attacked, target):
 
 def test_finetuning_lowers_the_loss_under_its_attack():
     purifier, _, classifier = networks()
-    train_classifier(classifier, X, Y, epochs=60, batch_size=6, lr=1e-2, **QUIET)
+    train_classifier(classifier, X, Y, config=ClassifierConfig(60, 6, 1e-2), **QUIET)
     config = FinetuneConfig(epochs=30, batch_size=6, lr=3e-3, gan_weight=0, ce_weight=2.0, eps=0.05)
     history = finetune(Defense(RT, purifier, classifier), X, Y, config=config, **QUIET)
     assert sum(h["ce"] for h in history[-5:]) < 0.9 * sum(h["ce"] for h in history[:5])
@@ -87,10 +97,10 @@ def test_finetuning_lowers_the_loss_under_its_attack():
 def test_losses_follow_the_formula(transform):
     purifier, discriminator, _ = networks()
     torch.nn.init.normal_(purifier.to_image.weight, std=0.1)
-    trainer = _Trainer(transform, purifier, discriminator, PretrainConfig(gan_weight=0.5), X)
+    step = PretrainStep(transform, purifier, discriminator, PretrainConfig(gan_weight=0.5), seed=3)
     ids, target = torch.arange(12), X.flip(0)
-    image, loss, logs = trainer.restore(X, target, 3, ids, 7)
-    corrupted = transform(X, 3, ids, 7)
+    image, loss, logs = step.restore(X, target, ids, 7)
+    corrupted = transform(X, derive_seed(3, "transform"), ids, 7)
     purified = purifier(corrupted)
     l1 = (purified - (2 * target - 1).repeat_interleave(transform.copies, 0)).abs().mean()
     scores = discriminator.eval()(purified, corrupted[:, -1:])
@@ -102,13 +112,60 @@ def test_losses_follow_the_formula(transform):
 def test_gan_term_has_a_gradient_for_the_purifier_and_none_for_the_discriminator():
     purifier, discriminator, _ = networks()
     torch.nn.init.normal_(purifier.to_image.weight, std=0.1)
-    trainer = _Trainer(RT, purifier, discriminator, PretrainConfig(gan_weight=0.5), X)
-    _, _, logs = trainer.restore(X, X, 3, torch.arange(12), 0)
-    trainer.optimizers["discriminator"].zero_grad()
+    step = PretrainStep(RT, purifier, discriminator, PretrainConfig(gan_weight=0.5), seed=3)
+    _, _, logs = step.restore(X, X, torch.arange(12), 0)
+    step.optimizers["discriminator"].zero_grad()
     logs["gan"].backward()
     assert any(p.grad.abs().sum() > 0 for p in purifier.parameters())
     assert all(p.grad is None for p in discriminator.parameters())
     assert discriminator.training
+
+
+class TwoStages(torch.nn.Module):
+    """A purifier with a coarse and a refined output."""
+
+    def __init__(self):
+        super().__init__()
+        self.coarse, self.refined = torch.nn.Conv2d(3, 1, 1), torch.nn.Conv2d(1, 1, 1)
+
+    def stages(self, x):
+        coarse = self.coarse(x)
+        return coarse, self.refined(coarse)
+
+    def forward(self, x):
+        return self.stages(x)[1]
+
+
+def test_every_stage_is_restored():
+    step = PretrainStep(RT, TwoStages(), None, PretrainConfig(), seed=3)
+    ids = torch.arange(12)
+    image, loss, logs = step.restore(X, X, ids, 7)
+    coarse, refined = step.purifier.stages(RT(X, derive_seed(3, "transform"), ids, 7))
+    l1 = (coarse - (2 * X - 1)).abs().mean() + (refined - (2 * X - 1)).abs().mean()
+    torch.testing.assert_close(loss, l1)
+    torch.testing.assert_close(logs["l1"], l1)
+    torch.testing.assert_close(image, (refined + 1) / 2)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_trains_alike(precision, tmp_path):
+    """The losses are near those of float32, the weights stay float32, and a stopped run resumes, loss scale and all."""
+
+    def run(precision, epochs=4, checkpoint=None):
+        purifier, discriminator, classifier = networks()
+        config = FinetuneConfig(epochs=epochs, batch_size=6, eps=0.1, precision=precision)
+        options = {"discriminator": discriminator, "config": config, "checkpoint": checkpoint, **QUIET}
+        history = finetune(Defense(RT, purifier, classifier), X, Y, **options)
+        assert {p.dtype for p in purifier.parameters()} == {torch.float32}
+        return history, weights(purifier)
+
+    (wide, _), (narrow, trained) = run("float32"), run(precision, checkpoint=tmp_path / "run.pt")
+    for a, b in zip(wide, narrow, strict=True):
+        assert all(abs(a[key] - b[key]) < 0.02 * abs(a[key]) for key in ("l1", "ce", "discriminator"))
+    assert wide != narrow
+    again, resumed = run(precision, checkpoint=tmp_path / "run.pt")
+    assert again == narrow
+    assert equal(resumed, trained)
 
 
 def test_classification_loss_waits_for_its_epoch():
@@ -122,10 +179,37 @@ def test_classification_loss_waits_for_its_epoch():
     assert not equal(run(ce_weight=1.0, ce_from_epoch=0), run(ce_weight=0.0))
 
 
+@pytest.mark.parametrize("attack", ["fgsm", "fgsm-rs", "pgd", "apgd"])
+def test_training_attacks_stay_in_the_ball_and_raise_the_loss(attack):
+    purifier, _, classifier = networks()
+    config = FinetuneConfig(attack=attack, steps=3, eps=0.05, attacked="classifier", gan_weight=0)
+    step = FinetuneStep(Defense(RT, purifier, classifier), None, config, seed=0)
+    ids = torch.arange(12)
+    adversarial = step.attack(X, Y, ids, epoch=1)
+    assert 0.04 < (adversarial - X).abs().max() < 0.05 + 1e-6
+    loss = torch.nn.functional.cross_entropy
+    with torch.no_grad():
+        assert loss(classifier(adversarial), Y) > loss(classifier(X), Y)
+    again = step.attack(X, Y, ids, epoch=2)
+    assert torch.equal(again, adversarial) == (attack == "fgsm")
+
+
+def test_a_share_of_the_images_is_attacked_another_one_in_every_epoch():
+    purifier, _, classifier = networks()
+    config = FinetuneConfig(adversarial_share=0.5, attacked="classifier", gan_weight=0)
+    step = FinetuneStep(Defense(RT, purifier, classifier), None, config, seed=0)
+    x, ids = X[:1].repeat(400, 1, 1, 1), torch.arange(400)
+    attacked = [(step.attack(x, Y[:1].repeat(400), ids, e) != x).flatten(1).any(1) for e in (0, 1)]
+    assert 160 < attacked[0].sum() < 240
+    assert 140 < (attacked[0] != attacked[1]).sum() < 260
+    subset = step.attack(x[5:9], Y[:1].repeat(4), ids[5:9], 0)
+    assert torch.equal((subset != x[5:9]).flatten(1).any(1), attacked[0][5:9])
+
+
 def test_training_does_not_touch_the_global_generator():
     purifier, discriminator, classifier = networks()
     state = torch.get_rng_state()
-    config = FinetuneConfig(epochs=1, batch_size=6, steps=2)
+    config = FinetuneConfig(epochs=1, batch_size=6, attack="pgd", steps=2)
     finetune(Defense(RT, purifier, classifier), X, Y, discriminator=discriminator, config=config, **QUIET)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -133,7 +217,7 @@ def test_training_does_not_touch_the_global_generator():
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
     """Stopped in some step of some epoch; the second call has fresh networks and only the checkpoint."""
-    config = FinetuneConfig(epochs=3, batch_size=5, eps=0.1, steps=2)
+    config = FinetuneConfig(epochs=3, batch_size=5, eps=0.1, attack="pgd", steps=2)
 
     def run(checkpoint=None, fail_at=None):
         purifier, discriminator, classifier = networks()
@@ -153,8 +237,8 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, stop_at):
     whole = run()
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        # Three discriminator passes a step, three steps an epoch.
-        run(path, fail_at=3 * stop_at + 1)
+        # Two discriminator passes a step, three steps an epoch.
+        run(path, fail_at=2 * stop_at + 1)
     history, purifier, discriminator = run(path)
     assert history == whole[0]
     assert equal(purifier, whole[1])
@@ -196,35 +280,11 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
     assert path.read_bytes() == saved[: len(saved) // 2]
 
 
-def test_learning_rate_follows_half_a_cosine_and_is_restored():
-    module = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    rates = []
-
-    def step(x, y, ids, epoch):
-        rates.append(optimizer.param_groups[0]["lr"])
-        return {}
-
-    options = {"modules": {"m": module}, "optimizers": {"o": optimizer}, "epochs": 2, "batch_size": 3, "seed": 0}
-    fit("test", step, X, Y, **options, **QUIET)
-    expected = 0.25 * (1 + torch.cos(torch.pi * torch.arange(8, dtype=torch.float64) / 8))
-    torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), expected)
-    assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-def test_every_epoch_sees_every_image_once():
-    seen = []
-    options = {"modules": {}, "optimizers": {}, "epochs": 2, "batch_size": 5, "seed": derive_seed(0)}
-    fit("test", lambda x, y, ids, epoch: seen.append(ids) or {"n": F.l1_loss(x, x)}, X, Y, **options, **QUIET)
-    epochs = torch.cat(seen).view(2, 12)
-    assert torch.equal(epochs.sort(1).values, torch.arange(12).expand(2, 12))
-    assert not torch.equal(epochs[0], epochs[1])
-
-
 @pytest.mark.parametrize(
     ("call", "error", "pattern"),
     [
         (lambda: PretrainConfig(epochs=-1), ValueError, "PretrainConfig: epochs must be an integer and >= 0, got -1"),
+        (lambda: PretrainConfig(precision="half"), ValueError, "precision must be one of 'float32', .* got 'half'"),
         (lambda: FinetuneConfig(eps=-1), ValueError, "FinetuneConfig: eps must be finite and >= 0, got -1"),
         (lambda: FinetuneConfig(target="x"), ValueError, "target must be one of 'adversarial', 'clean', got 'x'"),
         (lambda: pretrain(networks()[0], RT, X * 2), ValueError, r"pretrain: images must be in \[0, 1\]"),
@@ -234,9 +294,14 @@ def test_every_epoch_sees_every_image_once():
             "finetune: defense must be a Defense with a purifier, got one without",
         ),
         (
+            lambda: pretrain(torch.nn.Conv2d(3, 2, 1), RT, X),
+            ValueError,
+            r"Conv2d: output must be of shape \(1, 1, 16, 16\), got \(1, 2, 16, 16\)",
+        ),
+        (
             lambda: pretrain(torch.nn.Identity(), RT, X),
             ValueError,
-            r"Identity: output must be of shape \(1, 1, 16, 16\), got \(1, 3, 16, 16\)",
+            "PretrainStep: purifier must be a module with parameters, got Identity",
         ),
         (
             lambda: finetune(Defense(RT, networks()[0], build_classifier("small_cnn", channels=3)), X, Y),

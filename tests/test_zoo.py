@@ -39,12 +39,30 @@ def tiny():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("resnet18", 11_173_962), ("wrn_28_10", 36_479_194), ("wrn_34_10", 46_160_474)]
+    ("name", "parameters"),
+    [
+        ("resnet18", 11_173_962),
+        ("resnet34_256", 21_282_122),
+        ("wrn_28_10", 36_479_194),
+        ("wrn_34_10", 46_160_474),
+        ("wrn_70_16", 266_796_506),
+        ("vit_tiny", 5_526_346),
+    ],
 )
 def test_architectures_have_the_known_number_of_parameters(name, parameters):
     with torch.device("meta"):
         model = build_classifier(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_vit_tiny_equals_timms():
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    ours = build_classifier("vit_tiny", classes=1000).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(2 * x - 1), rtol=1e-4, atol=1e-5)
 
 
 def test_parameter_names_are_those_of_trades():

@@ -1,8 +1,6 @@
-// The loops of csrc/cpu/winograd.cpp and multiply.cpp against a convolution in float64, driven by
-// tests/test_math_headers.py, which compiles it once for every level that they may choose. Prints the largest error for
-// some sizes.
+// The loops of csrc/cpu/winograd.cpp against a convolution in float64, driven by tests/test_math_headers.py, which
+// compiles it once for every level that winograd.cpp may choose. Prints the largest error for some sizes.
 
-#include "cpu/multiply.cpp"
 #include "cpu/winograd.cpp"
 
 #include <algorithm>
@@ -44,8 +42,8 @@ double largest_error(int64_t tiles, int64_t channels, int64_t outputs) {
     transform_input(pixels, channels, &v[t * width], tiles * width);
   }
   for (int64_t k = 0; k < 36; ++k) {
-    multiply(&v[k * tiles * width], width, &u[k * panels * channels * kPanel], &m[k * tiles * panels * kPanel],
-             panels * kPanel, tiles, channels, panels);
+    multiply(&v[k * tiles * width], width, &u[k * panels * channels * kPanel], &m[k * tiles * panels * kPanel], tiles,
+             channels, panels);
   }
   for (int64_t t = 0; t < tiles; ++t) {
     float* pixels[16];

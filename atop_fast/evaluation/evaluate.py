@@ -20,12 +20,13 @@ from .._checks import check_choice, check_images, check_integer, check_labels, c
 from .._files import write_text
 from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
+from ..distributed import process_group
 from ..doctor import check_contract, diagnose
 from ..randomness import derive_seed, seeded
 from .judge import Judge, eight_bit, fixed_randomness, full_precision
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
-from .runs import Run, Unit, process_group
+from .runs import Run, Unit
 from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarise
 from .verdict import INTERVALS
 

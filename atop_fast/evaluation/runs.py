@@ -11,8 +11,6 @@ whatever the batch size and the number of processes that made the log or that go
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
 import os
 import re
@@ -23,18 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .._checks import message
 from .._files import writable_folder, write_atomic, write_text
+from ..distributed import Group
 
 FORMAT = 1
-# A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
-# a word, and must be longer than the shares of the work may differ.
-TIMEOUT = datetime.timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -56,44 +51,6 @@ class Unit:
     seconds: float
     forward: int | None
     backward: int | None
-
-
-class Group:
-    """The processes of an evaluation: those of torch.distributed, or this one alone."""
-
-    def __init__(self) -> None:
-        active = dist.is_available() and dist.is_initialized()
-        self.rank: int = dist.get_rank() if active else 0
-        self.size: int = dist.get_world_size() if active else 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks; waits for all."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[Group]:
-    """The Group of the caller's process group, or, under torchrun without one, of a new gloo group."""
-    joins = (
-        dist.is_available()
-        and not dist.is_initialized()
-        and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    )
-    if joins:
-        # Only Python objects are exchanged: gloo serves whatever the model's device is.
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        yield Group()
-    except BaseException:
-        # Closed connections end the others' wait. Otherwise the group stays for the next call.
-        if joins:
-            dist.destroy_process_group()
-        raise
 
 
 class Run:

@@ -7,8 +7,9 @@ from .assemble import assemble
 from .attack_loss import AttackLoss, attack_loss
 from .contextual_attention import contextual_attention
 from .conv3x3 import FrozenConv3x3, conv3x3
+from .convolve import convolve
 from .corrupt import corrupt
-from .gated_elu import gated_elu
+from .gated import gated_elu, gated_relu
 from .mask_blocks import mask_blocks
 from .pgd_step_l1 import pgd_step_l1
 from .pgd_step_l2 import pgd_step_l2, pgd_step_l2_
@@ -17,6 +18,7 @@ from .project_l1 import project_l1
 from .random_normal import random_normal
 from .random_resize_pad import random_resize_pad
 from .resize import resize
+from .upsample_conv3x3 import upsample_conv3x3
 
 _registry.load()
 
@@ -29,8 +31,10 @@ __all__ = [
     "attack_loss",
     "contextual_attention",
     "conv3x3",
+    "convolve",
     "corrupt",
     "gated_elu",
+    "gated_relu",
     "mask_blocks",
     "pgd_step_l1",
     "pgd_step_l2",
@@ -41,4 +45,5 @@ __all__ = [
     "random_normal",
     "random_resize_pad",
     "resize",
+    "upsample_conv3x3",
 ]

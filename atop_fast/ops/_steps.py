@@ -75,19 +75,8 @@ def check_step(
     samples: bool = False,
 ) -> None:
     """Raise unless the arguments are as the docstrings describe; `samples` where the op has norms over each of them."""
-    if check_tensor(function, "x", x).dtype not in DTYPES:
-        raise TypeError(message(function, "x", "a float32 or float64 tensor", x.dtype))
-    shape = x.shape
-    if samples and not shape:
-        raise ValueError(message(function, "x", "of shape (B, ...)", "a scalar"))
-    draw_shape = check_tensor(function, "grad", grad).shape
-    if len(draw_shape) == len(shape) + 1:
-        if not draw_shape[0]:
-            raise ValueError(message(function, "grad", "of at least one draw", "none"))
-        draw_shape = draw_shape[1:]
-    _check_like(function, "grad", grad, x, draw_shape)
-    for argument, value in others.items():
-        _check_like(function, argument, value, x, check_tensor(function, argument, value).shape)
+    if not _are_alike(x, grad, others, samples):
+        _check_tensors(function, x, grad, others, samples)
     # While torch.compile traces, numbers may be symbols; what runs checks them.
     are_known = not torch.compiler.is_compiling()
     for argument, (number, values) in numbers.items():
@@ -111,8 +100,10 @@ def run_in_place(function: str, op: Any, x: Tensor, grad: Tensor, x0: Tensor, nu
     if torch.compiler.is_compiling():
         op(x, grad, x0, *numbers)
         return x
+    first, end = _span(x)
     for argument, value in (("grad", grad), ("x0", x0)):
-        if _may_overlap(x, value):
+        other_first, other_end = _span(value)
+        if first < other_end and other_first < end:
             raise ValueError(message(function, argument, "a tensor that shares no memory with x", "one that does"))
     op(x, grad, x0, *numbers)
     torch.autograd.graph.increment_version(x)
@@ -126,6 +117,35 @@ def refuse_gradients(function: str, **tensors: Tensor) -> None:
             if value.requires_grad:
                 expected = "a tensor that does not require grad, or the call be under torch.no_grad()"
                 raise ValueError(message(function, argument, expected, "one that does"))
+
+
+def _are_alike(x: Any, grad: Any, others: dict[str, Any], samples: bool) -> bool:
+    """Whether the tensors are as described, with one gradient; quicker than what names the fault."""
+    if not isinstance(x, Tensor):
+        return False
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if dtype not in DTYPES or (samples and not shape):
+        return False
+    for value in (grad, *others.values()):
+        if not isinstance(value, Tensor) or value.dtype is not dtype or value.shape != shape or value.device != device:
+            return False
+    return True
+
+
+def _check_tensors(function: str, x: Any, grad: Any, others: dict[str, Any], samples: bool) -> None:
+    """Raise unless the tensors are as described, draws of the gradient included."""
+    if check_tensor(function, "x", x).dtype not in DTYPES:
+        raise TypeError(message(function, "x", "a float32 or float64 tensor", x.dtype))
+    if samples and not x.shape:
+        raise ValueError(message(function, "x", "of shape (B, ...)", "a scalar"))
+    draw_shape = check_tensor(function, "grad", grad).shape
+    if len(draw_shape) == len(x.shape) + 1:
+        if not draw_shape[0]:
+            raise ValueError(message(function, "grad", "of at least one draw", "none"))
+        draw_shape = draw_shape[1:]
+    _check_like(function, "grad", grad, x, draw_shape)
+    for argument, value in others.items():
+        _check_like(function, argument, value, x, check_tensor(function, argument, value).shape)
 
 
 def _check_like(function: str, argument: str, value: Tensor, x: Tensor, shape: torch.Size) -> None:
@@ -148,13 +168,10 @@ def _check_per_sample(function: str, argument: str, values: Tensor, x: Tensor) -
         raise ValueError(message(function, argument, f"on the device of x {x.device}", values.device))
 
 
-def _may_overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the bytes between the first and the last element of `a` and `b` meet."""
-    a_first, b_first = a.data_ptr(), b.data_ptr()
-    return a_first < b_first + _extent(b) and b_first < a_first + _extent(a)
-
-
-def _extent(t: Tensor) -> int:
+def _span(t: Tensor) -> tuple[int, int]:
+    """Where the first element of `t` begins and the last one ends."""
+    first = t.data_ptr()
     if t.is_contiguous() or not t.numel():
-        return t.nbytes
-    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+        return first, first + t.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return first, first + (last + 1) * t.element_size()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_tensor, message
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
-from .gated_elu import DTYPES, memory_format
+from .gated import DTYPES, memory_format
 
 SCALE = 10.0
 # The least norm that a key is divided by.

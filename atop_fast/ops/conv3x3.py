@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_float_tensor, check_integer, message
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
-from .gated_elu import memory_format
+from .gated import memory_format
 
 # Outputs whose prepared weights lie side by side.
 PANEL = 16
@@ -71,6 +71,30 @@ def reference_bwd(dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation:
     return dx.contiguous(memory_format=memory_format(dy))
 
 
+def reference_bwd_weight(dy: Tensor, x: Tensor, dilation: int) -> Tensor:
+    """The gradient in the weights, (O, C, 3, 3), contiguous whatever the layout of the images."""
+    check_float32("conv3x3_bwd_weight", dy=dy, x=x)
+    if x.dim() != 4:
+        raise ValueError(message("conv3x3_bwd_weight", "x", "of shape (B, C, H, W)", tuple(x.shape)))
+    batch, channels, height, width = x.shape
+    if dy.dim() != 4 or (len(dy), *dy.shape[2:]) != (batch, height, width):
+        expected = f"of shape ({batch}, O, {height}, {width})"
+        raise ValueError(message("conv3x3_bwd_weight", "dy", expected, tuple(dy.shape)))
+    check_dilation("conv3x3_bwd_weight", dilation)
+    weight = x.new_empty(dy.shape[1], channels, 3, 3)
+    return formula_bwd(dy, x, weight, dilation, (False, True))[1].contiguous()
+
+
+def formula_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, dilation: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """The gradients in x and weight, as far as they are wanted, by torch's convolution."""
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1, [*wanted, False]
+    )
+    return dx, dw
+
+
 OP_PREPARE = define("conv3x3_prepare(Tensor weight, bool transposed) -> Tensor", reference_prepare, kernels=None)
 OP = define(
     "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? prepared, Tensor? prepared_t, int dilation) -> Tensor",
@@ -80,6 +104,11 @@ OP = define(
 OP_BWD = define(
     "conv3x3_bwd(Tensor dy, Tensor weight, Tensor? prepared, int dilation) -> Tensor",
     reference_bwd,
+    kernels=None,
+)
+OP_BWD_WEIGHT = define(
+    "conv3x3_bwd_weight(Tensor dy, Tensor x, int dilation) -> Tensor",
+    reference_bwd_weight,
     kernels=None,
 )
 
@@ -97,10 +126,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if of_x:
         dx = OP_BWD(dy, weight, prepared_t, ctx.dilation)
     if of_weight:
-        around = [ctx.dilation, ctx.dilation]
-        _, dw, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, [1, 1], around, around, False, [0, 0], 1, [False, True, False]
-        )
+        dw = OP_BWD_WEIGHT(dy, x, ctx.dilation)
     if of_bias:
         db = dy.sum(dim=(0, 2, 3))
     return dx, dw, db, None, None, None
@@ -254,6 +280,11 @@ def check_images(function: str, argument: str, x: Any, channels: int, dilation: 
     """Raise unless `x`, which goes by the name `argument`, has `channels`, and `dilation` is one."""
     if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels:
         raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W)", tuple(x.shape)))
+    check_dilation(function, dilation)
+
+
+def check_dilation(function: str, dilation: Any) -> None:
+    """Raise unless `dilation` is one; a compiler knows it as a symbol."""
     if not torch.compiler.is_compiling():
         check_integer(function, "dilation", dilation, low=1)
 

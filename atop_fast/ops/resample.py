@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_tensor, message
 from ._registry import LIBRARY, NAMESPACE, define
-from .gated_elu import DTYPES, memory_format
+from .gated import DTYPES, memory_format
 
 
 class Taps(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_integer, check_tensor, message
 from ._registry import LIBRARY, NAMESPACE
-from .gated_elu import DTYPES, memory_format
+from .gated import DTYPES, memory_format
 from .resample import OP as RESAMPLE
 from .resample import Taps
 

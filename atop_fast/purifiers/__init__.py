@@ -5,25 +5,46 @@ from __future__ import annotations
 from torch import nn
 
 from .._checks import check_choice
+from .deepfill import DeepFillV2
 from .discriminator import SNPatchDiscriminator, discriminator_loss, generator_loss
-from .unet import GatedConv, GatedUNet
+from .layers import GatedConv
+from .mae import MaskedAutoencoder
+from .public import load_deepfill, load_sn_patch, save_public
+from .unet import GatedUNet
 
-PURIFIERS: dict[str, type[nn.Module]] = {"unet": GatedUNet}
+# A module of the user's own may be added here: then its files load by its name, as those of ours.
+PURIFIERS: dict[str, type[nn.Module]] = {
+    "deepfill_v2": DeepFillV2,
+    "mae": MaskedAutoencoder,
+    "unet": GatedUNet,
+}
 DISCRIMINATORS: dict[str, type[nn.Module]] = {"sn_patch": SNPatchDiscriminator}
 
 
 def build_purifier(name: str, **options: object) -> nn.Module:
-    """A purifier by name: "unet" (GatedUNet). Any module from (B, C + 2, H, W) to images in [-1, 1] serves as well."""
+    """A purifier by name; options are those of its class.
+
+    - "deepfill_v2": DeepFillV2, two stages of gated convolutions with attention, AToP's purifier for 256x256 pixels.
+    - "mae": MaskedAutoencoder, a vision transformer on patches.
+    - "unet": GatedUNet, gated convolutions at the images' own resolution.
+
+    Any module from (B, C + 2, H, W) to images in [-1, 1] serves Defense and training as well.
+    """
     return PURIFIERS[check_choice("build_purifier", "name", name, list(PURIFIERS))](**options)
 
 
 __all__ = [
     "DISCRIMINATORS",
     "PURIFIERS",
+    "DeepFillV2",
     "GatedConv",
     "GatedUNet",
+    "MaskedAutoencoder",
     "SNPatchDiscriminator",
     "build_purifier",
     "discriminator_loss",
     "generator_loss",
+    "load_deepfill",
+    "load_sn_patch",
+    "save_public",
 ]

@@ -2,18 +2,67 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from .._checks import check_integer
+
+# Steps of the power iteration before the first call.
+FIRST_STEPS = 15
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution by W / sigma(W), sigma the largest singular value of the weights as a matrix, outputs by the rest.
+
+    sigma is estimated by a step of the power iteration at every call, from where the last call in training mode left
+    it; in evaluation mode nothing changes (Miyato et al., Spectral Normalization for GANs, ICLR 2018, algorithm 1).
+    The iteration runs in float32 at least, also under autocast, and without gradients: that of sigma is u v'.
+
+    Attributes:
+        weight_u: u, the estimated left singular vector, (out_channels, 1).
+    """
+
+    weight_u: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
+        u = F.normalize(torch.randn(out_channels, 1), dim=0)
+        for _ in range(FIRST_STEPS):
+            u, _ = _power_step(self.weight.detach().flatten(1), u)
+        self.register_buffer("weight_u", u)
+
+    def normalised_weight(self) -> Tensor:
+        """The weights of spectral norm 1 up to the error of the estimate; in training mode, moves the estimate on."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+            matrix = weight.flatten(1)
+            with torch.no_grad():
+                u, v = _power_step(matrix, self.weight_u.to(matrix.dtype))
+                if self.training:
+                    self.weight_u.copy_(u)
+            sigma = (u * (matrix @ v)).sum()
+            return (weight / sigma).to(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve images."""
+        return self._conv_forward(x, self.normalised_weight(), self.bias)
+
+
+def _power_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The next estimate of the left singular vector of `matrix` and, before it, of the right one: columns."""
+    v = F.normalize(matrix.mT @ u, dim=0)
+    return F.normalize(matrix @ v, dim=0), v
 
 
 class SNPatchDiscriminator(nn.Module):
     """Spectrally normalised 5x5 convolutions of stride 2, each followed by LeakyReLU(0.2).
+
+    Source: Yu et al., Free-Form Image Inpainting with Gated Convolution, ICCV 2019. As it is without arguments, it has
+    the parameter names and shapes of public checkpoints (load_sn_patch).
 
     Args:
         channels: channels C of the images.
@@ -27,14 +76,15 @@ class SNPatchDiscriminator(nn.Module):
         check_integer("SNPatchDiscriminator", "width", width, low=1)
         check_integer("SNPatchDiscriminator", "depth", depth, low=1)
         sizes = [channels + 1, *(width * min(2**i, 4) for i in range(depth))]
-        convolutions = (nn.Conv2d(a, b, 5, stride=2, padding=2) for a, b in pairwise(sizes))
-        self.layers = nn.ModuleList(spectral_norm(c) for c in convolutions)
+        for i, (inputs, outputs) in enumerate(pairwise(sizes), 1):
+            layers = {"conv_sn": SpectralConv2d(inputs, outputs, 5, 2, 2), "activation": nn.LeakyReLU(0.2)}
+            self.add_module(f"conv{i}", nn.Sequential(OrderedDict(layers)))
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Scores (B, n) of local patches: images (B, C, H, W) in [-1, 1] with their masks (B, 1, H, W)."""
         h = torch.cat((images, mask), dim=1)
-        for layer in self.layers:
-            h = F.leaky_relu(layer(h), 0.2)
+        for layer in self.children():
+            h = layer(h)
         return h.flatten(1)
 
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_integer, message
-from ..ops import gated_elu
+from .layers import GatedConv
 
 
-class GatedConv(nn.Module):
-    """elu(f) * sigmoid(g), f and g the halves of one convolution's output (Yu et al., ICCV 2019)."""
+class ResidualGatedBlock(nn.Module):
+    """x + conv(gated convolution(x)), 3x3; zero at first, so that a deeper network starts as the one without it.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> None:
+    Args:
+        width: channels of input and output.
+        dilation: of the gated convolution.
+    """
+
+    def __init__(self, width: int, dilation: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, 2 * out_channels, 3, stride, padding=dilation, dilation=dilation)
+        self.gated = GatedConv(width, width, dilation=dilation)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H / stride, W / stride)."""
-        return gated_elu(self.conv(x))
+        """Features (B, width, H, W) -> (B, width, H, W)."""
+        return x + self.conv(self.gated(x))
 
 
 class GatedUNet(nn.Module):
@@ -34,12 +43,20 @@ class GatedUNet(nn.Module):
     Args:
         channels: channels C of the images.
         width: channels at full resolution; doubled at each of the two levels below.
+        blocks: residual blocks x + conv(gated convolution(x)) at each of five places: after both convolutions on the
+            way down, in the middle (dilations 1, 2, 4 in turn), and after both on the way up. The network has about
+            (900 + 621 blocks) width^2 parameters: 0.13 million by default, 2.2 with width=32, blocks=2, which suits
+            CIFAR-10, and 4.9 with width=48, blocks=2.
+        checkpointing: keep only the input of every block for the backward pass and compute it again there: less
+            memory, more time, the same result.
     """
 
-    def __init__(self, channels: int = 3, width: int = 12) -> None:
+    def __init__(self, channels: int = 3, width: int = 12, blocks: int = 0, checkpointing: bool = False) -> None:
         super().__init__()
         check_integer("GatedUNet", "channels", channels, low=1)
         check_integer("GatedUNet", "width", width, low=1)
+        check_integer("GatedUNet", "blocks", blocks, low=0)
+        self.checkpointing = checkpointing
         w = width
         self.channels = channels
         self.down0 = GatedConv(channels + 2, w)
@@ -51,6 +68,13 @@ class GatedUNet(nn.Module):
         self.to_image = nn.Conv2d(w, channels, 3, padding=1)
         nn.init.zeros_(self.to_image.weight)
         nn.init.zeros_(self.to_image.bias)  # type: ignore[arg-type]
+
+        def residual(width: int, dilations: tuple[int, ...] = (1,)) -> nn.ModuleList:
+            return nn.ModuleList(ResidualGatedBlock(width, dilations[i % len(dilations)]) for i in range(blocks))
+
+        self.down0_blocks, self.down1_blocks = residual(w), residual(2 * w)
+        self.middle_blocks = residual(4 * w, (1, 2, 4))
+        self.up1_blocks, self.up0_blocks = residual(w), residual(w)
 
     def forward(self, x: Tensor) -> Tensor:
         """Restore images.
@@ -67,9 +91,18 @@ class GatedUNet(nn.Module):
         if x.dim() != 4 or x.shape[1] != self.channels + 2 or x.shape[2] % 4 or x.shape[3] % 4:
             expected = f"of shape (B, {self.channels + 2}, H, W) with H and W divisible by 4"
             raise ValueError(message("GatedUNet", "x", expected, tuple(x.shape)))
-        d0 = self.down0(x)
-        d1 = self.down1(d0)
-        m = self.middle(self.down2(d1))
-        u1 = self.up1(torch.cat((F.interpolate(m, scale_factor=2.0), d1), dim=1))
-        u0 = self.up0(torch.cat((F.interpolate(u1, scale_factor=2.0), d0), dim=1))
+        d0 = self._run(self.down0_blocks, self.down0(x))
+        d1 = self._run(self.down1_blocks, self.down1(d0))
+        m = self.middle(self._run(self.middle_blocks, self.down2(d1)))
+        u1 = self._run(self.up1_blocks, self.up1(torch.cat((F.interpolate(m, scale_factor=2.0), d1), dim=1)))
+        u0 = self._run(self.up0_blocks, self.up0(torch.cat((F.interpolate(u1, scale_factor=2.0), d0), dim=1)))
         return 1.02 * torch.tanh(2 * x[:, : self.channels] + 8 * self.to_image(u0))
+
+    def _run(self, blocks: nn.ModuleList, h: Tensor) -> Tensor:
+        """The blocks in turn, each with its input alone kept for the backward pass if so asked."""
+        for block in blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h)
+        return h

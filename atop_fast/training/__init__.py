@@ -1,7 +1,24 @@
 """Training: a classifier, a purifier on clean images (pretrain) and on adversarial ones (finetune)."""
 
-from .classifier import train_classifier
+from .classifier import ClassifierStep, train_classifier
+from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, TrainingConfig
 from .engine import fit
-from .purifier import FinetuneConfig, PretrainConfig, finetune, pretrain
+from .feed import Feed
+from .purifier import finetune, pretrain
+from .step import FinetuneStep, PretrainStep, Step
 
-__all__ = ["FinetuneConfig", "PretrainConfig", "finetune", "fit", "pretrain", "train_classifier"]
+__all__ = [
+    "ClassifierConfig",
+    "ClassifierStep",
+    "Feed",
+    "FinetuneConfig",
+    "FinetuneStep",
+    "PretrainConfig",
+    "PretrainStep",
+    "Step",
+    "TrainingConfig",
+    "finetune",
+    "fit",
+    "pretrain",
+    "train_classifier",
+]

@@ -2,72 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_images, check_integer, check_labels, check_not_empty, check_number
+from .._checks import check_fits
+from ..attacks import frozen
+from ..randomness import Tag, derive_seed, random_bits
+from .config import ClassifierConfig
 from .engine import History, fit
+from .feed import Feed, Images
+from .step import Logs, Step
+
+
+class ClassifierStep(Step):
+    """Minimise the cross-entropy.
+
+    Args:
+        classifier, config, seed: see train_classifier.
+    """
+
+    config: ClassifierConfig
+
+    def __init__(self, classifier: nn.Module, config: ClassifierConfig, seed: int) -> None:
+        super().__init__({"classifier": classifier}, config, betas=(0.9, 0.999))
+        self.classifier, self.seed = classifier, derive_seed(seed, "augment")
+
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
+        if self.config.augment:
+            x = shift_and_mirror(x, self.seed, ids, epoch)
+        with self.autocast():
+            logits = self.classifier(x).float()
+        loss = F.cross_entropy(logits, y)
+        self.update(loss, "classifier")
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
 
 def train_classifier(
     classifier: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Images,
+    labels: Tensor | None = None,
     *,
-    epochs: int = 10,
-    batch_size: int = 64,
-    lr: float = 2e-3,
+    config: ClassifierConfig | None = None,
     seed: int = 0,
+    workers: int = 4,
     checkpoint: Path | None = None,
+    checkpoint_minutes: float = 1.0,
+    metrics: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Minimise the cross-entropy with Adam; changes `classifier` in place and leaves it in evaluation mode.
 
     Args:
         classifier: maps images (B, C, H, W) in [0, 1] to logits.
-        images: float (N, C, H, W) in [0, 1].
-        labels: int64 (N,).
-        epochs, batch_size, lr: length, images a step, and Adam's first learning rate (it falls along a cosine).
-        seed: key of the data order.
-        checkpoint: see atop_fast.training.fit.
-        progress: show a progress bar.
+        images, labels, workers: see Feed.
+        config: ClassifierConfig.
+        seed: key of the data order and of the augmentation.
+        checkpoint, checkpoint_minutes, metrics, progress: see fit.
 
     Returns:
         Mean loss and training accuracy of every epoch.
     """
-    check_not_empty("train_classifier", "images", check_images("train_classifier", "images", images))
-    check_labels("train_classifier", "labels", labels, images)
-    check_integer("train_classifier", "epochs", epochs, low=0)
-    check_integer("train_classifier", "batch_size", batch_size, low=1)
-    check_number("train_classifier", "lr", lr, low=0)
-    optimizer = torch.optim.Adam(classifier.parameters(), lr=lr)
-
-    def step(x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Mapping[str, Tensor]:
-        logits = classifier(x)
-        loss = F.cross_entropy(logits, y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
-
-    classifier.train()
-    history = fit(
+    config = config or ClassifierConfig()
+    step = ClassifierStep(classifier, config, seed)
+    feed = Feed("train_classifier", images, labels, step.device, workers)
+    with torch.no_grad(), frozen(classifier), check_fits("train_classifier", "images", feed.first()):
+        classifier(feed.first())
+    return fit(
         "classifier",
         step,
-        images,
-        labels,
-        epochs=epochs,
-        batch_size=batch_size,
+        feed,
         seed=seed,
-        modules={"classifier": classifier},
-        optimizers={"classifier": optimizer},
         checkpoint=checkpoint,
-        fingerprint=f"classifier {lr}",
+        checkpoint_minutes=checkpoint_minutes,
+        metrics=metrics,
         progress=progress,
     )
-    classifier.eval()
-    return history
+
+
+def shift_and_mirror(x: Tensor, seed: int, ids: Tensor, epoch: int, reach: int = 4) -> Tensor:
+    """Images (B, C, H, W), shifted by up to `reach` pixels along both axes, with zeros outside, and half of them
+    mirrored; keyed by (seed, sample id, epoch)."""
+    height, width = x.shape[2:]
+    words = random_bits(3, seed, ids, epoch, Tag.START)
+    down, right = ((words[:, i : i + 1] * (2 * reach + 1)) >> 32 for i in (0, 1))
+    rows = down + torch.arange(height, device=x.device)
+    columns = right + torch.arange(width, device=x.device)
+    columns = torch.where(words[:, 2:] >> 31 > 0, columns.flip(1), columns)
+    batch = torch.arange(len(x), device=x.device)
+    # Advanced indices around a slice put their axes first.
+    picked = F.pad(x, (reach,) * 4)[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()

@@ -1,87 +1,200 @@
-"""The loop under every training: data order, learning rate, progress, and checkpoints that resume exactly."""
+"""The loop under every training: data order, schedules, progress, and checkpoints that resume exactly.
+
+A checkpoint holds the state after some update of some epoch. Data order and all randomness are functions of the seed,
+the epoch and the sample, so a run that was killed goes on from there to the bits of one that was not.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+import signal
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from tqdm import tqdm
 
+from .._checks import message
 from .._files import describe, load_checkpoint, save_checkpoint
+from ..distributed import Group, process_group
 from ..randomness import derive_seed, permutation
+from .average import Average
+from .config import TrainingConfig
+from .feed import Feed
+from .metrics import Metrics
+from .step import Step
 
-Step = Callable[[Tensor, Tensor, Tensor, int], Mapping[str, Tensor]]
 History = list[dict[str, float]]
 
 
 def fit(
     title: str,
     step: Step,
-    images: Tensor,
-    labels: Tensor,
+    feed: Feed,
     *,
-    epochs: int,
-    batch_size: int,
     seed: int,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
     checkpoint: Path | None = None,
+    checkpoint_minutes: float = 1.0,
+    metrics: Path | None = None,
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
-    """Run `step` over shuffled batches; the learning rate falls to 0 along half a cosine.
+    """Run `step` over shuffled batches, its networks in training mode; afterwards they are in evaluation mode.
+
+    Under torchrun, or with an initialised process group, each process takes its part of every batch.
 
     Args:
         title: name on the progress bar.
-        step: step(images, labels, sample_ids, epoch) updates the modules and returns scalars to log.
-        images, labels: the data (N, C, H, W) and (N,).
-        epochs, batch_size: length; the last batch of an epoch may be smaller.
+        step: the update; its config gives epochs, batch size, schedule and average.
+        feed: the images.
         seed: key of the data order.
-        modules, optimizers: everything that changes, by name.
-        checkpoint: file written after every epoch, from which an interrupted call with the same `fingerprint` goes on
-            to the same result; tensors and numbers only.
-        fingerprint: what else the result depends on, as text; the data, the first weights, `epochs`, `batch_size` and
-            `seed` are added to it.
+        checkpoint: file from which an interrupted call with the same `fingerprint` goes on to the same result, written
+            when `checkpoint_minutes` have passed, at the end, and on SIGTERM; tensors and numbers only. An error while
+            writing leaves the earlier one.
+        checkpoint_minutes: see checkpoint; 0 writes after every update.
+        metrics: JSON-lines file to which every epoch adds its losses, learning rate and images per second.
+        fingerprint: what else the result depends on, as text; the data, the first weights, the options and `seed` are
+            added to it.
         progress: show a progress bar with the time left.
 
     Returns:
         The mean of every logged scalar, epoch by epoch.
+
+    Raises:
+        ValueError: `checkpoint` is damaged or of another run, or processes have different networks, data or options.
+        SystemExit: after SIGTERM, once the checkpoint is written; status 143.
     """
-    weights = [value for module in modules.values() for value in module.state_dict().values()]
-    fingerprint = f"{fingerprint} {epochs} {batch_size} {seed} {describe(images, labels, *weights)}"
-    # Read before resuming: a checkpoint holds the rate of its last step.
-    rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
-
-    def set_rates(factor: float) -> None:
-        for name, optimizer in optimizers.items():
-            for group, rate in zip(optimizer.param_groups, rates[name], strict=True):
-                group["lr"] = rate * factor
-
-    parts = {**modules, **{f"optimizer of {name}": optimizer for name, optimizer in optimizers.items()}}
-    history: History = []
-    if state := load_checkpoint("fit", checkpoint, fingerprint):
-        history = state["history"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    batches = -(-len(images) // batch_size)
-    total = batches * epochs
-    with tqdm(total=total, initial=len(history) * batches, desc=title, unit="batch", disable=not progress) as bar:
-        for epoch in range(len(history), epochs):
-            order = permutation(len(images), derive_seed(seed, "order"), epoch).to(images.device)
-            sums: dict[str, Tensor] = {}
-            for i, ids in enumerate(order.split(batch_size)):
-                set_rates(0.5 * (1 + math.cos(math.pi * (epoch * batches + i) / total)))
-                for key, value in step(images[ids], labels[ids], ids, epoch).items():
-                    sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach() * len(ids)
-                bar.update()
-            history.append({key: float(value) / len(images) for key, value in sums.items()})
-            bar.set_postfix({key: f"{value:.3f}" for key, value in history[-1].items()})
+    for module in step.modules.values():
+        module.train()
+    try:
+        with process_group() as group, _terminated() as terminated:
+            training = _Training(step, feed, group, seed, fingerprint)
+            training.load(checkpoint)
+            deadline = time.monotonic() + 60 * checkpoint_minutes
+            record = Metrics(metrics if group.rank == 0 else None, title, training.epoch)
+            for _ in training.run(title, record, progress and group.rank == 0):
+                if checkpoint is not None and (time.monotonic() >= deadline or terminated.is_set()):
+                    training.save(checkpoint)
+                    deadline = time.monotonic() + 60 * checkpoint_minutes
+                if terminated.is_set():
+                    raise SystemExit(128 + signal.SIGTERM)
             if checkpoint is not None:
-                states = {name: part.state_dict() for name, part in parts.items()}
-                save_checkpoint(checkpoint, fingerprint, {"history": history, **states})
-    set_rates(1)
-    return history
+                training.save(checkpoint)
+            training.average.apply()
+            return training.history
+    finally:
+        for module in step.modules.values():
+            module.eval()
+
+
+class _Training:
+    """Where a training stands: the next update is number `batch` of `epoch`."""
+
+    def __init__(self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str) -> None:
+        self.step, self.feed, self.group, self.seed = step, feed, group, seed
+        step.group = group
+        self.config: TrainingConfig = step.config
+        weights = [value for module in step.modules.values() for value in module.state_dict().values()]
+        self.fingerprint = f"{fingerprint} {self.config} {seed} {feed.description()} {describe(*weights)}"
+        if any(other != self.fingerprint for other in group.gather(self.fingerprint)):
+            expected = "the same networks, data and options in every process"
+            raise ValueError(message("fit", "step, feed", expected, "differences between the ranks"))
+        self.average = Average(next(iter(step.modules.values())), self.config)
+        self.updates = -(-len(feed) // self.config.batch_size)
+        self.epoch = self.batch = 0
+        self.sums: dict[str, Tensor] = {}
+        self.history: History = []
+        self.parts: dict[str, Any] = {
+            **step.modules,
+            **{f"optimizer of {name}": optimizer for name, optimizer in step.optimizers.items()},
+            **{f"scaler of {name}": scaler for name, scaler in step.scalers.items()},
+            "average": self.average,
+        }
+
+    def run(self, title: str, record: Metrics, progress: bool) -> Iterator[None]:
+        """Train to the end; yields after every update."""
+        done, total = self.epoch * self.updates + self.batch, self.config.epochs * self.updates
+        with tqdm(total=total, initial=done, desc=title, unit="batch", disable=not progress) as bar:
+            while self.epoch < self.config.epochs:
+                order = permutation(len(self.feed), derive_seed(self.seed, "order"), self.epoch)
+                batches = order.split(self.config.batch_size)[self.batch :]
+                record.start_epoch(sum(map(len, batches)))
+                for whole, (x, y, ids) in zip(batches, self.feed.batches(self._mine(batches)), strict=True):
+                    self._update(x, y, ids, len(whole))
+                    bar.update()
+                    if self.batch == self.updates:
+                        self._finish_epoch(record)
+                        bar.set_postfix({key: f"{value:.3f}" for key, value in self.history[-1].items()})
+                    yield
+
+    def _mine(self, batches: tuple[Tensor, ...]) -> list[Tensor]:
+        """This process's part of each batch; where there is none, an image that will count nothing."""
+        if self.group.size == 1:
+            return list(batches)
+        parts = [whole.tensor_split(self.group.size)[self.group.rank] for whole in batches]
+        return [part if len(part) else whole[:1] for part, whole in zip(parts, batches, strict=True)]
+
+    def _update(self, x: Tensor, y: Tensor, ids: Tensor, whole: int) -> None:
+        done = self.epoch * self.updates + self.batch
+        rate = self.config.lr * _factor(self.config.schedule, done / (self.config.epochs * self.updates))
+        for optimizer in self.step.optimizers.values():
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+        share = len(ids) / whole if whole > self.group.rank else 0.0
+        logs = self.step(x, y, ids, self.epoch, share)
+        values = torch.stack([value.double() * share for value in logs.values()])
+        self.group.add_up([values])
+        for key, value in zip(logs, values, strict=True):
+            self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value * whole
+        self.average.after_update()
+        self.batch += 1
+
+    def _finish_epoch(self, record: Metrics) -> None:
+        self.history.append({key: float(value) / len(self.feed) for key, value in self.sums.items()})
+        rate = next(iter(self.step.optimizers.values())).param_groups[0]["lr"]
+        record.finish_epoch(self.epoch, self.history[-1], rate)
+        self.average.after_epoch(self.epoch)
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint; by the first process, as all have the same state."""
+        if self.group.rank:
+            return
+        here = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
+        save_checkpoint(path, self.fingerprint, {**here, **{k: part.state_dict() for k, part in self.parts.items()}})
+
+    def load(self, path: Path | None) -> None:
+        """Go on from the checkpoint, if there is one."""
+        state = load_checkpoint("fit", path, self.fingerprint)
+        if state is None:
+            return
+        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
+        self.sums = {key: value.to(self.step.device) for key, value in state["sums"].items()}
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+def _factor(schedule: str, done: float) -> float:
+    """The learning rate over the first one, when `done` of the updates are done, 0 <= done < 1."""
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 0.1 ** (int(done >= 0.5) + int(done >= 0.75)) if schedule == "step" else 1.0
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets inside the block; Python has signal handlers in its main thread alone."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -50,17 +50,31 @@ const char* launch_apgd_step_linf(const StepArguments<T>& arguments, void* strea
 template <typename T>
 const char* launch_apgd_step_l2(const StepArguments<T>& arguments, void* stream);
 
-// A row is the block in which all f stand before all g: an image in NCHW, a pixel in channels_last.
+// The outputs of gated convolutions; h has twice as many channels.
+struct Gates {
+  int64_t batch, channels, pixels;  // of an image
+  bool channels_last;
+  int activation;  // of math/gated.h
+};
+
+// How many partial sums of the gradients there are for each of the 2 * channels biases; of the sizes alone.
+int64_t gated_parts(const Gates& size);
+
+// y = a(f) sigmoid(g), f and g the halves of h plus the bias.                             docs/math.md#gated
 template <typename T>
-const char* launch_gated_elu(const T* h,  // [rows, 2, inner]
-                             T* y,        // [rows, inner]
-                             int64_t rows, int64_t inner, void* stream);
+const char* launch_gated(const T* h,                             // [batch, 2 * channels, pixels]
+                         const typename Compute<T>::type* bias,  // [2 * channels] or null
+                         T* y,                                   // [batch, channels, pixels]
+                         Gates size, void* stream);
 
 template <typename T>
-const char* launch_gated_elu_bwd(const T* dy,  // [rows, inner]
-                                 const T* h,   // [rows, 2, inner]
-                                 T* dh,        // [rows, 2, inner]
-                                 int64_t rows, int64_t inner, void* stream);
+const char* launch_gated_bwd(const T* dy,                            // [batch, channels, pixels]
+                             const T* h,                             // [batch, 2 * channels, pixels]
+                             const typename Compute<T>::type* bias,  // [2 * channels] or null
+                             T* dh,                                  // [batch, 2 * channels, pixels]
+                             typename Compute<T>::type* partials,    // [gated_parts(size), 2 * channels] or null
+                             typename Compute<T>::type* db,          // [2 * channels] or null
+                             Gates size, void* stream);
 
 // Where the key of the randomness lies: in device memory, so that a captured graph can be replayed with another one.
 struct Key {
@@ -205,5 +219,12 @@ template <typename T>
 const char* launch_contextual_attention_bwd(Strided<const T> dy, Strided<const T> features,
                                             const bool* valid,  // [batch, rows, columns]
                                             Attention size, Strided<T> dfeatures, void* stream);
+
+// The gradient of the convolution in its weights, on the CPU only.
+const char* launch_conv3x3_bwd_weight(const float* dy,  // [batch, height, width, outputs]
+                                      const float* x,   // [batch, height, width, channels]
+                                      Conv3x3 size,
+                                      float* dw,  // [outputs, channels, 3, 3]
+                                      void* stream);
 
 }  // namespace atop

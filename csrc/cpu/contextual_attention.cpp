@@ -4,17 +4,39 @@
 #include <vector>
 
 #include "common/launchers.h"
-#include "cpu/multiply.h"
 #include "cpu/places.h"
 #include "cpu/scratch.h"
+#include "cpu/winograd.h"
 #include "math/exp.h"
 
 namespace atop {
 namespace {
 
+using winograd::kPanel;
+using winograd::kRows;
+using winograd::Product;
+
 constexpr double kScale = 10, kMinNorm = 1e-4;
 // Rows that are multiplied together, and numbers that are added side by side.
 constexpr int64_t kBlock = 8 * kRows, kLanes = 16;
+
+void multiply(const Product& product, const float* v, const float* u, float* m) {
+  winograd::multiply(product, v, u, m);
+}
+
+// The same in plain C++, for checks of what is computed in float; the depth of v lies side by side.
+ATOP_CLONES void multiply(const Product& product, const double* v, const double* u, double* m) {
+  for (int64_t p = 0; p < product.panels; ++p) {
+    for (int64_t r = 0; r < product.rows; ++r) {
+      double sum[kPanel] = {};
+      for (int64_t k = 0; k < product.depth; ++k) {
+        const double* const weights = u + (p * product.depth + k) * kPanel;
+        for (int64_t o = 0; o < kPanel; ++o) sum[o] += v[r * product.v_row + k] * weights[o];
+      }
+      std::copy_n(sum, kPanel, m + r * product.m_row + p * kPanel);
+    }
+  }
+}
 
 template <typename T>
 ATOP_CLONES void scale_by(const T* by, T* __restrict__ row, int64_t n) {
@@ -190,7 +212,7 @@ struct Sample {
         const int64_t block = std::min(kBlock, end - p);
         T* const m = n < count ? some.get() : to.row(p);
         const int64_t m_step = n < count ? width : pitch;
-        multiply(queries + p * depth, depth, panels.get(), m, m_step, block, channels, packed);
+        multiply({block, channels, packed, depth, 1, m_step, false}, queries + p * depth, panels.get(), m);
         for (int64_t r = 0; n < count && r < block; ++r) {
           T* const row = to.row(p + r);
           std::fill_n(row, width, T(0));
@@ -213,7 +235,7 @@ struct Sample {
           sum_of_four(places, weights, parity.down(), parity.right(), to[first + r], sum, scratch.get());
           for (int64_t k = 0; n < count && k < n; ++k) packed[k] = sum[from[k]];
         }
-        multiply(v.get(), pitch, panels.get(), m.get(), depth, block, n, depth / kPanel);
+        multiply({block, n, depth / kPanel, pitch, 1, depth, false}, v.get(), panels.get(), m.get());
         for (int64_t r = 0; r < block; ++r) add(m.get() + r * depth, total + to[first + r] * depth, depth);
       }
     });
@@ -327,8 +349,8 @@ struct Sample {
         pack_values(rows.get(), all);
         over_rows(count, width, [&](int64_t begin, int64_t end) {
           for (int64_t p = begin; p < end; p += kBlock) {
-            multiply(dproducts.row(p), pitch, panels.get(), other_rows.get() + p * depth, depth,
-                     std::min(kBlock, end - p), count, depth / kPanel);
+            multiply({std::min(kBlock, end - p), count, depth / kPanel, pitch, 1, depth, false}, dproducts.row(p),
+                     panels.get(), other_rows.get() + p * depth);
           }
         });
       }

@@ -18,20 +18,26 @@ namespace atop::winograd {
 
 #if ATOP_HAS_CLONES
 
+// 24 sums, 4 weights and a value in 32 registers.
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace v4 {
 #define W 16
+#define ROWS 6
+#define PANELS 4
 #define FMA(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #include "cpu/winograd.inc"
 #include "cpu/winograd_undef.inc"
 }  // namespace v4
 #pragma GCC pop_options
 
+// 12 sums, 2 weights and a value in 16 registers.
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace v3 {
 #define W 8
+#define ROWS 6
+#define PANELS 1
 #define FMA(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #include "cpu/winograd.inc"
 #include "cpu/winograd_undef.inc"
@@ -40,8 +46,11 @@ namespace v3 {
 
 #endif
 
+// 8 sums, 4 weights and a value in 16 registers.
 namespace v1 {
 #define W 4
+#define ROWS 2
+#define PANELS 1
 #define FMA(a, b, c) ((a) * (b) + (c))
 #include "cpu/winograd.inc"
 #include "cpu/winograd_undef.inc"
@@ -55,6 +64,14 @@ namespace v1 {
 
 void transform_input(const float* const* pixels, int64_t channels, float* v, int64_t step) {
   ATOP_CALL(transform_input(pixels, channels, v, step));
+}
+
+void transform_gradient(const float* const* pixels, int64_t outputs, float* z, int64_t panel, int64_t step) {
+  ATOP_CALL(transform_gradient(pixels, outputs, z, panel, step));
+}
+
+void multiply(const Product& product, const float* v, const float* u, float* m) {
+  ATOP_CALL(multiply(product, v, u, m));
 }
 
 void transform_output(const float* m, int64_t step, const float* bias, int64_t outputs, float* const* pixels) {

@@ -4,10 +4,26 @@
 //   x = n ln2 + r,  |r| <= ln2 / 2,  n integer
 //   p = expm1(r), a polynomial;  scale = 2^n
 //   exp(x) = scale + scale p;  expm1(x) = scale p + (scale - 1)
+//
+// T is float or double, or a class of many of them with the same operators and functions, as that of
+// csrc/cpu/gates.inc.
+
+#include <type_traits>
 
 #include "math/bits.h"
 
 namespace atop::math {
+
+// The type of one number: T itself, or the one that the class T names.
+template <typename T, typename = void>
+struct NumberOf {
+  using type = T;
+};
+
+template <typename T>
+struct NumberOf<T, std::void_t<typename T::Number>> {
+  using type = typename T::Number;
+};
 
 template <typename T>
 struct ExpConstants;
@@ -32,25 +48,40 @@ struct ExpConstants<double> {
   static constexpr int bias = 1023, mantissa = 52;
 };
 
-template <typename T>
-ATOP_HD T horner(T, T c) {
+template <typename T, typename N>
+ATOP_HD N horner(T, N c) {
   return c;
 }
 
-template <typename T, typename... Rest>
-ATOP_HD T horner(T r, T c, Rest... rest) {
+template <typename T, typename N, typename... Rest>
+ATOP_HD T horner(T r, N c, Rest... rest) {
   return c + r * horner(r, rest...);
 }
 
 // (expm1(r) - r) / r^2 by interpolation in Chebyshev nodes; relative error of expm1 2.5e-8 and 4.1e-17.
-ATOP_HD float expm1_tail(float r) {
+template <typename T>
+ATOP_HD T expm1_tail(T r, float) {
   return horner(r, 0x1p-1f, 0x1.5554dcp-3f, 0x1.55551ap-5f, 0x1.120ba2p-7f, 0x1.6d113cp-10f);
 }
 
-ATOP_HD double expm1_tail(double r) {
+template <typename T>
+ATOP_HD T expm1_tail(T r, double) {
   return horner(r, 0x1.0000000000001p-1, 0x1.5555555555556p-3, 0x1.5555555553d4fp-5, 0x1.11111111109adp-7,
                 0x1.6c16c17893833p-10, 0x1.a01a01a7c8d47p-13, 0x1.a019b8ef67c6cp-16, 0x1.71de0d9c145d0p-19,
                 0x1.2891a8c1d838dp-22, 0x1.af38d53857513p-26);
+}
+
+// x >= low ? x : low, and NaN if x is that.
+template <typename T>
+ATOP_HD T at_least(T x, T low) {
+  return x < low ? low : x;
+}
+
+// 2^n for shifted = n + round.
+template <typename T>
+ATOP_HD T power_of_2(T shifted) {
+  using C = ExpConstants<T>;
+  return from_bits<T>((to_bits(shifted) + C::bias) << C::mantissa);
 }
 
 // Both functions of one argument x <= 0; NaN gives NaN.
@@ -59,17 +90,18 @@ struct Exp {
   T scale, scaled_p;
 
   ATOP_HD explicit Exp(T x) {
-    using C = ExpConstants<T>;
-    const T clamped = x < C::lowest ? C::lowest : x;
+    using N = typename NumberOf<T>::type;
+    using C = ExpConstants<N>;
+    const T clamped = at_least(x, C::lowest);
     const T shifted = clamped * C::log2e + C::round;
     const T n = shifted - C::round;
     const T r = (clamped - n * C::ln2_hi) - n * C::ln2_lo;
-    scale = from_bits<T>((to_bits(shifted) + C::bias) << C::mantissa);
-    scaled_p = scale * (r + (r * r) * expm1_tail(r));
+    scale = power_of_2(shifted);
+    scaled_p = scale * (r + (r * r) * expm1_tail(r, N()));
   }
 
   ATOP_HD T exp() const { return scale + scaled_p; }
-  ATOP_HD T expm1() const { return scaled_p + (scale - T(1)); }
+  ATOP_HD T expm1() const { return scaled_p + (scale - typename NumberOf<T>::type(1)); }
 };
 
 }  // namespace atop::math

@@ -26,4 +26,16 @@ ATOP_HD void weights_at_points(const T* g, int64_t step, T* u) {
   u[5] = g2;
 }
 
+// The transpose of that, G', of the values at six points: g[0], g[1], g[2].
+template <typename T>
+ATOP_HD void weights_from_points(const T* u, int64_t step, T* g) {
+  const T even_near = (u[step] + u[2 * step]) * T(1 / (2 * kNear2 * (kNear2 - kFar2)));
+  const T odd_near = (u[step] - u[2 * step]) * T(1 / (2 * kNear2 * (kNear2 - kFar2)));
+  const T even_far = (u[3 * step] + u[4 * step]) * T(1 / (2 * kFar2 * (kFar2 - kNear2)));
+  const T odd_far = (u[3 * step] - u[4 * step]) * T(1 / (2 * kFar2 * (kFar2 - kNear2)));
+  g[0] = u[0] * T(1 / (kNear2 * kFar2)) + even_near + even_far;
+  g[1] = T(kNear) * odd_near + T(kFar) * odd_far;
+  g[2] = T(kNear2) * even_near + T(kFar2) * even_far + u[5 * step];
+}
+
 }  // namespace atop::math

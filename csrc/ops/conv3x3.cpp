@@ -108,6 +108,28 @@ Tensor conv3x3_bwd(const Tensor& dy, const Tensor& weight, const std::optional<T
   return weights.convolve(dy, ready, std::nullopt, dilation);
 }
 
+Tensor conv3x3_bwd_weight(const Tensor& dy, const Tensor& x, int64_t dilation) {
+  constexpr const char* kFunction = "conv3x3_bwd_weight";
+  check_floats(kFunction, "dy", dy);
+  check_floats(kFunction, "x", x);
+  ATOP_CHECK(x.dim() == 4, kFunction, "x", "of shape (B, C, H, W)", shape_text(x));
+  const bool fits = dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3);
+  ATOP_CHECK(fits, kFunction, "dy", text("of shape (", x.size(0), ", O, ", x.size(2), ", ", x.size(3), ")"),
+             shape_text(dy));
+  ATOP_CHECK(dilation >= 1, kFunction, "dilation", "an integer and >= 1", text(dilation));
+  const std::array<int64_t, 4> sizes{dy.size(1), x.size(1), 3, 3};
+  Tensor dw = empty(sizes, x, false);
+  if (dw.numel() == 0) return dw;
+  if (x.numel() == 0) return torch::stable::zero_(dw);
+  const Tensor pixels = in_layout_of(x, empty(x.sizes(), x, true));
+  const Tensor gradient = in_layout_of(dy, empty(dy.sizes(), dy, true));
+  const Conv3x3 size{x.size(0), x.size(1), dy.size(1), x.size(2), x.size(3), dilation};
+  run_on_device_of(x, kFunction, [&](void* stream) {
+    return launch_conv3x3_bwd_weight(input<float>(gradient), input<float>(pixels), size, output<float>(dw), stream);
+  });
+  return dw;
+}
+
 }  // namespace
 }  // namespace atop
 
@@ -115,4 +137,5 @@ STABLE_TORCH_LIBRARY_IMPL(atop_fast, ATOP_KEY, m) {
   m.impl("conv3x3_prepare", TORCH_BOX(&atop::conv3x3_prepare));
   m.impl("conv3x3", TORCH_BOX(&atop::conv3x3));
   m.impl("conv3x3_bwd", TORCH_BOX(&atop::conv3x3_bwd));
+  m.impl("conv3x3_bwd_weight", TORCH_BOX(&atop::conv3x3_bwd_weight));
 }

@@ -48,13 +48,13 @@ class Spec:
     ops: tuple[str, ...] = field(default=())
 
 
-def backends(name: str = "gated_elu") -> list[str]:
+def backends(name: str = "gated") -> list[str]:
     """The backends that this machine can run on DEVICE."""
     other = "cpp" if DEVICE == "cuda" else "cuda"
     return [backend for backend in _registry.impls(name) if backend != other]
 
 
-def cases(but: str = "", op: str = "gated_elu", **axes: Sequence[Any]) -> Callable[..., Any]:
+def cases(but: str = "", op: str = "gated", **axes: Sequence[Any]) -> Callable[..., Any]:
     """Parametrise a test over an op's backends, but one, and further axes, with ids such as triton-fp32-2x3x33x65."""
     combinations: list[tuple[Any, ...]] = [()]
     for values in axes.values():

@@ -1,0 +1,53 @@
+"""Classifiers: modules from images (B, C, H, W) in [0, 1] to logits (B, classes), normalisation inside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import nn
+
+from .._checks import check_choice
+from .cnn import SmallCNN
+from .resnet import ImageResNet, ResNet
+from .vit import VisionTransformer
+from .wide_resnet import WideResNet
+
+CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "small_cnn": SmallCNN,
+    "small_resnet": functools.partial(ResNet, width=24, blocks=(1, 1, 1), stride=2),
+    "resnet18": ResNet,
+    "resnet34": functools.partial(ResNet, blocks=(3, 4, 6, 3)),
+    "resnet18_256": ImageResNet,
+    "resnet34_256": functools.partial(ImageResNet, blocks=(3, 4, 6, 3)),
+    "wrn_28_10": WideResNet,
+    "wrn_34_10": functools.partial(WideResNet, depth=34),
+    "wrn_70_16": functools.partial(WideResNet, depth=70, widen=16),
+    "vit_tiny": VisionTransformer,
+}
+
+
+def build_classifier(name: str, **options: object) -> nn.Module:
+    """A classifier by name; options are those of its class.
+
+    | name | class | million parameters |
+    | --- | --- | --- |
+    | small_cnn | SmallCNN | 0.024 |
+    | small_resnet | ResNet(width=24, blocks=(1, 1, 1), stride=2) | 0.17 |
+    | resnet18, resnet34 | ResNet, for 32x32 pixels | 11, 21 |
+    | resnet18_256, resnet34_256 | ImageResNet, for 256x256 pixels, as in AToP's ablations | 11, 21 |
+    | wrn_28_10, wrn_34_10, wrn_70_16 | WideResNet of that depth and widening | 36, 46, 267 |
+    | vit_tiny | VisionTransformer, for 224x224 pixels; patch_size=4, image_size=32 suit CIFAR-10 | 5.5 |
+    """
+    return CLASSIFIERS[check_choice("build_classifier", "name", name, list(CLASSIFIERS))](**options)
+
+
+__all__ = [
+    "CLASSIFIERS",
+    "ImageResNet",
+    "ResNet",
+    "SmallCNN",
+    "VisionTransformer",
+    "WideResNet",
+    "build_classifier",
+]

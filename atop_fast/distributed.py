@@ -1,0 +1,63 @@
+"""The processes of one run: those that torchrun started, or of a process group of the caller's, or this one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
+# a word, and must be longer than the shares of the work may differ.
+TIMEOUT = datetime.timedelta(hours=24)
+
+
+class Group:
+    """The processes of torch.distributed, or this one alone."""
+
+    def __init__(self) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.rank: int = dist.get_rank() if active else 0
+        self.size: int = dist.get_world_size() if active else 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks; waits for all."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, in one exchange."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([t.detach().flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.detach().copy_(total.view_as(t))
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Group]:
+    """The Group of the caller's process group, or, under torchrun without one, of a new one (gloo; NCCL for GPUs)."""
+    joins = (
+        dist.is_available()
+        and not dist.is_initialized()
+        and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    )
+    if joins:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        yield Group()
+    except BaseException:
+        # Closed connections end the others' wait. Otherwise the group stays for the next call.
+        if joins:
+            dist.destroy_process_group()
+        raise

@@ -1,0 +1,61 @@
+"""Layers that the purifiers share."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .._checks import check_choice, check_integer, message
+from ..ops import convolve, gated_elu, gated_relu
+
+ACTIVATIONS = {"elu": gated_elu, "relu": gated_relu}
+
+
+class GatedConv(nn.Module):
+    """a(f) * sigmoid(g), f and g the halves of one convolution's output (Yu et al., ICCV 2019, equation 3).
+
+    The padding, dilation * (kernel_size - 1) / 2, keeps the size of images at stride 1.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels C of the output; the convolution has 2 C.
+        kernel_size: An odd number.
+        stride: Pixels between neighbouring outputs.
+        dilation: Pixels between neighbouring weights.
+        activation: a, "elu" or "relu".
+
+    Raises:
+        TypeError: If a number is no integer.
+        ValueError: If a number is below 1, `kernel_size` even, or `activation` another one.
+
+    Shape:
+        (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        activation: str = "elu",
+    ) -> None:
+        super().__init__()
+        numbers = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size}
+        for argument, value in {**numbers, "stride": stride, "dilation": dilation}.items():
+            check_integer("GatedConv", argument, value, low=1)
+        if kernel_size % 2 == 0:
+            raise ValueError(message("GatedConv", "kernel_size", "odd", kernel_size))
+        self.activation = check_choice("GatedConv", "activation", activation, list(ACTIVATIONS))
+        padding = dilation * (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(in_channels, 2 * out_channels, kernel_size, stride, padding, dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve and activate images."""
+        conv = self.conv
+        h = convolve(x, conv.weight, None, conv.stride[0], conv.dilation[0])
+        return ACTIVATIONS[self.activation](h, conv.bias)
+
+    def extra_repr(self) -> str:
+        """What the convolution does not show."""
+        return f"activation={self.activation!r}"

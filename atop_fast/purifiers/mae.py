@@ -1,0 +1,115 @@
+"""A masked autoencoder: a vision transformer that restores masked and noisy images."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .._checks import check_integer, message
+from .._transformer import Block, check_size, init_linear, layer_norm, sine_cosine_positions
+
+# Width, depth and heads of the decoder: narrower and shallower than the encoder. That of "base" is He et al.'s.
+DECODERS = {"tiny": (96, 4, 3), "small": (192, 4, 6), "base": (512, 8, 16)}
+
+
+class MaskedAutoencoder(nn.Module):
+    """Purifier of transformer blocks on patches: a deep encoder, and a small decoder from tokens to pixels.
+
+        output = 1.02 tanh(u),  u the patches that the decoder's last layer predicts
+
+    After the masked autoencoder of He et al. (CVPR 2022), trained to denoise as well in Wu et al. (DMAE, ICLR 2023),
+    with two changes. The encoder sees all patches: one that is wholly masked enters as a learned mask token, one that
+    is masked in part with its remaining pixels and its mask. To drop the masked patches, as He et al. do, every sample
+    must have equally many of them, which random transforms do not promise (RT3, RandomResizePad), or else the batch
+    must be padded, and rounding would then depend on which samples share it; to hide them by an attention mask costs as
+    much as to show them, rules out the fastest attention kernels, and leaves an image without a visible patch
+    undefined. Here each sample is computed by itself, whatever its mask. And a class token is not needed.
+
+    The range is slightly wider than that of images for the reason given in GatedUNet.
+
+    Args:
+        channels: channels C of the images.
+        image_size: side of the square images in pixels.
+        patch_size: side of the square patches; must divide `image_size`.
+        size: encoder and decoder by name, as width x depth (heads): "tiny" 192 x 12 (3) and 96 x 4 (3), "small"
+            384 x 12 (6) and 192 x 4 (6), "base" 768 x 12 (12) and 512 x 8 (16); with 4x4 patches of 3 channels 5.8,
+            23 and 111 million parameters.
+        checkpointing: keep only the input of every block for the backward pass and compute it again there: less
+            memory, a third more time, the same result.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+
+    positions: Tensor
+    decoder_positions: Tensor
+
+    def __init__(
+        self,
+        channels: int = 3,
+        image_size: int = 32,
+        patch_size: int = 4,
+        size: str = "tiny",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        width, depth, heads = check_size("MaskedAutoencoder", size)
+        decoder_width, decoder_depth, decoder_heads = DECODERS[size]
+        self.channels = check_integer("MaskedAutoencoder", "channels", channels, low=1)
+        self.image_size = check_integer("MaskedAutoencoder", "image_size", image_size, low=1)
+        self.patch_size = check_integer("MaskedAutoencoder", "patch_size", patch_size, low=1)
+        if image_size % patch_size:
+            expected = f"a divisor of image_size {image_size}"
+            raise ValueError(message("MaskedAutoencoder", "patch_size", expected, patch_size))
+        self.checkpointing = checkpointing
+        side = image_size // patch_size
+        self.patch_embed = nn.Conv2d(channels + 2, width, patch_size, stride=patch_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("positions", sine_cosine_positions(side, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = layer_norm(width)
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.register_buffer("decoder_positions", sine_cosine_positions(side, decoder_width), persistent=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_norm = layer_norm(decoder_width)
+        self.to_pixels = nn.Linear(decoder_width, channels * patch_size**2)
+        init_linear(self)
+        # Training starts from grey images, not from noise of the network's own.
+        nn.init.zeros_(self.to_pixels.weight)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Restore images.
+
+        Args:
+            x: (B, channels + 2, image_size, image_size) = [masked image in [-1, 1], ones, mask (1 = masked)].
+
+        Returns:
+            Images (B, channels, image_size, image_size) in (-1.02, 1.02).
+
+        Raises:
+            ValueError: another shape.
+        """
+        if x.dim() != 4 or x.shape[1:] != (self.channels + 2, self.image_size, self.image_size):
+            expected = f"of shape (B, {self.channels + 2}, {self.image_size}, {self.image_size})"
+            raise ValueError(message("MaskedAutoencoder", "x", expected, tuple(x.shape)))
+        visible = F.max_pool2d(1 - x[:, -1:], self.patch_size).flatten(1)[:, :, None] > 0
+        tokens = self.patch_embed(x).flatten(2).transpose(1, 2)
+        tokens = torch.where(visible, tokens, self.mask_token.to(tokens.dtype)) + self.positions
+        tokens = self.norm(self._run(self.blocks, tokens))
+        tokens = self.decoder_embed(tokens) + self.decoder_positions
+        tokens = self.decoder_norm(self._run(self.decoder_blocks, tokens))
+        pixels = self.to_pixels(tokens).transpose(1, 2).unflatten(2, (-1, self.image_size // self.patch_size))
+        return 1.02 * torch.tanh(F.pixel_shuffle(pixels, self.patch_size))
+
+    def _run(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
+        """The blocks in turn, each with its input alone kept for the backward pass if so asked."""
+        for block in blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens)
+        return tokens

@@ -1,0 +1,61 @@
+"""Averages of a network's weights over its training, which often generalise better than the last ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainingConfig
+
+
+class Average:
+    """The weights at the end of a training, by TrainingConfig.average; buffers stay the last ones.
+
+        ema      w <- decay w + (1 - decay) w_t after every update t, from the first one's
+        median   of the weights after each epoch of the second half, element by element (MEAT)
+
+    Args:
+        module: the network.
+        config: TrainingConfig.
+    """
+
+    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
+        self.parameters, self.config = list(module.parameters()), config
+        # One list of weights, or one for each epoch.
+        self.kept: list[list[Tensor]] = []
+
+    def after_update(self) -> None:
+        """Take in the weights after an update."""
+        if self.config.average != "ema":
+            return
+        if self.kept:
+            torch._foreach_lerp_(self.kept[0], self._now(), 1 - self.config.ema_decay)
+        else:
+            self.kept = [[p.clone() for p in self._now()]]
+
+    def after_epoch(self, epoch: int) -> None:
+        """Take in the weights after the epoch of this number, from 0."""
+        if self.config.average == "median" and epoch >= self.config.epochs // 2:
+            self.kept.append([p.clone() for p in self._now()])
+
+    def apply(self) -> None:
+        """Put the average into the network."""
+        if not self.kept:
+            return
+        count = len(self.kept)
+        for parameter, *values in zip(self._now(), *self.kept, strict=True):
+            ordered = torch.stack(values).sort(dim=0).values
+            parameter.copy_((ordered[(count - 1) // 2] + ordered[count // 2]) / 2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages so far."""
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the averages of state_dict."""
+        self.kept = [[value.to(p) for value, p in zip(values, self._now(), strict=True)] for values in state["kept"]]
+
+    def _now(self) -> list[Tensor]:
+        return [p.detach() for p in self.parameters]

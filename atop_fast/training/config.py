@@ -1,0 +1,134 @@
+"""Options of the trainings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .._checks import check_choice, check_integer, check_number
+from ..attacks import NORMS
+from ..attacks.gradient import PRECISIONS
+
+ATTACKS = ("fgsm", "fgsm-rs", "pgd", "apgd")
+ATTACKED = ("pipeline", "classifier")
+AVERAGES = ("none", "ema", "median")
+SCHEDULES = ("cosine", "step", "constant")
+TARGETS = ("adversarial", "clean")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Options of every training.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: images of one update, over all processes.
+        lr: first learning rate of Adam.
+        schedule: "cosine" (falls to 0 along half a cosine), "step" (a tenth after half of the updates, and again after
+            three quarters) or "constant".
+        precision: "float32", or "bfloat16" or "float16" (with loss scaling) for the passes of the networks; weights,
+            images, losses and optimizers stay float32.
+        accumulate: passes into which an update is divided, to save memory. With a discriminator, the GAN term of all
+            but the last sees it before its update.
+        clip: largest norm of a network's gradient; longer ones are scaled to it. None leaves them.
+        average: weights at the end: "none" (the last), "ema" (an exponential moving average over the updates) or
+            "median" (of the ends of the second half of the epochs, weight by weight: MEAT, Wang et al., 2024).
+        ema_decay: of the moving average.
+    """
+
+    epochs: int = 10
+    batch_size: int = 64
+    lr: float = 1e-3
+    schedule: str = "cosine"
+    precision: str = "float32"
+    accumulate: int = 1
+    clip: float | None = None
+    average: str = "none"
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_integer(name, "epochs", self.epochs, low=0)
+        check_integer(name, "batch_size", self.batch_size, low=1)
+        check_number(name, "lr", self.lr, low=0)
+        check_choice(name, "schedule", self.schedule, list(SCHEDULES))
+        check_choice(name, "precision", self.precision, list(PRECISIONS))
+        check_integer(name, "accumulate", self.accumulate, low=1)
+        if self.clip is not None:
+            check_number(name, "clip", self.clip, low=0)
+        check_choice(name, "average", self.average, list(AVERAGES))
+        check_number(name, "ema_decay", self.ema_decay, low=0, high=1)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(TrainingConfig):
+    """Options of train_classifier, in addition to those of TrainingConfig.
+
+    Attributes:
+        augment: shift images by up to 4 pixels and mirror them, at random; for photographs, not for digits.
+    """
+
+    lr: float = 2e-3
+    augment: bool = False
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """Options of pretrain, in addition to those of TrainingConfig; Adam's betas are (0.5, 0.999).
+
+    Attributes:
+        gan_weight: weight of the adversarial GAN term; 0 trains without a discriminator.
+    """
+
+    gan_weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(type(self).__name__, "gan_weight", self.gan_weight, low=0)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(PretrainConfig):
+    """Options of finetune, in addition to those of PretrainConfig.
+
+    Attributes:
+        ce_weight: lambda, the weight of the classification loss.
+        ce_from_epoch: first epoch (from 0) with the classification loss.
+        attack: one of "fgsm", "fgsm-rs" (from a random start, with alpha 1.25 eps: Wong et al., ICLR 2020), "pgd" (from
+            a random start) and "apgd" (APGD-CE).
+        steps: of "pgd" and "apgd".
+        alpha: step size of "fgsm-rs" and "pgd", in units of [0, 1] pixels; None takes the attack's own.
+        attacked: what the training attack sees: "pipeline" (transform, purifier and classifier, exact gradients) or
+            "classifier" (the classifier alone, as in AToP's public code).
+        adversarial_share: share of the images that are attacked, chosen anew in every epoch; the others stay clean.
+        target: what the purifier must restore: the "adversarial" image (the paper's formula) or the "clean" one.
+        norm, eps: threat model; eps in units of [0, 1] pixels.
+        eot_iter: draws averaged in the training attack's gradient.
+    """
+
+    ce_weight: float = 0.1
+    ce_from_epoch: int = 0
+    attack: str = "fgsm"
+    steps: int = 10
+    alpha: float | None = None
+    attacked: str = "pipeline"
+    adversarial_share: float = 1.0
+    target: str = "clean"
+    norm: str = "Linf"
+    eps: float = 8 / 255
+    eot_iter: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        check_number(name, "ce_weight", self.ce_weight, low=0)
+        check_integer(name, "ce_from_epoch", self.ce_from_epoch, low=0)
+        check_choice(name, "attack", self.attack, list(ATTACKS))
+        check_integer(name, "steps", self.steps, low=1)
+        if self.alpha is not None:
+            check_number(name, "alpha", self.alpha, low=0)
+        check_choice(name, "attacked", self.attacked, list(ATTACKED))
+        check_number(name, "adversarial_share", self.adversarial_share, low=0, high=1)
+        check_choice(name, "target", self.target, list(TARGETS))
+        check_choice(name, "norm", self.norm, list(NORMS))
+        check_number(name, "eps", self.eps, low=0)
+        check_integer(name, "eot_iter", self.eot_iter, low=1)

@@ -1,0 +1,92 @@
+"""Batches of images in [0, 1] on the networks' device, from tensors or from a torch dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .._checks import check_images, check_labels, check_not_empty, check_tensor, message
+from .._files import describe
+
+Images: TypeAlias = Tensor | Dataset[Any]
+
+
+class Feed:
+    """The images of a training.
+
+    Tensors stay in memory, on the networks' device, uint8 ones as bytes. A torch dataset of (image, label) is read in
+    every epoch by `workers` processes, which keep pinned batches ready for a GPU; the order is the training's.
+
+    Args:
+        function: name for error messages.
+        images: float (N, C, H, W) in [0, 1] or uint8 (N, C, H, W); or a map-style dataset of such images (C, H, W) with
+            integer labels.
+        labels: int64 (N,); None for a dataset, which has its own, and where they are not used.
+        device: of the networks.
+        workers: processes that read a dataset.
+
+    Raises:
+        TypeError, ValueError: `images` or `labels` are something else.
+    """
+
+    def __init__(
+        self, function: str, images: Images, labels: Tensor | None, device: torch.device, workers: int = 4
+    ) -> None:
+        self.device, self.workers, self.images = device, workers, images
+        if isinstance(images, Tensor):
+            if check_tensor(function, "images", images).dtype == torch.uint8 and images.dim() != 4:
+                raise ValueError(message(function, "images", "of shape (N, C, H, W)", tuple(images.shape)))
+            if images.dtype != torch.uint8:
+                check_images(function, "images", images)
+            check_not_empty(function, "images", images)
+            self.images = images.to(device)
+            self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
+            self.labels = check_labels(function, "labels", self.labels, images).to(device)
+        elif isinstance(images, str) or not (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
+            expected = "a tensor, or a dataset with a length"
+            raise TypeError(message(function, "images", expected, type(images).__name__))
+        elif not len(images):
+            raise ValueError(message(function, "images", "at least one", "none"))
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def first(self) -> Tensor:
+        """The first image, (1, C, H, W)."""
+        return next(self.batches([torch.zeros(1, dtype=torch.int64)], workers=0))[0]
+
+    def description(self) -> str:
+        """Enough to notice that a checkpoint is used with other data."""
+        if isinstance(self.images, Tensor):
+            return describe(self.images, self.labels)
+        return f"{type(self.images).__name__} {len(self)} {describe(self.first())}"
+
+    def batches(self, ids: Sequence[Tensor], workers: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(images, labels, ids) for each of the index tensors `ids`."""
+        if isinstance(self.images, Tensor):
+            for each in ids:
+                each = each.to(self.device)
+                yield _as_float(self.images[each]), self.labels[each], each
+            return
+        loader = DataLoader(
+            self.images,
+            batch_sampler=[each.tolist() for each in ids],
+            num_workers=self.workers if workers is None else workers,
+            pin_memory=self.device.type == "cuda",
+            # The workers' random state must not take numbers from the caller's.
+            generator=torch.Generator().manual_seed(0),
+        )
+        for each, (images, labels) in zip(ids, loader, strict=True):
+            yield (
+                _as_float(images.to(self.device, non_blocking=True)),
+                labels.to(self.device, torch.int64, non_blocking=True),
+                each.to(self.device),
+            )
+
+
+def _as_float(images: Tensor) -> Tensor:
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()

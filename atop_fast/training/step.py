@@ -1,0 +1,248 @@
+"""One update of the networks: AToP's losses, and what all trainings share.
+
+    pre-training   L = gan * L_G(D(g(t(x)))) + |g(t(x)) - x|_1
+    fine-tuning    L = gan * L_G(D(g(t(x')))) + |g(t(x')) - target|_1 + lambda * CE(f(g(t(x'))), y)
+
+with x' an adversarial image, the target x' or x, the classifier f frozen, and D the hinge-loss discriminator. Of a
+purifier with a method `stages` (DeepFillV2) every stage has the L1 term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from .._checks import check_fits, message
+from ..attacks import APGD, FGSM, PGD, frozen
+from ..attacks.base import Attack
+from ..attacks.gradient import PRECISIONS
+from ..attacks.network import folded
+from ..defense import Defense
+from ..distributed import Group
+from ..ops import _registry
+from ..purifiers import discriminator_loss, generator_loss
+from ..randomness import Tag, derive_seed, random_uniform
+from ..transforms import RandomTransform
+from .config import FinetuneConfig, PretrainConfig, TrainingConfig
+
+Logs = dict[str, Tensor]
+
+
+class Step:
+    """An update of networks by Adam. A subclass has `losses`, which calls `update` for each network.
+
+    The step owns optimizers and loss scalers. Where there are native kernels, it lays out the weights in channels_last,
+    which convolutions and gates like best; values do not change. Under torch.distributed each process has a part of the
+    batch, and gradients are summed. The parts of a step have names in torch.profiler's traces.
+
+    Args:
+        modules: the networks that change, by name; the first is the one that is averaged and checked.
+        config: TrainingConfig.
+        betas: of Adam.
+
+    Attributes:
+        optimizers, scalers: of each network, by name.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], config: TrainingConfig, betas: tuple[float, float]) -> None:
+        self.modules, self.config, self.group = dict(modules), config, Group()
+        for name, module in self.modules.items():
+            if next(module.parameters(), None) is None:
+                raise ValueError(message(type(self).__name__, name, "a module with parameters", type(module).__name__))
+        self.device = next(next(iter(self.modules.values())).parameters()).device
+        self.dtype = PRECISIONS[config.precision]
+        if _registry.owner("gated", self.device.type) != "eager":
+            for module in self.modules.values():
+                module.to(memory_format=torch.channels_last)
+        self.optimizers = {
+            name: torch.optim.Adam(module.parameters(), lr=config.lr, betas=betas, fused=True)
+            for name, module in self.modules.items()
+        }
+        scaled = self.dtype is torch.float16
+        self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
+        # Of the part in hand: its share of the batch, and whether it is the first and the last one.
+        self.share, self.first, self.last = 1.0, True, True
+
+    def __call__(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int, share: float = 1.0) -> Logs:
+        """One update of each network.
+
+        Args:
+            x: images (B, C, H, W) in [0, 1].
+            y: labels (B,).
+            ids: sample ids (B,), with the epoch the key of all randomness.
+            epoch: from 0.
+            share: B over the number of images of all processes.
+
+        Returns:
+            Scalars to log, means over the images.
+        """
+        count = min(self.config.accumulate, len(x))
+        logs: Logs = {}
+        parts = zip(x.tensor_split(count), y.tensor_split(count), ids.tensor_split(count), strict=True)
+        for i, (images, labels, keys) in enumerate(parts):
+            part = len(images) / len(x)
+            self.share, self.first, self.last = share * part, i == 0, i == count - 1
+            for key, value in self.losses(images, labels, keys, epoch).items():
+                logs[key] = logs.get(key, torch.zeros_like(value)) + part * value.detach()
+        return logs
+
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
+        """Compute the losses of some images, and pass each network's to `update`; scalars to log."""
+        raise NotImplementedError
+
+    def update(self, loss: Tensor, name: str) -> None:
+        """The gradient of the named network, and, with the last part of the batch, its optimizer's step."""
+        optimizer, scaler = self.optimizers[name], self.scalers[name]
+        if self.first:
+            optimizer.zero_grad(set_to_none=True)
+        with record_function(f"backward of the {name}"):
+            scaler.scale(loss * self.share).backward()
+        if not self.last:
+            return
+        with record_function(f"optimizer of the {name}"):
+            parameters = list(self.modules[name].parameters())
+            self.group.add_up([p.grad for p in parameters if p.grad is not None])
+            if self.config.clip is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            scaler.step(optimizer)
+            scaler.update()
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the networks' passes."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+class PretrainStep(Step):
+    """Restore clean images, and play the game against the discriminator (AToP, equation 4).
+
+    Args:
+        transform, purifier, discriminator, config, seed: see pretrain.
+    """
+
+    config: PretrainConfig
+
+    def __init__(
+        self,
+        transform: RandomTransform,
+        purifier: nn.Module,
+        discriminator: nn.Module | None,
+        config: PretrainConfig,
+        seed: int,
+    ) -> None:
+        modules = {"purifier": purifier}
+        if discriminator is not None and config.gan_weight:
+            modules["discriminator"] = discriminator
+        super().__init__(modules, config, betas=(0.5, 0.999))
+        self.transform, self.purifier, self.discriminator = transform, purifier, modules.get("discriminator")
+        self.seed = derive_seed(seed, "transform")
+
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
+        _, loss, logs = self.restore(x, x, ids, epoch)
+        self.update(loss, "purifier")
+        return logs
+
+    def restore(self, x: Tensor, target: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, Logs]:
+        """One purifier pass and a discriminator step: the assembled image in [0, 1], the loss so far, and its parts."""
+        with record_function("transform"):
+            corrupted = self.transform(x, self.seed, ids, epoch)
+            wanted = self.transform.target(target, self.seed, ids, epoch)
+        with record_function("purifier"), self.autocast():
+            stages = getattr(self.purifier, "stages", None)
+            outputs = (self.purifier(corrupted),) if stages is None else stages(corrupted)
+        outputs = tuple(output.float() for output in outputs)
+        loss = torch.stack([F.l1_loss(output, wanted) for output in outputs]).sum()
+        purified, logs = outputs[-1], {"l1": loss}
+        if self.discriminator is not None:
+            mask = corrupted[:, -1:].detach()
+            with record_function("discriminator"):
+                scores = self._scores(torch.cat((wanted, purified.detach())), torch.cat((mask, mask)))
+                logs["discriminator"] = discriminator_loss(*scores.chunk(2))
+                self.update(logs["discriminator"], "discriminator")
+            with record_function("losses"), frozen(self.discriminator):
+                logs["gan"] = generator_loss(self._scores(purified, mask))
+            loss = loss + self.config.gan_weight * logs["gan"]
+        return (self.transform.assemble(purified, corrupted) + 1) / 2, loss, logs
+
+    def check(self, images: Tensor) -> None:
+        """Raise before the first step if the networks do not fit the images (N, C, H, W) in [0, 1]."""
+        with torch.no_grad(), frozen(self.purifier), check_fits("pretrain", "images", images):
+            corrupted = self.transform(images[:1])
+            shape = self.purifier(corrupted).shape
+        expected = (len(corrupted), images.shape[1], *corrupted.shape[2:])
+        if shape != expected:
+            name = type(self.purifier).__name__
+            raise ValueError(message(name, "output", f"of shape {expected}", tuple(shape)))
+
+    def _scores(self, images: Tensor, mask: Tensor) -> Tensor:
+        assert self.discriminator is not None
+        with self.autocast():
+            scores: Tensor = self.discriminator(images, mask)
+        return scores.float()
+
+
+class FinetuneStep(PretrainStep):
+    """Attack, restore, and have the frozen classifier judge the result (AToP, equation 8).
+
+    The attack and the loss see a copy of the classifier with batch norm folded, made once: the classifier must be
+    frozen, and in evaluation mode, when the step is made.
+
+    Args:
+        defense, discriminator, config, seed: see finetune.
+    """
+
+    config: FinetuneConfig
+
+    def __init__(self, defense: Defense, discriminator: nn.Module | None, config: FinetuneConfig, seed: int) -> None:
+        if defense.purifier is None:
+            raise ValueError(message("finetune", "defense", "a Defense with a purifier", "one without"))
+        super().__init__(defense.transform, defense.purifier, discriminator, config, seed)
+        self.classifier = folded(defense.classifier, self.dtype)
+        self.pipeline = Defense(defense.transform, defense.purifier, self.classifier)
+        self.attack_seed = derive_seed(seed, "attack")
+
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
+        with record_function("attack"):
+            adversarial = self.attack(x, y, ids, epoch)
+        target = adversarial if self.config.target == "adversarial" else x
+        image, loss, logs = self.restore(adversarial, target, ids, epoch)
+        with record_function("losses"):
+            with self.autocast():
+                logits = self.classifier(image).float()
+            logs["ce"] = F.cross_entropy(logits, y)
+        if epoch >= self.config.ce_from_epoch:
+            loss = loss + self.config.ce_weight * logs["ce"]
+        self.update(loss, "purifier")
+        return {**logs, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
+
+    def attack(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Tensor:
+        """The images of this epoch: adversarial ones, and, by adversarial_share, clean ones among them."""
+        adversarial = self._attack(derive_seed(self.attack_seed, epoch))(x, y, ids)
+        share = self.config.adversarial_share
+        if share == 1:
+            return adversarial
+        chosen = random_uniform((1, 1, 1), derive_seed(self.attack_seed, "share"), ids, epoch, Tag.START) < share
+        return torch.where(chosen, adversarial, x)
+
+    def _attack(self, seed: int) -> Attack:
+        config = self.config
+        model = self.pipeline if config.attacked == "pipeline" else self.classifier
+        options: dict[str, Any] = {"eot_iter": config.eot_iter, "seed": seed, "precision": config.precision}
+        if config.attack == "fgsm":
+            return FGSM(model, config.norm, config.eps, **options)
+        if config.attack == "apgd":
+            return APGD(model, config.norm, config.eps, config.steps, **options)
+        alpha, steps = config.alpha, config.steps
+        if config.attack == "fgsm-rs":
+            alpha, steps = 1.25 * config.eps if alpha is None else alpha, 1
+        return PGD(model, config.norm, config.eps, alpha, steps, random_start=True, **options)
+
+    def check(self, images: Tensor) -> None:
+        super().check(images)
+        with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
+            self.pipeline(images[:1], draws=0)

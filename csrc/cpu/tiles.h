@@ -1,0 +1,52 @@
+#pragma once
+// The tiles of Winograd's convolution and where their pixels lie.
+
+#include <algorithm>
+#include <vector>
+
+#include "common/launchers.h"
+#include "cpu/scratch.h"
+
+namespace atop::winograd {
+
+// The first outputs of all tiles along an axis. A tile has 4 outputs `dilation` apart, from 6 pixels `dilation` apart:
+// pixels with the same remainder are an image of their own.
+inline std::vector<int64_t> tile_starts(int64_t size, int64_t dilation) {
+  std::vector<int64_t> starts;
+  for (int64_t first = 0; first < std::min(dilation, size); ++first) {
+    for (int64_t i = first; i < size; i += 4 * dilation) starts.push_back(i);
+  }
+  return starts;
+}
+
+struct Tiles {
+  int64_t batch, height, width, dilation;
+  std::vector<int64_t> rows, columns;
+
+  explicit Tiles(const Conv3x3& size)
+      : batch(size.batch),
+        height(size.height),
+        width(size.width),
+        // From there on all neighbours lie outside, and larger numbers could overflow.
+        dilation(std::min(size.dilation, std::max(size.height, size.width))),
+        rows(tile_starts(height, dilation)),
+        columns(tile_starts(width, dilation)) {}
+
+  int64_t count() const { return batch * static_cast<int64_t>(rows.size() * columns.size()); }
+
+  // Where the N x N pixels of a tile lie, its 4x4 outputs or the 6x6 pixels around them that these depend on.
+  template <int N, typename T>
+  void find(int64_t tile, T* images, int64_t channels, T* outside, T** pixels) const {
+    constexpr int64_t kShift = N == 6 ? -1 : 0;
+    const int64_t across = static_cast<int64_t>(columns.size()), down = static_cast<int64_t>(rows.size());
+    const int64_t row = rows[tile / across % down], column = columns[tile % across];
+    T* const image = images + tile / across / down * height * width * channels;
+    for (int64_t k = 0; k < N * N; ++k) {
+      const int64_t i = row + (k / N + kShift) * dilation, j = column + (k % N + kShift) * dilation;
+      const bool inside = i >= 0 && i < height && j >= 0 && j < width;
+      pixels[k] = inside ? image + (i * width + j) * channels : outside;
+    }
+  }
+};
+
+}  // namespace atop::winograd

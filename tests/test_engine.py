@@ -1,0 +1,285 @@
+"""The loop under the trainings: schedules, averages, feeds, exact resumption, and several processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+from atop_fast import RT2, Defense, FinetuneConfig, build_classifier, build_purifier, finetune
+from atop_fast.purifiers import SNPatchDiscriminator
+from atop_fast.randomness import seeded
+from atop_fast.training import Feed, Step, TrainingConfig, fit
+from atop_fast.training.classifier import shift_and_mirror
+
+X = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(12) % 4
+CPU = torch.device("cpu")
+
+
+class Line(Step):
+    """A linear map of the images' mean to 0, and a record of what it saw."""
+
+    def __init__(self, config=None, **options):
+        with seeded(0):
+            module = nn.Linear(1, 1)
+        super().__init__({"line": module}, config or TrainingConfig(**options), (0.9, 0.999))
+        self.rates, self.seen, self.gradients, self.weights = [], [], [], []
+
+    def losses(self, x, y, ids, epoch):
+        self.rates.append(self.optimizers["line"].param_groups[0]["lr"])
+        self.seen.append(ids)
+        loss = self.modules["line"](x.mean((1, 2, 3))[:, None]).square().mean()
+        self.update(loss, "line")
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.modules["line"].parameters()]))
+        self.weights.append(self.now())
+        return {"loss": loss}
+
+    def now(self):
+        return torch.cat([p.detach().flatten() for p in self.modules["line"].parameters()])
+
+
+def run(step, images=X, labels=Y, **options):
+    return fit("test", step, Feed("test", images, labels, CPU, workers=0), **{"seed": 0, "progress": False, **options})
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+def test_schedules(schedule):
+    step = Line(epochs=2, batch_size=3, lr=0.5, schedule=schedule)
+    run(step)
+    done = torch.arange(8, dtype=torch.float64) / 8
+    expected = {
+        "cosine": 0.25 * (1 + torch.cos(torch.pi * done)),
+        "step": 0.5 * torch.tensor([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], dtype=torch.float64),
+        "constant": torch.full((8,), 0.5, dtype=torch.float64),
+    }[schedule]
+    torch.testing.assert_close(torch.tensor(step.rates, dtype=torch.float64), expected)
+
+
+def test_every_epoch_sees_every_image_once():
+    step = Line(epochs=2, batch_size=5)
+    run(step)
+    epochs = torch.cat(step.seen).view(2, 12)
+    assert torch.equal(epochs.sort(1).values, torch.arange(12).expand(2, 12))
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_accumulated_parts_give_the_gradient_of_the_whole():
+    """Of unequal parts, too."""
+    whole, parts = Line(epochs=1, batch_size=7), Line(epochs=1, batch_size=7, accumulate=3)
+    assert run(whole)[0]["loss"] == pytest.approx(run(parts)[0]["loss"], rel=1e-6)
+    assert [len(ids) for ids in parts.seen] == [3, 2, 2, 2, 2, 1]
+    torch.testing.assert_close(parts.gradients[2], whole.gradients[0])
+    torch.testing.assert_close(parts.now(), whole.now())
+
+
+def test_long_gradients_are_clipped():
+    free, clipped = Line(epochs=1, batch_size=12), Line(epochs=1, batch_size=12, clip=0.01)
+    run(free), run(clipped)
+    assert free.gradients[0].norm() > 0.02
+    torch.testing.assert_close(clipped.gradients[0], free.gradients[0] * 0.01 / free.gradients[0].norm())
+
+
+def test_moving_average():
+    step = Line(epochs=2, batch_size=4, average="ema", ema_decay=0.7)
+    run(step)
+    expected = step.weights[0]
+    for weights in step.weights[1:]:
+        expected = 0.7 * expected + 0.3 * weights
+    torch.testing.assert_close(step.now(), expected)
+    assert not torch.equal(step.now(), step.weights[-1])
+
+
+@pytest.mark.parametrize("epochs", [1, 6, 7])
+def test_median_of_the_epochs_of_the_second_half(epochs):
+    step = Line(epochs=epochs, batch_size=12, average="median")
+    run(step)
+    kept = torch.stack(step.weights[epochs // 2 :])
+    torch.testing.assert_close(step.now(), torch.quantile(kept, 0.5, dim=0))
+
+
+class Pairs(Dataset):
+    """Images of bytes with their labels."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], int(Y[i])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bytes_floats_and_datasets_are_the_same_images(workers):
+    pixels = (255 * X).byte()
+    ids = [torch.tensor([3, 1]), torch.tensor([7])]
+    feeds = [Feed("test", pixels, Y, CPU), Feed("test", pixels.float() / 255, Y, CPU)]
+    feeds.append(Feed("test", Pairs(pixels), None, CPU, workers))
+    state = torch.get_rng_state()
+    for batches in zip(*(feed.batches(ids) for feed in feeds), strict=True):
+        for other in batches[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(batches[0], other, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(feeds[2].first(), feeds[0].first())
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "error", "pattern"),
+    [
+        (X * 2, Y, ValueError, r"test: images must be in \[0, 1\]"),
+        (X[0].byte(), Y, ValueError, r"test: images must be of shape \(N, C, H, W\), got \(1, 16, 16\)"),
+        (X[:0], Y[:0], ValueError, "test: images must be at least one, got none"),
+        (X, Y[:3], ValueError, r"test: labels must be of shape \(12,\)"),
+        (Pairs(X[:0]), None, ValueError, "test: images must be at least one, got none"),
+        ("folder", None, TypeError, "test: images must be a tensor, or a dataset with a length, got str"),
+    ],
+)
+def test_wrong_images_are_named(images, labels, error, pattern):
+    with pytest.raises(error, match=pattern):
+        Feed("test", images, labels, CPU)
+
+
+def test_shift_and_mirror():
+    """Each image is one of the 162 that it may be, whatever the batch; most of these occur."""
+    x, ids = torch.rand(1, 2, 6, 5).expand(600, -1, -1, -1), torch.arange(600)
+    y = shift_and_mirror(x, 3, ids, 7)
+    padded = F.pad(x[0], (4, 4, 4, 4))
+    moved = [padded[:, i : i + 6, j : j + 5] for i in range(9) for j in range(9)]
+    possible = torch.stack([*moved, *(image.flip(2) for image in moved)])
+    found = (y[:, None] == possible).flatten(2).all(2)
+    # The outermost shifts may leave equal images.
+    assert found.any(1).all()
+    assert found.any(0).sum() > 140
+    assert torch.equal(shift_and_mirror(x[40:50], 3, ids[40:50], 7), y[40:50])
+    assert not torch.equal(shift_and_mirror(x, 3, ids, 8), y)
+
+
+def train(rank, size, port, folder, options):
+    """One process of a fine-tuning, as torchrun would start it."""
+    if size > 1:
+        variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    with seeded(0):
+        classifier = build_classifier("small_cnn", channels=1, classes=4).eval()
+        purifier, discriminator = build_purifier("unet", channels=1, width=4), SNPatchDiscriminator(1, 4, 2)
+    if options.pop("differ", False):
+        options["lr"] = 0.1 * (1 + rank)
+    config = FinetuneConfig(epochs=3, batch_size=5, eps=0.1, attack="pgd", steps=1, average="ema", **options)
+    history = finetune(
+        Defense(RT2(4, sigma=0.1), purifier, classifier),
+        X,
+        Y,
+        discriminator=discriminator,
+        config=config,
+        checkpoint=folder / "run.pt",
+        checkpoint_minutes=0,
+        metrics=folder / "metrics.jsonl",
+        progress=False,
+    )
+    torch.save((history, purifier.state_dict(), discriminator.state_dict()), folder / f"result{rank}.pt")
+
+
+# Children of a process that has only imported the package start quickly, and have no threads of the tests'.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.training"])
+
+
+def start(folder, size=1, **options):
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [SPAWN.Process(target=train, args=(r, size, port, folder, options)) for r in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, folder):
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(len(processes))]
+
+
+def same(a, b):
+    return a[0] == b[0] and all(torch.equal(v, y[k]) for x, y in zip(a[1:], b[1:], strict=True) for k, v in x.items())
+
+
+def written(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, stop):
+    (whole,) = finish(start(tmp_path / "whole"), tmp_path / "whole")
+    folder, moments, stops = tmp_path / "stopped", random.Random(0), 0
+    for _ in range(4):
+        (process,) = start(folder)
+        before = written(folder / "run.pt")
+        # After an update or some more, or somewhere within one.
+        while process.is_alive() and written(folder / "run.pt") <= before:
+            time.sleep(0.002)
+        time.sleep(moments.random() * 0.05)
+        os.kill(process.pid, stop)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == (-9 if stop == signal.SIGKILL else 143)
+        stops += 1
+    assert stops >= 2
+    (resumed,) = finish(start(folder), folder)
+    assert same(resumed, whole)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert all(line[key] == value for line, epoch in zip(lines, whole[0], strict=True) for key, value in epoch.items())
+    assert all(line["images_per_second"] > 0 for line in lines)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """With batches of 5 and a last one of 2 images, equal up to the order of summation; both ranks end alike."""
+    ones = finish(start(tmp_path / "one"), tmp_path / "one")
+    first, second = finish(start(tmp_path / "two", 2), tmp_path / "two")
+    assert same(first, second)
+    for a, b in zip(ones[0][0], first[0], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    start_weights = build_purifier("unet", channels=1, width=4).state_dict()
+    moved = sum(float((ones[0][1][k] - v).square().sum()) for k, v in start_weights.items()) ** 0.5
+    apart = sum(float((ones[0][1][k] - first[1][k]).square().sum()) for k in start_weights) ** 0.5
+    assert apart < 0.01 * moved
+
+
+def test_processes_with_different_options_are_refused(tmp_path):
+    processes = start(tmp_path, 2, differ=True)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 1
+    assert not (tmp_path / "run.pt").exists()
+
+
+def test_a_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    run(Line(epochs=1, batch_size=6), checkpoint=path, checkpoint_minutes=0)
+    saved = path.read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(Line(epochs=1, batch_size=6), checkpoint=path, checkpoint_minutes=0)
+    assert path.read_bytes() == saved
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
