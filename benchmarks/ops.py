@@ -111,7 +111,6 @@ def conv3x3_cases(device: str) -> Iterator[Case]:
         yield _case("conv3x3_prepare", "forward", weight, "nchw", 5 * weight.nbytes, formula, run, tolerance=1e-6)
 
 
-<<<<<<< HEAD
 def attention_cases(device: str) -> Iterator[Case]:
     """Forward, and forward plus backward, with a quarter of the blocks of 32 pixels masked, and with none."""
     for masked, layout in itertools.product((0.25, 0.0), LAYOUTS):
@@ -133,7 +132,8 @@ def attention_cases(device: str) -> Iterator[Case]:
         formula, mine = (functools.partial(_autograd_pass, f, features, dy) for f in (plain, ours))
         both = {_registry.owner("contextual_attention", device): mine}
         yield _case(name, "both", features, layout, 5 * features.nbytes, formula, both, tolerance=1e-3)
-=======
+
+
 def upsample_conv3x3_cases(device: str) -> Iterator[Case]:
     """Forward plus the gradients of the images and the weights; a composition of torch's functions on every device."""
     for (batch, channels, size), dtype in itertools.product(UPSAMPLINGS, (torch.float32, torch.bfloat16)):
@@ -145,7 +145,6 @@ def upsample_conv3x3_cases(device: str) -> Iterator[Case]:
         formula, mine = (functools.partial(_two_gradients, f, x, weight, dy) for f in functions)
         nbytes = 2 * (x.nbytes + dy.nbytes + weight.nbytes)
         yield _case("upsample_conv3x3", "both", x, "nhwc", nbytes, formula, {"transposed": mine}, tolerance=None)
->>>>>>> 59454d5
 
 
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
@@ -275,21 +274,9 @@ def main() -> None:
     _harness.keep_heap()
     rows = []
     skip = {"compile"} if args.no_compile else set()
-<<<<<<< HEAD
-    suites = (
-        pgd_cases,
-        gated_elu_cases,
-        conv3x3_cases,
-        attention_cases,
-        attack_steps.step_cases,
-        attacks_ops.attack_loss_cases,
-    )
-    for case in itertools.chain(*(cases(args.device) for cases in (*suites, transforms.transform_cases))):
-=======
-    convolutions = (conv3x3_cases, upsample_conv3x3_cases)
+    convolutions = (conv3x3_cases, upsample_conv3x3_cases, attention_cases)
     steps = (attack_steps.step_cases, attacks_ops.attack_loss_cases, transforms.transform_cases)
     for case in itertools.chain(*(cases(args.device) for cases in (pgd_cases, gated_cases, *convolutions, *steps))):
->>>>>>> 59454d5
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)
     _harness.print_table(rows)
