@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atop_fast.ops._steps import in_layout_of as in_layout_of_x
+from atop_fast.ops import _steps as ops_steps
 
 from ._launch import EXACT, in_layout_of, launch, stride_of
 
@@ -23,6 +23,10 @@ NORM_WARPS = 8
 ALL = tl.constexpr(-1)
 # As torch.nan_to_num has it.
 LARGEST = tl.constexpr(3.4028234663852886e38)
+TINY = tl.constexpr(ops_steps.TINY)
+SMALL = tl.constexpr(ops_steps.SMALL)
+MAGNIFIED = tl.constexpr(ops_steps.MAGNIFIED[torch.float32])
+LEAST_DIVISOR = tl.constexpr(1 / ops_steps.MAGNIFIED[torch.float32])
 
 
 @triton.jit
@@ -78,16 +82,21 @@ def finite(b_g):
 
 
 @triton.jit
-def norm(b_v, mask, partials, i_sample, i_block, N, R: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr):
-    """Norm R of the sample from phase R + 1 on; in phase R store this block's share of it. Before that, nothing."""
+def norm(
+    b_v, mask, partials, i_sample, i_block, N, ROW: tl.constexpr, R: tl.constexpr, PHASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norm R of the sample from phase R + 1 on, by row ROW of `partials`; in phase R that of this block, and store its
+    share. Before that, 0."""
     if PHASE == ALL:
         return tl.sqrt_rn(tl.sum(tl.where(mask, b_v * b_v, 0.0)))
     else:
         n_blocks = tl.cdiv(N, BLOCK)
-        p_row = partials + (R * (tl.num_programs(0) // n_blocks) + i_sample) * n_blocks
+        p_row = partials + (ROW * (tl.num_programs(0) // n_blocks) + i_sample) * n_blocks
         b_sum = 0.0
         if PHASE == R:
-            tl.store(p_row + i_block, tl.sum(tl.where(mask, b_v * b_v, 0.0)))
+            b_sum = tl.sum(tl.where(mask, b_v * b_v, 0.0))
+            tl.store(p_row + i_block, b_sum)
         if PHASE > R:
             i_first = 0
             while i_first < n_blocks:
@@ -95,6 +104,20 @@ def norm(b_v, mask, partials, i_sample, i_block, N, R: tl.constexpr, PHASE: tl.c
                 b_sum += tl.sum(tl.load(p_row + o, o < n_blocks, other=0.0))
                 i_first += 128
         return tl.sqrt_rn(b_sum)
+
+
+@triton.jit
+def gradient_norm(
+    b_g, mask, partials, i_sample, i_block, N, NORMS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradient, multiplied by a power of two where squares could underflow; its norm; the least divisor of it."""
+    length = norm(b_g, mask, partials, i_sample, i_block, N, 0, 0, PHASE, BLOCK)
+    is_small = length < SMALL
+    if is_small:
+        # A block of a small sample is small, so that what is read of the last row was stored.
+        length = norm(b_g * MAGNIFIED, mask, partials, i_sample, i_block, N, NORMS, 0, PHASE, BLOCK)
+    b_g = b_g * tl.where(is_small, MAGNIFIED, 1.0)
+    return b_g, length, tl.where(is_small, LEAST_DIVISOR, TINY)
 
 
 def dense_arguments(x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Tensor) -> tuple[Tensor, ...] | None:
@@ -122,7 +145,7 @@ def step(
     flat = [t.contiguous() for t in (x, grad, *others)]
     target = torch.empty_like(flat[0])
     run(*flat, target)
-    return in_layout_of_x(x, target) if out is None else out.copy_(target)
+    return ops_steps.in_layout_of(x, target) if out is None else out.copy_(target)
 
 
 def numbers(*pairs: tuple[float, Tensor | None]) -> tuple[Any, ...]:
@@ -158,7 +181,7 @@ def launch_with_norms(
             kernel, n, x.device, x, grad, *others, None, None, *values, *draws(x, grad), n, -1, block=block, **options
         )
         return
-    partials = x.new_empty(count * rows * -(-n // NORM_BLOCK))
+    partials = x.new_empty((count + 1) * rows * -(-n // NORM_BLOCK))
     n_draws, stride = draws(x, grad)
     total = torch.empty_like(x) if n_draws > 1 else None
     for phase in range(count + 1):

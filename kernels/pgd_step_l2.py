@@ -10,9 +10,20 @@ from torch import Tensor
 
 from atop_fast.ops.pgd_step_l2 import check_arguments, reference
 
-from ._steps import ALL, clamp, finite, launch_with_norms, norm, numbers, place, read_gradient, read_number, step
-
-TINY = tl.constexpr(1e-12)
+from ._steps import (
+    ALL,
+    TINY,
+    clamp,
+    finite,
+    gradient_norm,
+    launch_with_norms,
+    norm,
+    numbers,
+    place,
+    read_gradient,
+    read_number,
+    step,
+)
 
 
 @triton.jit
@@ -21,7 +32,7 @@ def pgd_step_l2_fwd_kernel(
     grad,  # [DRAWS, B, N]
     x0,  # [B, N]
     out,  # [B, N], may be x
-    partials,  # [2, B, blocks of a sample], or None
+    partials,  # [3, B, blocks of a sample], or None
     total,  # [B, N] for the sum of the draws, or None
     alpha,
     alphas,  # [B], or None
@@ -39,12 +50,12 @@ def pgd_step_l2_fwd_kernel(
     b_g = finite(read_gradient(grad, DRAWS, DRAW_STRIDE, o, mask))
     if total is not None:
         tl.store(total + o, b_g, mask)
-    g_norm = norm(b_g, mask, partials, i_sample, i_block, N, 0, PHASE, BLOCK)
+    b_g, g_norm, least = gradient_norm(b_g, mask, partials, i_sample, i_block, N, 2, PHASE, BLOCK)
     if PHASE != 0:
         b_x, b_x0 = tl.load(x + o, mask), tl.load(x0 + o, mask)
-        length = tl.where(g_norm < TINY, TINY, g_norm)
+        length = tl.where(g_norm < least, least, g_norm)
         b_d = b_x + tl.div_rn(read_number(alpha, alphas, ALPHA_STRIDE, i_sample), length) * b_g - b_x0
-        d_norm = norm(b_d, mask, partials, i_sample, i_block, N, 1, PHASE, BLOCK)
+        d_norm = norm(b_d, mask, partials, i_sample, i_block, N, 1, 1, PHASE, BLOCK)
         if PHASE == 2 or PHASE == ALL:
             length = tl.where(d_norm < TINY, TINY, d_norm)
             ratio = tl.div_rn(read_number(eps, epsilons, EPS_STRIDE, i_sample), length)

@@ -229,6 +229,19 @@ def check_steps(cuda, shape, draws, layout, dtype):
     check_rounded(cuda, "apgd_step_l2", x, x_prev, grad, x0, 0.1, 0.2, 0.75, *numbers)
 
 
+# Whole packs and single elements; one part and several.
+@pytest.mark.parametrize("inner", [16, 105, 8196, 8195])
+@pytest.mark.parametrize("draws", [0, 2])
+def test_steps_of_small_gradients(cuda, inner, draws):
+    for dtype, small, least in ((torch.float32, 1e-30, 1e-42), (torch.float64, 1e-200, 1e-315)):
+        x, x_prev, x0 = torch.rand(3, 4, inner, dtype=dtype)
+        sizes = torch.tensor([1, small, least, 0], dtype=dtype)[:, None]
+        grad = (torch.randint(0, 2, (4, inner)) * 2 - 1) * sizes
+        grad = torch.stack([grad, torch.zeros_like(grad)]) if draws else grad
+        check_rounded(cuda, "pgd_step_l2", x, grad, x0, 0.1, 0.2)
+        check_rounded(cuda, "apgd_step_l2", x, x_prev, grad, x0, 0.1, 0.2, 0.75)
+
+
 def check_rounded(cuda, name, *args):
     """Assert that the op equals its reference up to rounding."""
     expected, actual = _registry.OPS[name].reference(*args), getattr(cuda, name)(*args)

@@ -17,6 +17,10 @@ from .._checks import check_number, check_tensor, message
 DTYPES = (torch.float32, torch.float64)
 # What keeps a norm from dividing by 0.
 TINY = 1e-12
+# A gradient with a norm below SMALL is multiplied by a power of two: its own squares could underflow, those of the
+# products neither underflow nor overflow.
+SMALL = 2.0**-40
+MAGNIFIED = {torch.float32: 2.0**96, torch.float64: 2.0**550}
 
 
 def split(value: float | Tensor) -> tuple[float, Tensor | None]:
@@ -58,6 +62,14 @@ def with_momentum(x: Tensor, x_prev: Tensor, z: Tensor, momentum: float | Tensor
 def norm(t: Tensor) -> Tensor:
     """L2 norm of every sample, in a shape that goes with `t`."""
     return t[:, None].flatten(1).norm(dim=1).view(-1, *(1,) * (t.dim() - 1))
+
+
+def with_norm(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient, multiplied by a power of two where its squares could underflow; its norm; the least divisor."""
+    length, unit = norm(g), MAGNIFIED[g.dtype]
+    is_small = length < SMALL
+    g = torch.where(is_small, g * unit, g)
+    return g, torch.where(is_small, norm(g), length), torch.full_like(length, TINY).masked_fill(is_small, 1 / unit)
 
 
 def in_layout_of(x: Tensor, result: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ._steps import (
     spread,
     sum_of_draws,
     with_momentum,
+    with_norm,
 )
 
 
@@ -31,9 +32,7 @@ def formula(
 ) -> Tensor:
     """The op as a user would write it; the baseline of the benchmarks."""
     g = torch.nan_to_num(sum_of_draws(grad, x))
-    eps = spread(eps, x)
-    z = _project(x + spread(alpha, x) * (g / (norm(g) + TINY)), x0, eps)
-    return _project(with_momentum(x, x_prev, z, momentum), x0, eps)
+    return _moved(x, x_prev, g / (norm(g) + TINY), x0, alpha, eps, momentum)
 
 
 def reference(
@@ -48,10 +47,11 @@ def reference(
     epsilons: Tensor | None = None,
     momenta: Tensor | None = None,
 ) -> Tensor:
-    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
+    """The specification: `formula`, but for small gradients, in the memory layout that torch.empty_like gives `x`."""
     check_arguments("apgd_step_l2", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
     numbers = either(alpha, alphas), either(eps, epsilons), either(momentum, momenta)
-    return in_layout_of(x, formula(x, x_prev, grad, x0, *numbers))
+    g, length, least = with_norm(torch.nan_to_num(sum_of_draws(grad, x)))
+    return in_layout_of(x, _moved(x, x_prev, g / (length + least), x0, *numbers))
 
 
 _TENSORS, _NUMBERS = "Tensor x, Tensor x_prev, Tensor grad, Tensor x0", "float alpha, float eps, float momentum"
@@ -95,7 +95,8 @@ def apgd_step_l2(
 
     Notes:
         NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num). To the norms that divide
-        1e-12 is added, as in AutoAttack. NaN in a sample of the other images makes that sample NaN.
+        1e-12 is added, as in AutoAttack, but not to that of a gradient below 2^-40: unless it is 0, it moves the images
+        by `alpha`, where AutoAttack's step vanishes. NaN in a sample of the other images makes that sample NaN.
         Not differentiable: nothing attacks through an attack's step, and the op keeps nothing for a backward pass.
         torch.compile makes one graph for all tensors, and one for each set of numbers.
 
@@ -131,6 +132,20 @@ def check_arguments(
     """Raise unless the arguments are as the docstrings describe."""
     numbers = {"alpha": (alpha, alphas), "eps": (eps, epsilons), "momentum": (momentum, momenta)}
     check_step(function, x, grad, {"x_prev": x_prev, "x0": x0}, numbers, samples=True)
+
+
+def _moved(
+    x: Tensor,
+    x_prev: Tensor,
+    direction: Tensor,
+    x0: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+) -> Tensor:
+    eps = spread(eps, x)
+    z = _project(x + spread(alpha, x) * direction, x0, eps)
+    return _project(with_momentum(x, x_prev, z, momentum), x0, eps)
 
 
 def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:

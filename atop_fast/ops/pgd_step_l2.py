@@ -8,14 +8,25 @@ import torch
 from torch import Tensor
 
 from ._registry import LIBRARY, NAMESPACE, define
-from ._steps import TINY, check_step, either, in_layout_of, norm, run, run_in_place, split, spread, sum_of_draws
+from ._steps import (
+    TINY,
+    check_step,
+    either,
+    in_layout_of,
+    norm,
+    run,
+    run_in_place,
+    split,
+    spread,
+    sum_of_draws,
+    with_norm,
+)
 
 
 def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
     """The op as a user would write it; the baseline of the benchmarks."""
-    moved = _moved(x, grad, spread(alpha, x))
-    delta = moved - x0
-    return (x0 + delta * (spread(eps, x) / norm(delta).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
+    g = torch.nan_to_num(sum_of_draws(grad, x))
+    return _project(x + spread(alpha, x) * g / norm(g).clamp_min(TINY), x0, spread(eps, x))
 
 
 def reference(
@@ -27,9 +38,10 @@ def reference(
     alphas: Tensor | None = None,
     epsilons: Tensor | None = None,
 ) -> Tensor:
-    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
+    """The specification: `formula`, but for small gradients, in the memory layout that torch.empty_like gives `x`."""
     check_arguments("pgd_step_l2", x, grad, x0, alpha, eps, alphas, epsilons)
-    return in_layout_of(x, formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
+    moved = _moved(x, grad, spread(either(alpha, alphas), x))
+    return in_layout_of(x, _project(moved, x0, spread(either(eps, epsilons), x)))
 
 
 def reference_(
@@ -43,7 +55,7 @@ def reference_(
 ) -> None:
     """The specification of the step in place."""
     check_arguments("pgd_step_l2_", x, grad, x0, alpha, eps, alphas, epsilons)
-    x.copy_(formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
+    x.copy_(_project(_moved(x, grad, spread(either(alpha, alphas), x)), x0, spread(either(eps, epsilons), x)))
 
 
 _ARGUMENTS = "Tensor grad, Tensor x0, float alpha, float eps, Tensor? alphas=None, Tensor? epsilons=None"
@@ -99,8 +111,9 @@ def pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps:
         ValueError: If a shape, device or number is not as described. What a tensor `alpha` or `eps` holds is not read.
 
     Notes:
-        NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num); norms below 1e-12 count
-        as 1e-12, so that a gradient of 0 moves nothing. NaN in a sample of `x` or `x0` makes that sample NaN.
+        NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num). A gradient of 0 moves
+        nothing; any other one, however small, moves by `alpha` (a norm in [2^-40, 1e-12) counts as 1e-12). NaN in a
+        sample of `x` or `x0` makes that sample NaN.
         Clipping follows the projection onto the ball: the result lies in both, but is not always their nearest point.
         Differentiable once in `x` and `x0`; `grad`, `alpha` and `eps` get no gradient, as if the direction were given.
         torch.compile makes one graph for each pair of numbers, and one for all tensors.
@@ -172,5 +185,10 @@ def check_arguments(
 
 
 def _moved(x: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
-    g = torch.nan_to_num(sum_of_draws(grad, x))
-    return x + alpha * g / norm(g).clamp_min(TINY)
+    g, length, least = with_norm(torch.nan_to_num(sum_of_draws(grad, x)))
+    return x + alpha * g / torch.maximum(length, least)
+
+
+def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
+    delta = v - x0
+    return (x0 + delta * (eps / norm(delta).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)

@@ -30,7 +30,7 @@ struct StepArguments {
   const T* x0;      // [batch, inner]
   const T* x_prev;  // [batch, inner]; x where the op has none
   T* out;           // [batch, inner], may be x
-  T* partials;      // [norms, batch, step_parts(inner)], or null if that is 1
+  T* partials;      // [norms + 1, batch, step_parts(inner)], or null if that is 1
   T* total;         // [batch, inner] where there are partials and draws > 1, or null
   int64_t draws, draw_stride, batch, inner;
   PerSample<T> alpha, eps, momentum;

@@ -88,7 +88,7 @@ void launch_dense(const char* function, const StepTensors& t, const StepNumbers&
     a.inner = out.numel() / a.batch;
     Tensor partials, total;
     if (const int64_t parts = norms ? step_parts(a.inner) : 1; parts > 1) {
-      const int64_t count = norms * a.batch * parts;
+      const int64_t count = (norms + 1) * a.batch * parts;
       partials = torch::stable::empty({&count, 1}, out.scalar_type(), std::nullopt, out.device());
       a.partials = output<T>(partials);
       if (a.draws > 1) {

@@ -67,6 +67,12 @@ ATOP_CLONES void make_finite(const T* g, T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = math::finite(g[i]);
 }
 
+template <typename T>
+ATOP_CLONES void multiply(const T* g, T unit, T* out, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) out[i] = g[i] * unit;
+}
+
 // total[i] = ((grad[0, i] + grad[1, i]) + grad[2, i]) ...
 template <typename T>
 ATOP_CLONES void sum_draws(const T* grad, int64_t draws, int64_t stride, T* __restrict__ total, int64_t n) {
@@ -96,6 +102,13 @@ void step_with_norms(const StepArguments<T>& a, int64_t sample, std::vector<T>& 
   if (!std::isfinite(static_cast<T>(squares))) {
     buffer.resize(static_cast<size_t>(n));
     make_finite(rows.g, buffer.data(), n);
+    rows.g = buffer.data();
+    squares = sum_of_squares<0>(rows, out, n, step);
+  }
+  if (squares < double(math::kSmall<T>) * double(math::kSmall<T>)) {
+    step.unit = math::kMagnified<T>;
+    buffer.resize(static_cast<size_t>(n));
+    multiply(rows.g, step.unit, buffer.data(), n);
     rows.g = buffer.data();
     squares = sum_of_squares<0>(rows, out, n, step);
   }

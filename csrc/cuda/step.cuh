@@ -94,44 +94,56 @@ struct Part {
   int64_t first, end;            // elements, of all samples
 };
 
+// Makes the gradient finite and multiplies it by `unit`.
 template <int V, typename T, typename Body>
-__device__ void for_each_pack(const StepArguments<T>& a, const Part& part, const Body& body) {
+__device__ void for_each_pack(const StepArguments<T>& a, const Part& part, T unit, const Body& body) {
   // Unrolled, the loop would take twice the registers.
 #pragma unroll 1
   for (int64_t i = part.first + threadIdx.x * V; i < part.end; i += kThreads * V) {
     Elements<V, T> elements(a, i);
 #pragma unroll
-    for (int j = 0; j < V; ++j) elements.g.v[j] = math::finite(elements.g.v[j]);
+    for (int j = 0; j < V; ++j) elements.g.v[j] = math::finite(elements.g.v[j]) * unit;
     body(i, elements);
   }
 }
 
+// The sum of the squares of term<R> over the sample, from the parts' sums in row `row` of the partials; in phase R over
+// the part, to be stored there. A phase below 0 means that the sample is one part.
+template <int R, int V, typename Step, typename T>
+__device__ T sum_of_squares(const StepArguments<T>& a, const Part& part, int phase, int row, const Step& step) {
+  T* const partials = a.partials + (row * a.batch + part.sample) * part.count;
+  T sum = T(0);
+  if (phase < 0 || phase == R) {
+    for_each_pack<V>(a, part, step.unit, [&](int64_t i, const Elements<V, T>& elements) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        const T t = step.template term<R>(elements[j]);
+        sum += t * t;
+      }
+      if (R == 0 && a.total && row == 0) store_pack(a.total + i, elements.g);
+    });
+  } else {
+    for (int64_t i = threadIdx.x; i < part.count; i += kThreads) sum += partials[i];
+  }
+  sum = block_sum(sum);
+  if (phase == R && threadIdx.x == 0) partials[part.index] = sum;
+  return sum;
+}
+
 // Takes the norms from R on: those before `phase` from the parts' sums, that of `phase` as sums of the parts. False if
-// the block is done. A phase below 0 means that the sample is one part.
+// the block is done.
 template <int R, int V, typename Step, typename T>
 __device__ bool take_norms(const StepArguments<T>& a, const Part& part, int phase, Step& step) {
   if constexpr (R == Step::kNorms) {
     return true;
   } else {
-    T* const partials = a.partials + (R * a.batch + part.sample) * part.count;
-    T sum = T(0);
-    if (phase < 0 || phase == R) {
-      for_each_pack<V>(a, part, [&](int64_t i, const Elements<V, T>& elements) {
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const T t = step.template term<R>(elements[j]);
-          sum += t * t;
-        }
-        if (R == 0 && a.total) store_pack(a.total + i, elements.g);
-      });
-    } else {
-      for (int64_t i = threadIdx.x; i < part.count; i += kThreads) sum += partials[i];
+    T sum = sum_of_squares<R, V>(a, part, phase, R, step);
+    // A part of a small sum is small, so that what is read of the last row was stored.
+    if (R == 0 && sum < math::kSmall<T> * math::kSmall<T>) {
+      step.unit = math::kMagnified<T>;
+      sum = sum_of_squares<R, V>(a, part, phase, Step::kNorms, step);
     }
-    sum = block_sum(sum);
-    if (phase == R) {
-      if (threadIdx.x == 0) partials[part.index] = sum;
-      return false;
-    }
+    if (phase == R) return false;
     step.template take<R>(std::sqrt(sum));
     return take_norms<R + 1, V>(a, part, phase, step);
   }
@@ -145,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Part part{sample, index, parts, begin + first, begin + min(a.inner, first + kPart)};
   Step step(a.numbers(sample));
   if (!take_norms<0, V>(a, part, phase, step)) return;
-  for_each_pack<V>(a, part, [&](int64_t i, const Elements<V, T>& elements) {
+  for_each_pack<V>(a, part, step.unit, [&](int64_t i, const Elements<V, T>& elements) {
     Pack<T, V> result;
 #pragma unroll
     for (int j = 0; j < V; ++j) {

@@ -9,10 +9,10 @@ namespace atop::math {
 template <typename T>
 struct ApgdStepL2 {
   static constexpr int kNorms = 3;
-  T alpha, eps, momentum, step, scale_z, scale;
+  T alpha, eps, momentum, unit, step, scale_z, scale;
 
   ATOP_HD explicit ApgdStepL2(const StepNumbers<T>& n)
-      : alpha(n.alpha), eps(n.eps), momentum(n.momentum), step(0), scale_z(0), scale(0) {}
+      : alpha(n.alpha), eps(n.eps), momentum(n.momentum), unit(1), step(0), scale_z(0), scale(0) {}
 
   template <int R>
   ATOP_HD T term(const Element<T>& e) const {
@@ -26,7 +26,7 @@ struct ApgdStepL2 {
   template <int R>
   ATOP_HD void take(T norm) {
     if constexpr (R == 0) {
-      step = alpha / (norm + kTiny<T>);
+      step = alpha / (norm + least_divisor(unit));
     } else {
       const T shorter = (eps < norm ? eps : norm) / (norm + kTiny<T>);
       if constexpr (R == 1) scale_z = shorter;

@@ -6,13 +6,13 @@
 namespace atop::math {
 
 // A step with norms over the sample: term<R> is the element whose norm take<R> receives, for R = 0, 1, ... in turn. The
-// last term is the distance d from x0 that project() shortens. The gradient is finite.
+// last term is the distance d from x0 that project() shortens. The gradient is finite, and multiplied by `unit`.
 template <typename T>
 struct PgdStepL2 {
   static constexpr int kNorms = 2;
-  T alpha, eps, step, scale;
+  T alpha, eps, unit, step, scale;
 
-  ATOP_HD explicit PgdStepL2(const StepNumbers<T>& n) : alpha(n.alpha), eps(n.eps), step(0), scale(0) {}
+  ATOP_HD explicit PgdStepL2(const StepNumbers<T>& n) : alpha(n.alpha), eps(n.eps), unit(1), step(0), scale(0) {}
 
   template <int R>
   ATOP_HD T term(const Element<T>& e) const {
@@ -22,7 +22,10 @@ struct PgdStepL2 {
 
   template <int R>
   ATOP_HD void take(T norm) {
-    if constexpr (R == 0) step = alpha / (norm < kTiny<T> ? kTiny<T> : norm);
+    if constexpr (R == 0) {
+      const T least = least_divisor(unit);
+      step = alpha / (norm < least ? least : norm);
+    }
     if constexpr (R == 1) {
       const T ratio = eps / (norm < kTiny<T> ? kTiny<T> : norm);
       scale = ratio > T(1) ? T(1) : ratio;

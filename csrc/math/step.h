@@ -50,4 +50,17 @@ ATOP_HD T project_linf(T v, T x0, T eps) {
 template <typename T>
 constexpr T kTiny = T(1e-12);
 
+// A gradient with a norm below kSmall is multiplied by the power of two kMagnified: its own squares could underflow,
+// those of the products neither underflow nor overflow.
+template <typename T>
+constexpr T kSmall = T(0x1p-40);
+template <typename T>
+constexpr T kMagnified = sizeof(T) == 4 ? T(0x1p96) : T(0x1p550);
+
+// The divisor of a gradient that was multiplied by `unit`, kMagnified or 1, is not below this.
+template <typename T>
+ATOP_HD T least_divisor(T unit) {
+  return unit == T(1) ? kTiny<T> : T(1) / unit;
+}
+
 }  // namespace atop::math

@@ -163,6 +163,31 @@ def check_compiles_once(step: Step, backend: str) -> None:
                 assert torch.equal(compiled(*tensors, *numbers), step(*tensors, *numbers))
 
 
+def small_gradients(shape, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of an ordinary sample, of 1e-30, of a subnormal number and of 0, and their signs as ordinary ones."""
+    sign = torch.randint(0, 2, (4, *shape), device=DEVICE).to(dtype) * 2 - 1
+    sign[3] = 0
+    least = 1e-42 if dtype == torch.float32 else 1e-315
+    sizes = torch.tensor([1, 1e-30 if dtype == torch.float32 else 1e-200, least, 1], dtype=dtype, device=DEVICE)
+    return sign * sizes.view(-1, *(1,) * len(shape)), sign
+
+
+def check_small_gradients(step: Step, backend: str, inner, draws: int) -> None:
+    """Only the direction of a gradient counts, however small it is, and an ordinary one beside it keeps its bits."""
+    for dtype in (torch.float32, torch.float64):
+        tensors = dict(zip(step.tensors, step.sample((4, *inner), dtype), strict=True))
+        small, ordinary = small_gradients(inner, dtype)
+        if draws:
+            small, ordinary = (torch.stack([g] + [torch.zeros_like(g)] * (draws - 1)) for g in (small, ordinary))
+        numbers = step.per_sample(4, dtype)
+        with harness.owned_by(backend, (step.name,)):
+            actual = step(*(tensors | {"grad": small}).values(), *numbers)
+            expected = step(*(tensors | {"grad": ordinary}).values(), *numbers)
+        assert torch.equal(actual[::3], expected[::3])
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+        assert not torch.equal(expected[1:3], tensors["x"][1:3].clamp(0, 1))
+
+
 def check_refuses_gradients(step: Step) -> None:
     """What is not differentiable says so, unless nothing records."""
     tensors = step.sample((2, 3), torch.float32)

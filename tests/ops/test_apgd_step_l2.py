@@ -106,6 +106,12 @@ def test_zero_gradient_and_zero_eps(backend):
         assert torch.equal(ops.apgd_step_l2(x0, x0, grad, x0, ALPHA, 0.0, MOMENTUM), x0)
 
 
+# A sample of one part and of several.
+@cases(inner=((3, 5, 7), (9000,)), draws=(0, 2))
+def test_small_gradients(backend, inner, draws):
+    _steps.check_small_gradients(STEP, backend, inner, draws)
+
+
 @cases(odd=(math.nan, math.inf, 1e30))
 def test_odd_gradients(backend, odd):
     tensors = STEP.sample((3, 3, 5, 7), torch.float32)

@@ -88,6 +88,12 @@ def test_scale_of_the_gradient_is_immaterial(backend, draws):
             torch.testing.assert_close(ops.pgd_step_l2(x, grad * scale, x0, ALPHA, EPS), expected, rtol=0, atol=1e-6)
 
 
+# A sample of one part and of several.
+@cases(inner=((3, 5, 7), (9000,)), draws=(0, 2))
+def test_small_gradients(backend, inner, draws):
+    _steps.check_small_gradients(STEP, backend, inner, draws)
+
+
 @cases(odd=(math.nan, math.inf, -math.inf, 1e30))
 def test_odd_gradients(backend, odd):
     """As the formula has it: NaN counts as 0, and the norm of what is too large is infinite."""
