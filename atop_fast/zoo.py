@@ -1,4 +1,4 @@
-"""Classifiers from files and by name: files of save_model, RobustBench's checkpoints, and its model zoo."""
+"""Classifiers from files and by name: files of save_model, and models of RobustBench, torchvision and timm."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ._checks import check_choice, message
 from ._files import read_state
 from .checkpoints import load_model
-from .classifiers import CLASSIFIERS, WideResNet, build_classifier
+from .classifiers import CLASSIFIERS, Normalised, WideResNet, build_classifier
+
+# A network, and the mean and standard deviation of the images that it takes.
+Model = tuple[nn.Module, Sequence[float], Sequence[float]]
 
 # DeepMind's parameter names and those of WideResNet.
 DEEPMIND_NAMES = (
@@ -28,6 +32,10 @@ DEEPMIND_NAMES = (
     (r"^batchnorm\.", "bn1."),
     (r"^logits\.", "fc."),
 )
+# The names in the published files of torchvision's DenseNets, which are of an older version.
+DENSENET_NAMES = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")
+# Ported with another normalisation, into which they turn that of torchvision; their published files need it.
+PORTED = ("googlenet", "inception_v3")
 # Wrappers whose names stand before those of the network: DataParallel, and RobustBench's normalising modules.
 PREFIXES = ("module.", "model.")
 
@@ -36,6 +44,7 @@ def load_classifier(
     name_or_path: str | Path,
     architecture: str | None = None,
     *,
+    path: str | Path | None = None,
     dataset: str = "cifar10",
     threat_model: str = "Linf",
     folder: str | Path = "models",
@@ -48,6 +57,9 @@ def load_classifier(
     - With `architecture`: the path of a checkpoint of torch.save, such as RobustBench's: a state dict, alone or as
       {"state_dict": ...}, its names with or without "module." and "model." before them. Every parameter must fit. Only
       tensors are read; a file that holds other objects is refused, and no code in it runs.
+    - "torchvision:<name>" or "timm:<name>", such as "torchvision:resnet50" or "timm:vit_tiny_patch16_224": the package
+      builds the network, and its weights are read from the file `path` as with `architecture` (or as safetensors, if so
+      named), or fetched. It is a Normalised, with the mean and standard deviation that the package states for it.
     - Otherwise: the name of a model of RobustBench's zoo (Croce et al., NeurIPS 2021), such as "Standard" or
       "Wang2023Better_WRN-28-10"; the package robustbench builds it, and its file is read from
       <folder>/<dataset>/<threat_model>/<name>.pt, where that package keeps it.
@@ -55,25 +67,82 @@ def load_classifier(
     Args:
         name_or_path: see above.
         architecture: of the checkpoint, a name of build_classifier, e.g. "wrn_28_10" or "resnet18".
-        dataset, threat_model: of a named model: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
-        folder: of the files of named models.
-        download: let robustbench fetch a named model that is not in `folder`; nothing is fetched otherwise.
-        options: of the architecture, e.g. deepmind=True, activation="silu" (see WideResNet).
+        path: file of the weights of a model of torchvision or timm.
+        dataset, threat_model: of a model of RobustBench: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
+        folder: of the files of RobustBench's models.
+        download: let robustbench fetch a model that is not in `folder`, or torchvision or timm their default weights
+            instead of `path`; nothing is fetched otherwise.
+        options: of the architecture, e.g. deepmind=True, activation="silu" (see WideResNet), or of the package's
+            constructor, e.g. num_classes=10.
 
     Raises:
-        ImportError: a name, and robustbench is not installed.
-        ValueError: no such file or name, a file with other objects than tensors, or one whose weights do not fit.
+        ImportError: a name, and its package is not installed.
+        ValueError: no such file or name, a file with other objects than tensors, or one whose weights do not fit;
+            neither or both of `path` and `download` for a model of torchvision or timm.
     """
-    path = Path(name_or_path)
+    package, _, name = str(name_or_path).partition(":")
+    if package in PACKAGES:
+        return _from_package(package, name, path, download, options)
+    if path is not None:
+        expected = f"None, except for names that begin with {' or '.join(f'{key}:' for key in PACKAGES)}"
+        raise ValueError(message("load_classifier", "path", expected, path))
+    file = Path(name_or_path)
     if architecture is not None:
         check_choice("load_classifier", "architecture", architecture, list(CLASSIFIERS))
-        return _with_weights(build_classifier(architecture, **options), path)
-    if path.suffix == ".safetensors":
-        return load_model(path, "classifier")
-    if path.suffix or path.exists():
-        expected = f"the architecture of {path}: one of {', '.join(map(repr, CLASSIFIERS))}"
+        return _with_weights(build_classifier(architecture, **options), file)
+    if file.suffix == ".safetensors":
+        return load_model(file, "classifier")
+    if file.suffix or file.exists():
+        expected = f"the architecture of {file}: one of {', '.join(map(repr, CLASSIFIERS))}"
         raise ValueError(message("load_classifier", "architecture", expected, None))
     return _from_robustbench(str(name_or_path), dataset, threat_model, Path(folder), download)
+
+
+def _from_package(
+    package: str, name: str, path: str | Path | None, download: bool, options: dict[str, object]
+) -> nn.Module:
+    if (path is None) is not download:
+        expected = "a file of weights, or None with download=True, which fetches the package's own"
+        raise ValueError(message("load_classifier", "path", expected, f"{path} with download={download}"))
+    try:
+        model, mean, std = PACKAGES[package](name, download, options)
+    except ImportError as error:
+        extra = {"torchvision": "vision", "timm": "zoo"}[package]
+        raise _not_installed(f"{package}:{name}", package, extra, error) from error
+    return Normalised(model if path is None else _with_weights(model, Path(path), "path"), mean, std).eval()
+
+
+def _torchvision(name: str, download: bool, options: dict[str, Any]) -> Model:
+    """torchvision's classifier `name`."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        expected = "'torchvision:' and one of torchvision.models.list_models(module=torchvision.models)"
+        raise ValueError(message("load_classifier", "name_or_path", expected, repr(f"torchvision:{name}")))
+    if name in PORTED and not download:
+        options = {"transform_input": True, "init_weights": False, **options}
+    statistics = models.get_model_weights(name).DEFAULT.transforms()
+    model = models.get_model(name, weights="DEFAULT" if download else None, **options)
+    return model, statistics.mean, statistics.std
+
+
+def _timm(name: str, download: bool, options: dict[str, Any]) -> Model:
+    """timm's classifier `name`."""
+    import timm
+
+    expected = "'timm:' and one of timm.list_models()"
+    # Other names, such as hf-hub:user/model, would fetch a configuration.
+    if not timm.is_model(name):
+        raise ValueError(message("load_classifier", "name_or_path", expected, repr(f"timm:{name}")))
+    try:
+        model = timm.create_model(name, pretrained=download, **options)
+    except RuntimeError as error:  # the name's part after the dot: no such weights
+        raise ValueError(message("load_classifier", "name_or_path", expected, f"'timm:{name}' ({error})")) from error
+    statistics = timm.data.resolve_model_data_config(model)
+    return model, statistics["mean"], statistics["std"]
+
+
+PACKAGES = {"torchvision": _torchvision, "timm": _timm}
 
 
 def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, download: bool) -> nn.Module:
@@ -86,8 +155,7 @@ def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, 
             from robustbench.model_zoo.models import model_dicts
             from robustbench.utils import load_model as fetch_model
     except ImportError as error:
-        expected = f"pip install 'atop-fast[zoo]' ({error})"
-        raise ImportError(f"load_classifier: {name!r} needs the package robustbench: {expected}") from error
+        raise _not_installed(name, "robustbench", "zoo", error) from error
     models = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)]
     check_choice("load_classifier", "name_or_path", name, list(models))
     path = folder / dataset / threat_model / f"{name}.pt"
@@ -103,11 +171,17 @@ def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, 
     return _with_weights(models[name]["model"](), path)
 
 
-def _with_weights(model: nn.Module, path: Path) -> nn.Module:
-    state = read_state("load_classifier", "name_or_path", path, "state_dict")
+def _not_installed(name: str, package: str, extra: str, error: ImportError) -> ImportError:
+    expected = f"pip install 'atop-fast[{extra}]' ({error})"
+    return ImportError(f"load_classifier: {name!r} needs the package {package}: {expected}")
+
+
+def _with_weights(model: nn.Module, path: Path, argument: str = "name_or_path") -> nn.Module:
+    state = read_state("load_classifier", argument, path, "state_dict")
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
+    state = {DENSENET_NAMES.sub(r"\1\2.", key): value for key, value in state.items()}
     if isinstance(model, WideResNet):
         # Weights of a stage that TRADES' networks create and never run.
         state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
@@ -115,10 +189,10 @@ def _with_weights(model: nn.Module, path: Path) -> nn.Module:
             state = {_rename(key): value for key, value in state.items()}
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         expected = f"a checkpoint whose weights fit {type(model).__name__}"
-        raise ValueError(message("load_classifier", "name_or_path", expected, f"{path} ({reason})")) from error
+        raise ValueError(message("load_classifier", argument, expected, f"{path} ({reason})")) from error
     return model.eval()
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import RT2, Defense, build_classifier, build_purifier
-from atop_fast.attacks import folded, frozen, prepared
+from atop_fast.attacks import frozen, prepared
+from atop_fast.classifiers import fold_batch_norm
 from atop_fast.randomness import seeded
 
 X = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -54,7 +55,7 @@ def gradient(network):
 
 def test_folds_batch_norm_exactly():
     block = trained(Block())
-    network = folded(block)
+    network = fold_batch_norm(block)
     assert norms(network) == 1
     torch.testing.assert_close(network(X), block(X), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient(network), gradient(block), rtol=1e-4, atol=1e-6)
@@ -77,8 +78,8 @@ def test_a_convolution_used_twice_is_left_alone():
 
     for kind in (Twice, Read):
         model = trained(kind())
-        assert norms(folded(model)) == 1
-        torch.testing.assert_close(folded(model)(X), model(X), rtol=1e-5, atol=1e-5)
+        assert norms(fold_batch_norm(model)) == 1
+        torch.testing.assert_close(fold_batch_norm(model)(X), model(X), rtol=1e-5, atol=1e-5)
 
 
 class Counts(Block):
@@ -104,19 +105,19 @@ class Branching(Block):
 @pytest.mark.parametrize("kind", [Noisy, Branching])
 def test_models_with_randomness_or_branches_are_left_alone(kind):
     model = trained(kind())
-    assert folded(model) is model
+    assert fold_batch_norm(model) is model
 
 
 def test_hooks_and_training_mode_are_left_alone():
     model = trained(Block())
     model.conv1.register_forward_hook(lambda *args: None)
-    assert folded(model) is model
-    assert folded(Block().train()).training
+    assert fold_batch_norm(model) is model
+    assert fold_batch_norm(Block().train()).training
 
 
 def test_purifiers_of_this_package_are_copied():
     purifier = build_purifier("unet", channels=3, width=4).eval()
-    copy = folded(purifier)
+    copy = fold_batch_norm(purifier)
     assert copy is not purifier
     x = torch.rand(8, 5, 16, 16)
     torch.testing.assert_close(copy(x), purifier(x), rtol=1e-5, atol=1e-6)
@@ -162,4 +163,4 @@ def test_state_is_restored_after_an_error():
 
 def test_a_network_of_the_registry_is_folded_without_change():
     model = build_classifier("small_cnn", channels=3).eval()
-    torch.testing.assert_close(folded(model)(X), model(X), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fold_batch_norm(model)(X), model(X), rtol=1e-5, atol=1e-6)

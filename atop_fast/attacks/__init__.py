@@ -6,7 +6,7 @@ from .base import NORMS, Attack
 from .cw import CW
 from .fab import FAB
 from .gradient import GRADIENT_MODES, Estimate, GradientEstimator, Passes, counted_passes, draw_logits
-from .network import Model, folded, frozen, prepared
+from .network import Model, frozen, prepared
 from .pgd import FGSM, MIFGSM, PGD
 from .square import Square
 from .stadv import StAdv
@@ -31,7 +31,6 @@ __all__ = [
     "StAdv",
     "counted_passes",
     "draw_logits",
-    "folded",
     "frozen",
     "prepared",
 ]

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from torch import nn
 
 from .._checks import check_choice
+from ..folding import fold_batch_norm
 from .cnn import SmallCNN
+from .normalised import Normalised
 from .resnet import ImageResNet, ResNet
 from .vit import VisionTransformer
 from .wide_resnet import WideResNet
@@ -45,9 +47,11 @@ def build_classifier(name: str, **options: object) -> nn.Module:
 __all__ = [
     "CLASSIFIERS",
     "ImageResNet",
+    "Normalised",
     "ResNet",
     "SmallCNN",
     "VisionTransformer",
     "WideResNet",
     "build_classifier",
+    "fold_batch_norm",
 ]

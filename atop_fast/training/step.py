@@ -21,9 +21,9 @@ from .._checks import check_fits, message
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
 from ..attacks.gradient import PRECISIONS
-from ..attacks.network import folded
 from ..defense import Defense
 from ..distributed import Group
+from ..folding import fold_batch_norm
 from ..ops import _registry
 from ..purifiers import discriminator_loss, generator_loss
 from ..randomness import Tag, derive_seed, random_uniform
@@ -202,7 +202,7 @@ class FinetuneStep(PretrainStep):
         if defense.purifier is None:
             raise ValueError(message("finetune", "defense", "a Defense with a purifier", "one without"))
         super().__init__(defense.transform, defense.purifier, discriminator, config, seed)
-        self.classifier = folded(defense.classifier, self.dtype)
+        self.classifier = fold_batch_norm(defense.classifier, self.dtype)
         self.pipeline = Defense(defense.transform, defense.purifier, self.classifier)
         self.attack_seed = derive_seed(seed, "attack")
 

@@ -1,0 +1,43 @@
+"""Another package's classifier as one of images in [0, 1]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_number, message
+
+
+class Normalised(nn.Module):
+    """model((x - mean) / std), channel by channel: for networks that were trained on normalised images.
+
+    Args:
+        model: maps normalised images (B, C, H, W) to logits (B, classes).
+        mean, std: of the images' channels, in units of [0, 1] pixels; C numbers each, or one for all channels.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(message("Normalised", "model", "a torch.nn.Module", type(model).__name__))
+        means = [check_number("Normalised", "mean", value) for value in mean]
+        stds = [check_number("Normalised", "std", value) for value in std]
+        if not means:
+            raise ValueError(message("Normalised", "mean", "one number for each channel", "none"))
+        if len(stds) != len(means) or min(stds) <= 0:
+            raise ValueError(message("Normalised", "std", f"{len(means)} numbers > 0, as many as mean has", tuple(std)))
+        self.model = model
+        self.register_buffer("mean", torch.tensor(means)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(stds)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> logits (B, classes)."""
+        return self.model((x - self.mean) / self.std)

@@ -1,0 +1,158 @@
+"""Batch norm folded into the convolution before it, and networks laid out for fast passes.
+
+    norm(conv(x)) = conv(x) * s + (b - mean) * s + beta,  s = gamma / sqrt(var + eps)    one convolution, not two passes
+
+What is changed is a copy; the caller's model is left as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ._checks import message
+from .ops.conv3x3 import FrozenConv3x3
+
+# A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would
+# bake it in.
+_FUNCTIONS = {
+    F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.interpolate,
+    F.linear, F.pad, torch.relu, torch.sigmoid, torch.tanh, torch.flatten, torch.cat, torch.add, torch.mul, torch.mean,
+    operator.add, operator.iadd, operator.sub, operator.isub, operator.mul, operator.imul, operator.truediv,
+    operator.neg, operator.getitem, getattr,
+}  # fmt: skip
+_METHODS = {"view", "reshape", "flatten", "mean", "size", "contiguous", "relu", "sigmoid", "tanh", "add", "mul"}
+_LAYERS = (
+    nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh,
+    nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Upsample, nn.Dropout, nn.Dropout2d,
+    nn.LayerNorm, nn.GroupNorm, nn.Sequential, nn.ModuleList, nn.ModuleDict,
+)  # fmt: skip
+# This package's own networks have no state or randomness, but check shapes, which no trace survives.
+_OWN = tuple(f"{__package__}.{name}" for name in ("purifiers.", "classifiers.", "_transformer"))
+
+
+def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of a trained network for fast passes, with each batch norm folded into the convolution before it.
+
+    Folded is a BatchNorm2d with running statistics that alone reads a Conv2d, both called once. The weights are folded
+    in float64. They are in channels_last, which CPUs and tensor cores prefer, and 3x3 convolutions become FrozenConv3x3
+    where that can be faster.
+
+    Args:
+        model: in evaluation mode.
+        dtype: the type in which an autocast will run the copy: weights of convolutions and linear layers are cast here
+            once instead of in every pass. None leaves them as they are.
+
+    Returns:
+        A module with the outputs of `model` up to rounding, in evaluation mode and without parameter gradients. It does
+        not follow later changes of `model`.
+
+        `model` itself is returned where the copy might compute something else: in training mode, with hooks, or where
+        it does not consist of well-known deterministic layers and functions alone. This package's own networks that
+        cannot be traced, the purifiers and the vision transformer, are laid out without folding.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> network = fold_batch_norm(build_classifier("resnet18").eval())
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(message("fold_batch_norm", "model", "a torch.nn.Module", type(model).__name__))
+    if any(m.training or _hooked(m) for m in model.modules()):
+        return model
+    graph = _traced(model)
+    if graph is None:
+        return _laid_out(model, dtype) if _stateless(model) else model
+    layers: dict[str, Any] = dict(model.named_modules())
+    uses = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in list(graph.nodes):
+        if _folds(node, layers, uses):
+            source = node.args[0]
+            layers[source.target] = _fused(layers[source.target], layers[node.target])
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    for target in {node.target for node in graph.nodes if node.op == "call_module"}:
+        layers[target] = _laid_out(layers[target], dtype)
+    root = {node.target: layers[node.target] for node in graph.nodes if node.op == "call_module"}
+    attributes = [node.target for node in graph.nodes if node.op == "get_attr"]
+    root |= {name: operator.attrgetter(name)(model).detach().clone() for name in attributes}
+    return fx.GraphModule(root, graph, type(model).__name__).eval()
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether other code runs when `module` is called."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hooks)
+
+
+def _traced(model: nn.Module) -> fx.Graph | None:
+    """The model's graph, or None where it may not be rewritten."""
+    attributes = dict(vars(model))
+    try:
+        graph, again = (fx.Tracer().trace(model) for _ in range(2))
+    except Exception:  # tracing runs the caller's code on symbols, which may fail in any way
+        return None
+    finally:
+        # State of the model's own, and tensors that it makes anew in every call, random ones perhaps: the tracer leaves
+        # them here.
+        changed = any(attributes.get(name) is not value for name, value in vars(model).items())
+        vars(model).clear()
+        vars(model).update(attributes)
+    # The graphs differ in numbers that change from call to call.
+    if changed or str(graph) != str(again):
+        return None
+    layers = dict(model.named_modules())
+    for node in graph.nodes:
+        known = {
+            "placeholder": lambda node: True,
+            "output": lambda node: True,
+            "get_attr": lambda node: True,
+            "call_module": lambda node: type(layers[node.target]) in _LAYERS,
+            "call_function": lambda node: node.target in _FUNCTIONS,
+            "call_method": lambda node: node.target in _METHODS,
+        }[node.op](node)
+        if not known:
+            return None
+    return graph if sum(node.op == "placeholder" for node in graph.nodes) == 1 else None
+
+
+def _stateless(model: nn.Module) -> bool:
+    """Whether all of `model` is this package's own or a well-known layer."""
+    return all(type(m) in _LAYERS or type(m).__module__.startswith(_OWN) for m in model.modules())
+
+
+def _folds(node: fx.Node, layers: dict[str, Any], uses: list[Any]) -> bool:
+    """Whether `node` is a batch norm that can go into the convolution before it."""
+    if node.op != "call_module" or type(layers[node.target]) is not nn.BatchNorm2d:
+        return False
+    source, norm = node.args[0], layers[node.target]
+    if not isinstance(source, fx.Node) or source.op != "call_module" or type(layers[source.target]) is not nn.Conv2d:
+        return False
+    alone = len(source.users) == 1 and uses.count(source.target) == 1 and uses.count(node.target) == 1
+    return alone and norm.running_mean is not None
+
+
+def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """The two as one convolution, folded in float64."""
+    wide = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
+    return wide.to(conv.weight.dtype).requires_grad_(False)
+
+
+def _laid_out(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy for frozen passes: in channels_last, and with prepared weights."""
+    model = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
+    for name, layer in list(model.named_modules()):
+        if dtype is not None and isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.to(dtype)
+        if FrozenConv3x3.accepts(layer):
+            if not name:
+                return FrozenConv3x3(layer)
+            model.set_submodule(name, FrozenConv3x3(layer))
+    return model
