@@ -153,7 +153,7 @@ def load_recipe(preset: str | Path) -> Recipe:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe)
     try:
-        return Recipe(**parser.instantiate_classes(parser.parse_object(content)).as_dict())
+        return Recipe(**parser.instantiate(parser.parse_object(content)).as_dict())
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} ({reason})")) from error
