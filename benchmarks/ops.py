@@ -6,7 +6,7 @@ import argparse
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ import transforms
 from _harness import Case
 from torch import Tensor
 
-from atop_fast.ops import _registry
+from atop_fast.ops import _registry, gated
 
 # The package exports each function under the name of its module.
 conv3x3 = importlib.import_module("atop_fast.ops.conv3x3")
-gated_elu = importlib.import_module("atop_fast.ops.gated_elu")
+upsample_conv3x3 = importlib.import_module("atop_fast.ops.upsample_conv3x3")
 pgd_step_linf = importlib.import_module("atop_fast.ops.pgd_step_linf")
 NUMBERS = (2 / 255, 8 / 255)
 # Batch, channels, outputs and size: a CIFAR ResNet-18 under attack, and an inpainting network.
 CONVOLUTIONS = ((64, 64, 64, 32), (64, 128, 128, 16), (64, 256, 256, 8), (64, 512, 512, 4), (8, 96, 192, 64))
+# Batch, channels and size, of the same network.
+UPSAMPLINGS = ((8, 96, 64), (8, 48, 128))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -51,19 +53,29 @@ def pgd_cases(device: str) -> Iterator[Case]:
         yield _case("pgd_step_linf_", "forward", x, "nchw", nbytes, formula_in_place, in_place, tolerance=None)
 
 
-def gated_elu_cases(device: str) -> Iterator[Case]:
-    """Forward, and forward plus backward as autograd runs it."""
+def gated_cases(device: str) -> Iterator[Case]:
+    """Forward, and forward plus backward as autograd runs it; relu, and the bias with its gradient, at one size."""
     shapes = ((8, 96, 32, 32), (8, 96, 128, 128), (8, 96, 256, 256))
-    for shape, dtype, layout in itertools.product(shapes, gated_elu.DTYPES, LAYOUTS):
-        h = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=LAYOUTS[layout])
-        forward = {name: functools.partial(f, h) for name, f in _impls("gated_elu").items()}
-        formula = functools.partial(gated_elu.formula, h)
-        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
-        yield _case("gated_elu", "forward", h, layout, h.nbytes * 3 // 2, formula, forward, tolerance)
-        dy = torch.randn_like(gated_elu.formula(h))
-        both = {name: functools.partial(_backend_pass, name, h, dy) for name in forward}
-        formula = functools.partial(_autograd_pass, gated_elu.formula, h, dy)
-        yield _case("gated_elu", "both", h, layout, h.nbytes * 4, formula, both, tolerance)
+    for shape, dtype, layout in itertools.product(shapes, gated.DTYPES, LAYOUTS):
+        yield from _gated_cases("gated_elu", device, shape, dtype, layout)
+    for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS):
+        yield from _gated_cases("gated_relu", device, shapes[1], dtype, layout)
+        for channels in (96, 24):
+            yield from _gated_cases("gated_elu_bias", device, (8, channels, 128, 128), dtype, layout)
+
+
+def _gated_cases(name: str, device: str, shape: Sequence[int], dtype: torch.dtype, layout: str) -> Iterator[Case]:
+    h = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    bias = torch.randn(shape[1], device=device) if name.endswith("bias") else None
+    rest = (bias, gated.RELU if "relu" in name else gated.ELU)
+    formula = functools.partial(gated.formula, h, *rest)
+    forward = {backend: functools.partial(f, h, *rest) for backend, f in _impls("gated").items()}
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    yield _case(name, "forward", h, layout, h.nbytes * 3 // 2, formula, forward, tolerance)
+    dy = torch.randn_like(formula())
+    both = {backend: functools.partial(_gate_pass, backend, h, dy, *rest) for backend in forward}
+    formula = functools.partial(_autograd_pass, gated.formula, h, dy, *rest)
+    yield _case(name, "both", h, layout, h.nbytes * 4, formula, both, tolerance)
 
 
 def conv3x3_cases(device: str) -> Iterator[Case]:
@@ -89,9 +101,26 @@ def conv3x3_cases(device: str) -> Iterator[Case]:
         formula, mine = (functools.partial(_autograd_pass, f, x, dy) for f in (plain, ours))
         both = {_registry.owner("conv3x3", device): mine}
         yield _case("conv3x3", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-4)
+        formula = functools.partial(_autograd_pass, _of_weight(conv3x3.formula, x), weight, dy)
+        mine = functools.partial(_autograd_pass, _of_weight(conv3x3.conv3x3, x), weight, dy)
+        both = {_registry.owner("conv3x3", device): mine}
+        yield _case("conv3x3_weight", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-3)
         formula = functools.partial(conv3x3.reference_prepare, weight, False)
         run = {name: functools.partial(f, weight, False) for name, f in _impls("conv3x3_prepare").items()}
         yield _case("conv3x3_prepare", "forward", weight, "nchw", 5 * weight.nbytes, formula, run, tolerance=1e-6)
+
+
+def upsample_conv3x3_cases(device: str) -> Iterator[Case]:
+    """Forward plus the gradients of the images and the weights; a composition of torch's functions on every device."""
+    for (batch, channels, size), dtype in itertools.product(UPSAMPLINGS, (torch.float32, torch.bfloat16)):
+        x = torch.randn(batch, channels, size, size, device=device).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight = (torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5).to(dtype)
+        dy = torch.randn_like(upsample_conv3x3.formula(x, weight))
+        functions = (upsample_conv3x3.formula, upsample_conv3x3.upsample_conv3x3)
+        formula, mine = (functools.partial(_two_gradients, f, x, weight, dy) for f in functions)
+        nbytes = 2 * (x.nbytes + dy.nbytes + weight.nbytes)
+        yield _case("upsample_conv3x3", "both", x, "nhwc", nbytes, formula, {"transposed": mine}, tolerance=None)
 
 
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
@@ -107,28 +136,44 @@ def _in_place(function: Callable[..., None], x: Tensor, grad: Tensor, x0: Tensor
     return run
 
 
-def _autograd_pass(function: Callable[[Tensor], Tensor], h: Tensor, dy: Tensor) -> Tensor:
+def _autograd_pass(
+    function: Callable[..., Tensor], h: Tensor, dy: Tensor, bias: Tensor | None = None, *rest: Any
+) -> Tensor:
+    """The gradient in `h`; that in `bias` is computed too."""
     leaf = h.detach().requires_grad_()
-    (dh,) = torch.autograd.grad(function(leaf), leaf, dy)
-    return dh
+    if bias is None:
+        return torch.autograd.grad(function(leaf, *((None, *rest) if rest else ())), leaf, dy)[0]
+    shift = bias.detach().requires_grad_()
+    return torch.autograd.grad(function(leaf, shift, *rest), [leaf, shift], dy)[0]
+
+
+def _of_weight(function: Callable[..., Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda weight: function(x, weight, None, 1)
+
+
+def _two_gradients(function: Callable[..., Tensor], x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+    return torch.autograd.grad(function(*leaves), leaves, dy)
 
 
 class _Gate(torch.autograd.Function):
     """A backend's forward and backward tied together, so that each backend pays autograd's cost alike."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(h)
-        ctx.backend = backend
-        return _registry.impls("gated_elu")[backend](h)
+    def forward(ctx: Any, h: Tensor, bias: Tensor | None, activation: int, backend: str) -> Tensor:
+        ctx.save_for_backward(h, bias)
+        ctx.activation, ctx.backend = activation, backend
+        return _registry.impls("gated")[backend](h, bias, activation)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return _registry.impls("gated_elu_bwd")[ctx.backend](dy, *ctx.saved_tensors), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        with_db = ctx.needs_input_grad[1]
+        dh, db = _registry.impls("gated_bwd")[ctx.backend](dy, *ctx.saved_tensors, ctx.activation, with_db)
+        return dh, db if with_db else None, None, None
 
 
-def _backend_pass(backend: str, h: Tensor, dy: Tensor) -> Tensor:
-    return _autograd_pass(lambda leaf: _Gate.apply(leaf, backend), h, dy)
+def _gate_pass(backend: str, h: Tensor, dy: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    return _autograd_pass(lambda *inputs: _Gate.apply(*inputs, backend), h, dy, bias, activation)
 
 
 def _case(
@@ -205,8 +250,9 @@ def main() -> None:
     _harness.keep_heap()
     rows = []
     skip = {"compile"} if args.no_compile else set()
-    suites = (pgd_cases, gated_elu_cases, conv3x3_cases, attack_steps.step_cases, attacks_ops.attack_loss_cases)
-    for case in itertools.chain(*(cases(args.device) for cases in (*suites, transforms.transform_cases))):
+    convolutions = (conv3x3_cases, upsample_conv3x3_cases)
+    steps = (attack_steps.step_cases, attacks_ops.attack_loss_cases, transforms.transform_cases)
+    for case in itertools.chain(*(cases(args.device) for cases in (pgd_cases, gated_cases, *convolutions, *steps))):
         if case.op.startswith(tuple(args.op)):
             rows += measure(case, args.device, args.seconds, skip)
     _harness.print_table(rows)

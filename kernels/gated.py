@@ -1,8 +1,8 @@
 """y = a(f) sigmoid(g) and its gradients, a = elu or relu                                            docs/math.md#gated
 
-Lines as in csrc: h is [lines of f | lines of g] for each image, a line being a channel in NCHW; a pixel in channels_last
-is an image of one line, and without bias that serves for NCHW too. Every load is widened at once: the interpreter cannot
-compute in bfloat16, and the specification asks for float32.
+Lines as in csrc: h is [lines of f | lines of g] for each image. In NCHW a line is a channel; in channels_last a pixel
+is an image of one line, and without bias that serves for NCHW too. Every load is widened at once: the interpreter
+cannot compute in bfloat16, and the specification asks for float32.
 """
 
 from typing import Any
@@ -215,7 +215,7 @@ def _sums(tensors: tuple[Any, ...], activation: int, last: bool) -> Tensor:
     batch, channels, height, width = dy.shape
     images, pixels = (1, batch * height * width) if last else (batch, height * width)
     block = min(MAX_CHANNELS, max(16, channels & -channels)) if last else 1
-    part = max(1, PART // (channels if last else 1))
+    part = min(pixels, max(1, PART // (channels if last else 1)))
     parts = -(-pixels // part)
     partials = bias.new_empty(images * parts, 2 * channels)
     programs = images * parts * -(-channels // block)

@@ -23,7 +23,7 @@ def test_report_covers_versions_and_owners():
     report = env.report()
     assert report["Versions"]["torch"] == torch.__version__
     names = {"assemble", "assemble_bwd", "corrupt", "corrupt_bwd", "corrupt_passes", "gated", "gated_bwd"}
-    names |= {"attack_loss", "conv3x3", "conv3x3_bwd", "conv3x3_prepare"}
+    names |= {"attack_loss", "conv3x3", "conv3x3_bwd", "conv3x3_bwd_weight", "conv3x3_prepare"}
     names |= {"mask_blocks", "pgd_step_linf", "pgd_step_linf_", "random_normal", "resample"}
     names |= {"apgd_step_l2", "apgd_step_linf", "pgd_step_l1", "pgd_step_l2", "pgd_step_l2_", "project_l1"}
     assert set(report["Owner of each op"]) == names

@@ -10,9 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from atop_fast import RT1, RT2, RT3, Defense, build_classifier, build_purifier, load_model, save_model
+from atop_fast import (
+    RT1,
+    RT2,
+    RT3,
+    Defense,
+    PretrainConfig,
+    _transformer,
+    build_classifier,
+    build_purifier,
+    load_model,
+    pretrain,
+    save_model,
+)
 from atop_fast.checkpoints import read_header
-from atop_fast.purifiers import GatedUNet, MaskedAutoencoder
+from atop_fast.purifiers import GatedUNet, MaskedAutoencoder, mae
 from atop_fast.randomness import seeded
 
 X = torch.rand(4, 1, 16, 16)
@@ -77,7 +89,9 @@ def test_autoencoder_does_not_depend_on_the_batch_nor_see_masked_patches():
 
 
 @pytest.mark.parametrize("build", [lambda: MaskedAutoencoder(1, 16, 4), lambda: GatedUNet(1, 4, blocks=2)])
-def test_checkpointing_and_compiling_change_nothing(build):
+def test_checkpointing_and_compiling_change_nothing(build, monkeypatch):
+    monkeypatch.setitem(_transformer.SIZES, "tiny", (64, 2, 2))
+    monkeypatch.setitem(mae.DECODERS, "tiny", (32, 1, 1))
     with seeded(0):
         net = build()
         for parameter in net.parameters():
@@ -88,6 +102,30 @@ def test_checkpointing_and_compiling_change_nothing(build):
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for module in (net, compiled):
         torch.testing.assert_close(torch.autograd.grad(module(z).square().sum(), list(net.parameters())), expected)
+
+
+def test_autoencoder_learns_to_restore_masked_patches(monkeypatch):
+    """Waves of random direction and phase: masked pixels come out better than as grey or as the mean image."""
+
+    def waves(count):
+        angle, at = torch.rand(count, 3, 1, 1), torch.arange(16) / 16 * 6.28
+        slope = 2 * angle[:, :2] - 1
+        phase = slope[:, 0] * at[:, None] + slope[:, 1] * at + 6.28 * angle[:, 2]
+        return (0.5 + 0.45 * torch.sin(phase))[:, None]
+
+    monkeypatch.setitem(_transformer.SIZES, "tiny", (64, 3, 2))
+    monkeypatch.setitem(mae.DECODERS, "tiny", (32, 2, 1))
+    images, unseen, transform = waves(512), waves(64), RT2(4, 0.5, 0.1)
+    net = MaskedAutoencoder(1, 16, 4)
+    config = PretrainConfig(epochs=10, batch_size=32, lr=1e-3, gan_weight=0)
+    history = pretrain(net, transform, images, config=config, progress=False)
+    assert history[-1]["l1"] < 0.6 * history[0]["l1"]
+    z, wanted = transform(unseen), 2 * unseen - 1
+    masked = z[:, -1:] == 1
+    with torch.no_grad():
+        error = (net(z) - wanted)[masked].square().mean()
+    assert error < 0.6 * wanted[masked].square().mean()
+    assert error < 0.6 * ((2 * images - 1).mean(0, keepdim=True) - wanted)[masked].square().mean()
 
 
 @pytest.mark.parametrize(("stride", "side"), [(1, 16), (2, 8)])

@@ -42,8 +42,8 @@ double largest_error(int64_t tiles, int64_t channels, int64_t outputs) {
     transform_input(pixels, channels, &v[t * width], tiles * width);
   }
   for (int64_t k = 0; k < 36; ++k) {
-    multiply(&v[k * tiles * width], width, &u[k * panels * channels * kPanel], &m[k * tiles * panels * kPanel], tiles,
-             channels, panels);
+    multiply({tiles, channels, panels, width, 1, panels * kPanel, false}, &v[k * tiles * width],
+             &u[k * panels * channels * kPanel], &m[k * tiles * panels * kPanel]);
   }
   for (int64_t t = 0; t < tiles; ++t) {
     float* pixels[16];
@@ -66,11 +66,52 @@ double largest_error(int64_t tiles, int64_t channels, int64_t outputs) {
   return error / largest;
 }
 
+// The same for the gradient of the weights, twice, the second time added to the first.
+double largest_weight_error(int64_t tiles, int64_t channels, int64_t outputs) {
+  using namespace winograd;
+  const int64_t panels = (outputs + kPanel - 1) / kPanel, width = (channels + kPanel - 1) / kPanel * kPanel;
+  std::vector<float> x(tiles * 36 * channels), dy(tiles * 16 * outputs);
+  std::vector<float> v(36 * tiles * width), z(36 * tiles * panels * kPanel), m(36 * channels * panels * kPanel);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = number(i);
+  for (size_t i = 0; i < dy.size(); ++i) dy[i] = number(i + 12345);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const float* pixels[36];
+    for (int64_t k = 0; k < 36; ++k) pixels[k] = &x[(t * 36 + k) * channels];
+    transform_input(pixels, channels, &v[t * width], tiles * width);
+    for (int64_t k = 0; k < 16; ++k) pixels[k] = &dy[(t * 16 + k) * outputs];
+    transform_gradient(pixels, outputs, &z[t * kPanel], tiles * kPanel, tiles * panels * kPanel);
+  }
+  for (const bool add : {false, true}) {
+    for (int64_t k = 0; k < 36; ++k) {
+      multiply({channels, tiles, panels, 1, width, panels * kPanel, add}, &v[k * tiles * width],
+               &z[k * tiles * panels * kPanel], &m[k * channels * panels * kPanel]);
+    }
+  }
+  double error = 0, largest = 0;
+  for (int64_t i = 0; i < outputs * channels; ++i) {
+    const int64_t o = i / channels, c = i % channels;
+    double points[36], rows[18], g[9];
+    for (int64_t k = 0; k < 36; ++k) points[k] = m[(k * channels + c) * panels * kPanel + o];
+    for (int64_t k = 0; k < 6; ++k) math::weights_from_points(points + 6 * k, 1, rows + 3 * k);
+    for (int64_t k = 0; k < 3; ++k) math::weights_from_points(rows + k, 3, g + 3 * k);
+    for (int64_t k = 0; k < 9; ++k) {
+      double expected = 0;
+      for (int64_t j = 0; j < 16 * tiles; ++j) {
+        const int64_t t = j / 16, place = (j % 16 / 4 + k / 3) * 6 + j % 4 + k % 3;
+        expected += 2 * double(dy[j * outputs + o]) * x[(t * 36 + place) * channels + c];
+      }
+      error = std::max(error, std::abs(g[k % 3 * 3 + k / 3] - expected));
+      largest = std::max(largest, std::abs(expected));
+    }
+  }
+  return error / largest;
+}
+
 }  // namespace
 
 int main() {
   for (const auto& [tiles, channels, outputs] :
        {std::array<int64_t, 3>{1, 1, 1}, {7, 16, 64}, {13, 37, 49}, {2, 5, 20}}) {
-    printf("%.3e\n", largest_error(tiles, channels, outputs));
+    printf("%.3e\n%.3e\n", largest_error(tiles, channels, outputs), largest_weight_error(tiles, channels, outputs));
   }
 }

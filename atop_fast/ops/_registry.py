@@ -59,7 +59,7 @@ def define(schema: str, reference: Callable[..., Any], *, kernels: str | None) -
 
 def forbid_double_backward(name: str) -> None:
     """Make differentiation through the backward op `name` an error; without a formula it would be silently wrong."""
-    forward = name.removesuffix("_bwd")
+    forward = name.partition("_bwd")[0]
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"{forward}: double backward is not supported")

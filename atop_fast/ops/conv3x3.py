@@ -1,4 +1,4 @@
-"""A 3x3 convolution on CPUs with a quarter of the multiplications, for frozen networks under attack."""
+"""A 3x3 convolution on CPUs with a quarter of the multiplications, and its gradients."""
 
 from __future__ import annotations
 
@@ -134,14 +134,16 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd(f"{NAMESPACE}::conv3x3", _backward, setup_context=_setup_context, lib=LIBRARY)
 forbid_double_backward("conv3x3_bwd")
+forbid_double_backward("conv3x3_bwd_weight")
 
 
 def wins(x: Tensor, weight: Tensor, dilation: int, prepared: bool) -> bool:
-    """Whether the op is faster than torch's convolution, forward and backward together: the one place of the rule.
+    """Whether the op is faster than torch's convolution, in each of its passes: the one place of the rule.
 
     It rests on measurements against oneDNN. With few channels the transforms, whose cost is proportional to them,
     outweigh the products. Tiles of 4x4 must be filled by half: 36 products stand against 9 for each output. Where
-    weights are prepared in every call, that takes as long as some 64 tiles. The rule knows nothing of the batch, on
+    weights are prepared in every call, that takes as long as some 64 tiles; the gradient of the weights, which needs no
+    preparation, won wherever the other passes did. The rule knows nothing of the batch, on
     which a sample's result must not depend.
     """
     if "cpp" in MISSING or not x.is_cpu or not x.dtype == weight.dtype == torch.float32:
@@ -179,8 +181,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
 
     Notes:
         The relative error is about 1e-6, where a direct convolution in float32 has 3e-7. NaN and infinity spread over
-        their tile of 4x4 outputs. Where Winograd serves it is differentiable once, and a second derivative raises
-        RuntimeError; a sample's result has the same bits whatever the batch, its place in it and the number of threads.
+        their tile of 4x4 outputs. Where Winograd serves it is differentiable once, in all three tensors, and a second
+        derivative raises RuntimeError; a sample's result has the same bits whatever the batch, its place in it and the
+        number of threads, and the gradient of the weights whatever the number of threads.
         `FrozenConv3x3` saves the preparation of the weights, which is worth it where images are small.
 
     Reference:

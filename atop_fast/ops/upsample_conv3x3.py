@@ -1,4 +1,4 @@
-"""Nearest up-sampling by 2 and a 3x3 convolution as one transposed convolution."""
+"""Nearest up-sampling by 2 and a 3x3 convolution as one transposed convolution, with 4/9 of the multiplications."""
 
 from __future__ import annotations
 
@@ -6,17 +6,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Row i of the 4x4 weights is the sum of the rows of the 3x3 weights marked here; docs/math.md#upsample_conv3x3.
+from .conv3x3 import check_bias, check_images, check_weight
+
+# Row i of the 4x4 weights is the sum of the rows of the 3x3 weights marked here: docs/math.md#upsample_conv3x3.
 SUMS = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
 
 
 def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The op as a user would write it."""
+    """The function as a user would write it; the oracle of the tests and the baseline of the benchmarks."""
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
 
 
 def upsample_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Repeat every pixel of (B, C, H, W) in 2x2 and convolve with (O, C, 3, 3), padded by zeros: (B, O, 2H, 2W)."""
-    sums = torch.tensor(SUMS, dtype=weight.dtype, device=weight.device)
-    wide = torch.einsum("ik,ockl,jl->coij", sums, weight, sums)
+    r"""Repeat every pixel in 2x2 and convolve with 3x3 weights, padded by zeros.
+
+    .. math::
+        y_{b,o,i,j} = \beta_o
+            + \sum_{c,k,l} w_{o,c,k,l} \, x_{b,c,\lfloor (i+k-1)/2 \rfloor, \lfloor (j+l-1)/2 \rfloor}
+
+    The repeated image is not made: neighbouring weights that meet the same pixel are added first, which makes it a
+    transposed convolution of stride 2 with 4x4 weights.
+
+    Args:
+        x: (B, C, H, W); channels_last is fastest.
+        weight: (O, C, 3, 3).
+        bias: (O,), or None.
+
+    Returns:
+        y, (B, O, 2 H, 2 W), equal to the two steps up to rounding, borders included.
+
+    Raises:
+        TypeError: If a tensor has no floating-point dtype.
+        ValueError: If a shape is not as described.
+
+    Notes:
+        Differentiable in all three, any number of times; follows autocast as a convolution does.
+
+    Example:
+        >>> atop_fast.ops.upsample_conv3x3(torch.randn(8, 96, 64, 64), torch.randn(48, 96, 3, 3)).shape
+        torch.Size([8, 48, 128, 128])
+    """
+    check_weight("upsample_conv3x3", weight)
+    check_images("upsample_conv3x3", "x", x, weight.shape[1], 1)
+    check_bias("upsample_conv3x3", bias, weight)
+    # Under autocast, the sums are rounded and not what they are made of.
+    with torch.autocast(weight.device.type, enabled=False):
+        sums = weight.new_tensor(SUMS)
+        wide = (sums @ weight @ sums.T).transpose(0, 1)
     return F.conv_transpose2d(x, wide, bias, stride=2, padding=1)

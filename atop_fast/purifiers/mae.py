@@ -102,8 +102,11 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.norm(self._run(self.blocks, tokens))
         tokens = self.decoder_embed(tokens) + self.decoder_positions
         tokens = self.decoder_norm(self._run(self.decoder_blocks, tokens))
-        pixels = self.to_pixels(tokens).transpose(1, 2).unflatten(2, (-1, self.image_size // self.patch_size))
-        return 1.02 * torch.tanh(F.pixel_shuffle(pixels, self.patch_size))
+        side = self.image_size // self.patch_size
+        pixels = self.to_pixels(tokens).view(-1, side, side, self.channels, self.patch_size, self.patch_size)
+        # Not pixel_shuffle: compiled, its backward pass fails on images of one channel.
+        image = pixels.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return 1.02 * torch.tanh(image)
 
     def _run(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
         """The blocks in turn, each with its input alone kept for the backward pass if so asked."""

@@ -45,8 +45,8 @@ class GatedUNet(nn.Module):
         width: channels at full resolution; doubled at each of the two levels below.
         blocks: residual blocks x + conv(gated convolution(x)) at each of five places: after both convolutions on the
             way down, in the middle (dilations 1, 2, 4 in turn), and after both on the way up. The network has about
-            (900 + 621 blocks) width^2 parameters: 0.13 million by default, 2.2 with width=32, blocks=2, which suits
-            CIFAR-10, and 4.9 with width=48, blocks=2.
+            (900 + 621 blocks) width^2 parameters: 0.13 million by default, 2.2 with width=32, blocks=2,
+            and 4.9 with width=48, blocks=2.
         checkpointing: keep only the input of every block for the backward pass and compute it again there: less
             memory, more time, the same result.
     """

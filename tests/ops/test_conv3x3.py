@@ -19,7 +19,7 @@ from atop_fast.ops import _registry
 
 # The package exports the function under the name of its module.
 spec_module = importlib.import_module("atop_fast.ops.conv3x3")
-NAMES = ("conv3x3_prepare", "conv3x3", "conv3x3_bwd")
+NAMES = ("conv3x3_prepare", "conv3x3", "conv3x3_bwd", "conv3x3_bwd_weight")
 cases = functools.partial(harness.cases, op="conv3x3")
 native = pytest.mark.skipif("cpp" in _registry.MISSING, reason="no native build")
 # Batch, channels, outputs, height, width: whole tiles, vectors and panels; one less or more; less than a tile.
@@ -108,6 +108,9 @@ def test_layouts(backend, layout, weights):
         ):
             assert actual.is_contiguous(memory_format=wanted)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        dw = spec_module.OP_BWD_WEIGHT(laid_dy, laid_x, 2)
+        assert dw.is_contiguous()
+        torch.testing.assert_close(dw, spec_module.OP_BWD_WEIGHT(dy, x, 2), rtol=1e-5, atol=1e-4)
 
 
 @cases(transposed=(False, True), weights=harness.LAYOUTS)
@@ -152,6 +155,36 @@ def test_a_sample_depends_on_nothing_else(backend, shape, dilation):
             torch.set_num_threads(threads)
 
 
+@cases(but="eager", shape=((9, 16, 80, 8, 12), (37, 5, 20, 3, 5), (3, 70, 16, 21, 22)), dilation=(1, 2))
+def test_weight_gradient_has_the_same_bits_on_any_threads(backend, shape, dilation):
+    x, _, _ = sample(shape)
+    dy = torch.randn(shape[0], shape[2], *shape[3:], device=DEVICE)
+    threads = torch.get_num_threads()
+    with harness.owned_by(backend, NAMES):
+        try:
+            torch.set_num_threads(1)
+            expected = spec_module.OP_BWD_WEIGHT(dy, x, dilation)
+            for count in (2, 3, 5):
+                torch.set_num_threads(count)
+                assert torch.equal(spec_module.OP_BWD_WEIGHT(dy, x, dilation), expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@cases(batch=(2, 9, 40))
+def test_weight_gradient_of_many_tiles(backend, batch):
+    """One chunk of tiles; several; several groups in each, and the last ones not full."""
+    x, _, _ = sample((batch, 18, 20, 21, 31))
+    dy = torch.randn(batch, 20, 21, 31, device=DEVICE)
+
+    def formula(dy, x):
+        return spec_module.formula_bwd(dy, x, x.new_empty(20, 18, 3, 3), 2, (False, True))[1]
+
+    with harness.owned_by(backend, NAMES):
+        close(spec_module.OP_BWD_WEIGHT(dy, x, 2), formula, dy, x)
+
+
 @native
 @pytest.mark.backend("cpp")
 @pytest.mark.parametrize(("channels", "size", "bound"), [(64, 16, 1e-6), (256, 8, 2e-6)])
@@ -161,6 +194,9 @@ def test_accuracy(channels, size, bound):
     weight = torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
     expected = spec_module.formula(x.double(), weight.double(), None, 1)
     assert (call(x, weight, None, 1) - expected).norm() <= bound * expected.norm()
+    dy = torch.randn_like(x)
+    _, expected = spec_module.formula_bwd(dy.double(), x.double(), weight.double(), 1, (False, True))
+    assert (spec_module.OP_BWD_WEIGHT(dy, x, 1) - expected).norm() <= bound * expected.norm()
 
 
 @cases()
@@ -175,6 +211,10 @@ def test_double_backward_raises(backend):
         (dx,) = torch.autograd.grad(call(x.requires_grad_(), weight, bias, 1).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="conv3x3: double backward is not supported"):
             dx.sum().backward()
+        weight.requires_grad_()
+        (dw,) = torch.autograd.grad(call(x, weight, bias, 1).square().sum(), weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="conv3x3: double backward is not supported"):
+            dw.sum().backward()
 
 
 @cases(layout=harness.LAYOUTS, requires_grad=(False, True))
@@ -185,6 +225,7 @@ def test_opcheck(backend, layout, requires_grad):
         torch.library.opcheck(spec_module.OP, (*leaves, None, None, 2))
         dy, weight = torch.randn(2, 6, 4, 5, device=DEVICE), weight.detach()
         torch.library.opcheck(spec_module.OP_BWD, (harness.in_layout(dy, layout), weight, None, 2))
+        torch.library.opcheck(spec_module.OP_BWD_WEIGHT, (harness.in_layout(dy, layout), leaves[0].detach(), 2))
         torch.library.opcheck(spec_module.OP_PREPARE, (weight, requires_grad))
 
 
@@ -245,6 +286,22 @@ def test_bad_prepared(backend):
     words = r"conv3x3_bwd: dy must be of shape \(B, 6, H, W\), got \(1, 4, 4, 4\)"
     with harness.owned_by(backend, NAMES), pytest.raises(RuntimeError, match=words):
         spec_module.OP_BWD(x, weight, None, 1)
+
+
+@cases()
+@pytest.mark.skipif(DEVICE != "cpu", reason="the same words on every device")
+def test_bad_input_of_weight_gradient(backend):
+    dy, x = torch.zeros(1, 4, 3, 3), torch.zeros(1, 2, 3, 3)
+    bad = (
+        ((dy.double(), x, 1), TypeError, "dy must be a float32 tensor, got torch.float64"),
+        ((dy, x[0], 1), ValueError, r"x must be of shape \(B, C, H, W\), got \(2, 3, 3\)"),
+        ((dy[:, :, 1:], x, 1), ValueError, r"dy must be of shape \(1, O, 3, 3\), got \(1, 4, 2, 3\)"),
+        ((dy, x, 0), ValueError, "dilation must be an integer and >= 1, got 0"),
+    )
+    with harness.owned_by(backend, NAMES):
+        for arguments, error, words in bad:
+            with pytest.raises(RuntimeError if backend == "cpp" else error, match=f"conv3x3_bwd_weight: {words}"):
+                spec_module.OP_BWD_WEIGHT(*arguments)
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 3, 8])

@@ -245,7 +245,7 @@ def test_slope_of_relu_at_zero_is_that_of_torch(backend):
 
 @cases(kind=SPECS)
 def test_gradcheck(backend, kind):
-    h, *bias = SPECS[kind].sample((2, 4, 3, 2), torch.float64)
+    h, *bias = SPECS[kind].sample((1, 4, 2, 1), torch.float64)
     shift = bias[0][:, None, None] if bias else 0
     # Away from the kinks of what is added.
     moved = h + shift + 0.1 * (h + shift).sign() - shift
