@@ -39,7 +39,7 @@ _METHODS = {"view", "reshape", "flatten", "mean", "size", "contiguous", "relu", 
 _LAYERS = (
     nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh,
     nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Upsample, nn.Dropout, nn.Dropout2d,
-    nn.LayerNorm, nn.GroupNorm, nn.Sequential,
+    nn.LayerNorm, nn.GroupNorm, nn.Sequential, nn.ModuleList,
 )  # fmt: skip
 
 
