@@ -160,19 +160,17 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     assert "classifier" not in Path("run/metrics.jsonl").read_text().replace("classifiers", "")
 
 
-@pytest.mark.parametrize("name", ["cifar10-rt3"])
-def test_published_recipes_run_in_small(tiny, name):
-    """DeepFillV2 with few channels, at 64x64 pixels, to which the defence or the data is resized."""
-    recipe = load_recipe(name)
-    small = 64 if recipe.data.size else None
+def test_a_published_recipe_runs_in_small(tiny):
+    """DeepFillV2 with few channels, at 32x32 pixels, to which the defence resizes the images."""
+    recipe = load_recipe("cifar10-rt3")
     recipe = replace(
         recipe,
-        data=replace(recipe.data, source="images", size=small, holdout=20),
-        transform=replace(recipe.transform, patch=8, size=None if small else 64),
+        data=replace(recipe.data, source="images", holdout=20),
+        transform=replace(recipe.transform, patch=4, size=32),
         classifier=replace(
             recipe.classifier,
             options={"width": 4},
-            size=None if small else 64,
+            size=32,
             training=replace(recipe.classifier.training, epochs=1),
         ),
         purifier=replace(recipe.purifier, options={"cnum": 4}),
@@ -197,7 +195,7 @@ def test_a_resized_classifier_sees_its_own_size():
 
 # Children of a process that has only imported the package start quickly, and have no threads of the tests'.
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.pipeline"])
+SPAWN.set_forkserver_preload(["atop_fast.pipeline", "torchvision.transforms.v2", "jinja2", "matplotlib.figure"])
 
 
 def rank(number: int, size: int, port: int, recipe: Recipe, out: str) -> None:
@@ -232,7 +230,7 @@ def test_killed_runs_and_two_processes_end_with_the_report_of_one(files):
     finish(start(files, "whole"))
     expected = (files / "whole/report.json").read_text()
     killed = files / "killed"
-    for name in ("classifier.safetensors", "discriminator.safetensors", "evaluate_pretrained/log.jsonl"):
+    for name in ("discriminator.safetensors", "evaluate_pretrained/log.jsonl"):
         (process,) = start(files, "killed")
         while not (killed / name).exists():
             assert process.is_alive(), "it ended before it could be killed"
