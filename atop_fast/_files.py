@@ -5,6 +5,7 @@ Reading a file runs nothing in it.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -103,3 +104,29 @@ def writable_folder(function: str, argument: str, path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(message(function, argument, "a writable folder", f"{folder} ({error.strerror})")) from error
     return folder
+
+
+def claim_folder(function: str, folder: Path, header: dict[str, Any]) -> None:
+    """Make `folder` the one of a run, which <folder>/run.json describes; nothing in a folder of others is touched.
+
+    Raises:
+        ValueError: it is of a run with another header, holds something else, or cannot be written.
+    """
+    path = folder / "run.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(message(function, "out", "a readable run folder", f"{path} ({error})")) from error
+        # Through JSON, so that tuples compare as the lists that they become.
+        expected = json.loads(json.dumps(header))
+        if found != expected:
+            keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+            given = f"{folder}, which belongs to a run with another {', '.join(keys)}"
+            raise ValueError(message(function, "out", "a new folder or one of this run", given))
+        return
+    if folder.is_dir() and (others := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
+        given = f"{folder}, which holds {others[0]!r} and no run.json"
+        raise ValueError(message(function, "out", "a new folder or one of this run", given))
+    writable_folder(function, "out", folder)
+    write_text(path, json.dumps(header, indent=2) + "\n")

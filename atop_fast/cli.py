@@ -1,9 +1,11 @@
-"""The command line: atop-fast demo | classifier | pretrain | finetune | doctor | evaluate | env."""
+"""The command line: atop-fast demo | train | classifier | pretrain | finetune | doctor | evaluate | env."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,8 +24,10 @@ from .doctor.command import doctor
 from .evaluation import PROTOCOLS, quick_attacks
 from .evaluation import evaluate as run_evaluation
 from .evaluation.report import format_table
+from .pipeline import run_recipe
 from .purifiers import SNPatchDiscriminator, build_purifier
 from .randomness import derive_seed, seeded
+from .recipe import ClassifierSource, DiscriminatorSource, EvaluationConfig, PurifierSource, Recipe, load_recipe
 from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, train_classifier
 from .training import finetune as run_finetune
 from .training import pretrain as run_pretrain
@@ -38,6 +42,44 @@ def demo(out: str = "runs/demo", options: DemoConfig = DemoConfig()) -> None:
     """
     run_demo(out, options)
     print(f"Report: {Path(out) / 'report.html'}")
+
+
+def train(
+    out: str = "runs/train",
+    data: DataConfig = DataConfig(),
+    transform: TransformConfig = TransformConfig(),
+    classifier: ClassifierSource = ClassifierSource(),
+    purifier: PurifierSource = PurifierSource(),
+    discriminator: DiscriminatorSource = DiscriminatorSource(),
+    pretrain: PretrainConfig = PretrainConfig(),
+    finetune: FinetuneConfig = FinetuneConfig(),
+    evaluation: EvaluationConfig = EvaluationConfig(),
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """From images to a report by a preset; `atop-fast train PRESET [options]`, see docs/training.md.
+
+    PRESET is cifar10-native-rt2, cifar10-rt1, cifar10-rt2, cifar10-rt3, cifar100-rt2, imagenette-rt1, imagenette-rt2 or
+    imagenette-rt3, or the path of a YAML file; options replace what it says.
+
+    Args:
+        out: folder of the models, the report and what a stopped run goes on from.
+        data: images and their split.
+        transform: the random transform.
+        classifier: the classifier to defend, given or to train.
+        purifier: the purifier.
+        discriminator: the discriminator of both trainings of the purifier.
+        pretrain: training of the purifier on clean images.
+        finetune: training of the purifier on adversarial images.
+        evaluation: how the defence is judged after both.
+        device: where to compute: cpu, cuda, cuda:1, ...
+        seed: key of all randomness.
+    """
+    recipe = Recipe(data, transform, classifier, purifier, discriminator, pretrain, finetune, evaluation)
+    report = run_recipe(recipe, out, device=_place("train", device), seed=seed)
+    if _first():
+        print(format_table(report["systems"]))
+        print(f"Report: {Path(out) / 'report.html'}")
 
 
 def classifier(
@@ -218,9 +260,7 @@ def evaluate(
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    # Under torchrun every process has a GPU of its own.
-    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _ranks() else device
-    place = check_device("evaluate", "device", own)
+    place = _place("evaluate", device)
     plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
     flags: dict[str, Any] = {"steps": steps, "eot_iter": eot_iter, "gradient": gradient}
     options = {name: value for name, value in flags.items() if value is not None}
@@ -254,7 +294,7 @@ def evaluate(
         diagnostics=None if diagnostics else (),
         title=name,
     ).to_dict()
-    if _ranks() and int(os.environ["RANK"]):
+    if not _first():
         return
     columns = {name: report[name] for name in ("clean", "robust", "eight_bit")}
     print(format_table({name: {**columns, **report["attacks"]}}))
@@ -270,7 +310,7 @@ def env() -> None:
     environment.main()
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, classifier, pretrain, finetune, doctor, evaluate, env)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, classifier, pretrain, finetune, doctor, evaluate, env)}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -283,6 +323,7 @@ class _Parser(jsonargparse.ArgumentParser):
 def main(args: list[str] | None = None) -> None:
     """Entry point of `atop-fast`: bad input gives one line on standard error and exit code 2."""
     try:
+        args = _with_preset(sys.argv[1:] if args is None else args)
         jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
@@ -297,6 +338,24 @@ def main(args: list[str] | None = None) -> None:
 def _fail(error: Any) -> int:
     print(f"atop-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def _with_preset(args: list[str]) -> list[str]:
+    """The arguments with the PRESET of `train` as the configuration that the options after it change."""
+    if args[:1] != ["train"] or len(args) == 1 or args[1].startswith("-"):
+        return args
+    return ["train", f"--config={json.dumps(asdict(load_recipe(args[1])))}", *args[2:]]
+
+
+def _place(function: str, device: str) -> torch.device:
+    """The device; under torchrun, every process has a GPU of its own."""
+    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _ranks() else device
+    return check_device(function, "device", own)
+
+
+def _first() -> bool:
+    """Whether this process prints: under torchrun, the one of rank 0."""
+    return not _ranks() or os.environ["RANK"] == "0"
 
 
 def _ranks() -> bool:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._checks import message
-from .._files import writable_folder, write_atomic, write_text
+from .._files import claim_folder, writable_folder, write_atomic
 from ..distributed import Group
 
 FORMAT = 1
@@ -163,24 +163,7 @@ class Run:
 
 def _open_folder(folder: Path, header: dict[str, Any]) -> None:
     """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
-    path = folder / "run.json"
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(message("evaluate", "out", "a readable run folder", f"{path} ({error})")) from error
-        # Through JSON, so that tuples compare as the lists that they become.
-        expected = json.loads(json.dumps({"format": FORMAT, **header}))
-        if found != expected:
-            keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-            given = f"{folder}, which belongs to a run with another {', '.join(keys)}"
-            raise ValueError(message("evaluate", "out", "a new folder or one of this run", given))
-    else:
-        if folder.is_dir() and (others := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
-            given = f"{folder}, which holds {others[0]!r} and no run.json"
-            raise ValueError(message("evaluate", "out", "a new folder or one of this run", given))
-        writable_folder("evaluate", "out", folder)
-        write_text(path, json.dumps({"format": FORMAT, **header}, indent=2) + "\n")
+    claim_folder("evaluate", folder, {"format": FORMAT, **header})
     writable_folder("evaluate", "out", folder / "shards")
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_integer, message
 from ..ops import convolve, gated_elu, gated_relu
+from ..ops.conv3x3 import FrozenConv3x3
 
 ACTIVATIONS = {"elu": gated_elu, "relu": gated_relu}
 
@@ -53,6 +54,9 @@ class GatedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and activate images."""
         conv = self.conv
+        if isinstance(conv, FrozenConv3x3):
+            # A network under attack (attacks.prepared); it adds the bias itself.
+            return ACTIVATIONS[self.activation](conv(x))
         h = convolve(x, conv.weight, None, conv.stride[0], conv.dilation[0])
         return ACTIVATIONS[self.activation](h, conv.bias)
 

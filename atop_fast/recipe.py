@@ -1,0 +1,195 @@
+"""Recipes: everything that a training from images to a report depends on, as dataclasses and as YAML files."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from ._checks import check_choice, check_integer, message
+from .classifiers import CLASSIFIERS
+from .config import DataConfig, TransformConfig
+from .evaluation import PROTOCOLS
+from .purifiers import DISCRIMINATORS, PURIFIERS
+from .training import ClassifierConfig, FinetuneConfig, PretrainConfig
+
+SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class ClassifierSource:
+    """The classifier to defend.
+
+    Attributes:
+        path: trained weights: a .safetensors file of atop-fast, or a checkpoint of torch.save with architecture `name`
+            (see load_classifier); none trains one.
+        name: architecture, a name of build_classifier.
+        options: of the architecture; channels and classes are those of the data unless given.
+        size: side in pixels at which it works; images of another size are resized to it. None takes them as they come.
+        training: options of its training.
+    """
+
+    path: str | None = None
+    name: str = "resnet18"
+    options: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    training: ClassifierConfig = ClassifierConfig(augment=True)
+
+    def __post_init__(self) -> None:
+        check_choice("ClassifierSource", "name", self.name, list(CLASSIFIERS))
+        if self.size is not None:
+            check_integer("ClassifierSource", "size", self.size, low=1)
+
+
+@dataclass(frozen=True)
+class PurifierSource:
+    """The purifier.
+
+    Attributes:
+        name: architecture, a name of build_purifier.
+        options: of the architecture.
+    """
+
+    name: str = "unet"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("PurifierSource", "name", self.name, list(PURIFIERS))
+
+
+@dataclass(frozen=True)
+class DiscriminatorSource:
+    """The discriminator.
+
+    Attributes:
+        name: architecture: sn_patch (SNPatchDiscriminator).
+        options: of the architecture: channels, width, depth.
+    """
+
+    name: str = "sn_patch"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("DiscriminatorSource", "name", self.name, list(DISCRIMINATORS))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The evaluation of the defence after pre-training and after fine-tuning.
+
+    Attributes:
+        protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper or unseen (docs/evaluation.md).
+        norm: norm of the threat model; default the protocol's.
+        eps: its radius, in units of [0, 1] pixels; default the protocol's.
+        images: how many held-out images; default as many as the protocol names, or all.
+        draws: K, fresh draws of the verdict; default the protocol's.
+        selection_draws: draws of the choice among an image's candidates.
+        batch_size: images attacked together.
+        diagnostics: examine both defences as the command doctor does.
+    """
+
+    protocol: str = "quick"
+    norm: str | None = None
+    eps: float | None = None
+    images: int | None = None
+    draws: int | None = None
+    selection_draws: int = 20
+    batch_size: int = 100
+    diagnostics: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("EvaluationConfig", "protocol", self.protocol, list(PROTOCOLS))
+        if self.images is not None:
+            check_integer("EvaluationConfig", "images", self.images, low=1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training from images to a report; see run_recipe.
+
+    Attributes:
+        data: images and their split.
+        transform: the random transform.
+        classifier: the classifier to defend, given or to train.
+        purifier, discriminator: the networks.
+        pretrain, finetune: the two trainings of the purifier.
+        evaluation: how the result is judged.
+    """
+
+    data: DataConfig = DataConfig()
+    transform: TransformConfig = TransformConfig()
+    classifier: ClassifierSource = ClassifierSource()
+    purifier: PurifierSource = PurifierSource()
+    discriminator: DiscriminatorSource = DiscriminatorSource()
+    pretrain: PretrainConfig = PretrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = importlib.resources.files("atop_fast").joinpath("presets")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(preset: str | Path) -> Recipe:
+    """A recipe by the name of a preset, or from a YAML file.
+
+    A file has the fields of Recipe as keys. With `base`, the name of a preset or the path of another file (relative to
+    it), it says only what differs from that; `options` of a network are replaced as a whole.
+
+    Args:
+        preset: a name in preset_names(), or the path of a file that ends in .yaml or .yml.
+
+    Raises:
+        ValueError: no such preset or file, or one that is no recipe: the message names the file and the key.
+    """
+    content, where = _read(preset, ())
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recipe)
+    try:
+        return Recipe(**parser.instantiate(parser.parse_object(content)).as_dict())
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} ({reason})")) from error
+
+
+def _read(preset: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
+    """The content of a preset or file over that of its base, and what to call it in a message."""
+    path = Path(preset)
+    is_file = path.suffix in SUFFIXES
+    if not is_file and str(preset) not in preset_names():
+        expected = f"the path of a YAML file, or one of {', '.join(map(repr, preset_names()))}"
+        raise ValueError(message("load_recipe", "preset", expected, repr(str(preset))))
+    package = importlib.resources.files("atop_fast")
+    where = str(path) if is_file else f"presets/{preset}.yaml"
+    if where in seen:
+        raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} (its base is itself)"))
+    try:
+        text = path.read_text("utf-8") if is_file else package.joinpath(where).read_text("utf-8")
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no keys")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(message("load_recipe", "preset", "a readable recipe", f"{where} ({reason})")) from error
+    base = content.pop("base", None)
+    if base is None:
+        return content, where
+    beside = is_file and Path(str(base)).suffix in SUFFIXES
+    below = _read(path.parent / base if beside else str(base), (*seen, where))[0]
+    return _over(below, content), where
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict) and key != "options"
+        merged[key] = _over(old, value) if both else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,297 @@
+"""atop-fast train: presets, recipes, and the run from images to a report, killed, resumed and shared."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from atop_fast import build_classifier, build_purifier, load_model, save_model
+from atop_fast.cli import main
+from atop_fast.evaluation import PROTOCOLS
+from atop_fast.pipeline import Resized, run_recipe
+from atop_fast.purifiers import DISCRIMINATORS
+from atop_fast.randomness import seeded
+from atop_fast.recipe import Recipe, load_recipe, preset_names
+
+PUBLISHED = [
+    *("cifar10-rt1", "cifar10-rt2", "cifar10-rt3", "cifar100-rt2"),
+    *("imagenette-rt1", "imagenette-rt2", "imagenette-rt3"),
+]
+TINY = {
+    "base": "cifar10-native-rt2",
+    "data": {"source": "images", "holdout": 8},
+    "classifier": {"name": "small_cnn", "training": {"epochs": 2, "batch_size": 8}},
+    "purifier": {"options": {"width": 4}},
+    "discriminator": {"options": {"width": 4, "depth": 2}},
+    "pretrain": {"epochs": 2, "batch_size": 8},
+    "finetune": {"epochs": 2, "batch_size": 8, "eps": 0.2},
+    "evaluation": {"protocol": "quick", "eps": 0.2, "draws": 2, "selection_draws": 2, "diagnostics": False},
+}
+FILES = [
+    *("classifier.safetensors", "discriminator.safetensors", "evaluate_finetuned", "evaluate_pretrained"),
+    *("finetuned.safetensors", "metrics.jsonl", "pretrained.safetensors", "report.html", "report.json", "run.json"),
+]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with images/, noisy ones of 16x16 pixels and two brightnesses, and tiny.yaml, a recipe for them."""
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("torchvision")
+    noise = torch.randint(-40, 40, (2, 12, 16, 16, 3), generator=torch.Generator().manual_seed(0))
+    for label in range(2):
+        folder = tmp_path / f"images/class{label}"
+        folder.mkdir(parents=True)
+        for i in range(12):
+            pixels = (noise[label, i] + 100 + 50 * label).to(torch.uint8)
+            image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(files, monkeypatch):
+    """The same as working directory."""
+    monkeypatch.chdir(files)
+
+
+def fail(capsys, *args):
+    """The last line on standard error of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().rpartition("\n")[2]
+
+
+def test_presets_are_the_documented_ones():
+    assert preset_names() == sorted([*PUBLISHED, "cifar10-native-rt2"])
+    for name in preset_names():
+        text = importlib.resources.files("atop_fast").joinpath(f"presets/{name}.yaml").read_text("utf-8")
+        assert text.startswith("# ")
+        assert "ICLR 2024" in text
+        assert "slips" in text or "otherwise than in the public" in " ".join(text.split("# ")).lower()
+
+
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, "cifar10-native-rt2"]))
+def test_every_preset_builds_its_networks(name):
+    recipe = load_recipe(name)
+    with torch.device("meta"):
+        build_classifier(recipe.classifier.name, **recipe.classifier.options)
+        purifier = build_purifier(recipe.purifier.name, **recipe.purifier.options)
+        DISCRIMINATORS[recipe.discriminator.name](**recipe.discriminator.options)
+    transform = recipe.transform.build()
+    side = recipe.transform.size or recipe.data.size or 32
+    corrupted = transform(torch.rand(1, 3, *2 * (recipe.data.size or 32,)))
+    assert corrupted.shape == (4 if name.endswith("rt3") else 1, 5, side, side)
+    if name == "cifar10-native-rt2":
+        assert 1e6 < sum(p.numel() for p in purifier.parameters()) < 5e6
+    assert PROTOCOLS[recipe.evaluation.protocol].eps == recipe.finetune.eps == 8 / 255
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name):
+    recipe = load_recipe(name)
+    t, p, f = recipe.transform, recipe.pretrain, recipe.finetune
+    assert (t.name, t.patch, t.mask_ratio, t.sigma) == (name[-3:], 32, 0.25, 0.25)
+    assert 256 in (t.size, recipe.data.size)
+    assert (p.lr, p.batch_size, f.lr, f.batch_size) == (1e-4, 8, 1e-4, 8)
+    assert f.ce_weight == (0.05 if name.startswith("cifar") else 0.1)
+    assert (f.ce_from_epoch, f.attack, f.attacked, f.target) == (3, "fgsm", "classifier", "adversarial")
+    assert (recipe.purifier.name, recipe.purifier.options) == ("deepfill_v2", {})
+
+
+def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
+    main(["train", "tiny.yaml", "--out=run", "--finetune.epochs=1", "--purifier.options.width=8"])
+    assert "pretrained" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("run").iterdir()) == FILES
+    text = Path("run/report.json").read_text()
+    report = json.loads(text)
+    assert list(report["systems"]) == ["pretrained", "finetuned"]
+    for verdicts in report["systems"].values():
+        assert list(verdicts) == ["clean", "robust", "eight_bit", "fgsm", "pgd20_eot"]
+        assert all((v["images"], v["draws"]) == (8, 2) for v in verdicts.values())
+    assert report["threat_model"] == {"norm": "Linf", "eps": 0.2}
+    assert report["recipe"]["purifier"]["options"] == {"width": 8}
+    assert report["recipe"]["finetune"]["epochs"] == 1
+    assert "finetuned" in Path("run/report.html").read_text()
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["training"] for line in lines] == ["classifier"] * 2 + ["pretrain"] * 2 + ["finetune"]
+    weights = [load_model(f"run/{name}.safetensors", "purifier").state_dict() for name in ("pretrained", "finetuned")]
+    assert not torch.equal(*(state["to_image.weight"] for state in weights))
+    # Once more: every stage is finished, and the report is the same.
+    before = {path: path.stat().st_mtime_ns for path in Path("run").glob("*.safetensors")}
+    main(["train", "tiny.yaml", "--out=run", "--finetune.epochs=1", "--purifier.options.width=8"])
+    assert before == {path: path.stat().st_mtime_ns for path in Path("run").glob("*.safetensors")}
+    assert Path("run/report.json").read_text() == text
+    # Another recipe, other images, and folders with something else in them are left as they are.
+    error = fail(capsys, "train", "tiny.yaml", "--out=run")
+    assert "run_recipe: out must be a new folder or one of this run" in error
+    assert "another finetune, purifier" in error
+    assert "holds 'class0' and no run.json" in fail(capsys, "train", "tiny.yaml", "--out=images")
+    assert Path("run/report.json").read_text() == text
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
+    with seeded(7):
+        classifier = build_classifier("small_cnn", channels=3, classes=2, width=8)
+    if kind == "safetensors":
+        save_model("given.safetensors", classifier, "classifier", "small_cnn", channels=3, classes=2, width=8)
+    else:
+        torch.save({"state_dict": classifier.state_dict()}, "given.pt")
+    recipe = load_recipe("tiny.yaml")
+    # What a .safetensors file says counts more than the recipe.
+    name, options = ("wrn_28_10", {}) if kind == "safetensors" else ("small_cnn", {"width": 8})
+    source = replace(recipe.classifier, path=f"given.{kind}", name=name, options=options)
+    run_recipe(replace(recipe, classifier=source), "run", progress=False)
+    taken = load_model("run/classifier.safetensors", "classifier").state_dict()
+    assert all(torch.equal(value, taken[key]) for key, value in classifier.state_dict().items())
+    assert "classifier" not in Path("run/metrics.jsonl").read_text().replace("classifiers", "")
+
+
+def test_a_published_recipe_runs_in_small(tiny):
+    """DeepFillV2 with few channels, at 32x32 pixels, to which the defence resizes the images."""
+    recipe = load_recipe("cifar10-rt3")
+    recipe = replace(
+        recipe,
+        data=replace(recipe.data, source="images", holdout=20),
+        transform=replace(recipe.transform, patch=4, size=32),
+        classifier=replace(
+            recipe.classifier,
+            options={"width": 4},
+            size=32,
+            training=replace(recipe.classifier.training, epochs=1),
+        ),
+        purifier=replace(recipe.purifier, options={"cnum": 4}),
+        discriminator=replace(recipe.discriminator, options={"width": 4}),
+        pretrain=replace(recipe.pretrain, epochs=1),
+        finetune=replace(recipe.finetune, epochs=1, ce_from_epoch=0),
+        evaluation=replace(recipe.evaluation, protocol="quick", images=1, draws=2, diagnostics=False),
+    )
+    report = run_recipe(recipe, "run", progress=False)
+    assert report["systems"]["finetuned"]["pgd20_eot"]["images"] == 1
+
+
+def test_a_resized_classifier_sees_its_own_size():
+    with seeded(0):
+        classifier = build_classifier("small_cnn", channels=3)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    large = torch.nn.functional.interpolate(x, (64, 64), mode="bilinear")
+    resized = Resized(classifier, 64)
+    torch.testing.assert_close(resized(x), classifier(large))
+    torch.testing.assert_close(resized(large), classifier(large), rtol=0, atol=0)
+
+
+# Children of a process that has only imported the package start quickly, and have no threads of the tests'.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["atop_fast.pipeline", "torchvision.transforms.v2", "jinja2", "matplotlib.figure"])
+
+
+def rank(number: int, size: int, port: int, recipe: Recipe, out: str) -> None:
+    """One process of a run, as torchrun would start it."""
+    if size > 1:
+        variables = {"RANK": number, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    run_recipe(recipe, out, progress=False)
+
+
+def start(files: Path, out: str, size: int = 1) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = load_recipe(files / "tiny.yaml")
+    recipe = replace(recipe, data=replace(recipe.data, source=str(files / "images")))
+    arguments = [(number, size, port, recipe, str(files / out)) for number in range(size)]
+    processes = [SPAWN.Process(target=rank, args=args, daemon=True) for args in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list) -> None:
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def test_killed_runs_and_two_processes_end_with_the_report_of_one(files):
+    finish(start(files, "whole"))
+    expected = (files / "whole/report.json").read_text()
+    killed = files / "killed"
+    for name in ("discriminator.safetensors", "evaluate_pretrained/log.jsonl"):
+        (process,) = start(files, "killed")
+        while not (killed / name).exists():
+            assert process.is_alive(), "it ended before it could be killed"
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert not (killed / "report.json").exists()
+    finish(start(files, "killed"))
+    assert (killed / "report.json").read_text() == expected
+    assert sorted(path.name for path in killed.iterdir() if path.name[0] != ".") == FILES
+    finish(start(files, "two", 2))
+    two, one = json.loads((files / "two/report.json").read_text()), json.loads(expected)
+    assert two["recipe"] == one["recipe"]
+    for which in ("pretrained", "finetuned"):
+        # Gradients are summed in another order, so that single predictions may differ.
+        for name, verdict in two["systems"][which].items():
+            assert verdict["mean"] == pytest.approx(one["systems"][which][name]["mean"], abs=0.13)
+        state, other = (
+            load_model(files / f"{out}/{which}.safetensors", "purifier").state_dict() for out in ("whole", "two")
+        )
+        for key, value in state.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ("finetune: {epochz: 2}", "got bad.yaml (Group 'finetune' does not accept option 'epochz')"),
+        ("pretrain: {epochs: two}", 'got bad.yaml (Parser key "pretrain.epochs"'),
+        ("pretrain: {epochs: -1}", "got bad.yaml (PretrainConfig: epochs must be an integer and >= 0, got -1)"),
+        ("purifier: {name: vae}", "got bad.yaml (PurifierSource: name must be one of 'deepfill_v2'"),
+        ("finetun: {epochs: 2}", "finetun"),
+        ("finetune: [", "load_recipe: preset must be a readable recipe, got bad.yaml (while parsing"),
+        ("", "got bad.yaml (it holds no keys)"),
+        ("base: bad.yaml", "got bad.yaml (its base is itself)"),
+        ("base: cifar11", "must be the path of a YAML file, or one of 'cifar10-native-rt2'"),
+    ],
+)
+def test_a_bad_recipe_names_file_and_key(tmp_path, monkeypatch, capsys, change, pattern):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(change)
+    assert pattern in fail(capsys, "train", "bad.yaml", "--out=run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["cifar11"], "load_recipe: preset must be the path of a YAML file, or one of 'cifar10-native-rt2'"),
+        (["none.yaml"], "load_recipe: preset must be a readable recipe, got none.yaml"),
+        (["tiny.yaml", "--finetune.epochs=x"], "finetune.epochs"),
+        (["tiny.yaml", "--finetun.epochs=2"], "--finetun.epochs"),
+        (["tiny.yaml", "--data.source=none"], "must be a folder with a sub-folder"),
+        (["tiny.yaml", "--transform.patch=5"], "divisible by patch=5"),
+        (["tiny.yaml", "--purifier.options.depth=3"], "purifier must be unet with options of it, got"),
+        (["tiny.yaml", "--discriminator.options.channels=1"], "must be images that the networks take"),
+        (["tiny.yaml", "--classifier.options.classes=1"], "classifier must be one of the data's 2 classes, got 1"),
+        (["tiny.yaml", "--classifier.path=none.pt"], "got none.pt"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_options_change_nothing(tiny, capsys, args, pattern):
+    assert pattern in fail(capsys, "train", *args, "--out=run")
+    assert not Path("run").exists()
