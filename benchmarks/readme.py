@@ -154,42 +154,6 @@ def limits() -> str:
     return "\n".join(lines) + f"\n\n{_source(document).replace('2 threads', '1 and 2 threads')}"
 
 
-def finetune() -> str:
-    """The fine-tuning step of DeepFillV2, whole and by part."""
-    document = json.loads((RESULTS / "finetune-step--cpu.json").read_text())
-    first = document["rows"][0]
-    parts = list(first["parts"])
-    columns = ["variant", "s", "faster", "peak memory", "distance", *parts]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in document["rows"]:
-        memory = "" if row["peak_mib"] is None else f"{row['peak_mib'] / 1024:.1f} GiB"
-        cells = [row["variant"], f"{row['seconds']:.2f}", f"{row['ratio']:.2f}x", memory]
-        cells += [f"{row['gradient_distance']:g}", *(f"{row['parts'][part]:.2f}" for part in parts)]
-        lines.append("| " + " | ".join(cells) + " |")
-    size = first["size"]
-    shape = f"Batch {first['batch']}, {size}x{size}, cnum {first['cnum']}; medians, and the parts of one step."
-    name = "finetune-step--cpu.json"
-    return "\n".join(lines) + f"\n\n{shape} {_source(document)} File: [{name}](../benchmarks/results/{name})."
-
-
-def finetune_short() -> str:
-    """The same in a line for each variant."""
-    document = json.loads((RESULTS / "finetune-step--cpu.json").read_text())
-    first, names = (
-        document["rows"][0],
-        {
-            "public": "the public formulation in plain PyTorch",
-            "one pass": "the same with one generator pass, channels_last and bfloat16",
-            "compiled": "that, with the generator under torch.compile",
-            "float32": "`finetune`, float32",
-            "bfloat16": "`finetune`, bfloat16",
-        },
-    )
-    lines = [f"| fine-tuning step of DeepFillV2, batch {first['batch']}, 256x256 | s | faster |", "|---|---|---|"]
-    lines += [f"| {names[row['variant']]} | {row['seconds']:.2f} | {row['ratio']:.2f}x |" for row in document["rows"]]
-    return "\n".join(lines) + f"\n\n{_source(document)}"
-
-
 def _variants(document: dict[str, Any], op: str, direction: str, shape: str) -> dict[str, dict[str, Any]]:
     wanted = (op, direction, shape, "float32")
     keys = ("op", "direction", "shape", "dtype")
@@ -221,16 +185,9 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-TABLES = {
-    "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "finetune": finetune,
-    "finetune_short": finetune_short,
-}  # fmt: skip
+TABLES = {"demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits}
 # Where the tables stand.
-PAGES = {
-    "README.md": ("demo", "finetune_short", "attacks", "ops"),
-    "docs/transforms.md": ("transforms", "limits"),
-    "docs/purifiers.md": ("finetune",),
-}
+PAGES = {"README.md": ("demo", "attacks", "ops"), "docs/transforms.md": ("transforms", "limits")}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from atop_fast.ops import _registry
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ATTACKS = [RESULTS / f"{name}--cpu.json" for name in ("attacks", "autoattack")]
-STEP = RESULTS / "finetune-step--cpu.json"
-NO_OPS = [RESULTS / "demo--cpu.json", RESULTS / "limits--cpu.json", STEP, *ATTACKS]
+NO_OPS = [RESULTS / "demo--cpu.json", RESULTS / "limits--cpu.json", *ATTACKS]
 FILES = sorted(path for path in RESULTS.glob("*.json") if path not in NO_OPS)
 
 

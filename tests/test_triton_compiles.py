@@ -29,7 +29,7 @@ MAX_REGISTERS = {
     "gated_bwd": 80,
     "gated_bwd bias": 104,
     "gated_bwd db": 104,
-    "gated_bwd db channels_last": 104,
+    "gated_bwd db channels_last": 128,
     "attack_loss": 56,
     "attack_loss few classes": 56,
     "attack_loss margin": 48,
