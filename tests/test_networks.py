@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from pathlib import Path
 
@@ -11,20 +12,24 @@ import torch
 from torch import nn
 
 from atop_fast import (
+    PGD,
     RT1,
     RT2,
     RT3,
     Defense,
+    FinetuneConfig,
     PretrainConfig,
     _transformer,
     build_classifier,
     build_purifier,
+    evaluate,
+    finetune,
     load_model,
     pretrain,
     save_model,
 )
 from atop_fast.checkpoints import read_header
-from atop_fast.purifiers import GatedUNet, MaskedAutoencoder, mae
+from atop_fast.purifiers import PURIFIERS, GatedUNet, MaskedAutoencoder, mae
 from atop_fast.randomness import seeded
 
 X = torch.rand(4, 1, 16, 16)
@@ -261,6 +266,55 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
     save_model(path, build_purifier("unet", width=4), "purifier", "unet", width=8)
     with pytest.raises(ValueError, match="a purifier with fitting weights"):
         load_model(path, "purifier")
+
+
+class Blur(nn.Module):
+    """A user's purifier: one convolution of [masked image, ones, mask]."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels + 2, channels, 5, padding=2)
+
+    def forward(self, z):
+        return torch.tanh(self.conv(z))
+
+
+def test_a_users_purifier_trains_is_evaluated_and_saved(tmp_path, monkeypatch):
+    with seeded(0):
+        purifier, classifier = Blur(), build_classifier("small_cnn", channels=1).eval()
+    before, labels = copy.deepcopy(purifier.state_dict()), torch.arange(4)
+    defense = Defense(RT2(4), purifier, classifier)
+    history = finetune(defense, X, labels, config=FinetuneConfig(epochs=1, batch_size=4, gan_weight=0), progress=False)
+    assert len(history) == 1
+    assert not torch.equal(purifier.conv.weight, before["conv.weight"])
+    attacks = {"pgd": PGD(defense, steps=2)}
+    report = evaluate(defense, X, labels, attacks=attacks, draws=3, selection_draws=2, progress=False)
+    assert report.complete
+    assert (report.robust.images, report.robust.draws) == (4, 3)
+    assert report.passes["pgd"]["backward"] > 0
+    monkeypatch.setitem(PURIFIERS, "blur", functools.partial(Blur, channels=1))
+    save_model(tmp_path / "p.safetensors", purifier, "purifier", "blur")
+    assert torch.equal(load_model(tmp_path / "p.safetensors", "purifier")(RT2(4)(X)), purifier(RT2(4)(X)))
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "name", "pattern"),
+    [
+        (Blur(), "purifier", "unet", "save_model: module must be a GatedUNet, which 'unet' is, got Blur"),
+        (
+            build_classifier("resnet18_256", width=4),
+            "classifier",
+            "resnet18",
+            "a ResNet, which .*, got ImageResNet",
+        ),
+        (build_classifier("resnet18", width=4), "classifier", "resnet34_256", "an? ImageResNet, which .*, got ResNet"),
+        (nn.DataParallel(Blur()), "purifier", "mae", "a MaskedAutoencoder, which 'mae' is, got DataParallel"),
+    ],
+)
+def test_modules_of_another_class_are_not_saved(module, kind, name, pattern, tmp_path):
+    with pytest.raises(ValueError, match=pattern):
+        save_model(tmp_path / "x.safetensors", module, kind, name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):
