@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import (
@@ -142,6 +143,49 @@ def test_resnet_halves_the_resolution_and_doubles_the_channels(stride, side):
     assert net(torch.rand(2, 2, 16, 16)).shape == (2, 7)
     assert shapes == [(4, side, side), (8, side // 2, side // 2), (16, side // 4, side // 4)]
     assert [len(stage) for stage in (net.layer1, net.layer2, net.layer3)] == [1, 2, 1]
+
+
+def test_image_resnet_follows_its_formula():
+    """AToP's ablation network, written out with functions and the names of its public files."""
+    with seeded(0):
+        net = build_classifier("resnet18_256", width=16).eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.uniform_(module.bias)
+    state, used = net.state_dict(), set()
+
+    def weight(name):
+        used.add(name)
+        return state[name]
+
+    def conv(h, name, stride=1, padding=1):
+        return F.conv2d(h, weight(f"{name}.weight"), None, stride, padding)
+
+    def norm(h, name):
+        names = ("running_mean", "running_var", "weight", "bias")
+        used.add(f"{name}.num_batches_tracked")
+        return F.batch_norm(h, *(weight(f"{name}.{key}") for key in names))
+
+    x = torch.rand(2, 3, 256, 256)
+    h = F.max_pool2d(F.relu(norm(conv(x * 2 - 1, "conv1", 2), "bn1")), 3, 2, 1)
+    shapes = []
+    for stage, stride in enumerate((1, 2, 2, 2), 1):
+        for block, step in enumerate((stride, 1)):
+            at, short = f"layer{stage}.{block}", h
+            if step == 2:
+                short = norm(conv(h, f"{at}.shortcut.0", 2, 0), f"{at}.shortcut.1")
+            h = F.relu(norm(conv(h, f"{at}.conv1", step), f"{at}.bn1"))
+            h = F.relu(norm(conv(h, f"{at}.conv2"), f"{at}.bn2") + short)
+        shapes.append(tuple(h.shape[1:]))
+    assert shapes == [(16, 64, 64), (32, 32, 32), (64, 16, 16), (128, 8, 8)]
+    pooled = F.avg_pool2d(h, 8, stride=1)
+    assert pooled.shape == (2, 128, 1, 1)
+    expected = F.linear(pooled.flatten(1), weight("linear.weight"), weight("linear.bias"))
+    assert used == set(state)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_resnet18_equals_pyautoattacks(monkeypatch):
