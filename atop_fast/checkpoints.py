@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,9 +33,19 @@ def save_model(path: str | Path, module: nn.Module, kind: str, name: str, **opti
         kind: "classifier", "purifier" or "discriminator".
         name: its architecture, e.g. "unet" (see build_purifier and build_classifier).
         options: the architecture's options.
+
+    Raises:
+        ValueError: another kind or name, or `module` is not of the architecture's class: the file would be that of
+            another network. A class of your own can be added to the registry of its kind, such as purifiers.PURIFIERS.
     """
     check_choice("save_model", "kind", kind, list(KINDS))
-    check_choice("save_model", "name", name, list(KINDS[kind]))
+    factory = KINDS[kind][check_choice("save_model", "name", name, list(KINDS[kind]))]
+    built = factory.func if isinstance(factory, functools.partial) else factory
+    # A function's class is not known before it is called.
+    if isinstance(built, type) and type(module) is not built:
+        raise ValueError(
+            message("save_model", "module", f"a {built.__name__}, which {name!r} is", type(module).__name__)
+        )
     tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     metadata = {"atop_fast": json.dumps({"kind": kind, "name": name, "options": options})}
     write_atomic(Path(path), lambda p: save_file(tensors, str(p), metadata))

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import (
+    PGD,
     RT1,
     RT2,
     RT3,
     Defense,
+    FinetuneConfig,
     PretrainConfig,
     _transformer,
     build_classifier,
     build_purifier,
+    evaluate,
+    finetune,
     load_model,
     pretrain,
     save_model,
 )
 from atop_fast.checkpoints import read_header
-from atop_fast.purifiers import GatedUNet, MaskedAutoencoder, mae
+from atop_fast.purifiers import PURIFIERS, GatedUNet, MaskedAutoencoder, mae
 from atop_fast.randomness import seeded
 
 X = torch.rand(4, 1, 16, 16)
@@ -137,6 +143,49 @@ def test_resnet_halves_the_resolution_and_doubles_the_channels(stride, side):
     assert net(torch.rand(2, 2, 16, 16)).shape == (2, 7)
     assert shapes == [(4, side, side), (8, side // 2, side // 2), (16, side // 4, side // 4)]
     assert [len(stage) for stage in (net.layer1, net.layer2, net.layer3)] == [1, 2, 1]
+
+
+def test_image_resnet_follows_its_formula():
+    """AToP's ablation network, written out with functions and the names of its public files."""
+    with seeded(0):
+        net = build_classifier("resnet18_256", width=16).eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.uniform_(module.bias)
+    state, used = net.state_dict(), set()
+
+    def weight(name):
+        used.add(name)
+        return state[name]
+
+    def conv(h, name, stride=1, padding=1):
+        return F.conv2d(h, weight(f"{name}.weight"), None, stride, padding)
+
+    def norm(h, name):
+        names = ("running_mean", "running_var", "weight", "bias")
+        used.add(f"{name}.num_batches_tracked")
+        return F.batch_norm(h, *(weight(f"{name}.{key}") for key in names))
+
+    x = torch.rand(2, 3, 256, 256)
+    h = F.max_pool2d(F.relu(norm(conv(x * 2 - 1, "conv1", 2), "bn1")), 3, 2, 1)
+    shapes = []
+    for stage, stride in enumerate((1, 2, 2, 2), 1):
+        for block, step in enumerate((stride, 1)):
+            at, short = f"layer{stage}.{block}", h
+            if step == 2:
+                short = norm(conv(h, f"{at}.shortcut.0", 2, 0), f"{at}.shortcut.1")
+            h = F.relu(norm(conv(h, f"{at}.conv1", step), f"{at}.bn1"))
+            h = F.relu(norm(conv(h, f"{at}.conv2"), f"{at}.bn2") + short)
+        shapes.append(tuple(h.shape[1:]))
+    assert shapes == [(16, 64, 64), (32, 32, 32), (64, 16, 16), (128, 8, 8)]
+    pooled = F.avg_pool2d(h, 8, stride=1)
+    assert pooled.shape == (2, 128, 1, 1)
+    expected = F.linear(pooled.flatten(1), weight("linear.weight"), weight("linear.bias"))
+    assert used == set(state)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_resnet18_equals_pyautoattacks(monkeypatch):
@@ -261,6 +310,55 @@ def test_foreign_and_damaged_files_are_refused(tmp_path):
     save_model(path, build_purifier("unet", width=4), "purifier", "unet", width=8)
     with pytest.raises(ValueError, match="a purifier with fitting weights"):
         load_model(path, "purifier")
+
+
+class Blur(nn.Module):
+    """A user's purifier: one convolution of [masked image, ones, mask]."""
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels + 2, channels, 5, padding=2)
+
+    def forward(self, z):
+        return torch.tanh(self.conv(z))
+
+
+def test_a_users_purifier_trains_is_evaluated_and_saved(tmp_path, monkeypatch):
+    with seeded(0):
+        purifier, classifier = Blur(), build_classifier("small_cnn", channels=1).eval()
+    before, labels = copy.deepcopy(purifier.state_dict()), torch.arange(4)
+    defense = Defense(RT2(4), purifier, classifier)
+    history = finetune(defense, X, labels, config=FinetuneConfig(epochs=1, batch_size=4, gan_weight=0), progress=False)
+    assert len(history) == 1
+    assert not torch.equal(purifier.conv.weight, before["conv.weight"])
+    attacks = {"pgd": PGD(defense, steps=2)}
+    report = evaluate(defense, X, labels, attacks=attacks, draws=3, selection_draws=2, progress=False)
+    assert report.complete
+    assert (report.robust.images, report.robust.draws) == (4, 3)
+    assert report.passes["pgd"]["backward"] > 0
+    monkeypatch.setitem(PURIFIERS, "blur", functools.partial(Blur, channels=1))
+    save_model(tmp_path / "p.safetensors", purifier, "purifier", "blur")
+    assert torch.equal(load_model(tmp_path / "p.safetensors", "purifier")(RT2(4)(X)), purifier(RT2(4)(X)))
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "name", "pattern"),
+    [
+        (Blur(), "purifier", "unet", "save_model: module must be a GatedUNet, which 'unet' is, got Blur"),
+        (
+            build_classifier("resnet18_256", width=4),
+            "classifier",
+            "resnet18",
+            "a ResNet, which .*, got ImageResNet",
+        ),
+        (build_classifier("resnet18", width=4), "classifier", "resnet34_256", "an? ImageResNet, which .*, got ResNet"),
+        (nn.DataParallel(Blur()), "purifier", "mae", "a MaskedAutoencoder, which 'mae' is, got DataParallel"),
+    ],
+)
+def test_modules_of_another_class_are_not_saved(module, kind, name, pattern, tmp_path):
+    with pytest.raises(ValueError, match=pattern):
+        save_model(tmp_path / "x.safetensors", module, kind, name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_keeps_the_earlier_file(tmp_path, monkeypatch):

@@ -88,8 +88,16 @@ class Counts(Block):
     calls = 0
 
     def forward(self, x):
-        Counts.calls += 1
-        return super().forward(x) + Counts.calls
+        self.calls = self.calls + 1
+        return super().forward(x) + self.calls
+
+
+class CountsInAll(Block):
+    calls = 0
+
+    def forward(self, x):
+        CountsInAll.calls += 1
+        return super().forward(x) + CountsInAll.calls
 
 
 class Noisy(Block):
@@ -97,22 +105,73 @@ class Noisy(Block):
         return super().forward(x + torch.rand_like(x))
 
 
+class NoisyByItself(Block):
+    """Noise that does not depend on the input: a trace would hold one draw of it."""
+
+    def forward(self, x):
+        return super().forward(x + torch.rand(16))
+
+
 class Branching(Block):
     def forward(self, x):
         return super().forward(x if x.mean() > 0 else -x)
 
 
-@pytest.mark.parametrize("kind", [Noisy, Branching])
-def test_models_with_randomness_or_branches_are_left_alone(kind):
+@pytest.mark.parametrize("kind", [Counts, CountsInAll, Noisy, NoisyByItself, Branching])
+def test_models_with_state_randomness_or_branches_are_left_alone(kind):
     model = trained(kind())
+    before = dict(vars(model))
     assert fold_batch_norm(model) is model
+    assert vars(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "left"),
+    [
+        ("resnet18_256", {"width": 16}, 64, 0),
+        # Norms of sums: the first ones of the later two blocks, and the last one of all.
+        ("wrn_28_10", {"depth": 10, "widen": 2}, 32, 3),
+        ("vit_tiny", {"image_size": 16}, 16, 0),
+    ],
+)
+def test_classifiers_keep_their_logits(name, options, size, left):
+    model = trained(build_classifier(name, **options))
+    network, x = fold_batch_norm(model), torch.rand(4, 3, size, size)
+    assert network is not model
+    assert norms(network) == left
+    with torch.no_grad():
+        expected = model(x)
+        assert (network(x) - expected).norm() <= 1e-5 * expected.norm()
+        model.double()
+        expected = model(x.double())
+        assert (fold_batch_norm(model)(x.double()) - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_transformers_are_laid_out():
+    purifier = build_purifier("mae", image_size=16).eval()
+    nn.init.normal_(purifier.to_pixels.weight)
+    network, x = fold_batch_norm(purifier, torch.bfloat16), torch.rand(2, 5, 16, 16)
+    assert network.patch_embed.weight.is_contiguous(memory_format=torch.channels_last)
+    assert network.to_pixels.weight.dtype is torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(x), purifier(x))
+    assert purifier.to_pixels.weight.dtype is torch.float32
+
+
+def test_other_objects_are_refused():
+    with pytest.raises(TypeError, match=r"fold_batch_norm: model must be a torch\.nn\.Module, got builtin"):
+        fold_batch_norm(len)
 
 
 def test_hooks_and_training_mode_are_left_alone():
     model = trained(Block())
     model.conv1.register_forward_hook(lambda *args: None)
     assert fold_batch_norm(model) is model
-    assert fold_batch_norm(Block().train()).training
+    for hooked in (build_purifier("unet", width=4).eval(), build_purifier("mae", image_size=16).eval()):
+        next(hooked.children()).register_forward_hook(lambda *args: None)
+        assert fold_batch_norm(hooked) is hooked
+    for training in (Block().train(), build_purifier("unet", width=4).train()):
+        assert fold_batch_norm(training) is training
 
 
 def test_purifiers_of_this_package_are_copied():

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from atop_fast import build_classifier, load_classifier, save_model
-from atop_fast.classifiers import WideResNet
+from atop_fast.classifiers import Normalised, WideResNet, fold_batch_norm
 from atop_fast.randomness import seeded
-from atop_fast.zoo import _autoattack_is_pyautoattack
+from atop_fast.zoo import _autoattack_is_pyautoattack, _with_weights
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TINY = {"depth": 10, "widen": 1}
@@ -249,3 +249,114 @@ def test_named_models_are_read_and_never_fetched_unasked(zoo, tmp_path, monkeypa
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)
     assert torch.equal(logits(load_classifier("Standard", folder=tmp_path)), logits(model))
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    """torchvision's ResNet-18 with weights of our own, and the file of them."""
+    models = pytest.importorskip("torchvision").models
+    with seeded(0):
+        model = models.resnet18(num_classes=7).eval()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "r.pt")
+    return model, tmp_path / "r.pt"
+
+
+def test_torchvisions_models_normalise_inside(resnet, tmp_path):
+    model, path = resnet
+    loaded = load_classifier("torchvision:resnet18", path=path, num_classes=7)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = logits(lambda x: model((x - mean[:, None, None]) / std[:, None, None]))
+    assert not loaded.training
+    torch.testing.assert_close(logits(loaded), expected)
+    folded = fold_batch_norm(loaded)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    assert (logits(folded) - expected).norm() <= 1e-5 * expected.norm()
+    torch.save(loaded.state_dict(), tmp_path / "again.pt")
+    again = load_classifier("torchvision:resnet18", path=tmp_path / "again.pt", num_classes=7)
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_torchvisions_models_are_fetched_only_when_asked(resnet, monkeypatch):
+    models, asked = pytest.importorskip("torchvision").models, []
+
+    def fetch(weights, **options):
+        asked.append(weights)
+        return models.resnet18().state_dict()
+
+    monkeypatch.setattr("torchvision.models.ResNet18_Weights.get_state_dict", fetch)
+    load_classifier("torchvision:resnet18", path=resnet[1], num_classes=7)
+    with pytest.raises(ValueError, match=r"path must be a file of weights, or None with download=True, .* got None"):
+        load_classifier("torchvision:resnet18")
+    with pytest.raises(ValueError, match=r"path must be a file of weights, or None .* got .*r\.pt with download=True"):
+        load_classifier("torchvision:resnet18", path=resnet[1], download=True)
+    assert not asked
+    assert isinstance(load_classifier("torchvision:resnet18", download=True), Normalised)
+    assert asked == [models.ResNet18_Weights.DEFAULT]
+
+
+def test_published_names_of_densenets_load(tmp_path):
+    models = pytest.importorskip("torchvision").models
+    small = {"growth_rate": 4, "block_config": (2, 2), "num_init_features": 8}
+    with seeded(0):
+        state = models.DenseNet(**small).state_dict()
+    published = {key.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for key, v in state.items()}
+    assert published.keys() != state.keys()
+    torch.save(published, tmp_path / "d.pt")
+    model = models.DenseNet(**small)
+    loaded = _with_weights(model, tmp_path / "d.pt").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize(
+    ("call", "pattern"),
+    [
+        (lambda path: load_classifier("torchvision:vgg", path=path), "one of torchvision.models.list_models.*got"),
+        (lambda path: load_classifier("torchvision:resnet34", path=path), r"path must be .* fit ResNet, got .*Missing"),
+        (lambda path: load_classifier("torchvision:resnet18", path="no.pt"), r"path must be a readable .* got no\.pt"),
+        (lambda path: load_classifier(path, "resnet18", path=path), "path must be None, except for names that begin"),
+    ],
+)
+def test_wrong_input_for_packages_is_named(call, pattern, resnet):
+    with pytest.raises(ValueError, match=f"load_classifier: .*{pattern}"):
+        call(resnet[1])
+
+
+def test_files_that_hold_code_are_refused_for_packages(tmp_path):
+    pytest.importorskip("torchvision")
+    torch.save(Malicious(tmp_path / "touched"), tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="path must be a checkpoint of tensors alone"):
+        load_classifier("torchvision:resnet18", path=tmp_path / "c.pt")
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(("package", "extra"), [("torchvision", "vision"), ("timm", "zoo")])
+def test_a_missing_package_is_named_with_its_extra(package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs the package {package}: pip install 'atop-fast\[{extra}\]'"):
+        load_classifier(f"{package}:some", path="c.pt")
+
+
+def test_timms_models_normalise_inside(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    torch.save(model.state_dict(), tmp_path / "v.pt")
+    loaded = load_classifier("timm:vit_tiny_patch16_224", path=tmp_path / "v.pt")
+    x = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(2 * x - 1), rtol=1e-4, atol=1e-5)
+    for name in ("hf-hub:timm/vit", "vit_tiny_patch16_224.none"):
+        with pytest.raises(ValueError, match=r"one of timm\.list_models\(\), got 'timm:"):
+            load_classifier(f"timm:{name}", path=tmp_path / "v.pt")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "pattern"),
+    [
+        ([], [], "mean must be one number"),
+        ([0.5], [0.5, 1], "std must be 1 numbers"),
+        ([0.5], [0], "std must be 1 num"),
+    ],
+)
+def test_normalised_names_wrong_numbers(mean, std, pattern):
+    with pytest.raises(ValueError, match=f"Normalised: {pattern}"):
+        Normalised(nn.Identity(), mean, std)
