@@ -296,7 +296,7 @@ def main() -> None:
     if args.json:
         owners = {name: _registry.owner(name, args.device) for name in _registry.OPS}
         owners |= {function: owners[name] for function, name in transforms.OPS.items()}
-        owners |= {case: owners["gated"] for case in ("gated_elu", "gated_elu_bias", "gated_relu")}
+        owners |= dict.fromkeys(("gated_elu", "gated_elu_bias", "gated_relu"), owners["gated"])
         document = {**_harness.metadata(args.device, args.commit), "owners": owners, "rows": rows}
         print("wrote", _harness.write(args.name, args.device, args.out, document))
 
