@@ -18,7 +18,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ._checks import message
 from .ops.conv3x3 import FrozenConv3x3
-from .purifiers import GatedConv
 
 # A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would
 # bake it in.
@@ -149,12 +148,10 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 def _laid_out(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy for frozen passes: in channels_last, and with prepared weights."""
     model = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
-    # Gated convolutions do not call the convolution that holds their weights.
-    held = {gated.conv for gated in model.modules() if isinstance(gated, GatedConv)}
     for name, layer in list(model.named_modules()):
         if dtype is not None and isinstance(layer, nn.Conv2d | nn.Linear):
             layer.to(dtype)
-        if FrozenConv3x3.accepts(layer) and layer not in held:
+        if FrozenConv3x3.accepts(layer):
             if not name:
                 return FrozenConv3x3(layer)
             model.set_submodule(name, FrozenConv3x3(layer))
