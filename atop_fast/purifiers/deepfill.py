@@ -6,11 +6,10 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_integer, message
 from ..ops import contextual_attention, upsample_conv3x3
-from .layers import ACTIVATIONS, GatedConv
+from .layers import ACTIVATIONS, GatedConv, run_section
 
 DILATIONS = (1, 2, 4, 8, 16)
 
@@ -71,10 +70,7 @@ class _Stage(nn.Module):
                 h = self.get_submodule(name)(h)
             return h
 
-        if self.checkpointing and torch.is_grad_enabled():
-            # Nothing here is random.
-            return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-        return run(x)
+        return run_section(run, x, self.checkpointing)
 
     def _decode(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         h = self._run(h, "up_block1", "up_block2", "conv_to_rgb")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_integer, message
 from ..ops import convolve, gated_elu, gated_relu
@@ -63,3 +67,11 @@ class GatedConv(nn.Module):
     def extra_repr(self) -> str:
         """What the convolution does not show."""
         return f"activation={self.activation!r}"
+
+
+def run_section(section: Callable[[Tensor], Tensor], x: Tensor, checkpointing: bool) -> Tensor:
+    """section(x), of which `checkpointing` keeps x alone for the backward pass; nothing in it may be random."""
+    if checkpointing and torch.is_grad_enabled():
+        result: Tensor = checkpoint(section, x, use_reentrant=False, preserve_rng_state=False)
+        return result
+    return section(x)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_integer, message
 from .._transformer import Block, check_size, init_linear, layer_norm, sine_cosine_positions
+from .layers import run_section
 
 # Width, depth and heads of the decoder: narrower and shallower than the encoder. That of "base" is He et al.'s.
 DECODERS = {"tiny": (96, 4, 3), "small": (192, 4, 6), "base": (512, 8, 16)}
@@ -111,8 +111,5 @@ class MaskedAutoencoder(nn.Module):
     def _run(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
         """The blocks in turn, each with its input alone kept for the backward pass if so asked."""
         for block in blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens)
+            tokens = run_section(block, tokens, self.checkpointing)
         return tokens

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_integer, message
-from .layers import GatedConv
+from .layers import GatedConv, run_section
 
 
 class ResidualGatedBlock(nn.Module):
@@ -101,8 +100,5 @@ class GatedUNet(nn.Module):
     def _run(self, blocks: nn.ModuleList, h: Tensor) -> Tensor:
         """The blocks in turn, each with its input alone kept for the backward pass if so asked."""
         for block in blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h = block(h)
+            h = run_section(block, h, self.checkpointing)
         return h
