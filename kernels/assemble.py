@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atop_fast.ops._images import memory_format
 from atop_fast.ops.assemble import check_arguments, check_dy, reference, reference_bwd
-from atop_fast.ops.gated import memory_format
 
 from ._blocks import offsets, place, read_owners, unit_of
 from ._launch import MAX_ROW, launch

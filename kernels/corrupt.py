@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from atop_fast.ops._images import memory_format
 from atop_fast.ops.corrupt import check_arguments, check_bwd, reference, reference_bwd, reference_passes
-from atop_fast.ops.gated import memory_format
 from atop_fast.randomness import Tag
 
 from ._blocks import offsets, place, read_owners, unit_of

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atop_fast.ops.gated import ELU, check_arguments, check_dy, check_with_db, memory_format
+from atop_fast.ops._images import check_dy, memory_format
+from atop_fast.ops.gated import ELU, check_arguments, check_with_db, output_shape
 
 from ._launch import BLOCK as MAX_BLOCK
 from ._launch import in_layout_of, launch
@@ -183,8 +184,7 @@ def launch_gated(h: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """The Triton implementation of atop_fast::gated."""
     check_arguments("gated", h, bias, activation)
     layout = memory_format(h)
-    B, C2, H, W = h.shape
-    y = torch.empty((B, C2 // 2, H, W), dtype=h.dtype, device=h.device, memory_format=layout)
+    y = torch.empty(output_shape(h), dtype=h.dtype, device=h.device, memory_format=layout)
     if n := y.numel():
         dense = h.contiguous(memory_format=layout)
         launch(gated_fwd_kernel, n, h.device, dense, _widened(bias, h), y, *_lines(h, bias, n), activation == ELU)
@@ -196,7 +196,7 @@ def launch_gated_bwd(
 ) -> tuple[Tensor, Tensor]:
     """The Triton implementation of atop_fast::gated_bwd."""
     check_arguments("gated_bwd", h, bias, activation)
-    check_dy("gated_bwd", dy, h)
+    check_dy("gated_bwd", dy, output_shape(h), h)
     check_with_db("gated_bwd", bias, with_db)
     layout = memory_format(h)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device, memory_format=layout)

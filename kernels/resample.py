@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atop_fast.ops.gated import memory_format
+from atop_fast.ops._images import memory_format
 from atop_fast.ops.resample import Taps, check_arguments, reference, rows_first
 
 from ._launch import EXACT, GATHER_BLOCK, MAX_ROW, launch

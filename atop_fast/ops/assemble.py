@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .._checks import check_integer, check_tensor, message
 from ._blocks import check_blocks, expand_blocks
+from ._images import DTYPES, memory_format
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
-from .gated import DTYPES, memory_format
 
 
 def formula(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:

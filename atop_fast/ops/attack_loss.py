@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_choice, check_tensor, message
+from ._images import widen
 from ._registry import LIBRARY, NAMESPACE, define
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -28,7 +29,7 @@ class AttackLoss(NamedTuple):
 
 def formula(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> Tensor:
     """The losses as a user would write them, to be differentiated by autograd; the baseline of the benchmarks."""
-    z, labels = _widen(logits), labels.long()
+    z, labels = widen(logits), labels.long()
     if kind == CE:
         return F.cross_entropy(z, labels, reduction="none")
     rows = torch.arange(len(z), device=z.device)
@@ -47,7 +48,7 @@ def formula(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -
 def reference(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> tuple[Tensor, Tensor, Tensor]:
     """The specification; a label or target that is no class makes a row NaN and not correct."""
     check_arguments("attack_loss", logits, labels, targets, kind)
-    z = _widen(logits)
+    z = widen(logits)
     broken = _outside(labels, z) if targets is None else _outside(labels, z) | _outside(targets, z)
     y = labels.clamp(0, z.shape[1] - 1)[:, None]
     if kind == CE:
@@ -224,7 +225,3 @@ def _check_classes(argument: str, value: Tensor, logits: Tensor) -> None:
 
 def _outside(labels: Tensor, z: Tensor) -> Tensor:
     return (labels < 0) | (labels >= z.shape[1])
-
-
-def _widen(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_tensor, message
+from ._images import DTYPES, check_dy, memory_format, widen
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
-from .gated import DTYPES, memory_format
 
 SCALE = 10.0
 # The least norm that a key is divided by.
@@ -52,7 +52,7 @@ def reference(features: Tensor, valid: Tensor) -> Tensor:
     """
     check_features("contextual_attention", features)
     check_valid("contextual_attention", valid, features)
-    b = _widen(features)
+    b = widen(features)
     _, _, weights = _attend(b, valid)
     return _rounded(_paste(weights, b), features)
 
@@ -61,8 +61,8 @@ def reference_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
     """The gradient in `features`, which come in as values, as keys, and as what the keys are compared with."""
     check_features("contextual_attention_bwd", features)
     check_valid("contextual_attention_bwd", valid, features)
-    check_dy("contextual_attention_bwd", dy, features)
-    b, dy = _widen(features), _widen(dy)
+    check_dy("contextual_attention_bwd", dy, features.shape, features)
+    b, dy = widen(features), widen(dy)
     scores, norms, weights = _attend(b, valid)
     # As values: pasting is linear in them, and its transpose pastes by the transposed weights.
     db = _paste(weights.mT, dy)
@@ -196,20 +196,6 @@ def check_valid(function: str, valid: Tensor, features: Tensor) -> None:
         raise ValueError(message(function, "valid", f"of shape {shape}", tuple(valid.shape)))
     if valid.device != features.device:
         raise ValueError(message(function, "valid", f"on the device of features {features.device}", valid.device))
-
-
-def check_dy(function: str, dy: Tensor, features: Tensor) -> None:
-    """Raise unless `dy` matches `features`, and so the output."""
-    if dy.shape != features.shape:
-        raise ValueError(message(function, "dy", f"of the shape of y {tuple(features.shape)}", tuple(dy.shape)))
-    if dy.dtype != features.dtype:
-        raise TypeError(message(function, "dy", f"of the dtype of y {features.dtype}", dy.dtype))
-    if dy.device != features.device:
-        raise ValueError(message(function, "dy", f"on the device of y {features.device}", dy.device))
-
-
-def _widen(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 def _rounded(y: Tensor, features: Tensor) -> Tensor:

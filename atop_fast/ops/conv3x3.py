@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_float_tensor, check_integer, message
+from ._images import memory_format
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
-from .gated import memory_format
 
 # Outputs whose prepared weights lie side by side.
 PANEL = 16

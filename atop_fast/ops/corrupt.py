@@ -12,8 +12,8 @@ from torch import Tensor
 from .._checks import check_integer, check_number, check_tensor, message
 from ..randomness import Tag, key_tensors
 from ._blocks import check_blocks, expand_blocks
+from ._images import memory_format
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
-from .gated import memory_format
 from .mask_blocks import OP as MASK_BLOCKS
 from .random_normal import check_key, normals
 from .resize import OP_BWD as RESIZE_BWD

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_tensor, message
+from ._images import DTYPES, check_dy, memory_format, widen
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The number of an activation in the op's argument `activation` is its place here.
 ACTIVATIONS = ("elu", "relu")
 ELU, RELU = range(2)
@@ -27,7 +27,7 @@ def formula(h: Tensor, bias: Tensor | None, activation: int) -> Tensor:
 def reference(h: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """The specification: 16-bit inputs are computed in float32 and rounded once, at the end."""
     check_arguments("gated", h, bias, activation)
-    y = formula(_widen(h), bias, activation)
+    y = formula(widen(h), bias, activation)
     return y.to(h.dtype).contiguous(memory_format=memory_format(h))
 
 
@@ -37,9 +37,9 @@ def reference_bwd(dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, w
     df = dy sigmoid(g) a'(f) and dg = dy a(f) sigmoid(g) (1 - sigmoid(g)), stacked as in `h`, for the activation a.
     """
     check_arguments("gated_bwd", h, bias, activation)
-    check_dy("gated_bwd", dy, h)
+    check_dy("gated_bwd", dy, output_shape(h), h)
     check_with_db("gated_bwd", bias, with_db)
-    wide, dy = _widen(h), _widen(dy)
+    wide, dy = widen(h), widen(dy)
     f, g = (wide if bias is None else wide + bias.to(wide.dtype)[:, None, None]).chunk(2, dim=1)
     passed = dy * torch.sigmoid(g)
     df = passed * f.clamp(max=0).exp() if activation == ELU else torch.where(f <= 0, 0, passed)
@@ -139,23 +139,6 @@ def check_with_db(function: str, bias: Tensor | None, with_db: bool) -> None:
         raise ValueError(message(function, "with_db", "False without a bias", with_db))
 
 
-def check_dy(function: str, dy: Tensor, h: Tensor) -> None:
-    """Raise unless `dy` matches the output for `h`."""
-    shape = (h.shape[0], h.shape[1] // 2, h.shape[2], h.shape[3])
-    if dy.shape != shape:
-        raise ValueError(message(function, "dy", f"of the shape of y {shape}", tuple(dy.shape)))
-    if dy.dtype != h.dtype:
-        raise TypeError(message(function, "dy", f"of the dtype of y {h.dtype}", dy.dtype))
-    if dy.device != h.device:
-        raise ValueError(message(function, "dy", f"on the device of y {h.device}", dy.device))
-
-
-def _widen(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def memory_format(h: Tensor) -> torch.memory_format:
-    """The memory format of the result for `h`."""
-    if not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+def output_shape(h: Tensor) -> tuple[int, ...]:
+    """The shape of the result for `h`."""
+    return (h.shape[0], h.shape[1] // 2, *h.shape[2:])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_tensor, message
+from ._images import DTYPES, memory_format
 from ._registry import LIBRARY, NAMESPACE, define
-from .gated import DTYPES, memory_format
 
 
 class Taps(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_tensor, message
+from ._images import DTYPES, memory_format
 from ._registry import LIBRARY, NAMESPACE
-from .gated import DTYPES, memory_format
 from .resample import OP as RESAMPLE
 from .resample import Taps
 
