@@ -2,10 +2,6 @@
 
 #include "cpu/levels.h"
 
-#if !ATOP_HAS_CLONES
-#define ATOP_CALL(...) v1::__VA_ARGS__
-#endif
-
 namespace atop::gates {
 
 #define ATOP_DECLARE(level)                                                                                            \

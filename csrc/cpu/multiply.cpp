@@ -4,15 +4,6 @@
 
 #include "cpu/levels.h"
 
-#if ATOP_HAS_CLONES
-#include <immintrin.h>
-
-// gcc 12 takes the undefined lanes inside of its own intrinsics for a mistake.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#define ATOP_INLINE inline __attribute__((always_inline))
-
 namespace atop {
 
 #if ATOP_HAS_CLONES
@@ -54,12 +45,6 @@ namespace v1 {
 #include "cpu/multiply.inc"
 #include "cpu/multiply_undef.inc"
 }  // namespace v1
-
-#if !ATOP_HAS_CLONES
-
-#define ATOP_CALL(...) v1::__VA_ARGS__
-
-#endif
 
 void multiply(const Product& product, const float* v, const float* u, float* m) {
   ATOP_CALL(multiply(product, v, u, m));

@@ -7,13 +7,6 @@
 #include "math/normal.h"
 
 #if ATOP_HAS_CLONES
-#include <immintrin.h>
-
-// gcc 12 takes the undefined lanes inside of its own intrinsics for a mistake.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
-#define ATOP_INLINE inline __attribute__((always_inline))
-#define ATOP_LEVELS 1
 
 namespace atop::simd {
 
@@ -89,9 +82,9 @@ void corrupt_rest(const float* x, const float* noise, float sigma, const uint8_t
   }
 }
 
-#if !defined(ATOP_LEVELS)
+#if !ATOP_HAS_CLONES
 
-namespace plain {
+namespace v1 {
 
 void fill_normals(const math::Stream& stream, uint32_t first_group, const uint32_t* offsets, int64_t count,
                   float* out) {
@@ -121,9 +114,7 @@ int64_t nonzero_bits(const int32_t*, uint8_t*, int64_t) {
   return 0;
 }
 
-}  // namespace plain
-
-#define ATOP_CALL(...) plain::__VA_ARGS__
+}  // namespace v1
 
 #endif
 

@@ -5,15 +5,6 @@
 #include "cpu/levels.h"
 #include "math/winograd.h"
 
-#if ATOP_HAS_CLONES
-#include <immintrin.h>
-
-// gcc 12 takes the undefined lanes inside of its own intrinsics for a mistake.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#define ATOP_INLINE inline __attribute__((always_inline))
-
 namespace atop::winograd {
 
 #if ATOP_HAS_CLONES
@@ -46,12 +37,6 @@ namespace v1 {
 #include "cpu/winograd.inc"
 #include "cpu/winograd_undef.inc"
 }  // namespace v1
-
-#if !ATOP_HAS_CLONES
-
-#define ATOP_CALL(...) v1::__VA_ARGS__
-
-#endif
 
 void transform_input(const float* const* pixels, int64_t channels, float* v, int64_t step) {
   ATOP_CALL(transform_input(pixels, channels, v, step));
