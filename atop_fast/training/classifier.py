@@ -68,8 +68,9 @@ def train_classifier(
     config = config or ClassifierConfig()
     step = ClassifierStep(classifier, config, seed)
     feed = Feed("train_classifier", images, labels, step.device, workers)
-    with torch.no_grad(), frozen(classifier), check_fits("train_classifier", "images", feed.first()):
-        classifier(feed.first())
+    first = feed.first()
+    with torch.no_grad(), frozen(classifier), check_fits("train_classifier", "images", first):
+        classifier(first)
     return fit(
         "classifier",
         step,

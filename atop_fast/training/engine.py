@@ -97,7 +97,6 @@ class _Training:
 
     def __init__(self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str) -> None:
         self.step, self.feed, self.group, self.seed = step, feed, group, seed
-        step.group = group
         self.config: TrainingConfig = step.config
         weights = [value for module in step.modules.values() for value in module.state_dict().values()]
         self.fingerprint = f"{fingerprint} {self.config} {seed} {feed.description()} {describe(*weights)}"

@@ -50,7 +50,7 @@ class Step:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: TrainingConfig, betas: tuple[float, float]) -> None:
-        self.modules, self.config, self.group = dict(modules), config, Group()
+        self.modules, self.config = dict(modules), config
         for name, module in self.modules.items():
             if next(module.parameters(), None) is None:
                 raise ValueError(message(type(self).__name__, name, "a module with parameters", type(module).__name__))
@@ -106,7 +106,7 @@ class Step:
             return
         with record_function(f"optimizer of the {name}"):
             parameters = list(self.modules[name].parameters())
-            self.group.add_up([p.grad for p in parameters if p.grad is not None])
+            Group().add_up([p.grad for p in parameters if p.grad is not None])
             if self.config.clip is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, self.config.clip)
