@@ -1,4 +1,4 @@
-"""The command line: atop-fast demo | train | classifier | pretrain | finetune | doctor | evaluate | env."""
+"""The command line: atop-fast demo | train | classifier | pretrain | finetune | doctor | evaluate | bench | env."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from . import env as environment
 from ._checks import check_choice, check_device, message
 from ._files import writable_folder
+from .bench.command import bench
 from .checkpoints import load_model, read_header, save_model
 from .classifiers import build_classifier
 from .config import DataConfig, TransformConfig
@@ -310,7 +311,9 @@ def env() -> None:
     environment.main()
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, classifier, pretrain, finetune, doctor, evaluate, env)}
+COMMANDS: dict[str, Any] = {
+    f.__name__: f for f in (demo, train, classifier, pretrain, finetune, doctor, evaluate, bench, env)
+}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -323,7 +326,7 @@ class _Parser(jsonargparse.ArgumentParser):
 def main(args: list[str] | None = None) -> None:
     """Entry point of `atop-fast`: bad input gives one line on standard error and exit code 2."""
     try:
-        args = _with_preset(sys.argv[1:] if args is None else args)
+        args = _with_positional(sys.argv[1:] if args is None else args)
         jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
@@ -340,10 +343,12 @@ def _fail(error: Any) -> int:
     return 2
 
 
-def _with_preset(args: list[str]) -> list[str]:
-    """The arguments with the PRESET of `train` as the configuration that the options after it change."""
-    if args[:1] != ["train"] or len(args) == 1 or args[1].startswith("-"):
+def _with_positional(args: list[str]) -> list[str]:
+    """The PRESET of `train` as the configuration that later options change, and the SUITE of `bench` as an option."""
+    if args[:1] not in (["train"], ["bench"]) or len(args) == 1 or args[1].startswith("-"):
         return args
+    if args[0] == "bench":
+        return ["bench", f"--suite={args[1]}", *args[2:]]
     return ["train", f"--config={json.dumps(asdict(load_recipe(args[1])))}", *args[2:]]
 
 
