@@ -44,8 +44,8 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-bench: $(STAMP) ## the ops against eager mode and torch.compile, on this machine
-	$(BIN)/python benchmarks/ops.py
+bench: $(STAMP) ## atop_fast against other libraries, eager mode and torch.compile: runs/bench.json, .png
+	$(BIN)/atop-fast bench --json runs/bench.json --plot runs/bench.png
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache

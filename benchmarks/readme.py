@@ -14,7 +14,8 @@ from atop_fast.bench.results import format_quality, format_time, read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-# The demo's file is no table of timings.
+# Files that are no tables of timings: the demo's, and what gpu.sh counts.
+OTHERS = ("demo--cpu", "tests--cuda")
 DEMO = RESULTS / "demo--cpu.json"
 # Rows that the README shows: case, shape, dtype.
 OPS = (
@@ -43,9 +44,9 @@ WORK = {"forward": "forward", "both": "forward + backward"}
 
 @functools.cache
 def documents() -> dict[str, dict[str, Any]]:
-    """The result files by name, the oldest first."""
-    found = {path.stem: read(path) for path in sorted(RESULTS.glob("*.json")) if path != DEMO}
-    return dict(sorted(found.items(), key=lambda item: item[1]["date"]))
+    """The result files by name, the oldest first, and of one day the largest last."""
+    found = {path.stem: read(path) for path in sorted(RESULTS.glob("*.json")) if path.stem not in OTHERS}
+    return dict(sorted(found.items(), key=lambda item: (item[1]["date"], len(item[1]["rows"]))))
 
 
 @functools.cache
@@ -184,7 +185,7 @@ def summary() -> str:
         won = sum(ratio >= 1 for ratio in ratios)
         ends = " | ".join(_ratio(f(ratios)) for f in (min, statistics.median, max))
         lines.append(f"| {suite} | {peer} | {len(ratios)} | {won} | {len(ratios) - won} | {ends} |")
-    used = dict.fromkeys(row["file"] for row in latest())
+    used = dict.fromkeys(row["file"] for row in latest() if row["suite"] in COMPARED)
     sources = [f"- [{name}.json](../benchmarks/results/{name}.json): {_source(documents()[name])}" for name in used]
     return "\n".join(lines) + "\n\n" + "\n".join(sources)
 
@@ -221,7 +222,7 @@ def _table(found: list[Comparison]) -> str:
     ]
     for ours, peer, ratio in found:
         times = ", ".join(format_time(row["median_s"]) for row in (peer, ours))
-        ranges = ", ".join(format_time(row["iqr_s"]) for row in (peer, ours))
+        ranges = ", ".join(format_time(row["iqr_s"]) for row in (peer, ours) if row["samples"] > 1)
         roofline = "" if ours["roofline"] is None else f"{100 * ours['roofline']:.0f} %"
         peaks = [row["peak_mib"] for row in (peer, ours)]
         memory = "" if None in peaks else f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB"

@@ -1,7 +1,7 @@
 """The random transforms under pytest-benchmark: pytest benchmarks/test_transforms_bench.py
 
-The cases of atop_fast/bench/transforms.py, each variant a benchmark of its own; --benchmark-compare and the like work as
-usual. Ratios between variants are better taken from `atop-fast bench ops`, which takes turns.
+The cases of atop_fast/bench/transforms.py, each variant a benchmark of its own; --benchmark-compare and the like work
+as usual. Ratios between variants are better taken from `atop-fast bench ops`, which takes turns.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import __version__
 from .._checks import message
 from .._files import write_text
 from ..env import cpu_model
@@ -116,7 +117,7 @@ def format_quality(row: dict[str, Any]) -> str:
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "case": row["case"], "shape": row["shape"], "variant": row["variant"], "dtype": row["dtype"],
-        "threads": str(row["threads"]), "median": format_time(row["median_s"]), "IQR": format_time(row["iqr_s"]),
+        "threads": str(row["threads"]), "median": format_time(row["median_s"]), "IQR": format_time(row["iqr_s"]) if row["samples"] > 1 else "",
         "ratio": f"{row['ratio']:.2f}",
         "images/s": "" if row["images_per_s"] is None else f"{row['images_per_s']:.3g}",
         "roofline": "" if row["roofline"] is None else f"{100 * row['roofline']:.0f} %",
@@ -133,4 +134,4 @@ def _git_commit() -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return done.stdout.strip()
-    return f"release {importlib.metadata.version('atop-fast')}"
+    return f"release {__version__}"
