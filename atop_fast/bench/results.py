@@ -116,14 +116,19 @@ def format_quality(row: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
     return {
-        "case": row["case"], "shape": row["shape"], "variant": row["variant"], "dtype": row["dtype"],
-        "threads": str(row["threads"]), "median": format_time(row["median_s"]), "IQR": format_time(row["iqr_s"]) if row["samples"] > 1 else "",
+        "case": row["case"],
+        "shape": row["shape"],
+        "variant": row["variant"],
+        "dtype": row["dtype"],
+        "threads": str(row["threads"]),
+        "median": format_time(row["median_s"]),
+        "IQR": format_time(row["iqr_s"]) if row["samples"] > 1 else "",
         "ratio": f"{row['ratio']:.2f}",
         "images/s": "" if row["images_per_s"] is None else f"{row['images_per_s']:.3g}",
         "roofline": "" if row["roofline"] is None else f"{100 * row['roofline']:.0f} %",
         "peak": "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB",
         "result": format_quality(row),
-    }  # fmt: skip
+    }
 
 
 def _git_commit() -> str:
