@@ -11,6 +11,7 @@ import torch
 
 from atop_fast.bench import attacks, command, evaluate, finetune, harness, ops, results, scaling
 from atop_fast.bench.harness import Case, Options, Roofline, measure, time_in_turns, with_peak
+from atop_fast.bench.models import defense
 from atop_fast.bench.plot import comparisons, draw_ratios, draw_scaling
 from atop_fast.cli import main
 
@@ -100,6 +101,7 @@ def tiny(monkeypatch):
     for module in (model, grey):
         module.eval().requires_grad_(False)
     x = torch.rand(64, 1, 32, 32)
+    monkeypatch.setattr(evaluate, "defense", lambda model, channels, width, device: defense(model, channels, 4, device))
     for suite in (attacks, evaluate):
         monkeypatch.setattr(suite, "resnet18", lambda device: model)
         monkeypatch.setattr(suite, "digits", lambda device: (grey, x, grey(x).argmax(dim=1)))
@@ -130,12 +132,13 @@ def test_plain_networks_are_ours():
 
 
 def test_op_cases_of_a_quick_run_have_distinct_names_and_no_compile():
-    cases = list(islice(ops.cases(Options(quick=True)), 3))
-    assert len({case.name for case in cases}) == 3
+    cases = list(islice(ops.cases(Options(quick=True)), 2))
+    assert len({case.name for case in cases}) == 2
     assert all("compile" not in case.run and case.ours for case in cases)
 
 
 def test_command_writes_results_and_pictures(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ops, "SUITES", (lambda device: islice(ops.pgd_cases(device), 1),))
     path, picture = tmp_path / "new" / "found.json", tmp_path / "found.png"
     main(["bench", "ops", "--quick=true", f"--json={path}", f"--plot={picture}"])

@@ -141,7 +141,7 @@ def pyautoattack(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float) 
     """AutoAttack standard by its authors' code, as pyautoattack distributes it."""
     from pyautoattack.autoattack import AutoAttack as Original
 
-    attack = Original(model, norm=norm, eps=eps, seed=0, version="standard", device=x.device)
+    attack = Original(model, norm=norm, eps=eps, seed=0, version="standard", device=str(x.device))
     with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
         adversarial: Tensor = attack.run_standard_evaluation(x, y, batch_size=256)[0]
     return adversarial
