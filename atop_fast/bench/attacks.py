@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attacks import PGD, AutoAttack, draw_logits
 from .harness import Case, Function, Options, Quality, flops
-from .models import digits, plain_pgd, resnet18, smooth_images
+from .models import digits, has_digits, plain_pgd, resnet18, smooth_images
 
 EPS, ALPHA = 8 / 255, 2 / 255
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -21,9 +21,10 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 def cases(options: Options) -> Iterator[Case]:
     """PGD on a CIFAR ResNet-18, PGD to a verdict, and AutoAttack."""
     yield _pgd10(options)
-    yield _pgd_to_a_verdict(options)
-    if not options.quick:
-        yield _autoattack(options)
+    if has_digits():
+        yield _pgd_to_a_verdict(options)
+        if not options.quick:
+            yield _autoattack(options)
 
 
 def _pgd10(options: Options) -> Case:

@@ -13,7 +13,7 @@ from ..defense import Defense
 from ..evaluation import evaluate
 from .attacks import ALPHA, EPS, judge_attacks
 from .harness import Case, Function, Options, Quality, flops
-from .models import defense, digits, resnet18, smooth_images
+from .models import defense, digits, has_digits, resnet18, smooth_images
 from .unet_plain import PlainUNet
 
 DRAWS = 20
@@ -22,7 +22,8 @@ DRAWS = 20
 def cases(options: Options) -> Iterator[Case]:
     """PGD with EOT through a U-Net and a ResNet-18, and the protocol `quick` on digits."""
     yield _pgd_eot(options)
-    yield _protocol(options)
+    if has_digits():
+        yield _protocol(options)
 
 
 def _pgd_eot(options: Options) -> Case:

