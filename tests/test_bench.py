@@ -139,7 +139,7 @@ def test_op_cases_of_a_quick_run_have_distinct_names_and_no_compile():
 
 def test_command_writes_results_and_pictures(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(ops, "SUITES", (lambda device: islice(ops.pgd_cases(device), 1),))
+    monkeypatch.setattr(ops, "all_cases", lambda device, quick: islice(ops.pgd_cases(device, quick), 1))
     path, picture = tmp_path / "new" / "found.json", tmp_path / "found.png"
     main(["bench", "ops", "--quick=true", f"--json={path}", f"--plot={picture}"])
     document = results.read(path)

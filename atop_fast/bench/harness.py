@@ -70,8 +70,8 @@ class Case:
         flops: floating-point operations of the plain formulation.
         images: that one run works through; 0 where a rate of images says nothing.
         judge: from the variants' first results to their quality; raises AssertionError for what must not be timed.
-        rounds: samples of each variant: 0 for as many as fit into the time, for what takes milliseconds; 1 for what
-            takes minutes, and then nothing is run before.
+        rounds: samples of each variant: 0 for as many as fit into the time, or 3 where a call takes longer than a fifth
+            of a second; 1 for what takes minutes, and then nothing is run before.
         own_clock: the functions return the seconds of their work, which goes on in other processes.
     """
 
@@ -220,22 +220,24 @@ def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list
         for name, function in case.rounds * list(case.run.items()):
             own[name].append(function())
         return [_row(case, name, own, roofline, None, {}) for name in own]
-    outputs, peaks, first = {}, {}, {}
+    outputs, peaks, last = {}, {}, {}
     for name, function in case.run.items():
         try:
-            start = time.perf_counter()
-            outputs[name], peaks[name] = with_peak(function, device)
-            first[name] = [time.perf_counter() - start]
             if case.rounds != 1:
-                _, peaks[name] = with_peak(function, device)
+                outputs[name] = function()
+            start = time.perf_counter()
+            result, peaks[name] = with_peak(function, device)
+            last[name] = [time.perf_counter() - start]
+            outputs.setdefault(name, result)
         except Exception as error:  # a peer that is missing or cannot do the work is no result; the message is
             if name in case.ours:
                 raise
             print(f"{case.name}, {case.shape}: no {name}: {type(error).__name__}: {error}".partition("\n")[0])
-    quality = case.judge(outputs)
-    warm = {name: case.run[name] for name in outputs}
-    samples = first if case.rounds == 1 else time_in_turns(warm, device, seconds, case.rounds)
-    return [_row(case, name, samples, roofline, peaks[name], quality.get(name, {})) for name in outputs]
+    quality = case.judge({name: outputs[name] for name in last})
+    warm = {name: case.run[name] for name in last}
+    rounds = case.rounds or (3 if max(last.values()) > [0.2] else 0)
+    samples = last if case.rounds == 1 else time_in_turns(warm, device, seconds, rounds)
+    return [_row(case, name, samples, roofline, peaks[name], quality.get(name, {})) for name in last]
 
 
 def _row(
@@ -265,7 +267,7 @@ def _row(
 def _difference(a: Any, b: Any) -> float:
     if isinstance(a, tuple):
         return max(_difference(x, y) for x, y in zip(a, b, strict=True))
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(torch.double).tiny))
 
 

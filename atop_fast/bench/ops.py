@@ -28,9 +28,9 @@ UPSAMPLINGS = ((8, 96, 64), (8, 48, 128))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def pgd_cases(device: str) -> Iterator[Case]:
+def pgd_cases(device: str, quick: bool) -> Iterator[Case]:
     """The step out of place and in place; in place, eager also writes into the images."""
-    shapes = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))
+    shapes = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))[: 1 if quick else None]
     for shape, dtype in itertools.product(shapes, (torch.float32, torch.float64)):
         x0 = torch.rand(shape, dtype=dtype, device=device)
         grad = torch.randn_like(x0)
@@ -49,11 +49,13 @@ def pgd_cases(device: str) -> Iterator[Case]:
         yield _case("pgd_step_linf_", "forward", x, "nchw", nbytes, formula_in_place, in_place, tolerance=None)
 
 
-def gated_cases(device: str) -> Iterator[Case]:
+def gated_cases(device: str, quick: bool) -> Iterator[Case]:
     """Forward, and forward plus backward as autograd runs it; relu, and the bias with its gradient, at one size."""
-    shapes = ((8, 96, 32, 32), (8, 96, 128, 128), (8, 96, 256, 256))
+    shapes = ((8, 96, 32, 32), (8, 96, 128, 128), (8, 96, 256, 256))[: 2 if quick else None]
     for shape, dtype, layout in itertools.product(shapes, gated.DTYPES, LAYOUTS):
-        yield from _gated_cases("gated_elu", device, shape, dtype, layout)
+        # The types that networks run in at every size, the others at one.
+        if dtype in (torch.float32, torch.bfloat16) or shape == shapes[1]:
+            yield from _gated_cases("gated_elu", device, shape, dtype, layout)
     for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS):
         yield from _gated_cases("gated_relu", device, shapes[1], dtype, layout)
         for channels in (96, 24):
@@ -74,11 +76,11 @@ def _gated_cases(name: str, device: str, shape: Sequence[int], dtype: torch.dtyp
     yield _case(name, "both", h, layout, h.nbytes * 4, formula, both, tolerance)
 
 
-def conv3x3_cases(device: str) -> Iterator[Case]:
+def conv3x3_cases(device: str, quick: bool) -> Iterator[Case]:
     """Forward, and forward plus the gradient of the images, with prepared weights; and the preparation."""
     if device != "cpu":
         return
-    for batch, channels, outputs, size in CONVOLUTIONS:
+    for batch, channels, outputs, size in CONVOLUTIONS[: 1 if quick else None]:
         x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
         weight, bias = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
         prepared = [conv3x3.OP_PREPARE(weight, transposed) for transposed in (False, True)]
@@ -235,22 +237,24 @@ def _case(
     )
 
 
-SUITES = (
-    pgd_cases,
-    gated_cases,
-    conv3x3_cases,
-    upsample_conv3x3_cases,
-    attention_cases,
-    attack_steps.step_cases,
-    attack_losses.attack_loss_cases,
-    transforms.transform_cases,
-)
+def all_cases(device: str, quick: bool) -> Iterator[Case]:
+    """The cases of all ops; `quick` spares those that take time to make."""
+    for sized in (pgd_cases, gated_cases, conv3x3_cases):
+        yield from sized(device, quick)
+    for make in (
+        upsample_conv3x3_cases,
+        attention_cases,
+        attack_steps.step_cases,
+        attack_losses.attack_loss_cases,
+        transforms.transform_cases,
+    ):
+        yield from make(device)
 
 
 def cases(options: Options) -> Iterator[Case]:
     """All cases, or with `quick` the first one of each name in float32, which alone torch.compile gets otherwise."""
     seen = set()
-    for case in itertools.chain(*(make(options.device) for make in SUITES)):
+    for case in all_cases(options.device, options.quick):
         first = case.dtype == "float32" and case.name not in seen
         if first:
             seen.add(case.name)

@@ -26,7 +26,7 @@ from .harness import Case, Function, Options
 from .models import defense, smooth_images
 
 # What is varied, the others staying at BASE, and the smallest and largest value of a quick run.
-AXES = {"images": (8, 16, 32, 64), "draws": (1, 4, 16, 64), "steps": (2, 4, 8, 16), "size": (32, 64, 128)}
+AXES = {"images": (8, 16, 32, 64), "draws": (1, 4, 16), "steps": (2, 4, 8, 16), "size": (32, 64, 96)}
 BASE = {"images": 16, "draws": 4, "steps": 4, "size": 32}
 # Images of the evaluation by several processes.
 EVALUATED = 64
