@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .harness import Case, same_as_baseline
+from .harness import Case, Function, same_as_baseline
 
 # The package exports the function under the name of its module.
 attack_loss = importlib.import_module("atop_fast.ops.attack_loss")
@@ -52,6 +52,6 @@ def _case(loss: str, z: Tensor, labels: Tensor, targets: Tensor | None) -> Case:
     kinds = loss + ("" if targets is None else " targets")
     shape = "x".join(map(str, z.shape)) + f", {kinds}"
     owner = [ops._registry.owner("attack_loss", z.device.type)]
-    run = {"eager": eager, owner[0]: mine, "compile": compile_}
+    run: dict[str, Function] = {"eager": eager, owner[0]: mine, "compile": compile_}
     judge = same_as_baseline(owner, 1e-5)
     return Case("ops", "attack_loss both", shape, "float32", run, owner, 2 * z.nbytes, judge=judge)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from .harness import Case, Function, Options, Quality, flops
 from .models import digits, has_digits, plain_pgd, resnet18, smooth_images
 
 EPS, ALPHA = 8 / 255, 2 / 255
-Attack = Callable[[Tensor, Tensor], Tensor]
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -32,7 +31,7 @@ def _pgd10(options: Options) -> Case:
     model, x = resnet18(options.device), smooth_images(count).to(options.device)
     # Of a network with random weights, what counts is which of its predictions an attack changes.
     y = model(x).argmax(dim=1)
-    step = {"eps": EPS, "alpha": ALPHA, "steps": 10}
+    step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": 10}
     run: dict[str, Function] = {
         "plain": lambda: plain_pgd(model, x, y, **step),
         "torchattacks": lambda: torchattacks_pgd(model, x, y, **step),
@@ -53,7 +52,7 @@ def _pgd_to_a_verdict(options: Options) -> Case:
     count = 64 if options.quick else 256
     model, x, y = digits(options.device)
     x, y = x[:count], y[:count]
-    step = {"eps": 0.06, "alpha": 0.01, "steps": 40}
+    step: dict[str, Any] = {"eps": 0.06, "alpha": 0.01, "steps": 40}
     run: dict[str, Function] = {
         "plain": lambda: plain_pgd(model, x, y, **step),
         "torchattacks": lambda: torchattacks_pgd(model, x, y, **step),
@@ -75,7 +74,7 @@ def _autoattack(options: Options) -> Case:
 
 
 def attack_case(
-    name: str, model: nn.Module, x: Tensor, y: Tensor, run: dict[str, Function], work: int = 0, rounds: int = 3
+    name: str, model: nn.Module, x: Tensor, y: Tensor, run: Mapping[str, Function], work: int = 0, rounds: int = 3
 ) -> Case:
     """A case whose variants return adversarial images, judged by the model itself in float32."""
     shape = "x".join(map(str, x.shape))

@@ -31,7 +31,7 @@ def _pgd_eot(options: Options) -> Case:
     model = defense(resnet18(options.device), channels=3, width=24, device=options.device)
     x = smooth_images(count).to(options.device)
     y = model(x, draws=0).argmax(dim=1)
-    step = {"eps": EPS, "alpha": ALPHA, "steps": 5, "eot_iter": 10}
+    step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": 5, "eot_iter": 10}
     run: dict[str, Function] = {
         "torchattacks": lambda: torchattacks_eotpgd(model, x, y, **step),
         "atop_fast": lambda: PGD(model, **step, random_start=False)(x, y),

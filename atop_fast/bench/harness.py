@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Case:
     name: str
     shape: str
     dtype: str
-    run: dict[str, Function]
+    run: Mapping[str, Function]
     ours: Sequence[str]
     nbytes: int = 0
     flops: int = 0
@@ -141,7 +141,7 @@ def synchronize(device: str) -> None:
 
 
 def time_in_turns(
-    functions: dict[str, Function], device: str, seconds: float, rounds: int = 0
+    functions: Mapping[str, Function], device: str, seconds: float, rounds: int = 0
 ) -> dict[str, list[float]]:
     """Times of every function in seconds, measured in turns so that a disturbance hits all of them alike.
 

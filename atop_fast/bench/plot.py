@@ -65,7 +65,7 @@ def draw_scaling(document: dict[str, Any], path: Path) -> None:
         if row["suite"] == "scaling" and " by " in row["case"] and row["shape"].split()[-1].isalpha():
             panels[row["shape"].split()[-1]][row["variant"]].append(row)
     figure = matplotlib.figure.Figure(figsize=(2.6 * len(panels), 4.6), layout="constrained")
-    axes = figure.subplots(2, len(panels), squeeze=False, sharey="row")
+    axes: Any = figure.subplots(2, len(panels), squeeze=False, sharey="row")
     for column, (axis, variants) in enumerate(panels.items()):
         for (variant, rows), colour in zip(variants.items(), COLOURS, strict=False):
             values = [int(row["shape"].split()[0]) for row in rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -99,8 +99,8 @@ def _corrupt_cases(device: str) -> Iterator[Case]:
             ours = functools.partial(
                 ops.corrupt, patch=patch, size=size, mask_ratio=RATIO, sigma=SIGMA, **keys(len(x), device)
             )
-            peers = {"eager": plain, "torchvision": with_torchvision, "kornia": with_kornia}
-            peers = {name: functools.partial(f, patch=patch, size=size) for name, f in peers.items()}
+            formulations = {"eager": plain, "torchvision": with_torchvision, "kornia": with_kornia}
+            peers = {name: functools.partial(f, patch=patch, size=size) for name, f in formulations.items()}
             pixels = len(x) * (size or shape[2:])[0] * (size or shape[2:])[1] * x.element_size()
             # Forward writes C + 2 channels; backward reads C of them and writes the gradient of the images.
             yield _case("corrupt", x, size, x.nbytes + 5 * pixels, ours, peers, both=False)
@@ -173,7 +173,7 @@ def _case(
     size: tuple[int, int] | None,
     nbytes: int,
     ours: Function,
-    peers: dict[str, Function],
+    peers: Mapping[str, Function],
     both: bool,
 ) -> Case:
     """A case whose functions take `x`; `both` adds the backward pass, by autograd for everyone."""
