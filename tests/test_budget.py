@@ -62,7 +62,7 @@ def test_a_shorter_training_keeps_its_phases():
 
 @pytest.mark.parametrize(
     ("rate", "protocol", "images"),
-    [(1e6, "pgd-eot", 512), (2e3, "pgd-eot", None), (100.0, "quick", None), (1.0, "quick", 1)],
+    [(1e6, "pgd-eot", 512), (4e3, "pgd-eot", None), (100.0, "quick", None), (1.0, "quick", 1)],
 )
 def test_an_evaluation_takes_what_fits(tmp_path, clock, rate, protocol, images):
     """All images; fewer; a lighter protocol; at least one image."""

@@ -130,13 +130,14 @@ class _Training:
 
     def run(self, title: str, record: Metrics, progress: bool) -> Iterator[None]:
         """Train to the end; yields after every update."""
-        with tqdm(total=self.total, initial=self.done, desc=title, unit="batch", disable=not progress) as bar:
+        total, done = self._images(self.total), self._images(self.done)
+        with tqdm(total=total, initial=done, desc=title, unit="img", disable=not progress) as bar:
             while self.done < self.total:
                 order = permutation(len(self.feed), derive_seed(self.seed, "order"), self.epoch)
                 batches = order.split(self.config.batch_size)[self.batch :][: self.total - self.done]
                 for whole, (x, y, ids) in zip(batches, self.feed.batches(self._mine(batches)), strict=True):
                     self._update(x, y, ids, len(whole))
-                    bar.update()
+                    bar.update(len(whole))
                     record.images += len(whole)
                     if self.done % self.part == 0 or self.done == self.total:
                         self._finish_part(record)
@@ -145,6 +146,10 @@ class _Training:
                         self.average.after_epoch(self.epoch)
                         self.epoch, self.batch = self.epoch + 1, 0
                     yield
+
+    def _images(self, updates: int) -> int:
+        """Images of the first updates."""
+        return updates // self.updates * len(self.feed) + updates % self.updates * self.config.batch_size
 
     def _mine(self, batches: tuple[Tensor, ...]) -> list[Tensor]:
         """This process's part of each batch; where there is none, an image that will count nothing."""
