@@ -28,7 +28,7 @@ $(VENV)/.stack: $(VENV)/.python $(CONSTRAINTS)
 
 $(STAMP): $(VENV)/.stack setup.py pyproject.toml $(NATIVE)
 	@echo "==> $(VENV): atop_fast with its native code"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,test,lint,bench]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,track,test,lint,bench]'
 	@$(BIN)/python -m atop_fast.env
 	@touch $@
 
