@@ -23,7 +23,6 @@ from atop_fast.bench.harness import Case, Roofline, keep_heap, measure
 from atop_fast.bench.models import defense
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "tests"))
 
 

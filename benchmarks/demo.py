@@ -9,11 +9,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from _harness import RESULTS, metadata
+
 from atop_fast._files import write_text
-from atop_fast.bench.results import metadata
 from atop_fast.demo import DemoConfig, run_demo
 
-RESULTS = Path(__file__).parent / "results" / "demo--cpu.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "demo.png"
 
 
@@ -32,7 +32,7 @@ def main() -> None:
             if seed == args.seeds[0]:
                 shutil.copyfile(Path(folder) / "gallery.png", PICTURE)
     document = {**metadata("cpu", args.commit), "runs": runs}
-    write_text(RESULTS, json.dumps(document, indent=1) + "\n")
+    write_text(RESULTS / "demo--cpu.json", json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

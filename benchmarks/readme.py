@@ -9,13 +9,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from _harness import OTHERS, RESULTS
+
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
 from atop_fast.bench.results import format_quality, format_time, read
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-# Files that are no tables of timings: the demo's, and what gpu.sh counts.
-OTHERS = ("demo--cpu", "tests--cuda")
 DEMO = RESULTS / "demo--cpu.json"
 # Rows that the README shows: case, shape, dtype.
 OPS = (
@@ -293,7 +292,8 @@ def main() -> None:
     newest = [document for name, document in documents().items() if name.endswith("--cpu")][-1]
     document = {**newest, "rows": [row for row in latest() if row["suite"] != "limits"]}
     draw_ratios(document, ROOT / "docs" / "benchmarks.png")
-    draw_scaling(document, ROOT / "docs" / "scaling.png")
+    if any(row["suite"] == "scaling" for row in document["rows"]):
+        draw_scaling(document, ROOT / "docs" / "scaling.png")
 
 
 if __name__ == "__main__":

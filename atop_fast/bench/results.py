@@ -88,9 +88,13 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """The rows as aligned text, with a line of headings."""
-    texts = [_cells(row) for row in rows]
-    lines = [list(texts[0]), *(list(text.values()) for text in texts)]
+    """The rows of a document as a table."""
+    print_table([_cells(row) for row in rows])
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows with any columns as aligned text, with a line of headings."""
+    lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -112,6 +116,10 @@ def format_quality(row: dict[str, Any]) -> str:
     if row["agree"] is not None:
         parts.append(f"{100 * row['agree']:.1f} % alike")
     return ", ".join(parts)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
