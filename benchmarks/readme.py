@@ -215,13 +215,16 @@ def _compared() -> list[Comparison]:
 
 
 def _table(found: list[Comparison]) -> str:
+    """Of two numbers in a cell, the first is theirs."""
     lines = [
-        "| case | shape | type | ours | against | theirs / ours | times | IQRs | roofline | peak memory | result |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| case | shape | type | ours | against | theirs / ours | times | IQRs | images/s | roofline | peak | result |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for ours, peer, ratio in found:
         times = ", ".join(format_time(row["median_s"]) for row in (peer, ours))
         ranges = ", ".join(format_time(row["iqr_s"]) for row in (peer, ours) if row["samples"] > 1)
+        rates = [row["images_per_s"] for row in (peer, ours)]
+        speed = "" if None in rates else f"{rates[0]:.3g}, {rates[1]:.3g}"
         roofline = "" if ours["roofline"] is None else f"{100 * ours['roofline']:.0f} %"
         peaks = [row["peak_mib"] for row in (peer, ours)]
         memory = "" if None in peaks else f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB"
@@ -229,7 +232,7 @@ def _table(found: list[Comparison]) -> str:
         if peer["accuracy"] is not None:
             result += f" (theirs {100 * peer['accuracy']:.1f} %)"
         cells = (ours["case"], ours["shape"], ours["dtype"], ours["variant"], peer["variant"], _ratio(ratio))
-        lines.append("| " + " | ".join((*cells, times, ranges, roofline, memory, result)) + " |")
+        lines.append("| " + " | ".join((*cells, times, ranges, speed, roofline, memory, result)) + " |")
     return "\n".join(lines)
 
 
