@@ -105,6 +105,14 @@ class Budget:
             diagnostics=False,
         )
 
+    def limit(self, first: bool) -> float:
+        """Seconds after which the first or the second evaluation starts no further attack.
+
+        As many images were planned as take two fifths of the time each; a machine that became slower may need more.
+        """
+        seconds = self.plan["evaluate"]["seconds"]
+        return 0.6 * seconds if first else max(0.4 * seconds, self.left())
+
     def notes(self, config: EvaluationConfig) -> list[str]:
         """What was reduced, for the report; `config` is of the whole evaluation."""
         parts = [

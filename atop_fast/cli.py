@@ -55,6 +55,7 @@ def train(
     finetune: FinetuneConfig = FinetuneConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
     budget: str | None = None,
+    tensorboard: bool = False,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -74,11 +75,13 @@ def train(
         finetune: training of the purifier on adversarial images.
         evaluation: how the defence is judged after both.
         budget: time such as 45m or 2h in which a reduced form of it ends: with fewer updates and images, as reported.
+        tensorboard: write logs for TensorBoard to `out`/tensorboard; needs the extra atop-fast[track].
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     recipe = Recipe(data, transform, classifier, purifier, discriminator, pretrain, finetune, evaluation)
-    report = run_recipe(recipe, out, device=_place("train", device), seed=seed, budget=budget)
+    place = _place("train", device)
+    report = run_recipe(recipe, out, device=place, seed=seed, budget=budget, tensorboard=tensorboard)
     if _first():
         print(format_table(report["systems"]))
         print(f"Report: {Path(out) / 'report.html'}")

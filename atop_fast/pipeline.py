@@ -7,6 +7,7 @@
     <out>/evaluate_<which>/           the evaluation of both purifiers, each with a report of its own
     <out>/metrics.jsonl               losses of every epoch of the trainings
     <out>/report.json, report.html    both verdicts
+    <out>/tensorboard/                if asked for, logs of the trainings
     <out>/plan.json                   under a budget, what fits into it
     <out>/<stage>.pt                  the checkpoint of a training that has not ended
 
@@ -43,6 +44,7 @@ from .purifiers import DISCRIMINATORS, build_purifier
 from .randomness import derive_seed, seeded
 from .recipe import EvaluationConfig, Recipe
 from .training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
+from .training.metrics import summary_writer
 from .zoo import load_classifier
 
 NOTES = (
@@ -90,6 +92,7 @@ def run_recipe(
     device: str | torch.device = "cpu",
     seed: int = 0,
     budget: float | str | None = None,
+    tensorboard: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defence after both.
@@ -105,6 +108,7 @@ def run_recipe(
         budget: seconds, or text such as "90s", "45m", "2h", in which a reduced form of the recipe is to end: with fewer
             updates and images, and perhaps a lighter protocol (docs/training.md); the report says which. What is
             planned depends on the speed of this machine; the result, for one plan, does not.
+        tensorboard: write logs of the trainings for TensorBoard, too, to <out>/tensorboard.
         progress: show progress bars with the time left.
 
     Returns:
@@ -117,8 +121,11 @@ def run_recipe(
     check_integer("run_recipe", "seed", seed, low=0, high=2**63 - 1)
     place = check_device("run_recipe", "device", str(device))
     seconds = None if budget is None else parse_budget(budget, "run_recipe")
+    if tensorboard:
+        summary_writer()
     with process_group() as group:
-        return _Pipeline(recipe, Path(out), place, seed, seconds, progress, group).run()
+        options = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress}
+        return _Pipeline(recipe, Path(out), place, seed, group, **options).run()
 
 
 class _Pipeline:
@@ -130,11 +137,14 @@ class _Pipeline:
         out: Path,
         device: torch.device,
         seed: int,
-        seconds: float | None,
-        progress: bool,
         group: Group,
+        *,
+        seconds: float | None,
+        tensorboard: bool,
+        progress: bool,
     ) -> None:
         start = time.monotonic()
+        self.tensorboard = out / "tensorboard" if tensorboard else None
         self.recipe, self.out, self.device, self.seed = recipe, out, device, seed
         self.progress, self.group = progress, group
         train, held_out = recipe.data.load()
@@ -245,8 +255,7 @@ class _Pipeline:
             selection_draws=config.selection_draws,
             batch_size=config.batch_size,
             out=self.out / f"evaluate_{which}",
-            # So many images were planned that this should not be needed.
-            budget=None if self.budget is None else self.budget.left() / (2 if which == "pretrained" else 1),
+            budget=None if self.budget is None else self.budget.limit(which == "pretrained"),
             diagnostics=None if config.diagnostics else (),
             title=which,
             progress=self.progress,
@@ -279,6 +288,7 @@ class _Pipeline:
             seed=seed,
             checkpoint=self.out / f"{name}.pt",
             metrics=self.out / "metrics.jsonl",
+            tensorboard=self.tensorboard,
             progress=self.progress,
         )
 

@@ -51,6 +51,7 @@ def train_classifier(
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Minimise the cross-entropy with Adam; changes `classifier` in place and leaves it in evaluation mode.
@@ -60,7 +61,7 @@ def train_classifier(
         images, labels, workers: see Feed.
         config: ClassifierConfig.
         seed: key of the data order and of the augmentation.
-        checkpoint, checkpoint_minutes, metrics, progress: see fit.
+        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
         Mean loss and training accuracy of every epoch.
@@ -79,6 +80,7 @@ def train_classifier(
         checkpoint=checkpoint,
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
+        tensorboard=tensorboard,
         progress=progress,
     )
 

@@ -32,6 +32,8 @@ from .step import Step
 History = list[dict[str, float]]
 # Of a training of so many updates that may end within an epoch, the history has about so many parts.
 PARTS = 20
+# Images whose restoration TensorBoard shows.
+PICTURES = 8
 # What a checkpoint has of a training besides the states of networks and optimizers.
 PLACE = ("epoch", "batch", "done", "seen", "sums", "history")
 
@@ -45,6 +47,7 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
@@ -63,6 +66,7 @@ def fit(
         checkpoint_minutes: see checkpoint; 0 writes after every update.
         metrics: JSON-lines file to which every epoch (or part, see below) adds its losses, learning rate and images per
             second.
+        tensorboard: folder for logs of TensorBoard: the same numbers, and purified images; needs the package.
         fingerprint: what else the result depends on, as text; the data, the first weights, the options and `seed` are
             added to it.
         progress: show a progress bar with the time left.
@@ -82,7 +86,8 @@ def fit(
             training = _Training(step, feed, group, seed, fingerprint)
             training.load(checkpoint)
             deadline = time.monotonic() + 60 * checkpoint_minutes
-            record = Metrics(metrics if group.rank == 0 else None, title, training.done)
+            files = (metrics, tensorboard) if group.rank == 0 else (None, None)
+            record = Metrics(files[0], title, training.done, files[1])
             for _ in training.run(title, record, progress and group.rank == 0):
                 if checkpoint is not None and (time.monotonic() >= deadline or terminated.is_set()):
                     training.save(checkpoint)
@@ -177,6 +182,9 @@ class _Training:
         self.history.append({key: float(value) / self.seen for key, value in self.sums.items()})
         rate = next(iter(self.step.optimizers.values())).param_groups[0]["lr"]
         record.add(self.epoch, self.done, self.history[-1], rate)
+        if record.writer is not None:
+            first = torch.arange(min(PICTURES, len(self.feed)))
+            record.add_pictures(self.done, self.step.pictures(*next(self.feed.batches([first], workers=0))))
         self.sums, self.seen = {}, 0
 
     def save(self, path: Path) -> None:

@@ -28,6 +28,7 @@ def pretrain(
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Train a purifier to restore clean images (AToP, equation 4); changes it in place, leaves it in evaluation mode.
@@ -39,7 +40,7 @@ def pretrain(
         discriminator: D(images in [-1, 1], mask) -> scores; None trains without the GAN term.
         config: PretrainConfig.
         seed: key of all randomness.
-        checkpoint, checkpoint_minutes, metrics, progress: see fit.
+        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
         Mean losses of every epoch.
@@ -58,6 +59,7 @@ def pretrain(
         checkpoint=checkpoint,
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
+        tensorboard=tensorboard,
         fingerprint=repr(transform),
         progress=progress,
     )
@@ -75,6 +77,7 @@ def finetune(
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Fine-tune the purifier of a defence on adversarial images (AToP, equation 8); the classifier stays as it is.
@@ -84,7 +87,7 @@ def finetune(
         images, labels, workers: see Feed.
         discriminator, seed: as in pretrain.
         config: FinetuneConfig.
-        checkpoint, checkpoint_minutes, metrics, progress: see fit.
+        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
         Mean losses of every epoch, and the accuracy on the training attack.
@@ -104,6 +107,7 @@ def finetune(
             checkpoint=checkpoint,
             checkpoint_minutes=checkpoint_minutes,
             metrics=metrics,
+            tensorboard=tensorboard,
             fingerprint=f"{defense.transform!r} {describe(*defense.classifier.state_dict().values())}",
             progress=progress,
         )

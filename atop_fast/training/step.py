@@ -95,6 +95,10 @@ class Step:
         """Compute the losses of some images, and pass each network's to `update`; scalars to log."""
         raise NotImplementedError
 
+    def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Pictures (N, C, H, W) in [0, 1] of what becomes of some images; none of a classifier."""
+        return x[:0]
+
     def update(self, loss: Tensor, name: str) -> None:
         """The gradient of the named network, and, with the last part of the batch, its optimizer's step."""
         optimizer, scaler = self.optimizers[name], self.scalers[name]
@@ -169,6 +173,15 @@ class PretrainStep(Step):
             loss = loss + self.config.gan_weight * logs["gan"]
         return (self.transform.assemble(purified, corrupted) + 1) / 2, loss, logs
 
+    @torch.no_grad()
+    def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """The images, and below them what the purifier makes of them."""
+        corrupted = self.transform(x, self.seed, ids, 0)
+        with self.autocast():
+            purified = self.purifier(corrupted)
+        assembled = self.transform.assemble(purified.float(), corrupted)
+        return (torch.cat((self.transform.target(x, self.seed, ids, 0), assembled)) + 1) / 2
+
     def check(self, images: Tensor) -> None:
         """Raise before the first step if the networks do not fit the images (N, C, H, W) in [0, 1]."""
         with torch.no_grad(), frozen(self.purifier), check_fits("pretrain", "images", images):
@@ -228,6 +241,10 @@ class FinetuneStep(PretrainStep):
             return adversarial
         chosen = random_uniform((1, 1, 1), derive_seed(self.attack_seed, "share"), ids, epoch, Tag.START) < share
         return torch.where(chosen, adversarial, x)
+
+    def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Adversarial images of the first epoch, and below them what the purifier makes of them."""
+        return super().pictures(self.attack(x, y, ids, 0), y, ids)
 
     def _attack(self, seed: int) -> Attack:
         config = self.config
