@@ -68,10 +68,11 @@ class Budget:
         if stage not in self.plan:
             seconds = self._seconds(stage)
             # The first updates of a process take longer than the others.
-            first = self._timed(lambda: measure(replace(config, updates=2))) / 2
-            trial = max(2, int(TRIAL * seconds / first))
-            each = self._timed(lambda: measure(replace(config, updates=trial))) / trial
-            updates = max(1, int((MARGIN["train"] * seconds - 2 * first - trial * each) / each))
+            trial = replace(config, updates=2, evaluate_every=0)
+            first = self._timed(lambda: measure(trial)) / 2
+            count = max(2, int(TRIAL * seconds / first))
+            each = self._timed(lambda: measure(replace(trial, updates=count))) / count
+            updates = max(1, int((MARGIN["train"] * seconds - 2 * first - count * each) / each))
             self._keep(stage, seconds, {"updates": min(updates, whole), "of": whole})
         return shorten(config, self.plan[stage]["updates"], epoch)
 

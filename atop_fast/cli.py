@@ -108,11 +108,11 @@ def classifier(
     place = check_device("classifier", "device", device)
     folder = writable_folder("classifier", "out", out)
     train, held_out = (part.to(place) for part in data.load())
-    shape = {"channels": train.images.shape[1], "classes": len(train.classes), "width": width}
+    shape = {"channels": train.shape[0], "classes": len(train.classes), "width": width}
     with seeded(derive_seed(seed, "classifier")):
         model = build_classifier("small_cnn", **shape).to(place)
     checkpoint = folder / "classifier.pt"
-    train_classifier(model, train.images, train.labels, config=training, seed=seed, checkpoint=checkpoint)
+    train_classifier(model, *train.training(), config=training, seed=seed, checkpoint=checkpoint)
     save_model(folder / "classifier.safetensors", model, "classifier", "small_cnn", **shape)
     checkpoint.unlink(missing_ok=True)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def pretrain(
     place = check_device("pretrain", "device", device)
     folder = writable_folder("pretrain", "out", out)
     train = data.load()[0].to(place)
-    channels = train.images.shape[1]
+    channels = train.shape[0]
     with seeded(derive_seed(seed, "networks")):
         purifier = build_purifier("unet", channels=channels, width=width).to(place)
         discriminator = SNPatchDiscriminator(**_patches(channels)).to(place)
@@ -151,7 +151,7 @@ def pretrain(
     run_pretrain(
         purifier,
         transform.build(),
-        train.images,
+        train.training()[0],
         discriminator=discriminator,
         config=training,
         seed=seed,
@@ -194,14 +194,13 @@ def finetune(
     train = data.load()[0].to(place)
     if discriminator is None:
         with seeded(derive_seed(seed, "networks")):
-            judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.images.shape[1]))
+            judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.shape[0]))
     else:
         judge = load_model(discriminator, "discriminator")
     checkpoint = folder / "finetune.pt"
     run_finetune(
         defense,
-        train.images,
-        train.labels,
+        *train.training(),
         discriminator=judge.to(place),
         config=training,
         seed=seed,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_device, check_fits, check_integer, message
-from ._files import claim_folder, describe
+from ._files import claim_folder
 from .attacks import PGD, frozen
 from .budget import Budget
 from .checkpoints import load_model, read_header, save_model
@@ -38,13 +38,13 @@ from .defense import Defense
 from .distributed import Group, process_group
 from .evaluation import PROTOCOLS, evaluate
 from .evaluation.evaluate import parse_budget
-from .evaluation.report import versions, write_report
+from .evaluation.report import training_picture, versions, write_report
 from .ops import resize
 from .purifiers import DISCRIMINATORS, build_purifier
 from .randomness import derive_seed, seeded
 from .recipe import EvaluationConfig, Recipe
 from .training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
-from .training.metrics import summary_writer
+from .training.metrics import read_metrics, summary_writer
 from .zoo import load_classifier
 
 NOTES = (
@@ -53,6 +53,8 @@ NOTES = (
     "to what a file can hold.",
     "The folders evaluate_pretrained and evaluate_finetuned have a full report each, and the adversarial images.",
 )
+# Images of the evaluations within a training.
+HELD_OUT = 512
 INCOMPLETE = "evaluate_{}: the time ended before every image was attacked: the robust accuracy is an upper bound."
 
 
@@ -155,7 +157,7 @@ class _Pipeline:
         self.networks = self._build()
         self._check()
         if group.rank == 0:
-            images = describe(train.images, train.labels, held_out.images, held_out.labels)
+            images = f"{train.description()} {held_out.description()}"
             header = {**asdict(recipe), "seed": seed, "images": images}
             claim_folder("run_recipe", out, header if seconds is None else {**header, "budget": seconds})
         group.gather(None)
@@ -190,7 +192,8 @@ class _Pipeline:
             notes = [*self.budget.notes(self.recipe.evaluation), *notes]
             notes += [INCOMPLETE.format(which) for which, report in reports.items() if not report["complete"]]
         if self.group.rank == 0:
-            write_report(self.out, "atop_fast: AToP from images to verdict", data, notes)
+            curves = training_picture(read_metrics(self.out / "metrics.jsonl"))
+            write_report(self.out, "atop_fast: AToP from images to verdict", data, notes, curves=curves)
         self.group.gather(None)
         return data
 
@@ -199,7 +202,7 @@ class _Pipeline:
         source = self.recipe.classifier
 
         def train(classifier: nn.Module, **options: Any) -> None:
-            train_classifier(self._at_its_size(classifier), self.train.images, self.train.labels, **options)
+            train_classifier(self._at_its_size(classifier), *self.train.training(), **options)
 
         def make() -> None:
             if source.path is None:
@@ -213,7 +216,7 @@ class _Pipeline:
         """Train the purifier and its discriminator on clean images."""
 
         def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
-            pretrain(purifier, self.transform, self.train.images, discriminator=judge, **options)
+            pretrain(purifier, self.transform, self.train.training()[0], discriminator=judge, **options)
 
         def make() -> None:
             networks = (self.networks["purifier"].module, self.networks["discriminator"].module)
@@ -229,7 +232,7 @@ class _Pipeline:
 
         def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
             defense = Defense(self.transform, purifier, classifier)
-            finetune(defense, self.train.images, self.train.labels, discriminator=judge, **options)
+            finetune(defense, *self.train.training(), discriminator=judge, **options)
 
         def make() -> None:
             purifier = self._load("pretrained", "purifier")
@@ -276,6 +279,7 @@ class _Pipeline:
     ) -> None:
         """Let `train` change the networks; as far as the budget goes, if there is one."""
         seed = derive_seed(self.seed, name)
+        held_out = self.test.take(slice(0, HELD_OUT))
         if self.budget is not None:
 
             def measure(trial: TrainingConfig) -> None:
@@ -286,6 +290,7 @@ class _Pipeline:
             *networks,
             config=config,
             seed=seed,
+            held_out=(held_out.images, held_out.labels),
             checkpoint=self.out / f"{name}.pt",
             metrics=self.out / "metrics.jsonl",
             tensorboard=self.tensorboard,
@@ -320,7 +325,7 @@ class _Pipeline:
     def _build(self) -> dict[str, _Network]:
         """The networks as the first stage of each finds them."""
         recipe, source = self.recipe, self.recipe.classifier
-        shape = {"channels": self.train.images.shape[1], "classes": len(self.train.classes)}
+        shape = {"channels": self.train.shape[0], "classes": len(self.train.classes)}
         sources: dict[str, tuple[str, dict[str, Any], Callable[..., nn.Module]]] = {
             "classifier": (source.name, {**shape, **source.options}, build_classifier),
             "purifier": (recipe.purifier.name, recipe.purifier.options, build_purifier),

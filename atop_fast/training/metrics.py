@@ -28,8 +28,8 @@ class Metrics:
     def __init__(self, path: Path | None, title: str, done: int, tensorboard: Path | None = None) -> None:
         self.path, self.title = path, title
         self.lines: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        if path is not None:
+            lines = read_metrics(path)
             self.lines = [line for line in lines if line["training"] != title or line["updates"] <= done]
         self.writer: Any = None
         if tensorboard is not None:
@@ -54,6 +54,13 @@ class Metrics:
         """Show images (N, C, H, W) in [0, 1] in TensorBoard, if there is a log and they are grey or coloured."""
         if self.writer is not None and len(images) and images.shape[1] in (1, 3):
             self.writer.add_images("purified", images.clamp(0, 1).cpu(), done)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of Metrics; none without the file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def summary_writer() -> type:

@@ -25,6 +25,7 @@ def pretrain(
     config: PretrainConfig | None = None,
     seed: int = 0,
     workers: int = 4,
+    held_out: tuple[Tensor, Tensor] | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
@@ -37,6 +38,7 @@ def pretrain(
         purifier: see Defense.
         transform: the random transform.
         images, workers: see Feed.
+        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
         discriminator: D(images in [-1, 1], mask) -> scores; None trains without the GAN term.
         config: PretrainConfig.
         seed: key of all randomness.
@@ -56,6 +58,7 @@ def pretrain(
         step,
         feed,
         seed=seed,
+        held_out=None if held_out is None else Feed("pretrain", *held_out, step.device),
         checkpoint=checkpoint,
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
@@ -74,6 +77,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     seed: int = 0,
     workers: int = 4,
+    held_out: tuple[Tensor, Tensor] | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
@@ -85,6 +89,7 @@ def finetune(
     Args:
         defense: the whole pipeline, with a purifier; changed in place, its purifier left in evaluation mode.
         images, labels, workers: see Feed.
+        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
         discriminator, seed: as in pretrain.
         config: FinetuneConfig.
         checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
@@ -104,6 +109,7 @@ def finetune(
             step,
             feed,
             seed=seed,
+            held_out=None if held_out is None else Feed("finetune", *held_out, step.device),
             checkpoint=checkpoint,
             checkpoint_minutes=checkpoint_minutes,
             metrics=metrics,
