@@ -56,6 +56,7 @@ def train(
     finetune: FinetuneConfig = FinetuneConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
     budget: str | None = None,
+    tensorboard: bool = False,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -75,11 +76,13 @@ def train(
         finetune: training of the purifier on adversarial images.
         evaluation: how the defence is judged after both.
         budget: time such as 45m or 2h in which a reduced form of it ends: with fewer updates and images, as reported.
+        tensorboard: write logs for TensorBoard to `out`/tensorboard; needs the extra atop-fast[track].
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     recipe = Recipe(data, transform, classifier, purifier, discriminator, pretrain, finetune, evaluation)
-    report = run_recipe(recipe, out, device=_place("train", device), seed=seed, budget=budget)
+    place = _place("train", device)
+    report = run_recipe(recipe, out, device=place, seed=seed, budget=budget, tensorboard=tensorboard)
     if _first():
         print(format_table(report["systems"]))
         print(f"Report: {Path(out) / 'report.html'}")
@@ -106,11 +109,11 @@ def classifier(
     place = check_device("classifier", "device", device)
     folder = writable_folder("classifier", "out", out)
     train, held_out = (part.to(place) for part in data.load())
-    shape = {"channels": train.images.shape[1], "classes": len(train.classes), "width": width}
+    shape = {"channels": train.shape[0], "classes": len(train.classes), "width": width}
     with seeded(derive_seed(seed, "classifier")):
         model = build_classifier("small_cnn", **shape).to(place)
     checkpoint = folder / "classifier.pt"
-    train_classifier(model, train.images, train.labels, config=training, seed=seed, checkpoint=checkpoint)
+    train_classifier(model, *train.training(), config=training, seed=seed, checkpoint=checkpoint)
     save_model(folder / "classifier.safetensors", model, "classifier", "small_cnn", **shape)
     checkpoint.unlink(missing_ok=True)
     with torch.no_grad():
@@ -141,7 +144,7 @@ def pretrain(
     place = check_device("pretrain", "device", device)
     folder = writable_folder("pretrain", "out", out)
     train = data.load()[0].to(place)
-    channels = train.images.shape[1]
+    channels = train.shape[0]
     with seeded(derive_seed(seed, "networks")):
         purifier = build_purifier("unet", channels=channels, width=width).to(place)
         discriminator = SNPatchDiscriminator(**_patches(channels)).to(place)
@@ -149,7 +152,7 @@ def pretrain(
     run_pretrain(
         purifier,
         transform.build(),
-        train.images,
+        train.training()[0],
         discriminator=discriminator,
         config=training,
         seed=seed,
@@ -192,14 +195,13 @@ def finetune(
     train = data.load()[0].to(place)
     if discriminator is None:
         with seeded(derive_seed(seed, "networks")):
-            judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.images.shape[1]))
+            judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.shape[0]))
     else:
         judge = load_model(discriminator, "discriminator")
     checkpoint = folder / "finetune.pt"
     run_finetune(
         defense,
-        train.images,
-        train.labels,
+        *train.training(),
         discriminator=judge.to(place),
         config=training,
         seed=seed,
