@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +79,7 @@ def test_lines_of_an_interrupted_training_are_replaced(tmp_path):
         for epoch in range(3):
             record.add(epoch, 10 * (epoch + 1), {"loss": 1.0}, 0.1)
     Metrics(path, "first", 15).add(1, 20, {"loss": 2.0}, 0.1)
-    found = [(line["training"], line["updates"], line["loss"]) for line in map(json.loads, path.open())]
+    found = [(line["training"], line["updates"], line["loss"]) for line in read_metrics(path)]
     assert found == [("first", 10, 1.0), *(("second", n, 1.0) for n in (10, 20, 30)), ("first", 20, 2.0)]
 
 
