@@ -50,10 +50,10 @@ def test_tensorboard_shows_the_metrics_and_pictures(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
     with seeded(0):
         purifier = build_purifier("unet", channels=1, width=4)
-    options = {"metrics": tmp_path / "metrics.jsonl", "tensorboard": tmp_path / "logs", "progress": False}
+    options = {"metrics": tmp_path / "metrics.jsonl", "tensorboard": tmp_path / "logs"}
     config = replace(CONFIG, epochs=1)
     tuned(config, **options)
-    pretrain(purifier, RT2(4), X, config=config, **options)
+    pretrain(purifier, RT2(4), X, config=config, progress=False, **options)
     for title in ("pretrain", "finetune"):
         log = accumulator(str(tmp_path / "logs" / title)).Reload()
         (line,) = (line for line in read_metrics(tmp_path / "metrics.jsonl") if line["training"] == title)
