@@ -31,10 +31,16 @@ from .exp import exp_and_expm1
 TILE = 1024
 MAX_COLUMNS = 64
 # Tiles of softmax hold whole rows, or a part of one at a time where it is longer.
-ROW_TILE = 4096
+ROW_TILE = 2048
 ROW_WARPS = 8
 NEIGHBOURS = ((-1, 0, 1), (-1, 0, 1))
 _SCALE = tl.constexpr(SCALE)
+
+
+@triton.jit
+def _exp(x):
+    e, _ = exp_and_expm1(x)
+    return e
 
 
 @triton.jit
@@ -151,15 +157,15 @@ def weigh_fwd_kernel(
     valid += i_sample * COUNT
     b_z, b_valid = _scaled_scores(scores, valid, o_p, tl.arange(0, COLUMNS), COUNT, WIDTH)
     b_greatest = tl.max(b_z, 1)
-    b_e, _ = exp_and_expm1(b_z - b_greatest[:, None])
+    b_e = _exp(b_z - b_greatest[:, None])
     b_total = tl.sum(b_e, 1)
     if not IS_WHOLE:
         i_first = COLUMNS
         while i_first < COUNT:
             b_z, b_valid = _scaled_scores(scores, valid, o_p, i_first + tl.arange(0, COLUMNS), COUNT, WIDTH)
             b_new = tl.maximum(b_greatest, tl.max(b_z, 1))
-            b_e, _ = exp_and_expm1(b_z - b_new[:, None])
-            b_less, _ = exp_and_expm1(b_greatest - b_new)
+            b_e = _exp(b_z - b_new[:, None])
+            b_less = _exp(b_greatest - b_new)
             b_total = b_total * b_less + tl.sum(b_e, 1)
             b_greatest = b_new
             i_first += COLUMNS
@@ -170,7 +176,7 @@ def weigh_fwd_kernel(
         o_l = i_first + tl.arange(0, COLUMNS)
         if not IS_WHOLE:
             b_z, b_valid = _scaled_scores(scores, valid, o_p, o_l, COUNT, WIDTH)
-            b_e, _ = exp_and_expm1(b_z - b_greatest[:, None])
+            b_e = _exp(b_z - b_greatest[:, None])
         mask = (o_p < COUNT)[:, None] & (o_l < COUNT)[None, :]
         tl.store(p_row + o_l[None, :], b_e * b_inverse[:, None] * b_valid, mask)
         i_first += COLUMNS

@@ -108,10 +108,10 @@ CASES = {
         TILE_OF_DIAGONALS,
         FP32,
     ),
-    "weigh": ("contextual_attention.weigh_fwd_kernel", "*T *u8 *T i i =True =4", ROW_TILE, FP32),
-    # Rows of more than 4096 places.
+    "weigh": ("contextual_attention.weigh_fwd_kernel", "*T *u8 *T i i =True =2", ROW_TILE, FP32),
+    # Rows of more than 2048 places.
     "weigh parts": ("contextual_attention.weigh_fwd_kernel", "*T *u8 *T i i =False =1", ROW_TILE, FP32),
-    "weigh_bwd": ("contextual_attention.weigh_bwd_kernel", "*T *T i i =4", ROW_TILE, FP32),
+    "weigh_bwd": ("contextual_attention.weigh_bwd_kernel", "*T *T i i =2", ROW_TILE, FP32),
     "fuse_bwd": ("contextual_attention.fuse_bwd_kernel", "*T *T *T *T *T i i =16", TILE_OF_DIAGONALS, FP32),
     # COUNT is divisible by 4, and is not.
     "random_normal": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =True", BLOCK, ("fp32",)),
