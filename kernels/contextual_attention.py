@@ -304,11 +304,9 @@ def _attend_bwd(dweights: Tensor, weights: Tensor, scores: Tensor, norms: Tensor
     """The gradient in the products of pixels; overwrites `dweights`."""
     batch, count = norms.shape
     lines, _ = _tile_of(count, ROW_TILE, ROW_TILE)
-    tensors, numbers = (weights, dweights), (batch * count, count, lines)
+    rows = (weights, dweights, batch * count, count, lines)
     programs = -(-batch * count // lines)
-    launch(
-        weigh_bwd_kernel, ROW_TILE, norms.device, *tensors, *numbers, rows=programs, block=ROW_TILE, num_warps=ROW_WARPS
-    )
+    launch(weigh_bwd_kernel, ROW_TILE, norms.device, *rows, rows=programs, block=ROW_TILE, num_warps=ROW_WARPS)
     lines, columns = _tile_of(count, TILE, MAX_COLUMNS)
     parts = -(-count // lines)
     dproducts, partials = torch.empty_like(scores), scores.new_empty(batch, parts, count)

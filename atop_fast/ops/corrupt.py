@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from .resize import bilinear, check_size
 INPUTS = (torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OUTPUTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # One share of masked blocks, the lowest and the highest one, or one for each sample.
-MaskRatio = float | tuple[float, float] | Tensor
+MaskRatio: TypeAlias = float | tuple[float, float] | Tensor
 
 
 def reference(
