@@ -29,10 +29,14 @@ class DataConfig:
     holdout: int = 1000
     split_seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            check_integer("DataConfig", "size", self.size, low=1)
+        check_integer("DataConfig", "holdout", self.holdout, low=0)
+
     def load(self) -> tuple[Dataset, Dataset]:
         """The training part and the held-out part."""
         data = load_data(self.source, self.size, self.grayscale)
-        check_integer("DataConfig", "holdout", self.holdout, low=0)
         if self.holdout >= len(data):
             raise ValueError(message("DataConfig", "holdout", f"fewer than the {len(data)} images", self.holdout))
         train, held_out = data.split(len(data) - self.holdout, self.split_seed)
@@ -58,6 +62,9 @@ class TransformConfig:
     sigma: float = 0.25
     shared_mask: bool = False
     size: int | None = None
+
+    def __post_init__(self) -> None:
+        self.build()
 
     def build(self) -> RandomTransform:
         """The transform."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +64,13 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
         size: side in pixels to which the images are resized (antialiased); None requires equal sizes.
         grayscale: one channel instead of three.
 
+    Pixels are read as they are stored, as torchvision does: the orientation that a camera noted is not applied, and
+    transparency is left out. Colours are converted to RGB.
+
     Raises:
         ImportError: torchvision is not installed.
-        ValueError: no such folder, no images, a damaged image, or images of several sizes.
+        ValueError: no such folder, no images, images of several sizes, or an image that is damaged, has other values
+            than those of 8 bits, or has more pixels than Pillow takes for an attack; the message names it.
     """
     try:
         from torchvision.datasets import ImageFolder
@@ -77,15 +83,33 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
     if size is not None:
         steps.append(v2.Resize((check_integer("image_folder", "size", size, low=1),) * 2, antialias=True))
     try:
-        folder = ImageFolder(str(path), v2.Compose(steps))
-        images = [image for image, _ in folder]
+        folder = ImageFolder(str(path), v2.Compose(steps), loader=_read_image)
     except OSError as error:
-        # No such folder, no images in it, or one that does not decode.
+        # No such folder, or no images in it.
         expected = "a folder with a sub-folder of images for each class"
         raise ValueError(message("image_folder", "path", expected, f"{path} ({error})")) from error
+    images = [image for image, _ in folder]
     if len({image.shape for image in images}) > 1:
         raise ValueError(message("image_folder", "path", "images of one size (or give size)", "several sizes"))
     return Dataset(torch.stack(images).clamp_(0, 1), torch.tensor(folder.targets), tuple(folder.classes))
+
+
+def _read_image(path: str) -> Any:
+    """A file as a PIL image in RGB."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if image.mode[0] in "IF":
+                raise ValueError(f"of mode {image.mode}, which is not of 8 bits")
+            if "transparency" in image.info:
+                # Which Pillow would otherwise warn of.
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except Exception as error:
+        # Decoders raise many types on damaged files; each means the same to the caller.
+        raise ValueError(message("image_folder", "path", "a folder of readable images", f"{path} ({error})")) from error
 
 
 def load_data(source: str, size: int | None = None, grayscale: bool = False) -> Dataset:
