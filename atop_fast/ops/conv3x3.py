@@ -14,6 +14,8 @@ from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backwa
 
 # Outputs whose prepared weights lie side by side.
 PANEL = 16
+# Beyond any image; sizes times a larger one could overflow.
+MAX_DILATION = 2**16 - 1
 # With fewer, on either side, the op is slower than torch's; see `wins`.
 MIN_CHANNELS = 16
 # The interpolation points besides infinity; docs/math.md says why these.
@@ -289,7 +291,7 @@ def check_images(function: str, argument: str, x: Any, channels: int, dilation: 
 def check_dilation(function: str, dilation: Any) -> None:
     """Raise unless `dilation` is one; a compiler knows it as a symbol."""
     if not torch.compiler.is_compiling():
-        check_integer(function, "dilation", dilation, low=1)
+        check_integer(function, "dilation", dilation, low=1, high=MAX_DILATION)
 
 
 def check_bias(function: str, bias: Any, weight: Tensor) -> None:

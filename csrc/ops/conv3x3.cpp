@@ -14,6 +14,11 @@ void check_floats(const char* function, const char* argument, const Tensor& t) {
   ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
 }
 
+// Sizes times a larger one could overflow.
+void check_dilation(const char* function, int64_t dilation) {
+  ATOP_CHECK(dilation >= 1 && dilation <= 65535, function, "dilation", "an integer and in [1, 65535]", text(dilation));
+}
+
 // The weights (outputs, channels, 3, 3) where they lie; of the gradient in x, the same ones transposed and flipped.
 struct Weight {
   const char* function;
@@ -80,7 +85,7 @@ struct Weight {
     check_floats(function, argument, x);
     const bool fits = x.dim() == 4 && x.size(1) == channels && x.size(2) > 0 && x.size(3) > 0;
     ATOP_CHECK(fits, function, argument, text("of shape (B, ", channels, ", H, W), H and W >= 1"), shape_text(x));
-    ATOP_CHECK(dilation >= 1, function, "dilation", "an integer and >= 1", text(dilation));
+    check_dilation(function, dilation);
   }
 };
 
@@ -118,7 +123,7 @@ Tensor conv3x3_bwd_weight(const Tensor& dy, const Tensor& x, int64_t dilation) {
       dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3) && dy.size(1) > 0;
   ATOP_CHECK(fits, kFunction, "dy", text("of shape (", x.size(0), ", O, ", x.size(2), ", ", x.size(3), "), O >= 1"),
              shape_text(dy));
-  ATOP_CHECK(dilation >= 1, kFunction, "dilation", "an integer and >= 1", text(dilation));
+  check_dilation(kFunction, dilation);
   const std::array<int64_t, 4> sizes{dy.size(1), x.size(1), 3, 3};
   Tensor dw = empty(sizes, x, false);
   if (dw.numel() == 0) return dw;
