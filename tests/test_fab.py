@@ -257,6 +257,11 @@ def test_zero_eps_and_empty_batch(norm):
             ValueError,
             "FAB: model must be a classifier of two or more classes, got 1",
         ),
+        (
+            lambda: FAB(LINEAR)(torch.rand(2, 3, 2, 2), torch.full((2,), 9)),
+            ValueError,
+            r"FAB: labels must be classes in \[0, \d+\), got 9",
+        ),
     ],
 )
 def test_wrong_input_is_named(call, error, pattern):

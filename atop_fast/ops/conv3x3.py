@@ -14,6 +14,8 @@ from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backwa
 
 # Outputs whose prepared weights lie side by side.
 PANEL = 16
+# Beyond any image; sizes times a larger one could overflow.
+MAX_DILATION = 2**16 - 1
 # With fewer, on either side, the op is slower than torch's; see `wins`.
 MIN_CHANNELS = 16
 # The interpolation points besides infinity; docs/math.md says why these.
@@ -74,11 +76,11 @@ def reference_bwd(dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation:
 def reference_bwd_weight(dy: Tensor, x: Tensor, dilation: int) -> Tensor:
     """The gradient in the weights, (O, C, 3, 3), contiguous whatever the layout of the images."""
     check_float32("conv3x3_bwd_weight", dy=dy, x=x)
-    if x.dim() != 4:
-        raise ValueError(message("conv3x3_bwd_weight", "x", "of shape (B, C, H, W)", tuple(x.shape)))
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(message("conv3x3_bwd_weight", "x", "of shape (B, C, H, W), C, H and W >= 1", tuple(x.shape)))
     batch, channels, height, width = x.shape
-    if dy.dim() != 4 or (len(dy), *dy.shape[2:]) != (batch, height, width):
-        expected = f"of shape ({batch}, O, {height}, {width})"
+    if dy.dim() != 4 or (len(dy), *dy.shape[2:]) != (batch, height, width) or not dy.shape[1]:
+        expected = f"of shape ({batch}, O, {height}, {width}), O >= 1"
         raise ValueError(message("conv3x3_bwd_weight", "dy", expected, tuple(dy.shape)))
     check_dilation("conv3x3_bwd_weight", dilation)
     weight = x.new_empty(dy.shape[1], channels, 3, 3)
@@ -275,21 +277,21 @@ class FrozenConv3x3(nn.Module):
 def check_weight(function: str, weight: Any) -> None:
     """Raise unless `weight` is (O, C, 3, 3)."""
     check_float_tensor(function, "weight", weight)
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(message(function, "weight", "of shape (O, C, 3, 3)", tuple(weight.shape)))
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
+        raise ValueError(message(function, "weight", "of shape (O, C, 3, 3), O and C >= 1", tuple(weight.shape)))
 
 
 def check_images(function: str, argument: str, x: Any, channels: int, dilation: Any) -> None:
     """Raise unless `x`, which goes by the name `argument`, has `channels`, and `dilation` is one."""
-    if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels:
-        raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W)", tuple(x.shape)))
+    if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+        raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W), H and W >= 1", tuple(x.shape)))
     check_dilation(function, dilation)
 
 
 def check_dilation(function: str, dilation: Any) -> None:
     """Raise unless `dilation` is one; a compiler knows it as a symbol."""
     if not torch.compiler.is_compiling():
-        check_integer(function, "dilation", dilation, low=1)
+        check_integer(function, "dilation", dilation, low=1, high=MAX_DILATION)
 
 
 def check_bias(function: str, bias: Any, weight: Tensor) -> None:

@@ -14,6 +14,11 @@ void check_floats(const char* function, const char* argument, const Tensor& t) {
   ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
 }
 
+// Sizes times a larger one could overflow.
+void check_dilation(const char* function, int64_t dilation) {
+  ATOP_CHECK(dilation >= 1 && dilation <= 65535, function, "dilation", "an integer and in [1, 65535]", text(dilation));
+}
+
 // The weights (outputs, channels, 3, 3) where they lie; of the gradient in x, the same ones transposed and flipped.
 struct Weight {
   const char* function;
@@ -22,8 +27,8 @@ struct Weight {
 
   Weight(const char* function, const Tensor& t, bool transposed) : function(function) {
     check_floats(function, "weight", t);
-    ATOP_CHECK(t.dim() == 4 && t.size(2) == 3 && t.size(3) == 3, function, "weight", "of shape (O, C, 3, 3)",
-               shape_text(t));
+    const bool fits = t.dim() == 4 && t.size(0) > 0 && t.size(1) > 0 && t.size(2) == 3 && t.size(3) == 3;
+    ATOP_CHECK(fits, function, "weight", "of shape (O, C, 3, 3), O and C >= 1", shape_text(t));
     first = input<float>(t);
     outputs = t.size(0);
     channels = t.size(1);
@@ -78,9 +83,9 @@ struct Weight {
 
   void check_images(const char* argument, const Tensor& x, int64_t dilation) const {
     check_floats(function, argument, x);
-    ATOP_CHECK(x.dim() == 4 && x.size(1) == channels, function, argument, text("of shape (B, ", channels, ", H, W)"),
-               shape_text(x));
-    ATOP_CHECK(dilation >= 1, function, "dilation", "an integer and >= 1", text(dilation));
+    const bool fits = x.dim() == 4 && x.size(1) == channels && x.size(2) > 0 && x.size(3) > 0;
+    ATOP_CHECK(fits, function, argument, text("of shape (B, ", channels, ", H, W), H and W >= 1"), shape_text(x));
+    check_dilation(function, dilation);
   }
 };
 
@@ -112,11 +117,13 @@ Tensor conv3x3_bwd_weight(const Tensor& dy, const Tensor& x, int64_t dilation) {
   constexpr const char* kFunction = "conv3x3_bwd_weight";
   check_floats(kFunction, "dy", dy);
   check_floats(kFunction, "x", x);
-  ATOP_CHECK(x.dim() == 4, kFunction, "x", "of shape (B, C, H, W)", shape_text(x));
-  const bool fits = dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3);
-  ATOP_CHECK(fits, kFunction, "dy", text("of shape (", x.size(0), ", O, ", x.size(2), ", ", x.size(3), ")"),
+  ATOP_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, kFunction, "x",
+             "of shape (B, C, H, W), C, H and W >= 1", shape_text(x));
+  const bool fits =
+      dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3) && dy.size(1) > 0;
+  ATOP_CHECK(fits, kFunction, "dy", text("of shape (", x.size(0), ", O, ", x.size(2), ", ", x.size(3), "), O >= 1"),
              shape_text(dy));
-  ATOP_CHECK(dilation >= 1, kFunction, "dilation", "an integer and >= 1", text(dilation));
+  check_dilation(kFunction, dilation);
   const std::array<int64_t, 4> sizes{dy.size(1), x.size(1), 3, 3};
   Tensor dw = empty(sizes, x, false);
   if (dw.numel() == 0) return dw;
