@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import counted
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Rows of these files that the README shows: op, direction, shape, dtype, layout (or the loss). What stands in the
@@ -185,9 +187,9 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits}
+TABLES = {"demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, **counted.TABLES}
 # Where the tables stand.
-PAGES = {"README.md": ("demo", "attacks", "ops"), "docs/transforms.md": ("transforms", "limits")}
+PAGES = {"README.md": ("demo", "attacks", "ops"), "docs/transforms.md": ("transforms", "limits"), **counted.PAGES}
 
 
 if __name__ == "__main__":
