@@ -54,6 +54,7 @@ def train(
     pretrain: PretrainConfig = PretrainConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
+    budget: str | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -72,11 +73,12 @@ def train(
         pretrain: training of the purifier on clean images.
         finetune: training of the purifier on adversarial images.
         evaluation: how the defence is judged after both.
+        budget: time such as 45m or 2h in which a reduced form of it ends: with fewer updates and images, as reported.
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     recipe = Recipe(data, transform, classifier, purifier, discriminator, pretrain, finetune, evaluation)
-    report = run_recipe(recipe, out, device=_place("train", device), seed=seed)
+    report = run_recipe(recipe, out, device=_place("train", device), seed=seed, budget=budget)
     if _first():
         print(format_table(report["systems"]))
         print(f"Report: {Path(out) / 'report.html'}")

@@ -19,24 +19,32 @@ class DataConfig:
             sub-folder for each class.
         size: side in pixels to which images of a folder are resized; none keeps their size.
         grayscale: read a folder with one channel instead of three.
+        test: a source of its own for the held-out images, with the same classes; `holdout` then says nothing.
         holdout: images kept from training, on which evaluation runs; 0 uses all images for both.
-        split_seed: seed of the split; give every command of an experiment the same.
+        split_seed: seed of the split, and of the order of `test`; give every command of an experiment the same.
     """
 
     source: str = "mnist5k"
+    test: str | None = None
     size: int | None = None
     grayscale: bool = False
     holdout: int = 1000
     split_seed: int = 0
 
     def load(self) -> tuple[Dataset, Dataset]:
-        """The training part and the held-out part."""
+        """The training part, its images as bytes, and the held-out part, its images as floats."""
         data = load_data(self.source, self.size, self.grayscale)
+        if self.test is not None:
+            test = load_data(self.test, self.size, self.grayscale)
+            if test.classes != data.classes or test.images.shape[1:] != data.images.shape[1:]:
+                given = f"{self.test} with others"
+                raise ValueError(message("DataConfig", "test", f"images and classes such as {self.source}'s", given))
+            return data, test.split(len(test), self.split_seed)[0].floats()
         check_integer("DataConfig", "holdout", self.holdout, low=0)
         if self.holdout >= len(data):
             raise ValueError(message("DataConfig", "holdout", f"fewer than the {len(data)} images", self.holdout))
         train, held_out = data.split(len(data) - self.holdout, self.split_seed)
-        return train, held_out if self.holdout else train
+        return train, (held_out if self.holdout else train).floats()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class TrainingConfig:
 
     Attributes:
         epochs: passes over the data.
+        updates: end after so many updates, if these are fewer, also in the middle of a pass; the schedule, too, is
+            that of so many. None trains for all of `epochs`.
         batch_size: images of one update, over all processes.
         lr: first learning rate of Adam.
         schedule: "cosine" (falls to 0 along half a cosine), "step" (a tenth after half of the updates, and again after
@@ -36,6 +38,7 @@ class TrainingConfig:
     """
 
     epochs: int = 10
+    updates: int | None = None
     batch_size: int = 64
     lr: float = 1e-3
     schedule: str = "cosine"
@@ -48,6 +51,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_integer(name, "epochs", self.epochs, low=0)
+        if self.updates is not None:
+            check_integer(name, "updates", self.updates, low=0)
         check_integer(name, "batch_size", self.batch_size, low=1)
         check_number(name, "lr", self.lr, low=0)
         check_choice(name, "schedule", self.schedule, list(SCHEDULES))

@@ -30,6 +30,10 @@ from .metrics import Metrics
 from .step import Step
 
 History = list[dict[str, float]]
+# Of a training of so many updates that may end within an epoch, the history has about so many parts.
+PARTS = 20
+# What a checkpoint has of a training besides the states of networks and optimizers.
+PLACE = ("epoch", "batch", "done", "seen", "sums", "history")
 
 
 def fit(
@@ -57,13 +61,15 @@ def fit(
             when `checkpoint_minutes` have passed, at the end, and on SIGTERM; tensors and numbers only. An error while
             writing leaves the earlier one.
         checkpoint_minutes: see checkpoint; 0 writes after every update.
-        metrics: JSON-lines file to which every epoch adds its losses, learning rate and images per second.
+        metrics: JSON-lines file to which every epoch (or part, see below) adds its losses, learning rate and images per
+            second.
         fingerprint: what else the result depends on, as text; the data, the first weights, the options and `seed` are
             added to it.
         progress: show a progress bar with the time left.
 
     Returns:
-        The mean of every logged scalar, epoch by epoch.
+        The mean of every logged scalar, epoch by epoch, or, if the configuration counts updates, over each twentieth of
+        these.
 
     Raises:
         ValueError: `checkpoint` is damaged or of another run, or processes have different networks, data or options.
@@ -76,7 +82,7 @@ def fit(
             training = _Training(step, feed, group, seed, fingerprint)
             training.load(checkpoint)
             deadline = time.monotonic() + 60 * checkpoint_minutes
-            record = Metrics(metrics if group.rank == 0 else None, title, training.epoch)
+            record = Metrics(metrics if group.rank == 0 else None, title, training.done)
             for _ in training.run(title, record, progress and group.rank == 0):
                 if checkpoint is not None and (time.monotonic() >= deadline or terminated.is_set()):
                     training.save(checkpoint)
@@ -105,8 +111,15 @@ class _Training:
             raise ValueError(message("fit", "step, feed", expected, "differences between the ranks"))
         self.average = Average(next(iter(step.modules.values())), self.config)
         self.updates = -(-len(feed) // self.config.batch_size)
-        self.epoch = self.batch = 0
+        self.total = self.config.epochs * self.updates
+        self.part = self.updates
+        if self.config.updates is not None:
+            self.total = min(self.total, self.config.updates)
+            self.part = -(-self.total // PARTS)
+        self.epoch = self.batch = self.done = 0
+        # Over the updates, and their images, since the last entry of the history.
         self.sums: dict[str, Tensor] = {}
+        self.seen = 0
         self.history: History = []
         self.parts: dict[str, Any] = {
             **step.modules,
@@ -117,19 +130,26 @@ class _Training:
 
     def run(self, title: str, record: Metrics, progress: bool) -> Iterator[None]:
         """Train to the end; yields after every update."""
-        done, total = self.epoch * self.updates + self.batch, self.config.epochs * self.updates
-        with tqdm(total=total, initial=done, desc=title, unit="batch", disable=not progress) as bar:
-            while self.epoch < self.config.epochs:
+        total, done = self._images(self.total), self._images(self.done)
+        with tqdm(total=total, initial=done, desc=title, unit="img", disable=not progress) as bar:
+            while self.done < self.total:
                 order = permutation(len(self.feed), derive_seed(self.seed, "order"), self.epoch)
-                batches = order.split(self.config.batch_size)[self.batch :]
-                record.start_epoch(sum(map(len, batches)))
+                batches = order.split(self.config.batch_size)[self.batch :][: self.total - self.done]
                 for whole, (x, y, ids) in zip(batches, self.feed.batches(self._mine(batches)), strict=True):
                     self._update(x, y, ids, len(whole))
-                    bar.update()
-                    if self.batch == self.updates:
-                        self._finish_epoch(record)
+                    bar.update(len(whole))
+                    record.images += len(whole)
+                    if self.done % self.part == 0 or self.done == self.total:
+                        self._finish_part(record)
                         bar.set_postfix({key: f"{value:.3f}" for key, value in self.history[-1].items()})
+                    if self.batch == self.updates or self.done == self.total:
+                        self.average.after_epoch(self.epoch)
+                        self.epoch, self.batch = self.epoch + 1, 0
                     yield
+
+    def _images(self, updates: int) -> int:
+        """Images of the first updates."""
+        return updates // self.updates * len(self.feed) + updates % self.updates * self.config.batch_size
 
     def _mine(self, batches: tuple[Tensor, ...]) -> list[Tensor]:
         """This process's part of each batch; where there is none, an image that will count nothing."""
@@ -139,8 +159,7 @@ class _Training:
         return [part if len(part) else whole[:1] for part, whole in zip(parts, batches, strict=True)]
 
     def _update(self, x: Tensor, y: Tensor, ids: Tensor, whole: int) -> None:
-        done = self.epoch * self.updates + self.batch
-        rate = self.config.lr * _factor(self.config.schedule, done / (self.config.epochs * self.updates))
+        rate = self.config.lr * _factor(self.config.schedule, self.done / self.total)
         for optimizer in self.step.optimizers.values():
             for parameters in optimizer.param_groups:
                 parameters["lr"] = rate
@@ -151,20 +170,20 @@ class _Training:
         for key, value in zip(logs, values, strict=True):
             self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value * whole
         self.average.after_update()
-        self.batch += 1
+        self.seen += whole
+        self.batch, self.done = self.batch + 1, self.done + 1
 
-    def _finish_epoch(self, record: Metrics) -> None:
-        self.history.append({key: float(value) / len(self.feed) for key, value in self.sums.items()})
+    def _finish_part(self, record: Metrics) -> None:
+        self.history.append({key: float(value) / self.seen for key, value in self.sums.items()})
         rate = next(iter(self.step.optimizers.values())).param_groups[0]["lr"]
-        record.finish_epoch(self.epoch, self.history[-1], rate)
-        self.average.after_epoch(self.epoch)
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+        record.add(self.epoch, self.done, self.history[-1], rate)
+        self.sums, self.seen = {}, 0
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; by the first process, as all have the same state."""
         if self.group.rank:
             return
-        here = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
+        here = {name: getattr(self, name) for name in PLACE}
         save_checkpoint(path, self.fingerprint, {**here, **{k: part.state_dict() for k, part in self.parts.items()}})
 
     def load(self, path: Path | None) -> None:
@@ -172,8 +191,9 @@ class _Training:
         state = load_checkpoint("fit", path, self.fingerprint)
         if state is None:
             return
-        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
-        self.sums = {key: value.to(self.step.device) for key, value in state["sums"].items()}
+        for name in PLACE:
+            setattr(self, name, state[name])
+        self.sums = {key: value.to(self.step.device) for key, value in self.sums.items()}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
 
