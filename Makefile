@@ -44,8 +44,8 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-bench: $(STAMP) ## the ops against eager mode and torch.compile, on this machine
-	$(BIN)/python benchmarks/ops.py
+bench: $(STAMP) ## atop_fast against other libraries, eager mode and torch.compile: runs/bench.json, .png
+	$(BIN)/atop-fast bench --json runs/bench.json --plot runs/bench.png
 
 docs: $(VENV)-docs/.installed ## the documentation site, every warning an error: runs/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build

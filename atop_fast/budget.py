@@ -68,10 +68,11 @@ class Budget:
         if stage not in self.plan:
             seconds = self._seconds(stage)
             # The first updates of a process take longer than the others.
-            first = self._timed(lambda: measure(replace(config, updates=2))) / 2
-            trial = max(2, int(TRIAL * seconds / first))
-            each = self._timed(lambda: measure(replace(config, updates=trial))) / trial
-            updates = max(1, int((MARGIN["train"] * seconds - 2 * first - trial * each) / each))
+            trial = replace(config, updates=2, evaluate_every=0)
+            first = self._timed(lambda: measure(trial)) / 2
+            count = max(2, int(TRIAL * seconds / first))
+            each = self._timed(lambda: measure(replace(trial, updates=count))) / count
+            updates = max(1, int((MARGIN["train"] * seconds - 2 * first - count * each) / each))
             self._keep(stage, seconds, {"updates": min(updates, whole), "of": whole})
         return shorten(config, self.plan[stage]["updates"], epoch)
 
@@ -104,6 +105,14 @@ class Budget:
             batch_size=min(config.batch_size, -(-plan["images"] // self.group.size)),
             diagnostics=False,
         )
+
+    def limit(self, first: bool) -> float:
+        """Seconds after which the first or the second evaluation starts no further attack.
+
+        As many images were planned as take two fifths of the time each; a machine that became slower may need more.
+        """
+        seconds = self.plan["evaluate"]["seconds"]
+        return 0.6 * seconds if first else max(0.4 * seconds, self.left())
 
     def notes(self, config: EvaluationConfig) -> list[str]:
         """What was reduced, for the report; `config` is of the whole evaluation."""

@@ -7,6 +7,7 @@
     <out>/evaluate_<which>/           the evaluation of both purifiers, each with a report of its own
     <out>/metrics.jsonl               losses of every epoch of the trainings
     <out>/report.json, report.html    both verdicts
+    <out>/tensorboard/                if asked for, logs of the trainings
     <out>/plan.json                   under a budget, what fits into it
     <out>/<stage>.pt                  the checkpoint of a training that has not ended
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_device, check_fits, check_integer, message
-from ._files import claim_folder, describe
+from ._files import claim_folder
 from .attacks import PGD, frozen
 from .budget import Budget
 from .checkpoints import load_model, read_header, save_model
@@ -37,12 +38,13 @@ from .defense import Defense
 from .distributed import Group, process_group
 from .evaluation import PROTOCOLS, evaluate
 from .evaluation.evaluate import parse_budget
-from .evaluation.report import versions, write_report
+from .evaluation.report import training_picture, versions, write_report
 from .ops import resize
 from .purifiers import DISCRIMINATORS, build_purifier
 from .randomness import derive_seed, seeded
 from .recipe import EvaluationConfig, Recipe
 from .training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
+from .training.metrics import read_metrics, summary_writer
 from .zoo import load_classifier
 
 NOTES = (
@@ -51,6 +53,8 @@ NOTES = (
     "to what a file can hold.",
     "The folders evaluate_pretrained and evaluate_finetuned have a full report each, and the adversarial images.",
 )
+# Images of the evaluations within a training.
+HELD_OUT = 512
 INCOMPLETE = "evaluate_{}: the time ended before every image was attacked: the robust accuracy is an upper bound."
 
 
@@ -90,6 +94,7 @@ def run_recipe(
     device: str | torch.device = "cpu",
     seed: int = 0,
     budget: float | str | None = None,
+    tensorboard: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defence after both.
@@ -105,6 +110,7 @@ def run_recipe(
         budget: seconds, or text such as "90s", "45m", "2h", in which a reduced form of the recipe is to end: with fewer
             updates and images, and perhaps a lighter protocol (docs/training.md); the report says which. What is
             planned depends on the speed of this machine; the result, for one plan, does not.
+        tensorboard: write logs of the trainings for TensorBoard, too, to <out>/tensorboard.
         progress: show progress bars with the time left.
 
     Returns:
@@ -117,8 +123,11 @@ def run_recipe(
     check_integer("run_recipe", "seed", seed, low=0, high=2**63 - 1)
     place = check_device("run_recipe", "device", str(device))
     seconds = None if budget is None else parse_budget(budget, "run_recipe")
+    if tensorboard:
+        summary_writer()
     with process_group() as group:
-        return _Pipeline(recipe, Path(out), place, seed, seconds, progress, group).run()
+        options: dict[str, Any] = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress}
+        return _Pipeline(recipe, Path(out), place, seed, group, **options).run()
 
 
 class _Pipeline:
@@ -130,11 +139,14 @@ class _Pipeline:
         out: Path,
         device: torch.device,
         seed: int,
-        seconds: float | None,
-        progress: bool,
         group: Group,
+        *,
+        seconds: float | None,
+        tensorboard: bool,
+        progress: bool,
     ) -> None:
         start = time.monotonic()
+        self.tensorboard = out / "tensorboard" if tensorboard else None
         self.recipe, self.out, self.device, self.seed = recipe, out, device, seed
         self.progress, self.group = progress, group
         train, held_out = recipe.data.load()
@@ -145,7 +157,7 @@ class _Pipeline:
         self.networks = self._build()
         self._check()
         if group.rank == 0:
-            images = describe(train.images, train.labels, held_out.images, held_out.labels)
+            images = f"{train.description()} {held_out.description()}"
             header = {**asdict(recipe), "seed": seed, "images": images}
             claim_folder("run_recipe", out, header if seconds is None else {**header, "budget": seconds})
         group.gather(None)
@@ -180,7 +192,8 @@ class _Pipeline:
             notes = [*self.budget.notes(self.recipe.evaluation), *notes]
             notes += [INCOMPLETE.format(which) for which, report in reports.items() if not report["complete"]]
         if self.group.rank == 0:
-            write_report(self.out, "atop_fast: AToP from images to verdict", data, notes)
+            curves = training_picture(read_metrics(self.out / "metrics.jsonl"))
+            write_report(self.out, "atop_fast: AToP from images to verdict", data, notes, curves=curves)
         self.group.gather(None)
         return data
 
@@ -189,7 +202,7 @@ class _Pipeline:
         source = self.recipe.classifier
 
         def train(classifier: nn.Module, **options: Any) -> None:
-            train_classifier(self._at_its_size(classifier), self.train.images, self.train.labels, **options)
+            train_classifier(self._at_its_size(classifier), *self.train.training(), **options)
 
         def make() -> None:
             if source.path is None:
@@ -203,7 +216,7 @@ class _Pipeline:
         """Train the purifier and its discriminator on clean images."""
 
         def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
-            pretrain(purifier, self.transform, self.train.images, discriminator=judge, **options)
+            pretrain(purifier, self.transform, self.train.training()[0], discriminator=judge, **options)
 
         def make() -> None:
             networks = (self.networks["purifier"].module, self.networks["discriminator"].module)
@@ -219,7 +232,7 @@ class _Pipeline:
 
         def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
             defense = Defense(self.transform, purifier, classifier)
-            finetune(defense, self.train.images, self.train.labels, discriminator=judge, **options)
+            finetune(defense, *self.train.training(), discriminator=judge, **options)
 
         def make() -> None:
             purifier = self._load("pretrained", "purifier")
@@ -245,8 +258,7 @@ class _Pipeline:
             selection_draws=config.selection_draws,
             batch_size=config.batch_size,
             out=self.out / f"evaluate_{which}",
-            # So many images were planned that this should not be needed.
-            budget=None if self.budget is None else self.budget.left() / (2 if which == "pretrained" else 1),
+            budget=None if self.budget is None else self.budget.limit(which == "pretrained"),
             diagnostics=None if config.diagnostics else (),
             title=which,
             progress=self.progress,
@@ -267,6 +279,7 @@ class _Pipeline:
     ) -> None:
         """Let `train` change the networks; as far as the budget goes, if there is one."""
         seed = derive_seed(self.seed, name)
+        held_out = self.test.take(slice(0, HELD_OUT))
         if self.budget is not None:
 
             def measure(trial: TrainingConfig) -> None:
@@ -277,8 +290,10 @@ class _Pipeline:
             *networks,
             config=config,
             seed=seed,
+            held_out=(held_out.images, held_out.labels),
             checkpoint=self.out / f"{name}.pt",
             metrics=self.out / "metrics.jsonl",
+            tensorboard=self.tensorboard,
             progress=self.progress,
         )
 
@@ -310,7 +325,7 @@ class _Pipeline:
     def _build(self) -> dict[str, _Network]:
         """The networks as the first stage of each finds them."""
         recipe, source = self.recipe, self.recipe.classifier
-        shape = {"channels": self.train.images.shape[1], "classes": len(self.train.classes)}
+        shape = {"channels": self.train.shape[0], "classes": len(self.train.classes)}
         sources: dict[str, tuple[str, dict[str, Any], Callable[..., nn.Module]]] = {
             "classifier": (source.name, {**shape, **source.options}, build_classifier),
             "purifier": (recipe.purifier.name, recipe.purifier.options, build_purifier),

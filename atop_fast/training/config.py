@@ -35,6 +35,8 @@ class TrainingConfig:
         average: weights at the end: "none" (the last), "ema" (an exponential moving average over the updates) or
             "median" (of the ends of the second half of the epochs, weight by weight: MEAT, Wang et al., 2024).
         ema_decay: of the moving average.
+        evaluate_every: entries of the history, which are epochs unless `updates` is given, from one evaluation on
+            held-out images to the next; 0 makes none. They leave the training as it is.
     """
 
     epochs: int = 10
@@ -47,6 +49,7 @@ class TrainingConfig:
     clip: float | None = None
     average: str = "none"
     ema_decay: float = 0.999
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -62,6 +65,7 @@ class TrainingConfig:
             check_number(name, "clip", self.clip, low=0)
         check_choice(name, "average", self.average, list(AVERAGES))
         check_number(name, "ema_decay", self.ema_decay, low=0, high=1)
+        check_integer(name, "evaluate_every", self.evaluate_every, low=0)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from .step import Step
 History = list[dict[str, float]]
 # Of a training of so many updates that may end within an epoch, the history has about so many parts.
 PARTS = 20
+# Images whose restoration TensorBoard shows.
+PICTURES = 8
 # What a checkpoint has of a training besides the states of networks and optimizers.
 PLACE = ("epoch", "batch", "done", "seen", "sums", "history")
 
@@ -42,9 +44,11 @@ def fit(
     feed: Feed,
     *,
     seed: int,
+    held_out: Feed | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
@@ -57,12 +61,14 @@ def fit(
         step: the update; its config gives epochs, batch size, schedule and average.
         feed: the images.
         seed: key of the data order.
+        held_out: images that are evaluated now and then, as the configuration's evaluate_every says.
         checkpoint: file from which an interrupted call with the same `fingerprint` goes on to the same result, written
             when `checkpoint_minutes` have passed, at the end, and on SIGTERM; tensors and numbers only. An error while
             writing leaves the earlier one.
         checkpoint_minutes: see checkpoint; 0 writes after every update.
         metrics: JSON-lines file to which every epoch (or part, see below) adds its losses, learning rate and images per
             second.
+        tensorboard: folder for logs of TensorBoard: the same numbers, and purified images; needs the package.
         fingerprint: what else the result depends on, as text; the data, the first weights, the options and `seed` are
             added to it.
         progress: show a progress bar with the time left.
@@ -79,10 +85,11 @@ def fit(
         module.train()
     try:
         with process_group() as group, _terminated() as terminated:
-            training = _Training(step, feed, group, seed, fingerprint)
+            training = _Training(step, feed, group, seed, fingerprint, held_out)
             training.load(checkpoint)
             deadline = time.monotonic() + 60 * checkpoint_minutes
-            record = Metrics(metrics if group.rank == 0 else None, title, training.done)
+            files = (metrics, tensorboard) if group.rank == 0 else (None, None)
+            record = Metrics(files[0], title, training.done, files[1])
             for _ in training.run(title, record, progress and group.rank == 0):
                 if checkpoint is not None and (time.monotonic() >= deadline or terminated.is_set()):
                     training.save(checkpoint)
@@ -101,8 +108,10 @@ def fit(
 class _Training:
     """Where a training stands: the next update is number `batch` of `epoch`."""
 
-    def __init__(self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str) -> None:
-        self.step, self.feed, self.group, self.seed = step, feed, group, seed
+    def __init__(
+        self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str, held_out: Feed | None
+    ) -> None:
+        self.step, self.feed, self.group, self.seed, self.held_out = step, feed, group, seed, held_out
         self.config: TrainingConfig = step.config
         weights = [value for module in step.modules.values() for value in module.state_dict().values()]
         self.fingerprint = f"{fingerprint} {self.config} {seed} {feed.description()} {describe(*weights)}"
@@ -174,10 +183,32 @@ class _Training:
         self.batch, self.done = self.batch + 1, self.done + 1
 
     def _finish_part(self, record: Metrics) -> None:
-        self.history.append({key: float(value) / self.seen for key, value in self.sums.items()})
+        entry = {key: float(value) / self.seen for key, value in self.sums.items()}
+        every = self.config.evaluate_every
+        if self.held_out is not None and every and (len(self.history) + 1) % every == 0:
+            entry |= self._evaluate(self.held_out)
+        self.history.append(entry)
         rate = next(iter(self.step.optimizers.values())).param_groups[0]["lr"]
         record.add(self.epoch, self.done, self.history[-1], rate)
+        if record.writer is not None:
+            first = torch.arange(min(PICTURES, len(self.feed)))
+            record.add_pictures(self.done, self.step.pictures(*next(self.feed.batches([first], workers=0))))
         self.sums, self.seen = {}, 0
+
+    def _evaluate(self, feed: Feed) -> dict[str, float]:
+        """Means over the held-out images, of which each process takes its part."""
+        for module in self.step.modules.values():
+            module.eval()
+        batches = torch.arange(len(feed)).split(self.config.batch_size)
+        sums: dict[str, Tensor] = {}
+        for whole, (x, y, ids) in zip(batches, feed.batches(self._mine(batches)), strict=True):
+            count = len(ids) if len(whole) > self.group.rank else 0
+            for key, value in self.step.evaluate(x, y, ids).items():
+                sums[key] = sums.get(key, torch.zeros_like(value)) + value.double() * count
+        self.group.add_up(list(sums.values()))
+        for module in self.step.modules.values():
+            module.train()
+        return {f"held_out_{key}": float(value) / len(feed) for key, value in sums.items()}
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; by the first process, as all have the same state."""
