@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench fuzz sanitize clean
+.PHONY: help setup demo test lint bench fuzz sanitize docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -65,5 +65,21 @@ sanitize: $(STAMP) ## the op tests on a CPU library with sanitizers, and the ker
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -p no:cacheprovider -m "not gpu" -k "not compile and not opcheck and not triton" $(SANITIZE_TESTS)
 
-clean: ## remove .venv and everything built
-	rm -rf $(VENV) build *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+docs: $(VENV)-docs/.installed ## the documentation site, every warning an error: runs/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build
+
+# Of its own, as mkdocs-material and torchattacks want different requests; the site needs neither torch nor the package.
+$(VENV)-docs/.installed: constraints-docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
+wheel: $(VENV)/.stack ## a wheel in dist/, installed into a clean environment and tried out from outside of this folder
+	rm -rf dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet -c $(CONSTRAINTS) dist/*.whl
+	cd / && $(abspath $(VENV)-wheel)/bin/python $(abspath tests/smoke.py)
+
+clean: ## remove the environments and everything built
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-wheel build dist *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import counted
 from _harness import OTHERS, RESULTS
 
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
@@ -276,12 +277,14 @@ TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes,
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
+    **counted.TABLES,
 }  # fmt: skip
 # Where the tables stand.
 PAGES = {
     "README.md": ("demo", "attacks", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
+    **counted.PAGES,
 }
 
 
