@@ -240,9 +240,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
 class FrozenConv3x3(nn.Module):
     """A copy of a 3x3 convolution whose weights do not change any more, prepared once: for networks under attack.
 
-    relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from `conv3x3` where it wins, from torch's convolution otherwise. The weights have
-    no gradient and are not in the state dict, as they cannot be changed. They take 9 times their memory: a copy and its
-    two prepared forms.
+    relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from `conv3x3` where
+    it wins, from torch's convolution otherwise. The weights have no gradient and are not in the state dict, as they
+    cannot be changed. They take 9 times their memory: a copy and its two prepared forms.
 
     Args:
         convolution: A convolution that `accepts` takes.

@@ -42,8 +42,8 @@ def prepare(weight: Tensor, stride: int, padding: int, transposed: bool) -> Tens
     for a, row in enumerate(rows):
         for b, column in enumerate(columns):
             for i, k in row.items():
-                for j, l in column.items():
-                    joint[a, b, :, :, i - top, j - left] = weight[:, :, k, l]
+                for j, n in column.items():
+                    joint[a, b, :, :, i - top, j - left] = weight[:, :, k, n]
     return _flat(joint.flatten(0, 2))
 
 
@@ -150,12 +150,12 @@ MOST_WEIGHTS = 1 << 18
 
 
 def wins(x: Tensor, weight: Tensor) -> bool:
-    """Whether the op is faster than torch's convolution: the one place of the rule, which knows nothing of the batch."""
+    """Whether the op can serve; `FrozenConv.accepts` says where it is faster than torch's convolution."""
     return "cpp" not in MISSING and x.is_cpu and x.dtype == weight.dtype == torch.float32
 
 
 class FrozenConv(nn.Module):
-    """A copy of a convolution whose weights do not change any more, with what comes after it: for networks under attack.
+    """A copy of a convolution whose weights do not change any more, with what follows it: for networks under attack.
 
     relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from the op
     `frozen_conv` where it wins, from torch's convolution otherwise. The weights have no gradient and are not in the
@@ -217,8 +217,11 @@ class FrozenConv(nn.Module):
         if not wins(x, self.weight):
             return formula(x, self.weight, self.bias, self.stride, self.padding, residual, self.relu)
         weights = (self.weight, self.bias, self.prepared, self.prepared_t, self.stride, self.padding)
-        sizes = ((n + 2 * self.padding - k) // self.stride + 1 for n, k in zip(x.shape[2:], self.weight.shape[2:]))
-        shape = (len(x), len(self.weight), *sizes)
+        height, width = (
+            (size + 2 * self.padding - taps) // self.stride + 1
+            for size, taps in zip(x.shape[2:], self.weight.shape[2:], strict=True)
+        )
+        shape = (len(x), len(self.weight), height, width)
         return with_residual(lambda *fused: OP(x, *weights, *fused), residual, self.relu, shape)
 
     def extra_repr(self) -> str:

@@ -69,8 +69,8 @@ struct FrozenConvolution {
   StridedConv size;
   float* y;
   std::vector<Axis> rows, columns;
-  // Sums of every place of the axes: the outputs, or, where these are few, those of all remainders side by side, most of
-  // whose weights are not 0.
+  // Sums of every place of the axes: the outputs, or, where these are few, those of all remainders side by side, most
+  // of whose weights are not 0.
   int64_t lanes;
   std::vector<float> bias;  // of whole panels
 
@@ -180,11 +180,19 @@ struct FrozenConvolution {
     const int64_t depth = column.taps * size.channels;
     for (int64_t panel = 0; panel < panels(); panel += kPanels) {
       const int64_t n = std::min(kPanels, panels() - panel), o = panel * kPanel, pitch_of_sums = n * kPanel;
-      const Product product{column.count, depth, n, column.stride * size.channels, 1, pitch_of_sums, false, row.taps,
-                            pitch(), panel + n == panels() && half_panel(lanes)};
+      const Product product{column.count,
+                            depth,
+                            n,
+                            column.stride * size.channels,
+                            1,
+                            pitch_of_sums,
+                            false,
+                            row.taps,
+                            pitch(),
+                            panel + n == panels() && half_panel(lanes)};
       for (int64_t u = begin; u < std::min(end, row.count); ++u) {
-        const float* const v = padded + (row.first + row.stride * u - top) * pitch() +
-                               (column.first - left()) * size.channels;
+        const float* const v =
+            padded + (row.first + row.stride * u - top) * pitch() + (column.first - left()) * size.channels;
         multiply(product, v, weights + panel * row.taps * depth * kPanel, sums);
         const int64_t count = std::min(pitch_of_sums, lanes - o);
         if (lanes == size.outputs) {
@@ -229,7 +237,8 @@ const char* launch_frozen_conv(const float* x, const float* prepared, ConvFusion
   const int64_t bands = (count + most - 1) / most, band = (count + bands - 1) / bands;
   int64_t most_rows = 0;
   for (int64_t begin = 0; begin < count; begin += band) {
-    most_rows = std::max(most_rows, FrozenConvolution::high(conv.rows, begin + band) - FrozenConvolution::low(conv.rows, begin));
+    most_rows = std::max(most_rows,
+                         FrozenConvolution::high(conv.rows, begin + band) - FrozenConvolution::low(conv.rows, begin));
   }
   torch::stable::parallel_for(0, size.batch * bands, 1, [&](int64_t first, int64_t last) {
     const Scratch<float> padded(most_rows * conv.pitch()), sums(conv.columns[0].count * kPanels * kPanel);

@@ -34,8 +34,8 @@ ATOP_CLONES void evaluate(const T* weight, const T* cap, int64_t n, T l, double*
   }
 }
 
-// The l where that is `total`, by Newton's method: as the function is concave, it comes from below and never goes beyond
-// the solution. The largest number where `total` is out of reach.
+// The l where that is `total`, by Newton's method: as the function is concave, it comes from below and never goes
+// beyond the solution. The largest number where `total` is out of reach.
 template <typename T>
 T level(const T* weight, const T* cap, int64_t n, double total) {
   T l = 0;
@@ -106,8 +106,8 @@ Tensor hyperplane_step(const Tensor& x, const Tensor& w, const Tensor& change, b
       std::fill_n(weight.get(), whole, T(0));
       std::fill_n(cap.get(), whole, T(0));
       for (int64_t i = begin; i < end; ++i) {
-        step_row(input<T>(points) + i * n, input<T>(normals) + i * n, input<T>(changes)[i], l2, n,
-                 weight.get(), cap.get(), output<T>(steps) + i * n);
+        step_row(input<T>(points) + i * n, input<T>(normals) + i * n, input<T>(changes)[i], l2, n, weight.get(),
+                 cap.get(), output<T>(steps) + i * n);
       }
     });
   });

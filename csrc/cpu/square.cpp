@@ -145,8 +145,8 @@ struct Arguments {
 
   template <typename T>
   Squares<T> images(const Tensor& y) const {
-    return {input<T>(x), input<T>(x0), input<T>(signs),         input<T>(rows), input<T>(columns),
-            x.size(1),   x.size(2),    x.size(3), static_cast<T>(eps), output<T>(y)};
+    return {input<T>(x), input<T>(x0), input<T>(signs), input<T>(rows),      input<T>(columns),
+            x.size(1),   x.size(2),    x.size(3),       static_cast<T>(eps), output<T>(y)};
   }
 
   // Calls body(begin, end) on the samples.
@@ -191,8 +191,9 @@ Tensor square_bump(const Tensor& x, const Tensor& x0, const Tensor& signs, const
   const Tensor table = dense(bumps), y = torch::stable::empty_like(arguments.x);
   with_float_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Bumps<T> images{arguments.images<T>(y), input<T>(down),    input<T>(across),      input<T>(table),
-                          input<int64_t>(i),      input<int64_t>(j), input<int64_t>(which), bumps.size(1), l2};
+    const Bumps<T> images{arguments.images<T>(y), input<T>(down),    input<T>(across),
+                          input<T>(table),        input<int64_t>(i), input<int64_t>(j),
+                          input<int64_t>(which),  bumps.size(1),     l2};
     arguments.over_samples([&](int64_t begin, int64_t end) {
       std::vector<T> delta(static_cast<size_t>(images.inner())), shape(static_cast<size_t>(images.pixels()));
       std::vector<uint8_t> place(static_cast<size_t>(images.pixels()));

@@ -19,7 +19,7 @@ void transform_gradient(const float* const* pixels, int64_t outputs, float* z, i
 
 // What is added to outputs, unless it is null, and whether they are clamped to 0 then.
 struct Epilogue {
-  const float* bias;               // [outputs]
+  const float* bias;              // [outputs]
   const float* const* residuals;  // as pixels
   bool relu;
 };

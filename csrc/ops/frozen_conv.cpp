@@ -23,8 +23,8 @@ void check_shape(const char* function, const char* argument, const Tensor& t, co
              text("of shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")"), shape_text(t));
 }
 
-// What both directions check; the sizes of images that go with those of `t`, whose channels are weight's second ones, or
-// its first.
+// What both directions check; the sizes of images that go with those of `t`, whose channels are weight's second ones,
+// or its first.
 void check_arguments(const char* function, const char* argument, const Tensor& t, const Tensor& weight, int64_t stride,
                      int64_t padding, bool transposed) {
   check_floats(function, argument, t);
@@ -69,8 +69,8 @@ Tensor frozen_conv(const Tensor& x, const Tensor& weight, const std::optional<Te
   const Tensor shift = bias ? dense(*bias) : x;
   const ConvFusion fusion{nullptr, bias ? input<float>(shift) : nullptr, residual ? input<float>(added) : nullptr,
                           relu};
-  const StridedConv size{x.size(0),      channels, outputs, x.size(2), x.size(3), sizes[2], sizes[3], weight.size(2),
-                         weight.size(3), stride,   padding, false,     last,      true};
+  const StridedConv size{x.size(0),      channels,       outputs, x.size(2), x.size(3), sizes[2], sizes[3],
+                         weight.size(2), weight.size(3), stride,  padding,   false,     last,     true};
   const Tensor ready = checked_prepared(kFunction, "prepared", prepared, frozen_conv_weights(size));
   run_on_device_of(x, kFunction, [&](void* stream) {
     return launch_frozen_conv(input<float>(pixels), input<float>(ready), fusion, size, output<float>(y), stream);
@@ -93,8 +93,8 @@ Tensor frozen_conv_bwd(const Tensor& dy, const Tensor& weight, const Tensor& pre
   const Tensor model = is_channels_last(dy) ? dy : empty(dy.sizes(), dy, true);
   const Tensor pixels = in_layout_of(dy, model), mask = y ? in_layout_of(*y, model) : dy;
   const ConvFusion fusion{y ? input<float>(mask) : nullptr, nullptr, nullptr, false};
-  const StridedConv size{dy.size(0),     weight.size(0), channels, dy.size(2), dy.size(3), height,       width,
-                         weight.size(2), weight.size(3), stride,   padding,    true,       true,         channels_last};
+  const StridedConv size{dy.size(0),     weight.size(0), channels, dy.size(2), dy.size(3), height, width,
+                         weight.size(2), weight.size(3), stride,   padding,    true,       true,   channels_last};
   const Tensor ready = checked_prepared(kFunction, "prepared_t", prepared_t, frozen_conv_weights(size));
   run_on_device_of(dy, kFunction, [&](void* stream) {
     return launch_frozen_conv(input<float>(pixels), input<float>(ready), fusion, size, output<float>(dx), stream);

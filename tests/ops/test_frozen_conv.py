@@ -12,14 +12,12 @@ from _harness import DEVICE
 from torch import nn
 
 from atop_fast import ops
-from atop_fast.ops import _registry
 
 spec_module = importlib.import_module("atop_fast.ops.frozen_conv")
 NAMES = ("frozen_conv", "frozen_conv_bwd")
 cases = functools.partial(harness.cases, op="frozen_conv")
-native = pytest.mark.skipif("cpp" in _registry.MISSING, reason="no native build")
-# Batch, channels, outputs, height, width, rows and columns of weights, stride, padding: as networks have them; sizes that
-# divide nothing; several bands of rows; strides that jump over pixels; padding beyond the weights.
+# Batch, channels, outputs, height, width, rows and columns of weights, stride, padding: as networks have them; sizes
+# that divide nothing; several bands of rows; strides that jump over pixels; padding beyond the weights.
 SHAPES = (
     (2, 3, 24, 16, 16, 3, 3, 2, 1),
     (2, 24, 48, 9, 12, 3, 3, 2, 1),
