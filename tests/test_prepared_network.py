@@ -275,7 +275,8 @@ def test_sums_and_clamps_go_into_convolutions_where_they_can(kind, left):
     names = [getattr(node.target, "__name__", node.target) for node in nodes]
     assert [name for name in names if name != "other"] == ["mul", "sub", *left.split(), "flatten"]
     torch.testing.assert_close(network(X), model(X), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient(network), gradient(model), rtol=1e-4, atol=1e-6)
+    if kind != "changed between":  # of which torch has no gradient either
+        torch.testing.assert_close(gradient(network), gradient(model), rtol=1e-4, atol=1e-6)
 
 
 def test_residual_networks_have_fused_convolutions_alone():

@@ -91,8 +91,8 @@ def reference_bwd(
     check_images("conv3x3_bwd", "dy", dy, weight.shape[0], dilation)
     if y is not None:
         check_like("conv3x3_bwd", "y", y, dy)
-        dy = relu_bwd(dy, y)
-    dx = F.conv_transpose2d(dy, weight, padding=dilation, dilation=dilation)
+    passed = dy if y is None else relu_bwd(dy, y)
+    dx = F.conv_transpose2d(passed, weight, padding=dilation, dilation=dilation)
     return dx.contiguous(memory_format=memory_format(dy))
 
 

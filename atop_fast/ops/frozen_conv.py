@@ -147,6 +147,8 @@ forbid_double_backward("frozen_conv_bwd")
 
 # Larger weights do not stay in the caches of a processor, and torch's convolution reads them less often.
 MOST_WEIGHTS = 1 << 18
+# With more input channels and without a stride, a convolution is what torch's does best.
+FEW_CHANNELS = 16
 
 
 def wins(x: Tensor, weight: Tensor) -> bool:
@@ -187,7 +189,7 @@ class FrozenConv(nn.Module):
         if not isinstance(convolution, nn.Conv2d):
             raise TypeError(message("FrozenConv", "convolution", "an nn.Conv2d", type(convolution).__name__))
         if not self.accepts(convolution):
-            expected = "a float32 convolution on the CPU with few weights, no groups, no dilation, and square strides"
+            expected = "a float32 convolution on the CPU with a stride or few channels, few weights, and no groups"
             raise ValueError(message("FrozenConv", "convolution", expected, convolution))
         self.stride, self.padding, self.relu = convolution.stride[0], int(convolution.padding[0]), relu
         weight, bias = convolution.weight.detach().clone(), convolution.bias
@@ -198,9 +200,14 @@ class FrozenConv(nn.Module):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether `module` is a convolution that this one can replace and outdo."""
+        """Whether `module` is a convolution that this one can replace and outdo.
+
+        Measured against oneDNN: forward the two are about as fast, and what follows is free; the gradient in images of
+        few channels takes a third to a half of the time.
+        """
         return (
             type(module) is nn.Conv2d
+            and (module.stride[0] > 1 or module.in_channels < FEW_CHANNELS)
             and module.stride[0] == module.stride[1]
             and not isinstance(module.padding, str)
             and module.padding[0] == module.padding[1]

@@ -167,7 +167,9 @@ def test_modules(kind, relu):
         ({"kernel_size": (1, 7)}, True),
         ({"stride": (1, 2)}, False),
         ({"padding": (1, 0)}, False),
-        ({"padding": "same"}, False),
+        ({"stride": 1}, False),
+        ({"stride": 1, "in_channels": 15}, True),
+        ({"stride": 1, "in_channels": 15, "padding": "same"}, False),
         ({"dilation": 2}, False),
         ({"groups": 2}, False),
         ({"padding_mode": "reflect", "padding": 1}, False),
@@ -177,7 +179,7 @@ def test_modules(kind, relu):
     ids=str,
 )
 def test_accepts(options, accepted):
-    convolution = nn.Conv2d(**{"in_channels": 16, "out_channels": 32, "kernel_size": 3, **options})
+    convolution = nn.Conv2d(**{"in_channels": 16, "out_channels": 32, "kernel_size": 3, "stride": 2, **options})
     assert ops.FrozenConv.accepts(convolution) == accepted
     if not accepted:
         with pytest.raises(ValueError, match="FrozenConv: convolution must be a float32 convolution on the CPU"):
