@@ -9,7 +9,7 @@ from torch import nn
 
 from atop_fast import RT2, Defense
 from atop_fast.attacks import FAB, counted_passes
-from atop_fast.attacks._projections import hyperplane_step
+from atop_fast.ops import hyperplane_step
 from atop_fast.randomness import seeded
 
 NORMS = {"Linf": torch.inf, "L2": 2, "L1": 1}

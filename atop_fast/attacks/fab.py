@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number, message
-from ..ops import random_normal
+from ..ops import hyperplane_step, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
-from ._projections import hyperplane_step
 from .base import Attack, initial_state, per_image
 from .gradient import GradientEstimator
 from .network import Model

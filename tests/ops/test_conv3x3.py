@@ -94,6 +94,22 @@ def test_gradients(backend, shape, dilation):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@cases(shape=SHAPES, residual=(False, True), relu=(False, True), frozen=(False, True))
+def test_sum_and_clamp(backend, shape, residual, relu, frozen):
+    """What is added to the outputs, 0 instead of what is negative, and all gradients, or those of frozen weights."""
+    x, weight, bias = sample(shape)
+    added = torch.randn_like(spec_module.formula(x, weight, bias, 1))
+    leaves = [t.requires_grad_() for t in ([x] if frozen else [x, weight, bias]) + ([added] if residual else [])]
+    with harness.owned_by(backend, NAMES):
+        y = spec_module.OP(x, weight, bias, None, None, 1, added if residual else None, relu)
+        plain = call(x, weight, bias, 1) + (added if residual else 0)
+        assert torch.equal(y, plain.relu() if relu else plain)
+        mine, expected = (torch.autograd.grad(z, leaves, added) for z in (y, plain.relu() if relu else plain))
+    for one, other in zip(mine, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @cases(layout=harness.LAYOUTS, weights=harness.LAYOUTS)
 def test_layouts(backend, layout, weights):
     x, weight, bias = sample((2, 6, 20, 9, 7))
@@ -105,6 +121,14 @@ def test_layouts(backend, layout, weights):
         for actual, expected in (
             (call(laid_x, laid_weight, laid_bias, 2), call(x, weight, bias, 2)),
             (spec_module.OP_BWD(laid_dy, laid_weight, None, 2), spec_module.OP_BWD(dy, weight, None, 2)),
+            (
+                spec_module.OP_BWD(laid_dy, laid_weight, None, 2, dy.square()),
+                spec_module.OP_BWD(dy, weight, None, 2),
+            ),
+            (
+                spec_module.OP(laid_x, laid_weight, laid_bias, None, None, 2, dy, True),
+                spec_module.OP(x, weight, bias, None, None, 2, laid_dy, True),
+            ),
         ):
             assert actual.is_contiguous(memory_format=wanted)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
