@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,15 +22,29 @@ from ._checks import message
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there."""
+    """Let `write` fill a temporary file beside `path`, then move it there; OSError if that fails."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         temporary.replace(path)
+        # Only then is it there after a power failure, too.
+        _sync(path.parent)
+    except (RuntimeError, SafetensorError) as error:
+        # What torch and safetensors raise on a full disk tells nobody that it is full.
+        reason = str(error).partition("\n")[0]
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path} could not be written ({reason}); its disk has {free / 1e6:.1f} MB left") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files of processes that were killed while they wrote `path`, such as folder/*.safetensors."""
+    for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
+        process = temporary.name.removesuffix(path.suffix).rpartition(".")[2]
+        if process.isdecimal() and not _lives(int(process)):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,6 +70,26 @@ def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[
         expected = "a checkpoint of this run (delete it to start again)"
         raise ValueError(message(function, "checkpoint", expected, f"{path}: {error}")) from error
     return state
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # It is somebody else's.
+        return True
+    return True
 
 
 def read_state(function: str, argument: str, path: Path, key: str) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._checks import message
-from .._files import describe, load_checkpoint, save_checkpoint
+from .._files import describe, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
 from ..distributed import Group, process_group
 from ..randomness import derive_seed, permutation
 from .average import Average
@@ -66,7 +66,9 @@ def fit(
         The mean of every logged scalar, epoch by epoch.
 
     Raises:
-        ValueError: `checkpoint` is damaged or of another run, or processes have different networks, data or options.
+        ValueError: `checkpoint` is damaged, of another run, or cannot be written; processes have different networks,
+            data or options; or a loss or a weight became NaN or infinite: found when an epoch ends or
+            `checkpoint_minutes` have passed, and never saved.
         SystemExit: after SIGTERM, once the checkpoint is written; status 143.
     """
     for module in step.modules.values():
@@ -78,13 +80,13 @@ def fit(
             deadline = time.monotonic() + 60 * checkpoint_minutes
             record = Metrics(metrics if group.rank == 0 else None, title, training.epoch)
             for _ in training.run(title, record, progress and group.rank == 0):
-                if checkpoint is not None and (time.monotonic() >= deadline or terminated.is_set()):
+                if time.monotonic() >= deadline or terminated.is_set():
+                    training.check()
                     training.save(checkpoint)
                     deadline = time.monotonic() + 60 * checkpoint_minutes
                 if terminated.is_set():
                     raise SystemExit(128 + signal.SIGTERM)
-            if checkpoint is not None:
-                training.save(checkpoint)
+            training.save(checkpoint)
             training.average.apply()
             return training.history
     finally:
@@ -107,6 +109,8 @@ class _Training:
         self.updates = -(-len(feed) // self.config.batch_size)
         self.epoch = self.batch = 0
         self.sums: dict[str, Tensor] = {}
+        # The first update in which each scalar was no finite number; -1: in none. On the device: nobody waits for it.
+        self.spoilt: Tensor | None = None
         self.history: History = []
         self.parts: dict[str, Any] = {
             **step.modules,
@@ -127,6 +131,7 @@ class _Training:
                     self._update(x, y, ids, len(whole))
                     bar.update()
                     if self.batch == self.updates:
+                        self.check()
                         self._finish_epoch(record)
                         bar.set_postfix({key: f"{value:.3f}" for key, value in self.history[-1].items()})
                     yield
@@ -148,6 +153,8 @@ class _Training:
         logs = self.step(x, y, ids, self.epoch, share)
         values = torch.stack([value.double() * share for value in logs.values()])
         self.group.add_up([values])
+        before = torch.full_like(values, -1) if self.spoilt is None else self.spoilt
+        self.spoilt = torch.where(values.isfinite() | (before >= 0), before, done)
         for key, value in zip(logs, values, strict=True):
             self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value * whole
         self.average.after_update()
@@ -160,15 +167,32 @@ class _Training:
         self.average.after_epoch(self.epoch)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint; by the first process, as all have the same state."""
-        if self.group.rank:
+    def check(self) -> None:
+        """Raise if a scalar of an update of this epoch, or a weight, is no finite number; called before each save."""
+        updates = [] if self.spoilt is None else self.spoilt.tolist()
+        for name, update in zip(self.sums, updates, strict=False):
+            if update >= 0:
+                given = f"NaN or infinity in update {int(update) % self.updates} of epoch {self.epoch}"
+                raise ValueError(message("fit", name, "finite", f"{given} (both from 0); no checkpoint holds it"))
+        for name, module in self.step.modules.items():
+            values = [v.isfinite().all() for v in module.state_dict().values() if v.is_floating_point()]
+            if not torch.stack(values).all():
+                given = f"NaN or infinity after update {self.batch - 1} of epoch {self.epoch}"
+                given += " (both from 0); no checkpoint holds them"
+                raise ValueError(message("fit", f"the weights of {name}", "finite", given))
+
+    def save(self, path: Path | None) -> None:
+        """Write the checkpoint, if there is to be one; by the first process, as all have the same state."""
+        if path is None or self.group.rank:
             return
         here = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
         save_checkpoint(path, self.fingerprint, {**here, **{k: part.state_dict() for k, part in self.parts.items()}})
 
     def load(self, path: Path | None) -> None:
-        """Go on from the checkpoint, if there is one."""
+        """Go on from the checkpoint, if there is one; where there is none, make sure that it can be written."""
+        if path is not None:
+            writable_folder("fit", "checkpoint", path.parent)
+            remove_leftovers(path)
         state = load_checkpoint("fit", path, self.fingerprint)
         if state is None:
             return
