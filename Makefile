@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench faults clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,6 +46,9 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 
 bench: $(STAMP) ## the ops against eager mode and torch.compile, on this machine
 	$(BIN)/python benchmarks/ops.py
+
+faults: $(STAMP) ## 240 faults in trainings and evaluations; each must lose nothing that was saved and end equal
+	$(BIN)/python benchmarks/faults.py
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache

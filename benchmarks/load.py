@@ -44,6 +44,17 @@ MAKERS: dict[str, Callable[[Any], Attack]] = {
 }
 
 
+class Noisy(nn.Module):
+    """A network whose images get noise of torch's generator."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x + 0.1 * torch.randn_like(x))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--iterations", type=int, default=1000, help="of every attack")
@@ -110,12 +121,17 @@ def concurrent(count: int, shared: bool) -> dict[str, Any]:
         with seeded(0):
             return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
 
+    def noise(x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
+        return (x + 0.2 * torch.rand_like(x) - 0.1).clamp(0, 1)
+
     def run(number: int, model: nn.Module) -> str:
-        # Every other one draws from torch's generator: Defense does not.
-        noisy = model if number % 2 == 0 else lambda x: model(x + 0.1 * torch.randn_like(x))
-        system = Defense(RT2(4, sigma=0.1), None, model) if number % 4 == 0 else noisy
-        report = evaluate(system, X, Y, attacks=lambda m: quick_attacks(m, eps=0.1, seed=number, steps=5), eps=0.1,
-                          seed=number, draws=4, selection_draws=3, batch_size=5, progress=False)  # fmt: skip
+        # Every other one draws from torch's generator, as the attack that is not of the library does.
+        system = Noisy(model) if number % 2 else Defense(RT2(4, sigma=0.1), None, model)
+        options = {"eps": 0.1, "seed": number}
+        attacks = {**quick_attacks(system, steps=5, **options), "noise": noise}
+        report = evaluate(
+            system, X, Y, attacks=attacks, draws=4, selection_draws=3, batch_size=5, progress=False, **options
+        )
         return json.dumps({k: v for k, v in report.to_dict().items() if k not in ("seconds", "passes")})
 
     alone = [run(number, network().eval()) for number in range(count)]

@@ -154,6 +154,79 @@ def limits() -> str:
     return "\n".join(lines) + f"\n\n{_source(document).replace('2 threads', '1 and 2 threads')}"
 
 
+def faults() -> str:
+    """Kinds of faults, how often each was brought about, and what came of it."""
+    document = json.loads((RESULTS / "reliability--cpu.json").read_text())
+    lines = [
+        "| fault | run | injected | how the process ended | lost at most | ended equal |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        lines.append(
+            f"| {row['fault']} | {row['task']} | {row['count']} | {row['ended']} | {row['lost_most']} "
+            f"| {row['equal']} of {row['count']} |"
+        )
+    total, right = (sum(row[key] for row in document["rows"]) for key in ("count", "right"))
+    return f"{total} faults, {right} with the right outcome:\n\n" + "\n".join(lines) + f"\n\n{_repeat(document)}"
+
+
+def numerics() -> str:
+    """attack_loss against float64, attacks in lower precision, and the determinism matrix."""
+    document = json.loads((RESULTS / "numerics--cpu.json").read_text())
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        parts.setdefault(row["part"], []).append({key: value for key, value in row.items() if key != "part"})
+    matrix = parts["determinism"]
+    flags = sum(row["flags"] for row in matrix)
+    settings = {
+        key: sorted({row[key] for row in matrix}) for key in ("backend", "batch", "order", "processes", "threads")
+    }
+    varied = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in settings.items())
+    others = sum(row["other flags"] for row in matrix)
+    return "\n\n".join(
+        (
+            "Largest relative errors, in units of the result's eps (2^-23; float64: 2^-52):",
+            _markdown(parts["loss"]),
+            "Attacks whose networks run in lower precision, judged in float32; 95 % intervals:",
+            _markdown(parts["strength"]),
+            f"Determinism: {len(matrix)} settings ({varied}), {flags} flags, {others} of them other than the first "
+            f"setting's.",
+            _repeat(document),
+        )
+    )
+
+
+def load() -> str:
+    """Memory, threads and workers."""
+    document = json.loads((RESULTS / "load--cpu.json").read_text())
+    memory = [row for row in document["rows"] if "MiB" in row]
+    equal = [row for row in document["rows"] if "MiB" not in row]
+    keys = list(dict.fromkeys(key for row in equal for key in row))
+    equal = [{key: row.get(key, "") for key in keys} for row in equal]
+    return "\n\n".join((_markdown(memory), _markdown(equal), _repeat(document)))
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows)])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (
+        f"{value[0]:.3f} to {value[1]:.3f}"
+        if isinstance(value, list)
+        else f"{value:.4g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _repeat(document: dict[str, Any]) -> str:
+    return f"{_source(document)} Repeat: `{document['command']}`."
+
+
 def _variants(document: dict[str, Any], op: str, direction: str, shape: str) -> dict[str, dict[str, Any]]:
     wanted = (op, direction, shape, "float32")
     keys = ("op", "direction", "shape", "dtype")
@@ -185,9 +258,22 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits}
+TABLES = {
+    "demo": demo,
+    "attacks": attacks,
+    "ops": ops,
+    "transforms": transforms,
+    "limits": limits,
+    "faults": faults,
+    "numerics": numerics,
+    "load": load,
+}
 # Where the tables stand.
-PAGES = {"README.md": ("demo", "attacks", "ops"), "docs/transforms.md": ("transforms", "limits")}
+PAGES = {
+    "README.md": ("demo", "attacks", "ops"),
+    "docs/transforms.md": ("transforms", "limits"),
+    "docs/reliability.md": ("faults", "numerics", "load"),
+}
 
 
 if __name__ == "__main__":

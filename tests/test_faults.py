@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import resource
@@ -173,6 +174,37 @@ def test_a_training_stops_at_nan_and_keeps_the_last_good_checkpoint(tmp_path, wh
     path.unlink()
     train(whole)
     assert torch.equal(resumed.now(), whole.now())
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The folder of the scripts whose long form docs/reliability.md shows."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.mark.parametrize(("task", "kinds"), [
+    ("training", ("disk full", "read-only folder", "a worker is killed")),
+    ("evaluation", ("kill -9", "Ctrl-C", "disk full", "out of memory")),
+])  # fmt: skip
+def test_faults_at_random_moments_lose_nothing_that_was_saved(benchmarks, task, kinds):
+    faults = importlib.import_module("faults")
+    found = faults.inject(len(kinds), 0, {task: kinds})
+    assert len(found) == len(kinds)
+    assert [fault for fault in found if not fault["right"]] == []
+
+
+@pytest.mark.parametrize("name", ["FGSM", "APGDT", "CW", "Square"])
+def test_attacks_leave_no_memory_behind(benchmarks, name):
+    row = importlib.import_module("load").leak(name, 100)
+    assert row["tensors more"] == 0
+    assert row["MiB more"] < 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_evaluations_in_threads_are_those_of_each_alone(benchmarks, shared):
+    row = importlib.import_module("load").concurrent(4, shared)
+    assert row["equal"] == "4 of 4"
+    assert row["state restored"]
 
 
 @contextlib.contextmanager

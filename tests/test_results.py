@@ -13,7 +13,7 @@ from atop_fast.ops import _registry
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ATTACKS = [RESULTS / f"{name}--cpu.json" for name in ("attacks", "autoattack")]
-NO_OPS = [RESULTS / "demo--cpu.json", RESULTS / "limits--cpu.json", *ATTACKS]
+NO_OPS = [*(RESULTS / f"{name}--cpu.json" for name in ("demo", "limits", "reliability", "numerics", "load")), *ATTACKS]
 FILES = sorted(path for path in RESULTS.glob("*.json") if path not in NO_OPS)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
 from .._files import write_text
 from .._memory import halved
+from ..attacks import Attack as KeyedAttack
 from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
 from ..distributed import process_group
@@ -274,8 +275,12 @@ class _Work:
         return self.passes.forward - before.forward, self.passes.backward - before.backward
 
     def _attack(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        with seeded(derive_seed(self.judge.seed, "attack", name, int(ids[0])), x.device):
-            candidates = self.named[name](x, labels, ids).detach()
+        attack = self.named[name]
+        # Those of this library key their own randomness, and need not keep other threads from torch's generators.
+        own = isinstance(attack, KeyedAttack)
+        seed = derive_seed(self.judge.seed, "attack", name, int(ids[0]))
+        with contextlib.nullcontext() if own else seeded(seed, x.device):
+            candidates = attack(x, labels, ids).detach()
         argument = f"attacks[{name!r}]"
         if candidates.shape != x.shape:
             expected = f"an attack that returns images of shape {tuple(x.shape)}"
