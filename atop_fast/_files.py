@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote `path`, such as folder/*.safetensors."""
-    for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
-        process = temporary.name.removesuffix(path.suffix).rpartition(".")[2]
-        if process.isdecimal() and not _lives(int(process)):
+def remove_leftovers(folder: Path, stem: str = "*") -> None:
+    """Remove temporary files of processes that were killed while they wrote files of this stem into `folder`."""
+    for temporary in folder.glob(f".{stem}.*"):
+        if (found := re.search(r"\.(\d+)(\.\w+)?$", temporary.name)) and not _lives(int(found[1])):
             temporary.unlink(missing_ok=True)
 
 
@@ -160,6 +160,7 @@ def claim_folder(function: str, folder: Path, header: dict[str, Any]) -> None:
             keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
             given = f"{folder}, which belongs to a run with another {', '.join(keys)}"
             raise ValueError(message(function, "out", "a new folder or one of this run", given))
+        remove_leftovers(folder)
         return
     if folder.is_dir() and (others := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
         given = f"{folder}, which holds {others[0]!r} and no run.json"

@@ -31,7 +31,7 @@ from _victims import UNITS, UPDATES, Job, child, kept, result
 
 # Children of a server that has only imported the package start quickly.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["_victims"])
+CONTEXT.set_forkserver_preload(["atop_fast", "atop_fast.training"])
 
 SENT = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 INSIDE = ("disk full", "read-only folder", "out of memory", "NaN from the model", "clock jumps")
@@ -45,7 +45,7 @@ ENDS = {
     "SIGTERM": ("SystemExit", "terminated"),
     "Ctrl-C": ("KeyboardInterrupt",),
     "disk full": ("OSError",),
-    "read-only folder": ("PermissionError", "ValueError"),
+    "read-only folder": ("OSError", "PermissionError", "ValueError"),
     "out of memory": ("went on", "OutOfMemoryError"),
     "NaN from the model": ("ValueError",),
     "clock jumps": ("went on",),
@@ -87,7 +87,9 @@ def inject(count: int, seed: int, kinds: dict[str, tuple[str, ...]] = FAULTS) ->
         for number, (task, fault) in enumerate(pairs):
             share = count // len(pairs) + (number < count % len(pairs))
             moments = random.Random(f"{seed} {task} {fault}")
-            while share > 0:
+            for _ in range(5 * count):
+                if share <= 0:
+                    break
                 injected = runs.disturbed(task, fault, min(share, MOST), moments)
                 found += injected
                 share -= len(injected)
@@ -112,6 +114,8 @@ class _Runs:
         injected = []
         while len(injected) < most and (left := total - kept(task, job.folder)) > 1:
             moment = kept(task, job.folder) + moments.randrange(0, max(1, min(left - 1, total // 3)))
+            # A process that waits for one that never came is torchrun's to end.
+            moment += size - 1
             if (outcome := self._fault(job, fault, moment, moments)) is None:
                 break
             injected.append(outcome)
@@ -131,9 +135,14 @@ class _Runs:
         reads = moments.randrange(1, _victims.IMAGES // 2)
         job = replace(job, fault=inside, moment=reads if job.workers > 0 else moment, seed=moments.randrange(2**32))
         begin = job.done.value = kept(job.task, job.folder)
+        said = [Path(f"{job.folder}.ended-{rank}") for rank in range(job.size)]
+        for path in said:
+            path.unlink(missing_ok=True)
         processes = self._start(job)
         if not inside:
-            while all(p.is_alive() for p in processes) and job.done.value < moment:
+            while all(p.is_alive() for p in processes) and not (
+                job.done.value >= moment and all(path.exists() for path in said)
+            ):
                 time.sleep(0.0005)
             # Anywhere in the work of an update, or in writing what came of it.
             time.sleep(moments.random() * 0.03)
@@ -146,7 +155,7 @@ class _Runs:
         for folder in (job.folder, *filter(Path.is_dir, job.folder.iterdir())):
             folder.chmod(0o755)
         ended, text = self._ended(job, processes)
-        if ended == "went on" and fault not in ("clock jumps", "out of memory"):
+        if ended == "went on" and job.workers > 0:
             return None
         done, left = job.done.value, kept(job.task, job.folder)
         return {"task": job.task, "fault": fault, "moment": done - begin, "done": done, "lost": done - left,
@@ -176,8 +185,8 @@ class _Runs:
     def _ended(self, job: Job, processes: list[Any]) -> tuple[str, str]:
         ends, texts = [], []
         for rank, process in enumerate(processes):
-            said = Path(f"{job.folder}.ended-{rank}").read_text() or "[null, null]"
-            kind, text = json.loads(said)
+            path = Path(f"{job.folder}.ended-{rank}")
+            kind, text = json.loads((path.exists() and path.read_text()) or "[null, null]")
             names = {0: "went on", -signal.SIGKILL: "killed", -signal.SIGTERM: "terminated"}
             ends.append(kind or names.get(process.exitcode, f"exit {process.exitcode}"))
             texts.append(text or "")

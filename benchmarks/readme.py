@@ -186,7 +186,7 @@ def numerics() -> str:
     return "\n\n".join(
         (
             "Largest relative errors, in units of the result's eps (2^-23; float64: 2^-52):",
-            _markdown(parts["loss"]),
+            _markdown(parts["losses"]),
             "Attacks whose networks run in lower precision, judged in float32; 95 % intervals:",
             _markdown(parts["strength"]),
             f"Determinism: {len(matrix)} settings ({varied}), {flags} flags, {others} of them other than the first "

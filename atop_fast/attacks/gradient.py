@@ -289,14 +289,15 @@ class GradientEstimator:
         """Find out, once, how many rows of images like x may save at most MEMORY bytes."""
         if self._rows:
             return
-        saved: dict[int, int] = {}
+        saved: dict[int, Tensor] = {}
         parameters = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         shared = {p.untyped_storage().data_ptr() for p in parameters}
 
         def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in shared:
-                saved[storage.data_ptr()] = storage.nbytes()
+            # Detached: a node that holds its own output keeps itself, and the whole graph, alive for ever.
+            t = t.detach()
+            if (address := t.untyped_storage().data_ptr()) not in shared:
+                saved[address] = t
             return t
 
         part = _Pass(0, ROWS, 1, ROWS, x.device)
@@ -305,7 +306,7 @@ class GradientEstimator:
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
         with torch.enable_grad(), hooks, self._autocast(x):
             self._forward(leaf, part, zero, zero)
-        most = MEMORY * ROWS // max(1, sum(saved.values()))
+        most = MEMORY * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
         self._rows = max(ROWS, min(MOST_ROWS, most) // ROWS * ROWS)
         # Without a graph, several times as many rows fit.
         self._forward_rows = min(self.forward_rows, 4 * self._rows)

@@ -164,7 +164,7 @@ class Run:
 def _open_folder(folder: Path, header: dict[str, Any]) -> None:
     """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
     claim_folder("evaluate", folder, {"format": FORMAT, **header})
-    remove_leftovers(writable_folder("evaluate", "out", folder / "shards") / "*.safetensors")
+    remove_leftovers(writable_folder("evaluate", "out", folder / "shards"))
 
 
 def _read_log(path: Path) -> Iterator[dict[str, Any]]:

@@ -192,7 +192,7 @@ class _Training:
         """Go on from the checkpoint, if there is one; where there is none, make sure that it can be written."""
         if path is not None:
             writable_folder("fit", "checkpoint", path.parent)
-            remove_leftovers(path)
+            remove_leftovers(path.parent, path.stem)
         state = load_checkpoint("fit", path, self.fingerprint)
         if state is None:
             return

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .._files import write_text
+from .._files import remove_leftovers, write_text
 
 
 class Metrics:
@@ -22,6 +22,8 @@ class Metrics:
     def __init__(self, path: Path | None, title: str, epoch: int) -> None:
         self.path, self.title = path, title
         self.lines: list[dict[str, Any]] = []
+        if path is not None:
+            remove_leftovers(path.parent, path.stem)
         if path is not None and path.exists():
             lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
             self.lines = [line for line in lines if line["training"] != title or line["epoch"] < epoch]
