@@ -47,7 +47,7 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 bench: $(STAMP) ## the ops against eager mode and torch.compile, on this machine
 	$(BIN)/python benchmarks/ops.py
 
-faults: $(STAMP) ## 240 faults in trainings and evaluations; each must lose nothing that was saved and end equal
+faults: $(STAMP) ## 40 faults in trainings and evaluations; each must lose nothing that was saved and end equal
 	$(BIN)/python benchmarks/faults.py
 
 clean: ## remove .venv and everything built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from atop_fast.evaluation import quick_attacks
 from atop_fast.randomness import seeded
 from atop_fast.training import Feed, FinetuneStep, fit
 
-IMAGES, BATCH, EPOCHS = 24, 4, 3
+IMAGES, BATCH, EPOCHS = 16, 4, 3
 UPDATES = EPOCHS * IMAGES // BATCH
 ATTACKED = 40
 UNITS = 2 * ATTACKED // 5
@@ -106,6 +107,8 @@ class Disturbance:
     def _read_only_folder(self) -> None:
         for folder in (self.job.folder, *filter(Path.is_dir, self.job.folder.iterdir())):
             folder.chmod(0o555)
+        # What a run imports late must not be what it is refused.
+        importlib.import_module("sympy")
         if os.geteuid() == 0:
             os.seteuid(65534)
 

@@ -1,6 +1,6 @@
 """Disturbs trainings and evaluations at random moments, goes on with each, and looks at what is left and how it ends.
 
-python benchmarks/faults.py [--count 240] [--seed 0] [--json]
+python benchmarks/faults.py [--count 40] [--seed 0] [--json]
 
 Of each fault it says how the process ended, how many updates or attacked batches were lost that were done, and whether
 the run, taken up by the same call, ends with the bits of one that nothing has happened to.
@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 import _victims
 from _harness import RESULTS, metadata, print_table, write
 from _victims import UNITS, UPDATES, Job, child, kept, result
+from readme import faults_by_kind
 
 # Children of a server that has only imported the package start quickly.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -59,22 +60,33 @@ MOST = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=240, help="faults, in all")
+    parser.add_argument("--count", type=int, default=40, help="faults, in all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="write results/reliability--cpu.json")
+    parser.add_argument("--json", action="store_true", help="add to results/reliability--cpu.json")
     args = parser.parse_args()
     begin = time.monotonic()
     faults = inject(args.count, args.seed)
-    rows = table(faults)
-    print_table(rows)
+    print_table(faults_by_kind(faults))
     wrong = [fault for fault in faults if not fault["right"]]
     for fault in wrong:
         print(f"WRONG: {fault}")
     print(f"{len(faults)} faults in {time.monotonic() - begin:.0f} s, {len(wrong)} with a wrong outcome")
     if args.json:
-        command = f"python benchmarks/faults.py --count {args.count} --seed {args.seed}"
-        print(write("reliability", "cpu", RESULTS, {**metadata("cpu", None), "command": command, "rows": rows}))
+        print(record(faults, args.seed))
     sys.exit(bool(wrong))
+
+
+def record(faults: list[dict[str, Any]], seed: int) -> Path:
+    """Put the faults into the result file, in the place of earlier ones with this seed."""
+    path = RESULTS / "reliability--cpu.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    keys = ("task", "fault", "done", "lost", "ended", "equal", "right")
+    rows = [row for row in rows if row["seed"] != seed]
+    rows += [{"seed": seed, **{key: fault[key] for key in keys}} for fault in faults]
+    rows.sort(key=lambda row: row["seed"])
+    counts = Counter(row["seed"] for row in rows)
+    commands = [f"python benchmarks/faults.py --count {count} --seed {number}" for number, count in counts.items()]
+    return write("reliability", "cpu", RESULTS, {**metadata("cpu", None), "commands": commands, "rows": rows})
 
 
 def inject(count: int, seed: int, kinds: dict[str, tuple[str, ...]] = FAULTS) -> list[dict[str, Any]]:
@@ -201,26 +213,6 @@ class _Runs:
         if any(process.exitcode for process in processes):
             raise RuntimeError(f"{job} has failed: {Path(f'{job.folder}.log').read_text()[-2000:]}")
         return result(job.task, job.folder, job.size)
-
-
-def table(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each kind of fault."""
-    groups = defaultdict(list)
-    for fault in faults:
-        groups[fault["task"], fault["fault"]].append(fault)
-    return [
-        {
-            "task": task,
-            "fault": name,
-            "count": len(group),
-            "moments": len({fault["done"] for fault in group}),
-            "ended": ", ".join(f"{end} {count}" for end, count in sorted(Counter(f["ended"] for f in group).items())),
-            "lost_most": max(fault["lost"] for fault in group),
-            "equal": sum(fault["equal"] for fault in group),
-            "right": sum(fault["right"] for fault in group),
-        }
-        for (task, name), group in groups.items()
-    ]
 
 
 if __name__ == "__main__":

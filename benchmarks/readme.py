@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +158,35 @@ def limits() -> str:
 def faults() -> str:
     """Kinds of faults, how often each was brought about, and what came of it."""
     document = json.loads((RESULTS / "reliability--cpu.json").read_text())
-    lines = [
-        "| fault | run | injected | how the process ended | lost at most | ended equal |",
-        "|---|---|---|---|---|---|",
+    rows = faults_by_kind(document["rows"])
+    lines = ["| fault | run | injected | how it ended | lost at most | ended equal |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        equal = f"{row['equal']} of {row['count']}"
+        cells = (row["fault"], row["task"], row["count"], row["ended"], row["lost_most"], equal)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    total, right = (sum(row[key] for row in rows) for key in ("count", "right"))
+    repeat = "; ".join(f"`{command}`" for command in document["commands"])
+    heading = f"{total} faults, {right} of them with the right outcome:"
+    return "\n".join([heading, "", *lines, "", f"{_source(document)} The commands: {repeat}."])
+
+
+def faults_by_kind(faults: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each kind of fault, of the outcomes that benchmarks/faults.py records."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for fault in faults:
+        groups.setdefault((fault["task"], fault["fault"]), []).append(fault)
+    return [
+        {
+            "task": task,
+            "fault": name,
+            "count": len(group),
+            "ended": ", ".join(f"{end} {count}" for end, count in sorted(Counter(f["ended"] for f in group).items())),
+            "lost_most": max(fault["lost"] for fault in group),
+            "equal": sum(fault["equal"] for fault in group),
+            "right": sum(fault["right"] for fault in group),
+        }
+        for (task, name), group in groups.items()
     ]
-    for row in document["rows"]:
-        lines.append(
-            f"| {row['fault']} | {row['task']} | {row['count']} | {row['ended']} | {row['lost_most']} "
-            f"| {row['equal']} of {row['count']} |"
-        )
-    total, right = (sum(row[key] for row in document["rows"]) for key in ("count", "right"))
-    return f"{total} faults, {right} with the right outcome:\n\n" + "\n".join(lines) + f"\n\n{_repeat(document)}"
 
 
 def numerics() -> str:
