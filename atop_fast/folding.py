@@ -8,8 +8,10 @@ What is changed is a copy; the caller's model is left as it was.
 from __future__ import annotations
 
 import copy
+import linecache
 import operator
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +111,15 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     root = {node.target: layers[node.target] for node in graph.nodes if node.op == "call_module"}
     attributes = [node.target for node in graph.nodes if node.op == "get_attr"]
     root |= {name: operator.attrgetter(name)(model).detach().clone() for name in attributes}
-    return fx.GraphModule(root, graph, type(model).__name__).eval()
+    folded = fx.GraphModule(root, graph, type(model).__name__).eval()
+    weakref.finalize(folded, _forget, folded.forward.__code__.co_filename)
+    return folded
+
+
+def _forget(file: str) -> None:
+    """Remove the source of a generated function, which torch would keep for ever."""
+    linecache.cache.pop(file, None)
+    fx.graph_module._loader.eval_cache.pop(file, None)
 
 
 def _hooked(module: nn.Module) -> bool:
