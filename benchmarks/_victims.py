@@ -203,8 +203,7 @@ def kept(task: str, folder: Path) -> int:
     if task == "training":
         if not (folder / "run.pt").exists():
             return 0
-        state = torch.load(folder / "run.pt", weights_only=True)
-        return state["epoch"] * UPDATES // EPOCHS + state["batch"]
+        return torch.load(folder / "run.pt", weights_only=True)["done"]
     lines = b"".join(path.read_bytes().rpartition(b"\n")[0] + b"\n" for path in folder.glob("log*.jsonl")).split(b"\n")
     names = [json.loads(line)["name"] for line in lines if line]
     return sum(name != "clean" and not name.endswith("8bit") for name in names)

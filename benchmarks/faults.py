@@ -27,8 +27,8 @@ from typing import Any
 
 import _victims
 from _harness import RESULTS, metadata, print_table, write
+from _reliability import faults_by_kind
 from _victims import UNITS, UPDATES, Job, child, kept, result
-from readme import faults_by_kind
 
 # Children of a server that has only imported the package start quickly.
 CONTEXT = multiprocessing.get_context("forkserver")

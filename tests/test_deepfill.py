@@ -15,7 +15,7 @@ from atop_fast import RT2, Defense, build_classifier, build_purifier
 from atop_fast.purifiers import DeepFillV2
 from atop_fast.randomness import seeded
 
-PLAIN = Path(__file__).parent.parent / "benchmarks" / "deepfill_plain.py"
+PLAIN = Path(__file__).parent.parent / "atop_fast" / "bench" / "deepfill_plain.py"
 # 64x64 pixels and 3 samples; 128x128 and one.
 GOLDEN = {"deepfill_v2_cnum8_64": 8, "deepfill_v2_cnum16_128": 16}
 needs_golden = pytest.mark.skipif(
@@ -25,7 +25,7 @@ needs_golden = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def plain():
-    """benchmarks/deepfill_plain.py, the definition."""
+    """atop_fast/bench/deepfill_plain.py, the definition."""
     spec = importlib.util.spec_from_file_location("deepfill_plain", PLAIN)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
