@@ -52,7 +52,7 @@ ENDS = {
     "clock jumps": ("went on",),
     "a worker raises": ("OSError",),
     "a worker is killed": ("RuntimeError",),
-    "a rank is killed": ("killed, the other: RuntimeError",),
+    "a rank is killed": ("killed, the other: ConnectionError",),
 }
 # Faults of one run before it may end.
 MOST = 4

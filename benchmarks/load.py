@@ -61,9 +61,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10000, help="of the long evaluation")
     parser.add_argument("--json", action="store_true", help="write results/load--cpu.json")
     args = parser.parse_args()
-    rows = [leak(name, args.iterations) for name in MAKERS]
-    rows += [long_evaluation(args.images), concurrent(8, shared=False), concurrent(8, shared=True), *feeds()]
-    print_table(rows)
+    memory = [*(leak(name, args.iterations) for name in MAKERS), long_evaluation(args.images)]
+    print_table(memory)
+    threads = [concurrent(8, shared=False), concurrent(8, shared=True)]
+    print_table(threads)
+    trained = feeds()
+    print_table(trained)
+    rows = [*memory, *threads, *trained]
     if args.json:
         command = f"python benchmarks/load.py --iterations {args.iterations} --images {args.images}"
         print(write("load", "cpu", RESULTS, {**metadata("cpu", None), "command": command, "rows": rows}))

@@ -186,7 +186,7 @@ def benchmarks(monkeypatch):
 
 
 @pytest.mark.parametrize(("task", "kinds"), [
-    ("training", ("disk full", "a worker is killed")),
+    ("training", ("disk full",)),
     ("evaluation", ("disk full", "read-only folder")),
 ])  # fmt: skip
 def test_faults_at_random_moments_lose_nothing_that_was_saved(benchmarks, task, kinds):
