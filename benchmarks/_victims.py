@@ -73,6 +73,7 @@ def child(job: Job) -> None:
         try:
             {"training": _train, "evaluation": _evaluate}[job.task](job)
         except BaseException as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             json.dump([type(error).__name__, str(error)], file)
             raise
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# More threads than cores must not wait for one another in busy loops.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from _harness import RESULTS, metadata, print_table, write
@@ -32,7 +34,7 @@ import models
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["atop_fast"])
-COUNT, DRAWS, CLASSES = 24, 8, 10
+COUNT, DRAWS, CLASSES = 12, 8, 10
 
 
 def main() -> None:
@@ -130,7 +132,7 @@ def strength(count: int = 256) -> list[dict[str, Any]]:
 def determinism() -> list[dict[str, Any]]:
     """Flags of a random defence under two attacks: every backend, batch size, order, split and number of threads."""
     backends = [name for name in ("eager", "cpp") if name in _registry.impls("attack_loss")]
-    settings = list(itertools.product(backends, (1, 7, COUNT), ("given", "shuffled"), (1, 2), (1, 2, 3, 4)))
+    settings = list(itertools.product(backends, (1, 5, COUNT), ("given", "shuffled"), (1, 2), (1, 2, 3, 4)))
     wanted, rows = None, []
     threads = torch.get_num_threads()
     with CONTEXT.Pool(2) as pool:
@@ -167,7 +169,7 @@ def flags(backend: str, batch: int, ids: list[int], threads: int) -> tuple[Tenso
         for weights in purifier.parameters():
             weights.copy_(0.2 * torch.randn(weights.shape, generator=generator))
     defense = atop_fast.Defense(atop_fast.RT2(8, sigma=0.1), purifier, models.standard_mnist())
-    attacks: list[Attack] = [PGD(defense, eps=0.1, steps=5, eot_iter=2), APGD(defense, eps=0.1, steps=5, eot_iter=2)]
+    attacks: list[Attack] = [PGD(defense, eps=0.1, steps=3, eot_iter=2), APGD(defense, eps=0.1, steps=3, eot_iter=2)]
     found, pixels = [], []
     with _registry.owned_by(backend, [name for name in _registry.OPS if _registry.owner(name, "cpu") == "cpp"], "cpu"):
         for part in torch.tensor(ids).split(batch):
