@@ -64,7 +64,7 @@ class TransformConfig:
     Attributes:
         name: rt1 (mask), rt2 (noise and mask) or rt3 (noise and round(1 / mask_ratio) complementary masks).
         patch: side of the mask blocks in pixels.
-        mask_ratio: share of the blocks that is masked.
+        mask_ratio: share of the blocks that is masked; of two numbers [low, high], every image and draw has its own.
         sigma: standard deviation of the noise, in units of [0, 1] pixels.
         shared_mask: one mask for all images of a draw instead of one for each.
         size: side in pixels to which the images are resized before the noise; none keeps their size.
@@ -72,7 +72,7 @@ class TransformConfig:
 
     name: Literal["rt1", "rt2", "rt3"] = "rt2"
     patch: int = 4
-    mask_ratio: float = 0.25
+    mask_ratio: float | tuple[float, float] = 0.25
     sigma: float = 0.25
     shared_mask: bool = False
     size: int | None = None

@@ -126,7 +126,7 @@ def run_recipe(
     if tensorboard:
         summary_writer()
     with process_group() as group:
-        options = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress}
+        options: dict[str, Any] = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress}
         return _Pipeline(recipe, Path(out), place, seed, group, **options).run()
 
 

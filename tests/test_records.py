@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -51,10 +50,10 @@ def test_tensorboard_shows_the_metrics_and_pictures(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
     with seeded(0):
         purifier = build_purifier("unet", channels=1, width=4)
-    options = {"metrics": tmp_path / "metrics.jsonl", "tensorboard": tmp_path / "logs", "progress": False}
+    options = {"metrics": tmp_path / "metrics.jsonl", "tensorboard": tmp_path / "logs"}
     config = replace(CONFIG, epochs=1)
     tuned(config, **options)
-    pretrain(purifier, RT2(4), X, config=config, **options)
+    pretrain(purifier, RT2(4), X, config=config, progress=False, **options)
     for title in ("pretrain", "finetune"):
         log = accumulator(str(tmp_path / "logs" / title)).Reload()
         (line,) = (line for line in read_metrics(tmp_path / "metrics.jsonl") if line["training"] == title)
@@ -80,7 +79,7 @@ def test_lines_of_an_interrupted_training_are_replaced(tmp_path):
         for epoch in range(3):
             record.add(epoch, 10 * (epoch + 1), {"loss": 1.0}, 0.1)
     Metrics(path, "first", 15).add(1, 20, {"loss": 2.0}, 0.1)
-    found = [(line["training"], line["updates"], line["loss"]) for line in map(json.loads, path.open())]
+    found = [(line["training"], line["updates"], line["loss"]) for line in read_metrics(path)]
     assert found == [("first", 10, 1.0), *(("second", n, 1.0) for n in (10, 20, 30)), ("first", 20, 2.0)]
 
 

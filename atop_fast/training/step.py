@@ -259,7 +259,7 @@ class FinetuneStep(PretrainStep):
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
         """The accuracy on the images and on those of PGD with 10 steps through the whole pipeline, on fresh draws."""
         seed = derive_seed(self.attack_seed, "held-out")
-        options = {"steps": 10, "seed": seed, "precision": self.config.precision}
+        options: dict[str, Any] = {"steps": 10, "seed": seed, "precision": self.config.precision}
         attack = PGD(self.pipeline, self.config.norm, self.config.eps, **options)
         accuracy: Logs = {}
         for name, images in (("clean", x), ("robust", attack(x, y, ids))):
