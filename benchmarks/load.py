@@ -162,7 +162,8 @@ def concurrent(count: int, shared: bool) -> dict[str, Any]:
 def feeds() -> list[dict[str, Any]]:
     """A training whose images come from memory, from worker processes of both kinds, and with 1 to 4 threads."""
     context = multiprocessing.get_context("spawn")
-    wanted, rows = None, []
+    wanted: Any = None
+    rows = []
     cases = [("fork", -1, 1), ("fork", 2, 1), ("spawn", 2, 1), *(("fork", -1, n) for n in (2, 3, 4))]
     for method, workers, threads in cases:
         # Not a Pool, whose processes may have no children.
@@ -170,11 +171,18 @@ def feeds() -> list[dict[str, Any]]:
             found = pool.submit(_trained, method, workers, threads).result()
         wanted = found if wanted is None else wanted
         name = "images in memory" if workers < 0 else f"{workers} workers, {method}"
-        rows.append({"load": f"training, {name}, {threads} threads", "equal": found == wanted})
+        furthest = max(float(abs(found[1][key] - value).max()) for key, value in wanted[1].items())
+        same = found[0] == wanted[0] and furthest == 0
+        row = {
+            "load": f"training, {name}, {threads} threads",
+            "equal": same,
+            "furthest weight": float(f"{furthest:.2g}"),
+        }
+        rows.append(row)
     return rows[1:]
 
 
-def _trained(method: str, workers: int, threads: int) -> list[Any]:
+def _trained(method: str, workers: int, threads: int) -> tuple[Any, dict[str, Any]]:
     torch.set_num_threads(threads)
     torch.multiprocessing.set_start_method(method, force=True)
     with seeded(0):
@@ -183,7 +191,8 @@ def _trained(method: str, workers: int, threads: int) -> list[Any]:
     history = train_classifier(
         classifier, *images, config=ClassifierConfig(epochs=2, batch_size=5), workers=max(0, workers), progress=False
     )
-    return [history, {key: value.tolist() for key, value in classifier.state_dict().items()}]
+    # Not tensors: those would go with the memory of this process.
+    return history, {key: value.double().numpy() for key, value in classifier.state_dict().items()}
 
 
 def _tensors() -> int:
