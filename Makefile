@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench fuzz sanitize docs wheel clean
+.PHONY: help setup demo test lint bench fuzz faults sanitize docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,6 +52,9 @@ FUZZ_INPUTS ?= 250
 
 fuzz: $(STAMP) ## at least 10,000 random inputs for ops, transforms, attacks, options and files: about ten minutes
 	ATOP_FAST_FUZZ=$(FUZZ_INPUTS) ATOP_FAST_FUZZ_FLOOR=10000 $(BIN)/python -m pytest tests/fuzz
+
+faults: $(STAMP) ## 40 faults in trainings and evaluations; each must lose nothing that was saved and end equal
+	$(BIN)/python benchmarks/faults.py
 
 # The library under AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own. Python is not
 # instrumented, so the sanitizer is loaded first, and its leaks, and torch's, are not looked for.

@@ -8,7 +8,11 @@ What is changed is a copy; the caller's model is left as it was.
 from __future__ import annotations
 
 import copy
+import linecache
 import operator
+import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +40,30 @@ _LAYERS = (
 )  # fmt: skip
 # This package's own networks have no state or randomness, but check shapes, which no trace survives.
 _OWN = tuple(f"{__package__}.{name}" for name in ("purifiers.", "classifiers.", "_transformer"))
+
+
+# While it traces, torch sends the calls of all modules of all threads through the tracer: there must be one at a time.
+_TRACING = threading.Lock()
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that lets modules be which other threads call meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -86,7 +114,15 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     root = {node.target: layers[node.target] for node in graph.nodes if node.op == "call_module"}
     attributes = [node.target for node in graph.nodes if node.op == "get_attr"]
     root |= {name: operator.attrgetter(name)(model).detach().clone() for name in attributes}
-    return fx.GraphModule(root, graph, type(model).__name__).eval()
+    folded = fx.GraphModule(root, graph, type(model).__name__).eval()
+    weakref.finalize(folded, _forget, folded.forward.__code__.co_filename)
+    return folded
+
+
+def _forget(file: str) -> None:
+    """Remove the source of a generated function, which torch would keep for ever."""
+    linecache.cache.pop(file, None)
+    fx.graph_module._loader.eval_cache.pop(file, None)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -99,15 +135,18 @@ def _traced(model: nn.Module) -> fx.Graph | None:
     """The model's graph, or None where it may not be rewritten."""
     attributes = dict(vars(model))
     try:
-        graph, again = (fx.Tracer().trace(model) for _ in range(2))
+        with _TRACING:
+            graph, again = (_Tracer().trace(model) for _ in range(2))
     except Exception:  # tracing runs the caller's code on symbols, which may fail in any way
         return None
     finally:
         # State of the model's own, and tensors that it makes anew in every call, random ones perhaps: the tracer leaves
         # them here.
-        changed = any(attributes.get(name) is not value for name, value in vars(model).items())
-        vars(model).clear()
-        vars(model).update(attributes)
+        changed = [name for name, value in vars(model).items() if attributes.get(name) is not value]
+        for name in changed:
+            del vars(model)[name]
+        if changed:
+            vars(model).update(attributes)
     # The graphs differ in numbers that change from call to call.
     if changed or str(graph) != str(again):
         return None

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._checks import message
-from .._files import claim_folder, writable_folder, write_atomic
+from .._files import claim_folder, remove_leftovers, writable_folder, write_atomic
 from ..distributed import Group
 
 FORMAT = 1
@@ -164,7 +164,7 @@ class Run:
 def _open_folder(folder: Path, header: dict[str, Any]) -> None:
     """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
     claim_folder("evaluate", folder, {"format": FORMAT, **header})
-    writable_folder("evaluate", "out", folder / "shards")
+    remove_leftovers(writable_folder("evaluate", "out", folder / "shards"))
 
 
 def _read_log(path: Path) -> Iterator[dict[str, Any]]:

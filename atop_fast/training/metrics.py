@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import write_text
+from .._files import remove_leftovers, write_text
 
 
 class Metrics:
@@ -29,6 +29,7 @@ class Metrics:
         self.path, self.title = path, title
         self.lines: list[dict[str, Any]] = []
         if path is not None:
+            remove_leftovers(path.parent, path.stem)
             lines = read_metrics(path)
             self.lines = [line for line in lines if line["training"] != title or line["updates"] <= done]
         self.writer: Any = None
