@@ -10,14 +10,14 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import message
 
@@ -124,6 +124,22 @@ def read_state(function: str, argument: str, path: Path, key: str) -> dict[str, 
     return dict(state)
 
 
+def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a file into a module that has the same names and shapes, and reals where they are.
+
+    Raises:
+        ValueError, RuntimeError: other names, shapes or types, NaN or infinity.
+    """
+    own = module.state_dict()
+    for name, tensor in state.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype}")
+    module.load_state_dict(state)
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
 def describe(*tensors: Tensor) -> str:
     """Shapes and sums of tensors: enough to notice that a checkpoint is used with other data or weights."""
     return " ".join(f"{tuple(t.shape)}:{float(t.sum(dtype=torch.float64)):.9g}" for t in tensors)
@@ -152,7 +168,9 @@ def claim_folder(function: str, folder: Path, header: dict[str, Any]) -> None:
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            if not isinstance(found, dict):
+                raise ValueError("it describes no run")
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(message(function, "out", "a readable run folder", f"{path} ({error})")) from error
         # Through JSON, so that tuples compare as the lists that they become.
         expected = json.loads(json.dumps(header))

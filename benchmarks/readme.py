@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import counted
 from _harness import OTHERS, RESULTS
 from _reliability import faults, load, numerics
 
@@ -286,12 +287,14 @@ TABLES = {
     "losses": losses, "processes": processes,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RELIABILITY.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
+    **counted.TABLES,
 }  # fmt: skip
 # Where the tables stand.
 PAGES = {
     "README.md": ("demo", "attacks", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
+    **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
 }
 

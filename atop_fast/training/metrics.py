@@ -55,6 +55,7 @@ class Metrics:
         """Show images (N, C, H, W) in [0, 1] in TensorBoard, if there is a log and they are grey or coloured."""
         if self.writer is not None and len(images) and images.shape[1] in (1, 3):
             self.writer.add_images("purified", images.clamp(0, 1).cpu(), done)
+            self.writer.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
