@@ -255,7 +255,7 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases, with torch.compile in the first float32 one of each name and those of COMPILED; quick: the first ones."""
+    """All cases, with torch.compile in each name's first one in float32 and in COMPILED; quick: the first ones alone."""
     seen = set()
     for case in all_cases(options.device, options.quick):
         first = case.dtype == "float32" and case.name not in seen
