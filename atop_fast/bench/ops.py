@@ -255,7 +255,7 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases, with torch.compile in each name's first one in float32 and in COMPILED; quick: the first ones alone."""
+    """All cases, with torch.compile in each name's first one in float32 and in COMPILED; quick: those alone."""
     seen = set()
     for case in all_cases(options.device, options.quick):
         first = case.dtype == "float32" and case.name not in seen
