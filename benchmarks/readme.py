@@ -6,10 +6,13 @@ import functools
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import counted
 from _harness import OTHERS, RESULTS
+from _reliability import faults, load, numerics
 
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
 from atop_fast.bench.results import format_quality, format_time, read
@@ -278,17 +281,28 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
+def recorded(file: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """A table of one of the files that hold no timings."""
+    document = json.loads((RESULTS / f"{file}--cpu.json").read_text())
+    return f"{table(document)}\n\n{_source(document)}"
+
+
+RELIABILITY = {"reliability": faults, "numerics": numerics, "load": load}
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes,
+    **{table.__name__: functools.partial(recorded, file, table) for file, table in RELIABILITY.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
+    **counted.TABLES,
 }  # fmt: skip
 # Where the tables stand.
 PAGES = {
     "README.md": ("demo", "attacks", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
+    **counted.PAGES,
+    "docs/reliability.md": ("faults", "numerics", "load"),
 }
 
 

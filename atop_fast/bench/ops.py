@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _registry, gated
-from . import attack_losses, attack_steps, transforms
+from . import attack_losses, attack_ops, attack_steps, transforms
 from .harness import Case, Function, Options, flops, no_judge, same_as_baseline
 
 # The package exports each function under the name of its module.
@@ -249,6 +249,7 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
         attention_cases,
         attack_steps.step_cases,
         attack_losses.attack_loss_cases,
+        attack_ops.attack_op_cases,
         transforms.transform_cases,
     ):
         yield from make(device)
