@@ -194,15 +194,14 @@ def _fuse(graph: fx.Graph, layers: dict[str, Any]) -> None:
         kind = _frozen(layers[node.target]) if node.op == "call_module" and uses.count(node.target) == 1 else None
         if kind is None:
             continue
-        chain, residual = [node], []
+        chain, residual = [node], list[Any]()
         follower = _follower(node)
         if follower is not None and _adds(follower, node) and not _changed_between(node, follower, layers):
             chain.append(follower)
             residual = [term for term in follower.args if term is not node]
         follower = _follower(chain[-1])
         relu = follower is not None and _is_relu(follower, layers)
-        if relu:
-            chain.append(follower)
+        chain += [follower] if follower is not None and relu else []
         layers[node.target] = kind(layers[node.target], relu)
         if len(chain) > 1:
             with graph.inserting_after(chain[-1]):

@@ -20,7 +20,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +83,9 @@ def record(faults: list[dict[str, Any]], seed: int) -> Path:
     rows = [row for row in rows if row["seed"] != seed]
     rows += [{"seed": seed, **{key: fault[key] for key in keys}} for fault in faults]
     rows.sort(key=lambda row: row["seed"])
-    counts = Counter(row["seed"] for row in rows)
-    commands = [f"python benchmarks/faults.py --count {count} --seed {number}" for number, count in counts.items()]
-    return write("reliability", "cpu", RESULTS, {**metadata("cpu", None), "commands": commands, "rows": rows})
+    seeds = ", ".join(str(number) for number in dict.fromkeys(row["seed"] for row in rows))
+    command = f"python benchmarks/faults.py --seed S --json, for S = {seeds}"
+    return write("reliability", "cpu", RESULTS, {**metadata("cpu", None), "command": command, "rows": rows})
 
 
 def inject(count: int, seed: int, kinds: dict[str, tuple[str, ...]] = FAULTS) -> list[dict[str, Any]]:

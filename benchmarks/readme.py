@@ -41,6 +41,7 @@ OPS = (
     ("gated_elu both", "8x96x128x128, nhwc", "bfloat16"),
     ("gated_elu both", "8x96x128x128, nchw", "float16"),
 )
+NOTHING = "No measurement is committed yet."
 WORK = {"forward": "forward", "both": "forward + backward"}
 
 
@@ -199,12 +200,16 @@ def losses() -> str:
 
 def suite_table(suite: str) -> str:
     """Every comparison of a suite, the worst for us first."""
-    return _table([c for c in _compared() if c.ours["suite"] == suite])
+    found = [c for c in _compared() if c.ours["suite"] == suite]
+    picture = "![Time and memory against images, draws, steps and image size](scaling.png)\n\n"
+    return (picture if suite == "scaling" and found else "") + _table(found)
 
 
 def processes() -> str:
     """One evaluation by several processes."""
     rows = [row for row in latest() if row["case"] == "evaluation by processes"]
+    if not rows:
+        return NOTHING
     lines = ["| processes | images | threads in all | time | IQR | against one |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = (row["variant"], row["shape"], row["threads"], format_time(row["median_s"]), format_time(row["iqr_s"]))
@@ -219,6 +224,8 @@ def _compared() -> list[Comparison]:
 
 def _table(found: list[Comparison]) -> str:
     """Of two numbers in a cell, the first is theirs."""
+    if not found:
+        return NOTHING
     lines = [
         "| case | shape | type | ours | against | theirs / ours | times | IQRs | images/s | roofline | peak | result |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",

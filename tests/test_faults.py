@@ -200,7 +200,7 @@ def test_faults_at_random_moments_lose_nothing_that_was_saved(benchmarks, task, 
 def test_attacks_leave_no_memory_behind(benchmarks, name):
     row = importlib.import_module("load").leak(name, 100)
     assert row["tensors more"] == 0
-    assert row["MiB more"] < 2
+    assert row["MiB more"] < 5
 
 
 def test_folded_networks_leave_no_source_behind():

@@ -30,7 +30,7 @@ def attack_op_cases(device: str) -> Iterator[Case]:
         x, w, change = torch.rand(256, size), torch.randn(256, size), torch.randn(256)
         eager = functools.partial(hyperplane_step.formula, x, w, change, norm)
         ours = functools.partial(hyperplane_step.OP, x, w, change, norm == "L2")
-        yield _case("hyperplane_step", "forward", f"256x{size}, {norm}", 3 * x.nbytes, eager, ours)
+        yield _case("hyperplane_step", "forward", f"256x{size}, {norm}", 3 * x.nbytes, (eager, ours))
     for norm, shape in (("Linf", (128, 3, 32, 32)), ("L2", (128, 1, 32, 32))):
         yield _square(norm, shape)
 
@@ -42,12 +42,12 @@ def _convolutions() -> Iterator[Case]:
         convolution.to(memory_format=torch.channels_last)
         x = torch.rand(batch, channels, size, size)
         x = x.contiguous(memory_format=torch.channels_last) if channels > 3 else x
-        functions = (_clamped(convolution), FrozenConv(convolution, relu=True))
+        functions: list[Callable[..., Tensor]] = [_clamped(convolution), FrozenConv(convolution, relu=True)]
         dy = torch.randn_like(functions[0](x))
         shape, nbytes = f"{batch}x{channels}x{size}x{size}, {taps}x{taps} to {outputs}", x.nbytes + dy.nbytes
-        yield _case("frozen_conv", "forward", shape, nbytes, *(functools.partial(f, x) for f in functions), True)
-        both = (functools.partial(_gradient, f, x, dy) for f in functions)
-        yield _case("frozen_conv", "both", shape, 2 * nbytes, *both, True)
+        yield _case("frozen_conv", "forward", shape, nbytes, [functools.partial(f, x) for f in functions], True)
+        both = [functools.partial(_gradient, f, x, dy) for f in functions]
+        yield _case("frozen_conv", "both", shape, 2 * nbytes, both, True)
 
 
 def _clamped(convolution: nn.Conv2d) -> Callable[[Tensor], Tensor]:
@@ -66,15 +66,14 @@ def _square(norm: str, shape: Sequence[int]) -> Case:
     attack = Square(nn.Identity(), norm, eps=1.0, queries=5000)
     state = initial_state(x0, labels, labels, x) | {"t": torch.full_like(labels, 1000)}
     _, _, drawn = next(attack._squares(0, state))
+    shared = (x, x0, drawn.signs, drawn.rows, drawn.columns)
+    text = "x".join(map(str, shape))
     if norm == "Linf":
-        arguments = (x, x0, drawn.signs, drawn.rows, drawn.columns, 8 / 255)
-        functions = (square.square_linf, square.OP_LINF)
-    else:
-        bumps = _tables(norm, attack.p_init, shape[2], shape[3], x.device)[2]
-        arguments = (x, x0, *drawn, bumps, 1.5, True)
-        functions = (square.square_bump, square.OP_BUMP)
-    name, text = ("square_linf" if norm == "Linf" else "square_bump"), "x".join(map(str, shape))
-    return _case(name, "forward", text, 3 * x.nbytes, *(functools.partial(f, *arguments) for f in functions))
+        pair = [functools.partial(f, *shared, 8 / 255) for f in (square.square_linf, square.OP_LINF)]
+        return _case("square_linf", "forward", text, 3 * x.nbytes, pair)
+    bumps = _tables(norm, attack.p_init, shape[2], shape[3], x.device)[2]
+    pair = [functools.partial(f, x, x0, *drawn, bumps, 1.5, True) for f in (square.square_bump, square.OP_BUMP)]
+    return _case("square_bump", "forward", text, 3 * x.nbytes, pair)
 
 
 def _case(
@@ -82,10 +81,10 @@ def _case(
     direction: str,
     shape: str,
     nbytes: int,
-    eager: Callable[[], Tensor],
-    ours: Callable[[], Tensor],
+    functions: Sequence[Callable[[], Tensor]],
     products: bool = False,
 ) -> Case:
+    eager, ours = functions
     owner = _registry.owner(op, "cpu")
     run = {"eager": eager, owner: ours, "compile": torch.compile(eager)}
     operations = flops(eager) if products else 0
