@@ -64,6 +64,7 @@ sanitize: $(STAMP) ## the op tests on a CPU library with sanitizers, and the ker
 	PYTHONPATH="$$(echo build/sanitize/lib.*)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -p no:cacheprovider -m "not gpu" -k "not compile and not opcheck and not triton" $(SANITIZE_TESTS)
+	CXX="$${CXX:-c++}" tests/fuzz/sanitize.sh thread 500
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache
