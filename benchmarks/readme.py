@@ -196,8 +196,10 @@ def losses() -> str:
 
 
 def suite_table(suite: str) -> str:
-    """Every comparison of a suite, the worst for us first."""
-    return _table([c for c in _compared() if c.ours["suite"] == suite])
+    """Every comparison of a suite, the worst for us first; of scaling, also the picture that `main` then draws."""
+    table = _table([c for c in _compared() if c.ours["suite"] == suite])
+    drawn = suite == "scaling" and any(row["suite"] == suite for row in latest())
+    return f"![Time and memory against images, draws, steps and image size](scaling.png)\n\n{table}" if drawn else table
 
 
 def processes() -> str:
