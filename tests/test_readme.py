@@ -54,6 +54,8 @@ def test_every_loss_is_listed(readme_tables):
                 assert any(line.startswith(f"| {' | '.join(names)} |") for line in losses), names
                 count += 1
     assert count == len(losses) - 3
+    for picture in re.findall(r"\]\((\w+\.png)\)", text):
+        assert (ROOT / "docs" / picture).is_file()
 
 
 def test_the_demo_keeps_its_promises():
