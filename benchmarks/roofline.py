@@ -75,7 +75,7 @@ class Counted(TorchDispatchMode):
         self.operations: list[Operation] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket not in flop_registry:
+        if func.namespace == "aten" and func.overloadpacket not in flop_registry:
             # A function that is made of others, such as matmul, is counted by them.
             with self:
                 out = func.decompose(*args, **(kwargs or {}))
