@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -108,6 +109,7 @@ class _Training:
         self.epoch = self.batch = 0
         self.sums: dict[str, Tensor] = {}
         self.history: History = []
+        self.rate, self.path = self.config.lr, ""
         self.parts: dict[str, Any] = {
             **step.modules,
             **{f"optimizer of {name}": optimizer for name, optimizer in step.optimizers.items()},
@@ -126,6 +128,9 @@ class _Training:
                 for whole, (x, y, ids) in zip(batches, self.feed.batches(self._mine(batches)), strict=True):
                     self._update(x, y, ids, len(whole))
                     bar.update()
+                    if progress and self.step.replayed.path != self.path:
+                        self.path = self.step.replayed.path
+                        tqdm.write(f"{title}: updates run as {self.path}", file=sys.stderr)
                     if self.batch == self.updates:
                         self._finish_epoch(record)
                         bar.set_postfix({key: f"{value:.3f}" for key, value in self.history[-1].items()})
@@ -140,10 +145,8 @@ class _Training:
 
     def _update(self, x: Tensor, y: Tensor, ids: Tensor, whole: int) -> None:
         done = self.epoch * self.updates + self.batch
-        rate = self.config.lr * _factor(self.config.schedule, done / (self.config.epochs * self.updates))
-        for optimizer in self.step.optimizers.values():
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = rate
+        self.rate = self.config.lr * _factor(self.config.schedule, done / (self.config.epochs * self.updates))
+        self.step.set_rate(self.rate)
         share = len(ids) / whole if whole > self.group.rank else 0.0
         logs = self.step(x, y, ids, self.epoch, share)
         values = torch.stack([value.double() * share for value in logs.values()])
@@ -155,8 +158,7 @@ class _Training:
 
     def _finish_epoch(self, record: Metrics) -> None:
         self.history.append({key: float(value) / len(self.feed) for key, value in self.sums.items()})
-        rate = next(iter(self.step.optimizers.values())).param_groups[0]["lr"]
-        record.finish_epoch(self.epoch, self.history[-1], rate)
+        record.finish_epoch(self.epoch, self.history[-1], self.rate)
         self.average.after_epoch(self.epoch)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
 
@@ -176,6 +178,8 @@ class _Training:
         self.sums = {key: value.to(self.step.device) for key, value in state["sums"].items()}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        # Optimizers have their state in other memory now.
+        self.step.replayed.forget()
 
 
 def _factor(schedule: str, done: float) -> float:
