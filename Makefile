@@ -28,7 +28,7 @@ $(VENV)/.stack: $(VENV)/.python $(CONSTRAINTS)
 
 $(STAMP): $(VENV)/.stack setup.py pyproject.toml $(NATIVE)
 	@echo "==> $(VENV): atop_fast with its native code"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,test,lint,bench]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,track,test,lint,bench]'
 	@$(BIN)/python -m atop_fast.env
 	@touch $@
 
@@ -36,7 +36,7 @@ demo: $(STAMP) ## AToP on MNIST digits, from training to runs/demo/report.html
 	$(BIN)/atop-fast demo
 
 test: $(STAMP) ## the whole test suite, with the number of tests of every backend checked
-	$(BIN)/python -m pytest --assert-counts --require-backends eager,cpp,triton
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --assert-counts --require-backends eager,cpp,triton
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
@@ -44,8 +44,8 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-bench: $(STAMP) ## the ops against eager mode and torch.compile, on this machine
-	$(BIN)/python benchmarks/ops.py
+bench: $(STAMP) ## atop_fast against other libraries, eager mode and torch.compile: runs/bench.json, .png
+	$(BIN)/atop-fast bench --json runs/bench.json --plot runs/bench.png
 
 clean: ## remove .venv and everything built
 	rm -rf $(VENV) build *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache

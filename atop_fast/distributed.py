@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._checks import message
+
 # A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
-# a word, and must be longer than the shares of the work may differ.
-TIMEOUT = datetime.timedelta(hours=24)
+# a word, and must be longer than the shares of the work may differ: one of an evaluation may take hours longer.
+TIMEOUT = 86400.0
 
 
 class Group:
@@ -30,7 +33,8 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _lost():
+            dist.all_gather_object(values, value)
         return values
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
@@ -38,9 +42,36 @@ class Group:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.detach().flatten() for t in tensors])
-        dist.all_reduce(flat)
+        with _lost():
+            dist.all_reduce(flat)
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.detach().copy_(total.view_as(t))
+
+
+@contextlib.contextmanager
+def _lost() -> Iterator[None]:
+    """Raise a ConnectionError, which says what to do, if the others cannot be reached inside."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's and NCCL's errors have no class of their own in every version of torch.
+        reason = str(error).strip().partition("\n")[0]
+        raise ConnectionError(
+            "another process of this run has ended, or has not answered in time; what was saved is whole, and the same "
+            f"command goes on from it ({reason})"
+        ) from error
+
+
+def _timeout() -> datetime.timedelta:
+    """How long to wait for the other processes."""
+    text = os.environ.get("ATOP_FAST_TIMEOUT", str(TIMEOUT))
+    try:
+        seconds = float(text)
+        if not 0 < seconds < math.inf:
+            raise ValueError
+    except ValueError as error:
+        raise ValueError(message("process_group", "ATOP_FAST_TIMEOUT", "seconds > 0", repr(text))) from error
+    return datetime.timedelta(seconds=seconds)
 
 
 @contextlib.contextmanager
@@ -53,7 +84,7 @@ def process_group() -> Iterator[Group]:
         and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     )
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_timeout())
     try:
         yield Group()
     except BaseException:

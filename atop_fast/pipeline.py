@@ -7,6 +7,8 @@
     <out>/evaluate_<which>/           the evaluation of both purifiers, each with a report of its own
     <out>/metrics.jsonl               losses of every epoch of the trainings
     <out>/report.json, report.html    both verdicts
+    <out>/tensorboard/                if asked for, logs of the trainings
+    <out>/plan.json                   under a budget, what fits into it
     <out>/<stage>.pt                  the checkpoint of a training that has not ended
 
 A stage is finished when its file is there, which appears at once and whole. The next one starts from the file, not from
@@ -15,7 +17,9 @@ what is in memory, so that a run that was killed ends with the bits of one that 
 
 from __future__ import annotations
 
+import copy
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,19 +29,22 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_device, check_fits, check_integer, message
-from ._files import claim_folder, describe
-from .attacks import frozen
+from ._files import claim_folder
+from .attacks import PGD, frozen
+from .budget import Budget
 from .checkpoints import load_model, read_header, save_model
 from .classifiers import build_classifier
 from .defense import Defense
 from .distributed import Group, process_group
 from .evaluation import PROTOCOLS, evaluate
-from .evaluation.report import versions, write_report
+from .evaluation.evaluate import parse_budget
+from .evaluation.report import training_picture, versions, write_report
 from .ops import resize
 from .purifiers import DISCRIMINATORS, build_purifier
 from .randomness import derive_seed, seeded
-from .recipe import Recipe
-from .training import PretrainStep, finetune, pretrain, train_classifier
+from .recipe import EvaluationConfig, Recipe
+from .training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
+from .training.metrics import read_metrics, summary_writer
 from .zoo import load_classifier
 
 NOTES = (
@@ -46,6 +53,9 @@ NOTES = (
     "to what a file can hold.",
     "The folders evaluate_pretrained and evaluate_finetuned have a full report each, and the adversarial images.",
 )
+# Images of the evaluations within a training.
+HELD_OUT = 512
+INCOMPLETE = "evaluate_{}: the time ended before every image was attacked: the robust accuracy is an upper bound."
 
 
 @dataclass
@@ -83,6 +93,8 @@ def run_recipe(
     *,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    budget: float | str | None = None,
+    tensorboard: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defence after both.
@@ -95,6 +107,10 @@ def run_recipe(
         out: folder of the run: new, empty, or of this run.
         device: where to compute.
         seed: key of all randomness: weights, data order, noise, masks, attacks and verdict.
+        budget: seconds, or text such as "90s", "45m", "2h", in which a reduced form of the recipe is to end: with fewer
+            updates and images, and perhaps a lighter protocol (docs/training.md); the report says which. What is
+            planned depends on the speed of this machine; the result, for one plan, does not.
+        tensorboard: write logs of the trainings for TensorBoard, too, to <out>/tensorboard.
         progress: show progress bars with the time left.
 
     Returns:
@@ -106,16 +122,31 @@ def run_recipe(
     """
     check_integer("run_recipe", "seed", seed, low=0, high=2**63 - 1)
     place = check_device("run_recipe", "device", str(device))
+    seconds = None if budget is None else parse_budget(budget, "run_recipe")
+    if tensorboard:
+        summary_writer()
     with process_group() as group:
-        return _Pipeline(recipe, Path(out), place, seed, progress, group).run()
+        options: dict[str, Any] = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress}
+        return _Pipeline(recipe, Path(out), place, seed, group, **options).run()
 
 
 class _Pipeline:
     """One run; see the module."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, device: torch.device, seed: int, progress: bool, group: Group
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        seed: int,
+        group: Group,
+        *,
+        seconds: float | None,
+        tensorboard: bool,
+        progress: bool,
     ) -> None:
+        start = time.monotonic()
+        self.tensorboard = out / "tensorboard" if tensorboard else None
         self.recipe, self.out, self.device, self.seed = recipe, out, device, seed
         self.progress, self.group = progress, group
         train, held_out = recipe.data.load()
@@ -126,27 +157,43 @@ class _Pipeline:
         self.networks = self._build()
         self._check()
         if group.rank == 0:
-            images = describe(train.images, train.labels, held_out.images, held_out.labels)
-            claim_folder("run_recipe", out, {**asdict(recipe), "seed": seed, "images": images})
+            images = f"{train.description()} {held_out.description()}"
+            header = {**asdict(recipe), "seed": seed, "images": images}
+            claim_folder("run_recipe", out, header if seconds is None else {**header, "budget": seconds})
         group.gather(None)
+        self.budget: Budget | None = None
+        if seconds is not None:
+            stages = ["pretrain", "finetune", "evaluate"]
+            if recipe.classifier.path is None:
+                stages.insert(0, "classifier")
+            self.budget = Budget(seconds, start, out / "plan.json", stages, group)
 
     def run(self) -> dict[str, Any]:
         """All stages; the contents of report.json."""
         classifier = self.classifier()
         self.pretrain()
         self.finetune(classifier)
-        reports = {which: self.evaluate(which, classifier) for which in ("pretrained", "finetuned")}
+        config = self.recipe.evaluation
+        if self.budget is not None:
+            config = self.budget.evaluate(config, len(self.test), lambda: self._measure(classifier))
+        reports = {which: self.evaluate(which, classifier, config) for which in ("pretrained", "finetuned")}
         threat = {key: reports["finetuned"][key] for key in ("norm", "eps")}
         data = {
             "seed": self.seed,
             "threat_model": threat,
             "systems": {which: _verdicts(report) for which, report in reports.items()},
-            "protocol": self.recipe.evaluation.protocol,
+            "protocol": config.protocol,
             "recipe": asdict(self.recipe),
             "versions": versions(),
         }
+        notes = list(NOTES)
+        if self.budget is not None:
+            data["budget"] = self.budget.plan
+            notes = [*self.budget.notes(self.recipe.evaluation), *notes]
+            notes += [INCOMPLETE.format(which) for which, report in reports.items() if not report["complete"]]
         if self.group.rank == 0:
-            write_report(self.out, "atop_fast: AToP from images to verdict", data, NOTES)
+            curves = training_picture(read_metrics(self.out / "metrics.jsonl"))
+            write_report(self.out, "atop_fast: AToP from images to verdict", data, notes, curves=curves)
         self.group.gather(None)
         return data
 
@@ -154,15 +201,12 @@ class _Pipeline:
         """The classifier that the other stages leave as it is."""
         source = self.recipe.classifier
 
+        def train(classifier: nn.Module, **options: Any) -> None:
+            train_classifier(self._at_its_size(classifier), *self.train.training(), **options)
+
         def make() -> None:
             if source.path is None:
-                train_classifier(
-                    self._at_its_size(self.networks["classifier"].module),
-                    self.train.images,
-                    self.train.labels,
-                    config=source.training,
-                    **self._options("classifier"),
-                )
+                self._train("classifier", source.training, train, (self.networks["classifier"].module,))
             self._save("classifier", "classifier")
 
         self._stage("classifier", make, "classifier")
@@ -171,15 +215,12 @@ class _Pipeline:
     def pretrain(self) -> None:
         """Train the purifier and its discriminator on clean images."""
 
+        def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
+            pretrain(purifier, self.transform, self.train.training()[0], discriminator=judge, **options)
+
         def make() -> None:
-            pretrain(
-                self.networks["purifier"].module,
-                self.transform,
-                self.train.images,
-                discriminator=self.networks["discriminator"].module,
-                config=self.recipe.pretrain,
-                **self._options("pretrain"),
-            )
+            networks = (self.networks["purifier"].module, self.networks["discriminator"].module)
+            self._train("pretrain", self.recipe.pretrain, train, networks)
             # The stage is finished with its last file.
             self._save("discriminator", "discriminator")
             self._save("pretrained", "purifier")
@@ -189,28 +230,26 @@ class _Pipeline:
     def finetune(self, classifier: nn.Module) -> None:
         """Train the pre-trained purifier on adversarial images."""
 
+        def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
+            defense = Defense(self.transform, purifier, classifier)
+            finetune(defense, *self.train.training(), discriminator=judge, **options)
+
         def make() -> None:
             purifier = self._load("pretrained", "purifier")
-            finetune(
-                Defense(self.transform, purifier, classifier),
-                self.train.images,
-                self.train.labels,
-                discriminator=self._load("discriminator", "discriminator"),
-                config=self.recipe.finetune,
-                **self._options("finetune"),
-            )
+            networks = (purifier, self._load("discriminator", "discriminator"))
+            self._train("finetune", self.recipe.finetune, train, networks)
             self.networks["purifier"].module = purifier
             self._save("finetuned", "purifier")
 
         self._stage("finetune", make, "finetuned")
 
-    def evaluate(self, which: str, classifier: nn.Module) -> dict[str, Any]:
+    def evaluate(self, which: str, classifier: nn.Module, config: EvaluationConfig) -> dict[str, Any]:
         """The evaluation's report of the defence with the "pretrained" or the "finetuned" purifier."""
-        config = self.recipe.evaluation
+        part = self.test.take(slice(0, config.images))
         return evaluate(
             Defense(self.transform, self._load(which, "purifier"), classifier).to(self.device),
-            self.test.images,
-            self.test.labels,
+            part.images,
+            part.labels,
             protocol=config.protocol,
             norm=config.norm,
             eps=config.eps,
@@ -219,6 +258,7 @@ class _Pipeline:
             selection_draws=config.selection_draws,
             batch_size=config.batch_size,
             out=self.out / f"evaluate_{which}",
+            budget=None if self.budget is None else self.budget.limit(which == "pretrained"),
             diagnostics=None if config.diagnostics else (),
             title=which,
             progress=self.progress,
@@ -234,13 +274,41 @@ class _Pipeline:
         # Nobody reads a file before it is written.
         self.group.gather(None)
 
-    def _options(self, name: str) -> dict[str, Any]:
-        return {
-            "seed": derive_seed(self.seed, name),
-            "checkpoint": self.out / f"{name}.pt",
-            "metrics": self.out / "metrics.jsonl",
-            "progress": self.progress,
-        }
+    def _train(
+        self, name: str, config: TrainingConfig, train: Callable[..., None], networks: tuple[nn.Module, ...]
+    ) -> None:
+        """Let `train` change the networks; as far as the budget goes, if there is one."""
+        seed = derive_seed(self.seed, name)
+        held_out = self.test.take(slice(0, HELD_OUT))
+        if self.budget is not None:
+
+            def measure(trial: TrainingConfig) -> None:
+                train(*copy.deepcopy(networks), config=trial, seed=seed, progress=False)
+
+            config = self.budget.train(name, config, len(self.train), measure)
+        train(
+            *networks,
+            config=config,
+            seed=seed,
+            held_out=(held_out.images, held_out.labels),
+            checkpoint=self.out / f"{name}.pt",
+            metrics=self.out / "metrics.jsonl",
+            tensorboard=self.tensorboard,
+            progress=self.progress,
+        )
+
+    def _measure(self, classifier: nn.Module, images: int = 32, steps: int = 2, draws: int = 4) -> tuple[int, float]:
+        """Passes of images with their gradient through the defence, and the seconds that these took."""
+        defense = Defense(self.transform, self._load("finetuned", "purifier"), classifier).to(self.device)
+        part = self.test.take(slice(0, min(images, self.recipe.evaluation.batch_size)))
+        attack = PGD(defense, steps=steps, eot_iter=draws)
+        seconds = 0.0
+        # The first time, memory is laid out and kernels are made.
+        for _ in range(2):
+            start = time.monotonic()
+            attack(part.images, part.labels).cpu()
+            seconds = time.monotonic() - start
+        return len(part) * steps * draws, seconds
 
     def _save(self, file: str, kind: str) -> None:
         if self.group.rank == 0:
@@ -257,7 +325,7 @@ class _Pipeline:
     def _build(self) -> dict[str, _Network]:
         """The networks as the first stage of each finds them."""
         recipe, source = self.recipe, self.recipe.classifier
-        shape = {"channels": self.train.images.shape[1], "classes": len(self.train.classes)}
+        shape = {"channels": self.train.shape[0], "classes": len(self.train.classes)}
         sources: dict[str, tuple[str, dict[str, Any], Callable[..., nn.Module]]] = {
             "classifier": (source.name, {**shape, **source.options}, build_classifier),
             "purifier": (recipe.purifier.name, recipe.purifier.options, build_purifier),
@@ -288,7 +356,8 @@ class _Pipeline:
         classifier, purifier, judge = (
             self.networks[kind].module for kind in ("classifier", "purifier", "discriminator")
         )
-        classifier, image, count = self._at_its_size(classifier), self.train.images[:1], len(self.train.classes)
+        classifier, count = self._at_its_size(classifier), len(self.train.classes)
+        image = self.train.take(slice(0, 1)).floats().images
         PretrainStep(self.transform, purifier, judge, self.recipe.pretrain, self.seed).check(image)
         defense = Defense(self.transform, purifier, classifier)
         with torch.no_grad(), frozen(defense), frozen(judge), check_fits("run_recipe", "images", image):

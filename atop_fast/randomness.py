@@ -41,6 +41,7 @@ class Tag(IntEnum):
     ORDER = 4
     SEED = 5
     RESIZE = 6
+    RATIO = 7
 
 
 def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, Any, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._checks import check_integer, check_number, message
 from .ops import assemble, resize
-from .ops.corrupt import check_x
+from .ops.corrupt import check_mask_ratio, check_x
 from .ops.corrupt import run as run_corrupt
 from .ops.random_resize_pad import check_sizes, place, random_placement
 
@@ -60,19 +60,25 @@ class _BlockMask(RandomTransform):
 
     Args:
         patch: side of the square mask blocks in pixels; must divide the height and the width of the (resized) images.
-        mask_ratio: share of the blocks that is masked, in [0, 1]; the count round(ratio * blocks) is exact.
+        mask_ratio: share of the blocks that is masked, in [0, 1]; the count round(ratio * blocks) is exact. Of two
+            numbers (low, high), every sample and draw gets its own count, all between theirs equally likely.
         sigma: standard deviation of the noise, in units of [0, 1] pixels.
         size: resize the images to (H', W') first, bilinearly; an int means a square, None keeps their size.
         shared_mask: all samples of a draw get one mask, as in AToP's public code.
     """
 
     def __init__(
-        self, patch: int, mask_ratio: float, sigma: float, size: int | tuple[int, int] | None, shared_mask: bool
+        self,
+        patch: int,
+        mask_ratio: float | tuple[float, float],
+        sigma: float,
+        size: int | tuple[int, int] | None,
+        shared_mask: bool,
     ) -> None:
         super().__init__()
         name = type(self).__name__
         self.patch = check_integer(name, "patch", patch, low=1)
-        self.mask_ratio = check_number(name, "mask_ratio", mask_ratio, low=0, high=1)
+        self.mask_ratio = check_mask_ratio(name, mask_ratio)
         self.sigma = check_number(name, "sigma", sigma, low=0)
         self.size = _check_size(name, size)
         self.shared_mask = bool(shared_mask)
@@ -104,7 +110,8 @@ class RT1(_BlockMask):
 
     Args:
         patch: side of the square mask blocks in pixels; must divide the height and the width of the (resized) images.
-        mask_ratio: share of the blocks that is masked, in [0, 1]; the count round(ratio * blocks) is exact.
+        mask_ratio: share of the blocks that is masked, in [0, 1]; the count round(ratio * blocks) is exact. Of two
+            numbers (low, high), every sample and draw gets its own count, all between theirs equally likely.
         size: resize the images to (H', W') first, bilinearly; an int means a square, None keeps their size.
         shared_mask: all samples of a draw get one mask, as in AToP's public code.
 
@@ -114,7 +121,7 @@ class RT1(_BlockMask):
     def __init__(
         self,
         patch: int = 8,
-        mask_ratio: float = 0.25,
+        mask_ratio: float | tuple[float, float] = 0.25,
         size: int | tuple[int, int] | None = None,
         shared_mask: bool = False,
     ) -> None:
@@ -134,7 +141,7 @@ class RT2(_BlockMask):
     def __init__(
         self,
         patch: int = 8,
-        mask_ratio: float = 0.25,
+        mask_ratio: float | tuple[float, float] = 0.25,
         sigma: float = 0.25,
         size: int | tuple[int, int] | None = None,
         shared_mask: bool = False,
@@ -227,7 +234,7 @@ class RandomResizePad(RandomTransform):
 def build_transform(
     name: str,
     patch: int,
-    mask_ratio: float,
+    mask_ratio: float | tuple[float, float],
     sigma: float,
     shared_mask: bool = False,
     size: int | tuple[int, int] | None = None,
@@ -238,8 +245,8 @@ def build_transform(
     if name == "rt2":
         return RT2(patch, mask_ratio, sigma, size, shared_mask)
     if name == "rt3":
-        check_number("build_transform", "mask_ratio", mask_ratio, low=0.01, high=1)
-        return RT3(patch, round(1 / mask_ratio), sigma, size, shared_mask)
+        ratio = check_number("build_transform", "mask_ratio", mask_ratio, low=0.01, high=1)
+        return RT3(patch, round(1 / ratio), sigma, size, shared_mask)
     raise ValueError(message("build_transform", "name", "one of 'rt1', 'rt2', 'rt3'", repr(name)))
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import _harness
+from _harness import RESULTS, metadata
 
 from atop_fast._files import write_text
 from atop_fast.demo import DemoConfig, run_demo
@@ -31,8 +31,8 @@ def main() -> None:
             runs.append({"seconds": round(time.perf_counter() - start), **report})
             if seed == args.seeds[0]:
                 shutil.copyfile(Path(folder) / "gallery.png", PICTURE)
-    document = {**_harness.metadata("cpu", args.commit), "runs": runs}
-    write_text(_harness.RESULTS / "demo--cpu.json", json.dumps(document, indent=1) + "\n")
+    document = {**metadata("cpu", args.commit), "runs": runs}
+    write_text(RESULTS / "demo--cpu.json", json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

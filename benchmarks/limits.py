@@ -1,18 +1,20 @@
-"""Where the time of `corrupt` goes, for 1 and 2 threads: python benchmarks/limits.py [--json]"""
+"""Where the time of `corrupt` goes, for 1 and 2 threads: python benchmarks/limits.py [--json FILE]"""
 
 from __future__ import annotations
 
 import argparse
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import _harness
 import torch
 from torch import Tensor
-from transforms import CORRUPT, RATIO, SIGMA, keys
 
 from atop_fast import ops
+from atop_fast.bench import results
+from atop_fast.bench.harness import Case, Roofline, keep_heap, measure
+from atop_fast.bench.transforms import CORRUPT, RATIO, SIGMA, keys
 from atop_fast.ops import _registry
 
 
@@ -43,29 +45,26 @@ def parts(shape: tuple[int, ...], patch: int, size: tuple[int, int] | None) -> d
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """Medians in microseconds. One image of 8x8 pixels shows the fixed cost of a call."""
+    """The parts as variants of a case. One image of 8x8 pixels shows the fixed cost of a call."""
+    roofline = Roofline("cpu")
     for shape, patch, size in (((1, 3, 8, 8), 8, None), *CORRUPT):
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            samples = _harness.time_us(parts(shape, patch, size), "cpu", 0.3)
-            for part, values in samples.items():
-                text = "x".join(map(str, shape)) + (f" to {size[0]}x{size[1]}" if size else "")
-                yield {"shape": text, "threads": threads, "part": part, **_harness.summary(values)}
+            run = parts(shape, patch, size)
+            text = "x".join(map(str, shape)) + (f" to {size[0]}x{size[1]}" if size else "")
+            yield from measure(Case("limits", "corrupt", text, "float32", run, list(run)), "cpu", 0.3, roofline)
 
 
 def main() -> None:
     """Measure, print, and write the results if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="write the results as JSON")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
-    _harness.keep_heap()
+    keep_heap()
     found = list(rows())
-    _harness.print_table(found)
+    results.print_rows(found)
     if args.json:
-        print(
-            "wrote",
-            _harness.write("limits", "cpu", _harness.RESULTS, {**_harness.metadata("cpu", None), "rows": found}),
-        )
+        results.write(args.json, {**results.metadata("cpu"), "rows": found})
 
 
 if __name__ == "__main__":

@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from _harness import OTHERS, RESULTS
+
+from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
+from atop_fast.bench.results import format_quality, format_time, read
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-# Rows of these files that the README shows: op, direction, shape, dtype, layout (or the loss). What stands in the
-# second file was measured after the first.
-OPS_FILES = ("ops", "attack-ops")
+DEMO = RESULTS / "demo--cpu.json"
+# Rows that the README shows: case, shape, dtype.
 OPS = (
-    ("corrupt", "forward", "64x3x32x32", "float32", "nchw"),
-    ("corrupt", "both", "64x3x32x32", "float32", "nchw"),
-    ("corrupt", "both", "64x3x256x256", "float32", "nchw"),
-    ("corrupt", "both", "64x3x32x32 to 256x256", "float32", "nchw"),
-    ("random_resize_pad", "both", "16x3x224x224 to 256x256", "float32", "nchw"),
-    ("pgd_step_linf", "forward", "64x3x32x32", "float32", "nchw"),
-    ("pgd_step_linf", "forward", "64x3x256x256", "float32", "nchw"),
-    ("pgd_step_l2", "forward", "64x3x32x32", "float32", "nchw"),
-    ("pgd_step_l2", "forward", "64x3x256x256", "float32", "nchw"),
-    ("apgd_step_linf", "forward", "64x3x32x32", "float32", "nchw"),
-    ("attack_loss", "both", "512x10", "float32", "ce"),
-    ("attack_loss", "both", "512x1000", "float32", "ce"),
-    ("attack_loss", "both", "512x10", "float32", "dlr"),
-    ("attack_loss", "both", "512x1000", "float32", "dlr"),
-    ("conv3x3", "both", "64x64x32x32", "float32", "nhwc"),
-    ("gated_elu", "both", "8x96x128x128", "float32", "nchw"),
-    ("gated_elu", "both", "8x96x128x128", "float32", "nhwc"),
-    ("gated_elu", "both", "8x96x128x128", "bfloat16", "nhwc"),
-    ("gated_elu", "both", "8x96x128x128", "float16", "nchw"),
+    ("corrupt forward", "64x3x32x32", "float32"),
+    ("corrupt both", "64x3x32x32", "float32"),
+    ("corrupt both", "64x3x256x256", "float32"),
+    ("corrupt both", "64x3x32x32 to 256x256", "float32"),
+    ("random_resize_pad both", "16x3x224x224 to 256x256", "float32"),
+    ("pgd_step_linf forward", "64x3x32x32, nchw", "float32"),
+    ("pgd_step_linf forward", "64x3x256x256, nchw", "float32"),
+    ("pgd_step_l2 forward", "64x3x32x32", "float32"),
+    ("pgd_step_l2 forward", "64x3x256x256", "float32"),
+    ("apgd_step_linf forward", "64x3x32x32", "float32"),
+    ("attack_loss both", "512x10, ce", "float32"),
+    ("attack_loss both", "512x1000, ce", "float32"),
+    ("attack_loss both", "512x10, dlr", "float32"),
+    ("attack_loss both", "512x1000, dlr", "float32"),
+    ("conv3x3 both", "64x64x32x32, nhwc", "float32"),
+    ("gated_elu both", "8x96x128x128, nchw", "float32"),
+    ("gated_elu both", "8x96x128x128, nhwc", "float32"),
+    ("gated_elu both", "8x96x128x128, nhwc", "bfloat16"),
+    ("gated_elu both", "8x96x128x128, nchw", "float16"),
 )
+WORK = {"forward": "forward", "both": "forward + backward"}
+
+
+@functools.cache
+def documents() -> dict[str, dict[str, Any]]:
+    """The result files by name, the oldest first, and of one day the largest last."""
+    found = {path.stem: read(path) for path in sorted(RESULTS.glob("*.json")) if path.stem not in OTHERS}
+    return dict(sorted(found.items(), key=lambda item: (item[1]["date"], len(item[1]["rows"]))))
+
+
+@functools.cache
+def latest() -> tuple[dict[str, Any], ...]:
+    """The newest rows of a CPU, case by case, each with the name of its file."""
+    cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for name, document in documents().items():
+        if not name.endswith("--cpu"):
+            continue
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+        for row in document["rows"]:
+            dtype = row["dtype"] if row["suite"] == "ops" else ""
+            groups[row["suite"], row["case"], row["shape"], dtype].append({**row, "file": name})
+        cases |= groups
+    return tuple(row for rows in cases.values() for row in rows)
 
 
 def demo() -> str:
     """Mean accuracies with their 95 % intervals, of the first recorded run."""
-    document = json.loads((RESULTS / "demo--cpu.json").read_text())
+    document = json.loads(DEMO.read_text())
     run, *others = document["runs"]
     config = run["config"]
     attacks = {"clean": "no attack", "fgsm": "FGSM", "pgd20_eot": "PGD-20 with EOT"}
@@ -54,99 +83,87 @@ def demo() -> str:
 
 def attacks() -> str:
     """Attacks end to end against the originals, with what each found."""
-    documents = [json.loads((RESULTS / f"{name}--cpu.json").read_text()) for name in ("attacks", "autoattack")]
+    names = [name for name in ("attacks--cpu", "autoattack--cpu") if name in documents()]
     lines = [
         "| work | ours | against | faster | accuracy, theirs and ours | judged alike |",
         "|---|---|---|---|---|---|",
     ]
-    for document in documents:
-        for row in document["rows"]:
-            if row["variant"] in document["versions"]:
-                peer = row
-                continue
-            both = f"{100 * peer['accuracy']:.1f} %, {100 * row['accuracy']:.1f} %"
+    for name in names:
+        for ours, peer, ratio in comparisons(documents()[name]["rows"]):
+            both = f"{100 * peer['accuracy']:.1f} %, {100 * ours['accuracy']:.1f} %"
             lines.append(
-                f"| {row['case']} | {row['variant']} | {peer['variant']} | {row['ratio']:.1f}x | {both} "
-                f"| {100 * row['agree']:.1f} % |"
+                f"| {ours['case']} | {ours['variant']} | {peer['variant']} | {ratio:.1f}x | {both} "
+                f"| {100 * ours['agree']:.1f} % |"
             )
-    versions = documents[0]["versions"]
-    peers = ", ".join(f"{peer} {versions[peer]}" for peer in ("torchattacks", "pyautoattack"))
-    names = ("attacks--cpu.json", "autoattack--cpu.json")
-    files = ", ".join(f"[{name}](benchmarks/results/{name})" for name in names)
-    return "\n".join(lines) + f"\n\n{_source(documents[0])} Peers: {peers}. Files: {files}."
+    first = documents()[names[0]]
+    peers = ", ".join(f"{peer} {first['versions'][peer]}" for peer in ("torchattacks", "pyautoattack"))
+    files = ", ".join(f"[{name}.json](benchmarks/results/{name}.json)" for name in names)
+    return "\n".join(lines) + f"\n\n{_source(first)} Peers: {peers}. Files: {files}."
 
 
 def ops() -> str:
     """Speed-ups of the C++ kernels over eager mode and torch.compile."""
-    documents = [json.loads((RESULTS / f"{name}--cpu.json").read_text()) for name in OPS_FILES]
-    keys = ("op", "direction", "shape", "dtype", "layout")
-    rows = {
-        tuple(row[k] for k in keys): row
-        for document in documents
-        for row in document["rows"]
-        if row["backend"] == "cpp"
-    }
     lines = [
         "| op | work | shape | type, layout | against eager | against torch.compile |",
         "|---|---|---|---|---|---|",
     ]
+    files = []
     for key in OPS:
-        row = rows[key]
-        work = {"forward": "forward", "both": "forward + backward"}[row["direction"]]
-        compiled = f"{row['speedup_vs_compile']:.1f}x" if row["speedup_vs_compile"] else "not measured"
-        lines.append(
-            f"| `{row['op']}` | {work} | {row['shape']} | {row['dtype']}, {row['layout'].upper()} "
-            f"| {row['speedup_vs_eager']:.1f}x | {compiled} |"
-        )
+        rows = [row for row in latest() if (row["case"], row["shape"], row["dtype"]) == key]
+        found = {peer["variant"]: (ours, ratio) for ours, peer, ratio in comparisons(rows)}
+        ours, ratio = found["eager"]
+        op, direction = ours["case"].split()
+        shape, _, layout = ours["shape"].partition(", ")
+        kind = f"{ours['dtype']}, {(layout or 'nchw').upper()}"
+        compiled = f"{found['compile'][1]:.1f}x" if "compile" in found else "not measured"
+        lines.append(f"| `{op}` | {WORK[direction]} | {shape} | {kind} | {ratio:.1f}x | {compiled} |")
+        files.append(ours["file"])
     sources = [
-        f"[{name}--cpu.json](benchmarks/results/{name}--cpu.json): {_source(document)}"
-        for name, document in zip(OPS_FILES, documents, strict=True)
+        f"[{name}.json](benchmarks/results/{name}.json): {_source(documents()[name])}" for name in dict.fromkeys(files)
     ]
     return "\n".join(lines) + "\n\n" + "\n".join(sources)
 
 
-# Rows of the three runs that docs/transforms.md shows, with the targets that were set: against eager and compile.
+# Rows of the runs that docs/transforms.md shows, with the targets that were set: against eager and compile.
 TRANSFORMS = (
-    ("corrupt", "forward", "64x3x32x32", 15, 35),
-    ("corrupt", "both", "64x3x32x32", 17, 30),
-    ("corrupt", "forward", "64x3x256x256", 10, 35),
-    ("corrupt", "both", "64x3x256x256", 10, 30),
-    ("corrupt", "forward", "64x3x32x32 to 256x256", 12, 35),
-    ("corrupt", "both", "64x3x32x32 to 256x256", 9, 30),
-    ("random_normal", "forward", "64x3x32x32", 15, None),
-    ("random_normal", "forward", "64x3x256x256", 15, None),
+    ("corrupt forward", "64x3x32x32", 15, 35),
+    ("corrupt both", "64x3x32x32", 17, 30),
+    ("corrupt forward", "64x3x256x256", 10, 35),
+    ("corrupt both", "64x3x256x256", 10, 30),
+    ("corrupt forward", "64x3x32x32 to 256x256", 12, 35),
+    ("corrupt both", "64x3x32x32 to 256x256", 9, 30),
+    ("random_normal forward", "64x3x32x32", 15, None),
+    ("random_normal forward", "64x3x256x256", 15, None),
 )
 
 
 def transforms() -> str:
-    """Speed-ups in three runs beside the targets, for float32."""
-    names = ("ops", "transforms-2", "transforms-3")
-    documents = [json.loads((RESULTS / f"{name}--cpu.json").read_text()) for name in names]
+    """Speed-ups in all runs that have them, beside the targets, for float32."""
+    runs = [document for document in documents().values() if _variants(document, *TRANSFORMS[0][:2])]
     peers = ("eager", "compile", "torchvision", "kornia")
     lines = [
         "| op | work | shape | eager (target) | compile (target) | torchvision | kornia | share of copy bandwidth |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for op, direction, shape, *targets in TRANSFORMS:
-        runs = [_variants(document, op, direction, shape) for document in documents]
-        cells = [", ".join(_times(run, peer) for run in runs) if peer in runs[0] else "" for peer in peers]
+    for case, shape, *targets in TRANSFORMS:
+        found = [_variants(document, case, shape) for document in runs]
+        cells = [", ".join(_times(run, peer) for run in found if peer in run) for peer in peers]
         for i, target in enumerate(targets):
             cells[i] += f" (>= {target})" if target else ""
-        share = ", ".join(
-            f"{run[document['owners'][op]]['pct_copy']} %" for run, document in zip(runs, documents, strict=True)
-        )
-        work = {"forward": "forward", "both": "forward + backward"}[direction]
-        lines.append(f"| `{op}` | {work} | {shape} | " + " | ".join(cells) + f" | {share} |")
-    return "\n".join(lines) + f"\n\n{_source(documents[0])} Three runs."
+        share = ", ".join(f"{100 * run['ours']['roofline']:.0f} %" for run in found)
+        op, direction = case.split()
+        lines.append(f"| `{op}` | {WORK[direction]} | {shape} | " + " | ".join(cells) + f" | {share} |")
+    counted = {1: "One run", 2: "Two runs", 3: "Three runs", 4: "Four runs"}.get(len(runs), f"{len(runs)} runs")
+    return "\n".join(lines) + f"\n\n{_source(runs[0])} {counted}."
 
 
 def limits() -> str:
     """What the time of corrupt is made of, in microseconds, with 1 and with 2 threads."""
-    document = json.loads((RESULTS / "limits--cpu.json").read_text())
+    document = documents()["limits--cpu"]
     table: dict[str, dict[str, list[str]]] = {}
     for row in document["rows"]:
-        cells = table.setdefault(row["part"], {}).setdefault(row["shape"], [])
-        cells.append(f"{row['median_us']:.0f}")
+        cells = table.setdefault(row["variant"], {}).setdefault(row["shape"], [])
+        cells.append(f"{row['median_s'] * 1e6:.0f}")
     shapes = list(next(iter(table.values())))
     lines = ["| part | " + " | ".join(shapes) + " |", "|---|" + "---|" * len(shapes)]
     for part, cells in table.items():
@@ -154,15 +171,84 @@ def limits() -> str:
     return "\n".join(lines) + f"\n\n{_source(document).replace('2 threads', '1 and 2 threads')}"
 
 
-def _variants(document: dict[str, Any], op: str, direction: str, shape: str) -> dict[str, dict[str, Any]]:
-    wanted = (op, direction, shape, "float32")
-    keys = ("op", "direction", "shape", "dtype")
-    found = {row["backend"]: row for row in document["rows"] if tuple(row[key] for key in keys) == wanted}
-    return {**found, "ours": found[document["owners"][op]]}
+def summary() -> str:
+    """How often ours wins and loses, for each suite and peer, and how the losses end."""
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for ours, peer, ratio in _compared():
+        groups[ours["suite"], peer["variant"]].append(ratio)
+    lines = [
+        "| suite | against | comparisons | ours faster | ours slower | worst | median | best |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (suite, peer), ratios in sorted(groups.items()):
+        won = sum(ratio >= 1 for ratio in ratios)
+        ends = " | ".join(_ratio(f(ratios)) for f in (min, statistics.median, max))
+        lines.append(f"| {suite} | {peer} | {len(ratios)} | {won} | {len(ratios) - won} | {ends} |")
+    used = dict.fromkeys(row["file"] for row in latest() if row["suite"] in COMPARED)
+    sources = [f"- [{name}.json](../benchmarks/results/{name}.json): {_source(documents()[name])}" for name in used]
+    return "\n".join(lines) + "\n\n" + "\n".join(sources)
+
+
+def losses() -> str:
+    """Every comparison that ours loses, the worst first."""
+    return _table([c for c in _compared() if c.ratio < 1])
+
+
+def suite_table(suite: str) -> str:
+    """Every comparison of a suite, the worst for us first."""
+    return _table([c for c in _compared() if c.ours["suite"] == suite])
+
+
+def processes() -> str:
+    """One evaluation by several processes."""
+    rows = [row for row in latest() if row["case"] == "evaluation by processes"]
+    lines = ["| processes | images | threads in all | time | IQR | against one |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (row["variant"], row["shape"], row["threads"], format_time(row["median_s"]), format_time(row["iqr_s"]))
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {_ratio(row['ratio'])} |")
+    return "\n".join(lines)
+
+
+def _compared() -> list[Comparison]:
+    found = [c for c in comparisons(list(latest())) if c.ours["suite"] != "limits"]
+    return sorted(found, key=lambda c: (c.ratio, c.ours["case"], c.ours["shape"], c.peer["variant"]))
+
+
+def _table(found: list[Comparison]) -> str:
+    """Of two numbers in a cell, the first is theirs."""
+    lines = [
+        "| case | shape | type | ours | against | theirs / ours | times | IQRs | images/s | roofline | peak | result |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for ours, peer, ratio in found:
+        times = ", ".join(format_time(row["median_s"]) for row in (peer, ours))
+        ranges = ", ".join(format_time(row["iqr_s"]) for row in (peer, ours) if row["samples"] > 1)
+        rates = [row["images_per_s"] for row in (peer, ours)]
+        speed = "" if None in rates else f"{rates[0]:.3g}, {rates[1]:.3g}"
+        roofline = "" if ours["roofline"] is None else f"{100 * ours['roofline']:.0f} %"
+        peaks = [row["peak_mib"] for row in (peer, ours)]
+        memory = "" if None in peaks else f"{peaks[0]:.0f}, {peaks[1]:.0f} MiB"
+        result = format_quality(ours)
+        if peer["accuracy"] is not None:
+            result += f" (theirs {100 * peer['accuracy']:.1f} %)"
+        cells = (ours["case"], ours["shape"], ours["dtype"], ours["variant"], peer["variant"], _ratio(ratio))
+        lines.append("| " + " | ".join((*cells, times, ranges, speed, roofline, memory, result)) + " |")
+    return "\n".join(lines)
+
+
+def _ratio(ratio: float) -> str:
+    text = f"{ratio:.2f}x"
+    return text if ratio >= 1 else f"**{text}**"
+
+
+def _variants(document: dict[str, Any], case: str, shape: str) -> dict[str, dict[str, Any]]:
+    wanted = (case, shape, "float32")
+    rows = [row for row in document["rows"] if tuple(row[key] for key in ("case", "shape", "dtype")) == wanted]
+    return {"ours" if row["ours"] else row["variant"]: row for row in rows}
 
 
 def _times(run: dict[str, dict[str, Any]], peer: str) -> str:
-    return f"{run[peer]['median_us'] / run['ours']['median_us']:.1f}"
+    return f"{run[peer]['median_s'] / run['ours']['median_s']:.1f}"
 
 
 def filled(text: str, name: str) -> str:
@@ -185,14 +271,33 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits}
+COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
+TABLES = {
+    "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
+    "losses": losses, "processes": processes,
+    **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
+}  # fmt: skip
 # Where the tables stand.
-PAGES = {"README.md": ("demo", "attacks", "ops"), "docs/transforms.md": ("transforms", "limits")}
+PAGES = {
+    "README.md": ("demo", "attacks", "ops"),
+    "docs/transforms.md": ("transforms", "limits"),
+    "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
+}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Fill the tables of every page, and draw the pictures of docs/benchmarks.md."""
     for page, tables in PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         for table in tables:
             text = filled(text, table)
         (ROOT / page).write_text(text, encoding="utf-8")
+    newest = [document for name, document in documents().items() if name.endswith("--cpu")][-1]
+    document = {**newest, "rows": [row for row in latest() if row["suite"] != "limits"]}
+    draw_ratios(document, ROOT / "docs" / "benchmarks.png")
+    if any(row["suite"] == "scaling" for row in document["rows"]):
+        draw_scaling(document, ROOT / "docs" / "scaling.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,24 @@
 """The random transforms under pytest-benchmark: pytest benchmarks/test_transforms_bench.py
 
-The cases of ops.py (transforms.py), each variant a benchmark of its own; --benchmark-compare and the like work as
-usual. Ratios between variants are better taken from ops.py, which measures them in turns.
+The cases of atop_fast/bench/transforms.py, each variant a benchmark of its own; --benchmark-compare and the like work
+as usual. Ratios between variants are better taken from `atop-fast bench ops`, which takes turns.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from _harness import Case, copy_gbps, synchronize
-from transforms import transform_cases
+
+from atop_fast.bench.harness import Case, Roofline, synchronize
+from atop_fast.bench.transforms import transform_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = list(transform_cases(DEVICE))
+ROOFLINE = Roofline(DEVICE)
 
 
 def _name(case: Case) -> str:
-    return f"{case.op}-{case.direction}-{case.shape}-{str(case.dtype).removeprefix('torch.')}".replace(" ", "-")
+    return f"{case.name}-{case.shape}-{case.dtype}".replace(" ", "-")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ def _name(case: Case) -> str:
     [pytest.param(case, variant, id=f"{_name(case)}-{variant}") for case in CASES for variant in case.run],
 )
 def test_transform(benchmark, case, variant):
-    case.check()
+    case.judge({})
     torch._dynamo.reset()
     function = case.run[variant]
     try:
@@ -38,5 +40,5 @@ def test_transform(benchmark, case, variant):
 
     benchmark.group = _name(case)
     benchmark(run)
-    gbps = case.nbytes / benchmark.stats.stats.median / 1e9
-    benchmark.extra_info.update(bytes_moved=case.nbytes, gbps=gbps, share_of_copy=gbps / copy_gbps(case.nbytes, DEVICE))
+    share = ROOFLINE.floor(case, case.dtype) / benchmark.stats.stats.median
+    benchmark.extra_info.update(bytes_moved=case.nbytes, roofline=share)

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import metadata
 from torch import Tensor
 
 import atop_fast as atop
 from atop_fast.attacks import PGD
+from atop_fast.bench.results import metadata
 from atop_fast.randomness import derive_seed, seeded
 from atop_fast.training import fit
 

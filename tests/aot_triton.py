@@ -20,10 +20,13 @@ from triton.compiler import ASTSource
 from atop_fast.kernels._launch import BLOCK, EXACT, GATHER_BLOCK, NUM_WARPS
 from atop_fast.kernels._steps import NORM_BLOCK, NORM_WARPS
 from atop_fast.kernels.attack_loss import MAX_CLASSES, MIN_BLOCK
+from atop_fast.kernels.contextual_attention import ROW_TILE, ROW_WARPS
+from atop_fast.kernels.contextual_attention import TILE as TILE_OF_DIAGONALS
 from atop_fast.kernels.gated import TILE as TILE_OF_SUMS
 from atop_fast.kernels.mask_blocks import TILE
 
 FLOATS = ("fp32", "bf16", "fp16")
+FP32 = FLOATS[:1]
 # The key of the randomness, and what corrupt reads: its numbers follow the pointers of its outputs.
 KEY = "*i64 *i64 *i64"
 CORRUPT = f"*u8 *fp32 {KEY}"
@@ -86,6 +89,30 @@ CASES = {
     "attack_loss dlr": ("attack_loss.attack_loss_kernel", f"{LOSS} =2 =16", MIN_BLOCK, ("fp32",)),
     "attack_loss targets": ("attack_loss.attack_loss_kernel", f"{TARGETED} =2 =1024", BLOCK, ("fp32",)),
     "attack_loss most classes": ("attack_loss.attack_loss_kernel", f"{TARGETED} =2 =4096", MAX_CLASSES, ("fp32",)),
+    # The scores, a share of pasted weights, and their gradient, at 32 x 32 places.
+    "diagonals": (
+        "contextual_attention.diagonals_kernel",
+        "*T *T *T i i i32 i32 =3 =False =16",
+        TILE_OF_DIAGONALS,
+        FP32,
+    ),
+    "diagonals four": (
+        "contextual_attention.diagonals_kernel",
+        "*T =None *T i i i32 i32 =2 =False =16",
+        TILE_OF_DIAGONALS,
+        FP32,
+    ),
+    "diagonals added": (
+        "contextual_attention.diagonals_kernel",
+        "*T =None *T i i i32 i32 =2 =True =16",
+        TILE_OF_DIAGONALS,
+        FP32,
+    ),
+    "weigh": ("contextual_attention.weigh_fwd_kernel", "*T *u8 *T i i =True =2", ROW_TILE, FP32),
+    # Rows of more than 2048 places.
+    "weigh parts": ("contextual_attention.weigh_fwd_kernel", "*T *u8 *T i i =False =1", ROW_TILE, FP32),
+    "weigh_bwd": ("contextual_attention.weigh_bwd_kernel", "*T *T i i =2", ROW_TILE, FP32),
+    "fuse_bwd": ("contextual_attention.fuse_bwd_kernel", "*T *T *T *T *T i i =16", TILE_OF_DIAGONALS, FP32),
     # COUNT is divisible by 4, and is not.
     "random_normal": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =True", BLOCK, ("fp32",)),
     "random_normal any": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =False", BLOCK, ("fp32",)),
@@ -152,7 +179,8 @@ CASES = {
         ("fp32",),
     ),
 }
-CONTRACTED = tuple(case for case in CASES if "attack_loss" in case or case.startswith("gated"))
+# What is not held to bits contracts multiplications with additions.
+CONTRACTED = ("attack_loss", "contextual_attention", "gated")
 ARCHS = (80, 90, 100)
 
 
@@ -162,7 +190,8 @@ def main() -> None:
         kernel = getattr(importlib.import_module(f"atop_fast.kernels.{module}"), name)
         # attack_loss has blocks as large, but is launched with the usual warps.
         warps = NORM_WARPS if block == NORM_BLOCK and "_l2" in name else NUM_WARPS
-        options = {"num_warps": warps, **({} if case in CONTRACTED else EXACT)}
+        warps = ROW_WARPS if name.startswith("weigh_") else warps
+        options = {"num_warps": warps, **({} if module in CONTRACTED else EXACT)}
         for dtype in dtypes:
             source = _source(kernel, [*arguments.split(), f"={block}"], dtype)
             for arch in ARCHS:

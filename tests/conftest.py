@@ -16,6 +16,8 @@ HAS_GPU = torch.cuda.is_available()
 # Read when @triton.jit runs, so it must be set before any kernel is imported.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Several workers (pytest -n) have as many threads as there are processors each: those that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FLOORS = Path(__file__).parent / "floors.json"
 COUNTED = ("eager", "cpp", "triton", "cuda", "nvcc")
@@ -71,8 +73,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
     marker = item.get_closest_marker("backend")
     if report.when == "call" and not report.skipped and marker:
-        executed[marker.args[0]] += 1
+        # Properties travel with the report to the process that counts, of which this one may be a worker.
+        report.user_properties.append(("backend", marker.args[0]))
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    executed.update(value for name, value in report.user_properties if name == "backend" and report.when == "call")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -85,6 +92,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return
     if session.config.getoption("--assert-counts") and _below_floor() and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

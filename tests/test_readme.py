@@ -36,6 +36,26 @@ def test_tables_are_those_of_the_result_files(readme_tables):
             assert readme_tables.filled(text, name) == text, f"{page}: {name}"
 
 
+def test_every_loss_is_listed(readme_tables):
+    """In the words of the page: whoever was faster than the same work of ours stands in its table of losses."""
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    losses = text.partition("<!-- losses -->")[2].partition("<!-- /losses -->")[0].splitlines()
+    rows = [row for row in readme_tables.latest() if row["suite"] != "limits"]
+    count = 0
+    for ours in (row for row in rows if row["ours"]):
+        for peer in (row for row in rows if not row["ours"]):
+            same = all(ours[key] == peer[key] for key in ("suite", "case", "shape"))
+            if (
+                same
+                and (ours["dtype"] == peer["dtype"] or ours["suite"] != "ops")
+                and peer["median_s"] < ours["median_s"]
+            ):
+                names = (ours["case"], ours["shape"], ours["dtype"], ours["variant"], peer["variant"])
+                assert any(line.startswith(f"| {' | '.join(names)} |") for line in losses), names
+                count += 1
+    assert count == len(losses) - 3
+
+
 def test_the_demo_keeps_its_promises():
     """What the README says in words, over every recorded seed."""
     runs = json.loads((RESULTS / "demo--cpu.json").read_text())["runs"]

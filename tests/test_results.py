@@ -1,4 +1,4 @@
-"""The rule behind every native kernel: one that is slower than eager is not registered. Reads the committed results."""
+"""The committed results: their form, and the rule that a native kernel slower than eager owns no op."""
 
 from __future__ import annotations
 
@@ -9,66 +9,94 @@ from pathlib import Path
 
 import pytest
 
+from atop_fast.bench.results import check_document, read, write
 from atop_fast.ops import _registry
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-ATTACKS = [RESULTS / f"{name}--cpu.json" for name in ("attacks", "autoattack")]
-NO_OPS = [RESULTS / "demo--cpu.json", RESULTS / "limits--cpu.json", *ATTACKS]
-FILES = sorted(path for path in RESULTS.glob("*.json") if path not in NO_OPS)
+# These hold no timings.
+OTHERS = ("demo--cpu", "load--cpu", "numerics--cpu", "reliability--cpu", "tests--cuda")
+FILES = sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
+# The ops whose rows have another name: functions over one op, and one op with several functions.
+OPS = {"random_resize_pad": "resample", "gated_elu": "gated", "gated_elu_bias": "gated", "gated_relu": "gated"}
 
 
-def speedups(document, owner_of, *keys):
-    """Speed-ups over eager of each op's owner, grouped by the columns `keys`."""
-    groups = defaultdict(list)
+def op_rows(document):
+    """The rows of the ops that the owners have, by op and direction."""
     for row in document["rows"]:
-        if row["backend"] == owner_of[row["op"]] != "eager":
-            groups[tuple(row[key] for key in keys)].append(row["speedup_vs_eager"])
-    return groups
+        op, direction = row["case"].split() if row["suite"] == "ops" else ("", "")
+        owners = document.get("owners", {})
+        owner = owners.get(op) or owners.get(OPS.get(op, op))
+        if row["ours"] and row["variant"] == owner:
+            yield op, direction, row
 
 
 def test_cpu_results_are_there():
-    assert RESULTS / "ops--cpu.json" in FILES
+    assert any(row["suite"] == "ops" for path in FILES for row in read(path)["rows"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_metadata(path):
-    document = json.loads(path.read_text())
-    assert {"date", "commit", "device", "threads", "versions", "owners", "rows"} <= set(document)
-    assert {"python", "torch", "cuda"} == set(document["versions"])
+def test_schema(path):
+    document = read(path)
+    assert {"python", "torch", "cuda"} <= set(document["versions"])
+    assert document["rows"]
+    for row in document["rows"]:
+        assert row["median_s"] > 0
+        assert row["threads"] > 0
+        assert row["samples"] > 0
+        assert row["ratio"] > 0
+
+
+def test_other_files_are_refused(tmp_path):
+    document = read(FILES[0])
+    path = tmp_path / "folder" / "same.json"
+    write(path, document)
+    assert read(path) == document
+    for change in ({"rows": None}, {"date": 3}):
+        with pytest.raises(ValueError, match="json must be a result file"):
+            check_document({**document, **change})
+    for change in ({"median_s": "1 s"}, {"ours": 1}, {"roofline": "half"}):
+        with pytest.raises(ValueError, match=f"row 0 has {next(iter(change))}"):
+            check_document({**document, "rows": [{**document["rows"][0], **change}]})
+    with pytest.raises(ValueError, match="row 0 has other columns"):
+        check_document({**document, "rows": [{**document["rows"][0], "more": 1}]})
+    path.write_text("no JSON")
+    with pytest.raises(ValueError, match=r"same\.json"):
+        read(path)
+    with pytest.raises(ValueError, match="json must be a result file"):
+        check_document(json.loads("[]"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_owner_is_not_slower_than_eager(path):
-    document = json.loads(path.read_text())
-    by_direction = speedups(document, document["owners"], "op", "direction")
-    by_dtype = speedups(document, document["owners"], "op", "direction", "dtype")
-    assert by_direction
-    for group, ratios in {**by_direction, **by_dtype}.items():
+    groups = defaultdict(list)
+    for op, direction, row in op_rows(read(path)):
+        groups[op, direction].append(row["ratio"])
+        groups[op, direction, row["dtype"]].append(row["ratio"])
+    for group, ratios in groups.items():
         assert statistics.median(ratios) >= 1, f"{group}: {ratios}"
 
 
 def test_every_native_owner_is_measured():
-    documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*--cpu.json")) if path not in NO_OPS]
-    measured = {row["op"] for document in documents for row in document["rows"] if row["backend"] == "cpp"}
+    paths = [path for path in FILES if path.stem.endswith("--cpu")]
+    measured = {OPS.get(op, op) for path in paths for op, _, row in op_rows(read(path)) if row["variant"] == "cpp"}
     for name in _registry.OPS:
         # A backward op is measured with its forward op, as direction "both".
         if _registry.owner(name, "cpu") == "cpp":
-            assert {"gated": "gated_elu", "gated_bwd": "gated_elu"}.get(name, name.removesuffix("_bwd")) in measured, (
-                name
-            )
+            assert {name, name.removesuffix("_bwd")} & measured, name
 
 
-@pytest.mark.parametrize("path", ATTACKS, ids=lambda path: path.stem)
-def test_attacks_are_faster_and_no_weaker(path):
-    """Every contest names its peer's version, and ours leaves at most half a point more accuracy than the peer."""
-    document = json.loads(path.read_text())
-    assert {"date", "commit", "device", "threads", "versions", "rows"} <= set(document)
-    contests = defaultdict(dict)
-    for row in document["rows"]:
-        contests[row["case"]][row["variant"]] = row
-    for variants in contests.values():
-        (peer,) = set(variants) & set(document["versions"])
-        assert len(variants) >= 2
-        for name in set(variants) - {peer}:
-            assert variants[name]["accuracy"] <= variants[peer]["accuracy"] + 0.005
-            assert variants[name]["ratio"] > 1
+def test_attacks_are_faster_and_no_weaker():
+    """Ours leave at most half a point more accuracy than the first peer, which names its version."""
+    contests = defaultdict(list)
+    for path in FILES:
+        document = read(path)
+        for row in document["rows"]:
+            if row["suite"] in ("attacks", "evaluate") and row["accuracy"] is not None:
+                contests[path.stem, row["case"], row["shape"]].append((row, document["versions"]))
+    assert contests
+    for (first, versions), *others in contests.values():
+        assert first["variant"] in {*versions, "plain"}
+        assert any(row["ours"] for row, _ in others)
+        for row in (row for row, _ in others if row["ours"]):
+            assert row["accuracy"] <= first["accuracy"] + 0.005
+            assert row["ratio"] > 1

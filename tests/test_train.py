@@ -23,6 +23,7 @@ from atop_fast.pipeline import Resized, run_recipe
 from atop_fast.purifiers import DISCRIMINATORS
 from atop_fast.randomness import seeded
 from atop_fast.recipe import Recipe, load_recipe, preset_names
+from atop_fast.training.metrics import read_metrics
 
 PUBLISHED = [
     *("cifar10-rt1", "cifar10-rt2", "cifar10-rt3", "cifar100-rt2"),
@@ -35,7 +36,7 @@ TINY = {
     "purifier": {"options": {"width": 4}},
     "discriminator": {"options": {"width": 4, "depth": 2}},
     "pretrain": {"epochs": 2, "batch_size": 8},
-    "finetune": {"epochs": 2, "batch_size": 8, "eps": 0.2},
+    "finetune": {"epochs": 2, "batch_size": 8, "eps": 0.2, "evaluate_every": 1},
     "evaluation": {"protocol": "quick", "eps": 0.2, "draws": 2, "selection_draws": 2, "diagnostics": False},
 }
 FILES = [
@@ -242,6 +243,11 @@ def test_killed_runs_and_two_processes_end_with_the_report_of_one(files):
     assert (killed / "report.json").read_text() == expected
     assert sorted(path.name for path in killed.iterdir() if path.name[0] != ".") == FILES
     finish(start(files, "two", 2))
+    for first, second in zip(*(read_metrics(files / out / "metrics.jsonl") for out in ("whole", "two")), strict=True):
+        for key in first.keys() - {"seconds", "images_per_second"}:
+            # Gradients are summed in another order, so that one of the 8 held-out images may count otherwise.
+            assert second[key] == pytest.approx(first[key], rel=2e-2, abs=0.13 if "held_out" in key else 2e-3)
+    assert "held_out_robust" in first
     two, one = json.loads((files / "two/report.json").read_text()), json.loads(expected)
     assert two["recipe"] == one["recipe"]
     for which in ("pretrained", "finetuned"):

@@ -12,6 +12,7 @@ from torch import nn
 from atop_fast import RT1, RT2, RT3, Defense, build_classifier
 from atop_fast.attacks import GradientEstimator
 from atop_fast.randomness import Tag, philox4x32, seeded
+from atop_fast.recipe import load_recipe
 from atop_fast.transforms import RandomResizePad, build_transform
 
 X = torch.rand(5, 3, 24, 16, generator=torch.Generator().manual_seed(1))
@@ -42,6 +43,24 @@ def test_masked_blocks_are_counted_exactly_and_whole(ratio):
     assert (blocks[..., 0].sum(1) == round(ratio * 6)).all()
 
 
+def test_of_a_range_every_count_is_as_likely():
+    """6 to 18 of 24 blocks, within 5 sigma of a 13th each; and none beyond."""
+    counts = RT1(1, (0.25, 0.75))(torch.zeros(4096, 1, 6, 4), seed=2)[:, -1].sum(dim=(1, 2)).long()
+    seen = counts.bincount(minlength=25)
+    assert seen.nonzero().flatten().tolist() == list(range(6, 19))
+    assert (seen[6:19] - 4096 / 13).abs().max() < 5 * (4096 / 13 * 12 / 13) ** 0.5
+    one = RT1(1, (0.25, 0.75), shared_mask=True)(torch.zeros(9, 1, 6, 4), draws=torch.arange(9) % 2)[:, -1]
+    assert len(one.unique(dim=0)) == len(one.sum(dim=(1, 2)).unique()) == 2
+
+
+def test_a_recipe_takes_a_range(tmp_path):
+    path = tmp_path / "range.yaml"
+    path.write_text("base: cifar10-native-rt2\ntransform: {mask_ratio: [0.25, 0.75]}\n")
+    transform = load_recipe(str(path)).transform.build()
+    assert transform.mask_ratio == (0.25, 0.75)
+    assert len(transform(X)[:, -1].sum(dim=(1, 2)).unique()) > 1
+
+
 def test_masks_differ_by_sample_unless_shared():
     x = X[:, :, :16].repeat(4, 1, 1, 1)
     assert len(RT1(4)(x)[:, -1].unique(dim=0)) > 1
@@ -50,7 +69,7 @@ def test_masks_differ_by_sample_unless_shared():
     assert torch.equal(shared(x)[3:4], shared(x[3:4], sample_ids=torch.tensor([3])))
 
 
-@pytest.mark.parametrize("transform", ALL, ids=NAMES)
+@pytest.mark.parametrize("transform", [*ALL, RT2(4, (0.1, 0.9))], ids=[*NAMES, "rt2-range"])
 def test_result_belongs_to_the_sample(transform):
     n, ids, draws = transform.copies, torch.tensor([4, 9, 2, 7, 0]), torch.tensor([1, 0, 5, 5, 2])
     whole = transform(X, 7, ids, draws)
@@ -241,6 +260,14 @@ def test_exact_gradient_goes_through_the_resize(transform):
         (lambda: RandomResizePad(2, 4)(X, draws=-1), ValueError, "RandomResizePad: draws must be an integer and in"),
         (lambda: RT2(0), ValueError, "RT2: patch must be an integer and >= 1, got 0"),
         (lambda: RT2(8, 1.5), ValueError, r"RT2: mask_ratio must be finite and in \[0, 1\], got 1.5"),
+        (
+            lambda: RT2(8, (0.5, 0.25)),
+            ValueError,
+            r"RT2: mask_ratio must be a number, or two with .*, got \(0.5, 0.25\)",
+        ),
+        (lambda: RT2(8, (0.5,)), ValueError, "RT2: mask_ratio must be a number, or two with the lower one first, got"),
+        (lambda: RT2(8, (0, 2)), ValueError, r"RT2: mask_ratio must be finite and in \[0, 1\], got 2"),
+        (lambda: build_transform("rt3", 8, (0.2, 0.5), 0.1), TypeError, "mask_ratio must be a number, got tuple"),
         (lambda: RT2(8, sigma=-1), ValueError, "RT2: sigma must be finite and >= 0, got -1"),
         (
             lambda: build_transform("rt4", 8, 0.25, 0.1),

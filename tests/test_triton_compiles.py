@@ -36,6 +36,13 @@ MAX_REGISTERS = {
     "attack_loss dlr": 48,
     "attack_loss targets": 72,
     "attack_loss most classes": 144,
+    "diagonals": 64,
+    "diagonals four": 64,
+    "diagonals added": 64,
+    "weigh": 88,
+    "weigh parts": 136,
+    "weigh_bwd": 40,
+    "fuse_bwd": 72,
     "random_normal": 32,
     "random_normal any": 56,
     "mask_blocks": 40,
@@ -52,10 +59,12 @@ MAX_REGISTERS = {
     "resample": 56,
     "resample rows first": 64,
 }
+ATTENTION = {"diagonals", "diagonals four", "diagonals added", "weigh", "weigh parts", "weigh_bwd", "fuse_bwd"}
 LOSSES = {case for case in MAX_REGISTERS if "attack_loss" in case}
 # Where neighbouring elements do not lie side by side, or fill no 16 bytes.
 NARROW_ANY = {
     *LOSSES,
+    *ATTENTION,
     "random_normal any",
     "mask_blocks",
     "corrupt any",
@@ -67,7 +76,7 @@ NARROW_LOADS = {*NARROW_ANY, "random_normal", "corrupt resized"}
 # A block's sum is one number.
 NARROW_STORES = {*NARROW_ANY, "corrupt_passes", "pgd_step_l2 first", "gated_bwd db", "gated_bwd db channels_last"}
 # All others have the same bits in every backend, hence contract no multiplication with an addition.
-CONTRACTED = {*LOSSES, *(case for case in MAX_REGISTERS if case.startswith("gated"))}
+CONTRACTED = {*LOSSES, *ATTENTION, *(case for case in MAX_REGISTERS if case.startswith("gated"))}
 
 
 @pytest.mark.backend("triton")
@@ -80,7 +89,7 @@ def test_compiles(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["case"] for row in rows} == set(MAX_REGISTERS)
-    assert len(rows) == (3 * 3 + 9 * 2 + 25) * 3
+    assert len(rows) == (3 * 3 + 9 * 2 + 32) * 3
     for row in rows:
         case = row["case"]
         assert row["reg"] <= MAX_REGISTERS[case], row

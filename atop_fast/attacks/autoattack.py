@@ -47,7 +47,8 @@ class AutoAttack:
         seed: key of all randomness.
         precision: of the networks in the attacks; what counts as fooled is always decided in float32. With "bfloat16"
             or "float16" the images that survive are attacked once more in float32 (`finish` of the attacks).
-        finish: attacks of the float32 pass after a screen in lower precision.
+        finish: attacks of the float32 pass after a screen in lower precision; for a network that is not adversarially
+            trained add "apgd-t".
         steps, queries, eot_iter: instead of 100 steps of the white-box attacks, 5,000 queries of Square, and the
             version's number of draws.
         max_batch: see Attack.

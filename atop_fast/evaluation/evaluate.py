@@ -300,14 +300,14 @@ class _Work:
         return bool((self.run.tables[name]["distance"][ids] <= self.threat.eps + 1e-5).all())
 
 
-def parse_budget(budget: float | str) -> float:
+def parse_budget(budget: float | str, function: str = "evaluate") -> float:
     """Seconds of a budget: a number, or text with the unit s, m or h such as "90s", "10m", "1.5h"."""
     if isinstance(budget, str):
         match = re.fullmatch(r"([0-9.]+)\s*([smh]?)", budget.strip())
         with contextlib.suppress(ValueError, TypeError):
             return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]  # type: ignore[index]
-        raise ValueError(message("evaluate", "budget", 'seconds, or text such as "90s", "10m" or "2h"', repr(budget)))
-    return check_number("evaluate", "budget", budget, low=0)
+        raise ValueError(message(function, "budget", 'seconds, or text such as "90s", "10m" or "2h"', repr(budget)))
+    return check_number(function, "budget", budget, low=0)
 
 
 def _diagnostics(folder: Path, model: Model, x: Tensor, y: Tensor, threat: _Threat, seed: int) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ from .._files import write_atomic, write_text
 # A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict().
 Verdicts = Mapping[str, Mapping[str, Any]]
 MEASURES = (("mean", "mean of draws"), ("majority", "majority vote"), ("worst", "worst of K"))
+# In a line of metrics.jsonl, besides the losses.
+NOT_DRAWN = ("training", "epoch", "updates", "lr", "seconds", "images_per_second")
 
 
 def format_table(systems: Mapping[str, Verdicts]) -> str:
@@ -73,6 +75,7 @@ def write_report(
     notes: Sequence[str] = (),
     picture: bytes | None = None,
     picture_caption: str = "",
+    curves: bytes | None = None,
 ) -> None:
     """Write report.json, report.html and, with a picture, gallery.png; each atomically.
 
@@ -83,6 +86,7 @@ def write_report(
             groups of systems under "findings" get a table of their own.
         notes: paragraphs under the tables.
         picture, picture_caption: a PNG and what it shows.
+        curves: a PNG of the trainings' losses (see training_picture).
     """
     page = _page(
         title=title,
@@ -90,6 +94,7 @@ def write_report(
         notes=notes,
         picture=_base64(picture) if picture else None,
         picture_caption=picture_caption,
+        curves=_base64(curves) if curves else None,
     )
     write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
     write_text(folder / "report.html", page)
@@ -151,6 +156,33 @@ def curve_picture(points: Sequence[Mapping[str, Any]]) -> bytes:
     return _png(figure)
 
 
+def training_picture(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """A PNG of every scalar of every training against its updates, from the lines of a metrics.jsonl; None without."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trainings: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        trainings.setdefault(line["training"], []).append(line)
+    if not trainings:
+        return None
+    scalars = {title: [key for key in part[-1] if key not in NOT_DRAWN] for title, part in trainings.items()}
+    columns = max(map(len, scalars.values()))
+    figure = Figure(figsize=(2.1 * columns, 1.9 * len(trainings)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for row, (title, part) in zip(
+        figure.subplots(len(trainings), columns, squeeze=False), trainings.items(), strict=True
+    ):
+        for axis, key in zip(row, scalars[title], strict=False):
+            axis.plot([line["updates"] for line in part], [line.get(key) for line in part], ".-", color="#4878a8")
+            axis.set_title(f"{title}: {key}", fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+        for axis in row[len(scalars[title]) :]:
+            axis.set_axis_off()
+    return _png(figure)
+
+
 def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
     """report.html filled in; everything is escaped."""
     # jinja2 is imported here so that `import atop_fast` stays quick.
@@ -160,7 +192,8 @@ def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     tables = [("Robust accuracy", data["systems"]), *([("Findings", data["findings"])] if "findings" in data else [])]
     # Sections without their values are left out.
-    given = {key: values.get(key) for key in ("details", "curve", "strips", "notes", "picture", "picture_caption")}
+    keys = ("details", "curve", "strips", "notes", "picture", "picture_caption", "curves")
+    given = {key: values.get(key) for key in keys}
     return environment.from_string(template).render(title=title, data=data, tables=tables, measures=MEASURES, **given)
 
 

@@ -2,7 +2,7 @@
 
 An op is defined once, in Python, so that it exists whatever was compiled. Its reference serves every device without a
 kernel of its own, and is its fake. The C++ and CUDA libraries register themselves when they are loaded; Triton takes
-the CUDA key where the CUDA library is absent. From there on the dispatcher chooses.
+the CUDA key of an op that then has no kernel there. From there on the dispatcher chooses.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ def load() -> None:
         _load_library("cuda", "_ops_cuda.so", (build_info() or {}).get("note") or "not built (see docs/ENV.md)")
     if importlib.util.find_spec("triton") is None:
         MISSING["triton"] = "triton is not installed"
-    elif torch.version.cuda and "cuda" in MISSING:
+    elif torch.version.cuda:
         for name, op in OPS.items():
-            if op.launcher:
+            if op.launcher and not _has_kernel(name, "CUDA"):
                 LIBRARY.impl(name, functools.partial(_call_launcher, op.launcher), "CUDA")
 
 
@@ -114,8 +114,7 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if launcher and "triton" not in MISSING and (torch.cuda.is_available() or interpreted):
         found["triton"] = functools.partial(_call_launcher, launcher)
-    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA")
-    if has_cuda and "cuda" not in MISSING and torch.cuda.is_available():
+    if owner(name, "cuda") == "cuda" and torch.cuda.is_available():
         found["cuda"] = _kernel(name, torch._C.DispatchKey.CUDA)
     return found
 
@@ -123,7 +122,7 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
 def owner(name: str, device: str) -> str:
     """The backend that the dispatcher calls for op `name` on `device` ("cpu" or "cuda"), as the dispatcher has it."""
     key = device.upper()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+    if not _has_kernel(name, key):
         return "eager"
     entries = torch._C._dispatch_dump(f"{NAMESPACE}::{name}")
     match = re.search(rf"^{key}: registered at (\S+?):\d+", entries, re.MULTILINE)
@@ -158,6 +157,10 @@ def _load_library(backend: str, file: str, absent: str) -> None:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         MISSING[backend] = f"{file} does not load: {error}"
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
 def _kernel(name: str, key: Any) -> Callable[..., Any]:

@@ -53,8 +53,9 @@ def reference(features: Tensor, valid: Tensor) -> Tensor:
     check_features("contextual_attention", features)
     check_valid("contextual_attention", valid, features)
     b = widen(features)
-    _, _, weights = _attend(b, valid)
-    return _rounded(_paste(weights, b), features)
+    with no_autocast(features):
+        _, _, weights = _attend(b, valid)
+        return rounded(_paste(weights, b), features)
 
 
 def reference_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
@@ -63,27 +64,30 @@ def reference_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
     check_valid("contextual_attention_bwd", valid, features)
     check_dy("contextual_attention_bwd", dy, features.shape, features)
     b, dy = widen(features), widen(dy)
-    scores, norms, weights = _attend(b, valid)
-    # As values: pasting is linear in them, and its transpose pastes by the transposed weights.
-    db = _paste(weights.mT, dy)
-    # As keys: through the weights to the scores.
-    dweights = _paste_bwd(dy, b)
-    dscores = SCALE * weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-    dscores = _fuse_bwd(dscores, valid.shape[1:])
-    # The norm of a key is in its scores, and the square of it on the diagonal of the products.
-    dnorms = -(dscores * scores).sum(1) / norms
-    dproducts = dscores / norms[:, None]
-    diagonal = dproducts.diagonal(dim1=1, dim2=2)
-    diagonal += torch.where(norms > MIN_NORM, dnorms / (2 * norms), 0)
-    dproducts = _compare_neighbours(dproducts + dproducts.mT, valid.shape[1:])
-    small = b[:, :, ::2, ::2]
-    db[:, :, ::2, ::2] += (small.flatten(2) @ dproducts).view_as(small)
-    return _rounded(db, features)
+    with no_autocast(features):
+        scores, norms, weights = _attend(b, valid)
+        # As values: pasting is linear in them, and its transpose pastes by the transposed weights.
+        db = _paste(weights.mT, dy)
+        # As keys: through the weights to the scores.
+        dweights = _paste_bwd(dy, b)
+        dscores = SCALE * weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+        dscores = _fuse_bwd(dscores, valid.shape[1:])
+        # The norm of a key is in its scores, and the square of it on the diagonal of the products.
+        dnorms = -(dscores * scores).sum(1) / norms
+        dproducts = dscores / norms[:, None]
+        diagonal = dproducts.diagonal(dim1=1, dim2=2)
+        diagonal += torch.where(norms > MIN_NORM, dnorms / (2 * norms), 0)
+        dproducts = _compare_neighbours(dproducts + dproducts.mT, valid.shape[1:])
+        small = b[:, :, ::2, ::2]
+        db[:, :, ::2, ::2] += (small.flatten(2) @ dproducts).view_as(small)
+        return rounded(db, features)
 
 
-OP = define("contextual_attention(Tensor features, Tensor valid) -> Tensor", reference, kernels=None)
+OP = define("contextual_attention(Tensor features, Tensor valid) -> Tensor", reference, kernels="contextual_attention")
 OP_BWD = define(
-    "contextual_attention_bwd(Tensor dy, Tensor features, Tensor valid) -> Tensor", reference_bwd, kernels=None
+    "contextual_attention_bwd(Tensor dy, Tensor features, Tensor valid) -> Tensor",
+    reference_bwd,
+    kernels="contextual_attention",
 )
 
 
@@ -141,8 +145,9 @@ def contextual_attention(features: Tensor, mask: Tensor) -> Tensor:
 
     Notes:
         Differentiable once; a second derivative raises RuntimeError. Only `features` and the mask are kept for the
-        backward pass, which recomputes the weights. 16-bit features are computed in float32. On CPUs with the native
-        build a sample's result has the same bits whatever the batch, its place in it and the number of threads.
+        backward pass, which recomputes the weights. 16-bit features are computed in float32, and float32 features are
+        under autocast too. On CPUs with the native build a sample's result has the same bits whatever the batch, its
+        place in it and the number of threads.
 
     Reference:
         Yu et al., Generative Image Inpainting with Contextual Attention, CVPR 2018, section 4; docs/math.md for the
@@ -198,7 +203,12 @@ def check_valid(function: str, valid: Tensor, features: Tensor) -> None:
         raise ValueError(message(function, "valid", f"on the device of features {features.device}", valid.device))
 
 
-def _rounded(y: Tensor, features: Tensor) -> Tensor:
+def no_autocast(t: Tensor) -> torch.autocast:
+    """A context in which products are computed in the type of their factors."""
+    return torch.autocast(t.device.type, enabled=False)
+
+
+def rounded(y: Tensor, features: Tensor) -> Tensor:
     return y.to(features.dtype).contiguous(memory_format=memory_format(features))
 
 
@@ -238,7 +248,7 @@ def _fuse_columns(t: Tensor, size: Sequence[int]) -> Tensor:
 def _paste(weights: Tensor, values: Tensor) -> Tensor:
     """A quarter of the overlapping 4x4 patches of `values`, each the mean of all by its row of the weights."""
     y = torch.empty_like(values)
-    for rows, columns, part in _parities(values):
+    for rows, columns, part in parities(values):
         shared = _diagonals(_diagonals(_split(weights, part.shape[2:]), (1, 3), rows), (2, 4), columns)
         mean = shared.flatten(3).flatten(1, 2) @ part.flatten(2).mT
         y[:, :, rows[1] > 0 :: 2, columns[1] > 0 :: 2] = 0.25 * mean.mT.view_as(part)
@@ -248,14 +258,14 @@ def _paste(weights: Tensor, values: Tensor) -> Tensor:
 def _paste_bwd(dy: Tensor, values: Tensor) -> Tensor:
     """The gradient of `_paste` in the weights."""
     total: Any = 0
-    for (rows, columns, part), (_, _, dpart) in zip(_parities(values), _parities(dy), strict=True):
+    for (rows, columns, part), (_, _, dpart) in zip(parities(values), parities(dy), strict=True):
         products = _split(dpart.flatten(2).mT @ part.flatten(2), part.shape[2:])
         rows, columns = [-d for d in rows], [-d for d in columns]
         total = total + _diagonals(_diagonals(products, (1, 3), rows), (2, 4), columns)
     return 0.25 * total.flatten(3).flatten(1, 2)
 
 
-def _parities(t: Tensor) -> list[tuple[Sequence[int], Sequence[int], Tensor]]:
+def parities(t: Tensor) -> list[tuple[Sequence[int], Sequence[int], Tensor]]:
     """The four images of pixels of equal parity, each with how far the places are whose 4x4 patches share a pixel.
 
     Patch i covers the pixels 2 i - 1 to 2 i + 2: pixel 2 i is of the patches i and i - 1, pixel 2 i + 1 of i and i + 1.

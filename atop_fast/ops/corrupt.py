@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number, check_tensor, message
-from ..randomness import Tag, key_tensors
+from ..randomness import Tag, key_tensors, random_bits
 from ._blocks import check_blocks, expand_blocks
 from ._images import memory_format
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
@@ -21,6 +21,8 @@ from .resize import bilinear, check_size
 
 INPUTS = (torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OUTPUTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# One share of masked blocks, the lowest and the highest one, or one for each sample.
+MaskRatio: TypeAlias = float | tuple[float, float] | Tensor
 
 
 def reference(
@@ -154,7 +156,7 @@ def corrupt(
     x: Tensor,
     *,
     patch: int,
-    mask_ratio: float | Tensor = 0.25,
+    mask_ratio: MaskRatio = 0.25,
     sigma: float | Tensor = 0.25,
     copies: int = 1,
     size: tuple[int, int] | None = None,
@@ -173,7 +175,8 @@ def corrupt(
         x: Images (B, C, h, w): floats in [0, 1], or uint8 in 0..255, which are divided by 255.
         patch: The side of the square blocks in pixels; divides the height and the width (after resizing).
         mask_ratio: The share of the blocks that is masked, in [0, 1]: a number, or float32 of shape () or (B,);
-            round(mask_ratio * blocks) is exact.
+            round(mask_ratio * blocks) is exact. Of two numbers (low, high), every sample and draw gets its own count,
+            all from round(low * blocks) to round(high * blocks) equally likely.
         sigma: The standard deviation of the noise in units of [0, 1]: a number, or float32 of shape () or (B,).
         copies: N masks for every image, disjoint: the masked blocks are dealt out to the copies evenly; 1 to 255.
         size: Resize to (H, W) first, bilinearly as torch's interpolate with align_corners=False.
@@ -213,7 +216,7 @@ def corrupt(
 def run(
     function: str,
     x: Tensor,
-    options: tuple[int, float | Tensor, float | Tensor, int, Any, bool, torch.dtype | None, bool],
+    options: tuple[int, MaskRatio, float | Tensor, int, Any, bool, torch.dtype | None, bool],
     key: tuple[int | Tensor, Tensor | None, int | Tensor],
 ) -> Tensor:
     """`corrupt` under the name `function`, with its options and the key in the order of its arguments."""
@@ -230,10 +233,8 @@ def run(
     _check_dtype(function, x, dtype)
     seed, sample_ids, draws = key_tensors(function, x.shape[0], x.device, *key)
     count = (size[0] // patch) * (size[1] // patch)
-    masked = _masked(function, mask_ratio, count, x)
-    blocks = MASK_BLOCKS(
-        seed, torch.zeros_like(sample_ids) if shared_mask else sample_ids, draws, masked, count, copies
-    )
+    mask_key = (seed, torch.zeros_like(sample_ids) if shared_mask else sample_ids, draws)
+    blocks = MASK_BLOCKS(*mask_key, _masked(function, mask_ratio, count, x, mask_key), count, copies)
     recorded = x.requires_grad and torch.is_grad_enabled()
     arguments = (blocks, _sigma(function, sigma, x), seed, sample_ids, draws, patch, copies, size, dtype)
     if torch.compiler.is_compiling():
@@ -334,13 +335,26 @@ def _size(function: str, size: Any, x: Tensor) -> tuple[int, int]:
     return check_size(function, size)
 
 
-def _masked(function: str, mask_ratio: float | Tensor, count: int, x: Tensor) -> Tensor:
+def check_mask_ratio(function: str, value: Any) -> float | tuple[float, float]:
+    """Raise unless `value` is a share in [0, 1], or two, the lower one first."""
+    if not isinstance(value, tuple | list):
+        return check_number(function, "mask_ratio", value, low=0, high=1)
+    shares = [check_number(function, "mask_ratio", share, low=0, high=1) for share in value]
+    if len(shares) != 2 or shares[0] > shares[1]:
+        raise ValueError(message(function, "mask_ratio", "a number, or two with the lower one first", value))
+    return shares[0], shares[1]
+
+
+def _masked(function: str, mask_ratio: MaskRatio, count: int, x: Tensor, key: tuple[Tensor, ...]) -> Tensor:
     """How many of `count` blocks are masked, int64 of shape () or (B,)."""
     if isinstance(mask_ratio, Tensor):
         return (_check_per_sample(function, "mask_ratio", mask_ratio, x).to(x.device) * count).round().long()
     if not torch.compiler.is_compiling():
-        check_number(function, "mask_ratio", mask_ratio, low=0, high=1)
-    return torch.full((), round(mask_ratio * count), dtype=torch.int64, device=x.device)
+        mask_ratio = check_mask_ratio(function, mask_ratio)
+    if isinstance(mask_ratio, float | int):
+        return torch.full((), round(mask_ratio * count), dtype=torch.int64, device=x.device)
+    low, high = (round(share * count) for share in mask_ratio)
+    return low + (random_bits(1, *key, Tag.RATIO)[:, 0] * (high - low + 1) >> 32)
 
 
 def _sigma(function: str, sigma: float | Tensor, x: Tensor) -> Tensor:

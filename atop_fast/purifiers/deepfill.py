@@ -125,8 +125,13 @@ class FineStage(_Stage):
         """See the class."""
         a = self._run(x, "conv_conv1", "conv_down_block1", "conv_down_block2")
         a = self._run(a, *(f"conv_conv_bn{i}" for i in range(1, 6)))
-        b = self._run(x, "ca_conv1", "ca_down_block1", "ca_down_block2", "ca_conv_bn1")
-        b = self._run(self.contextual_attention(b, mask), "ca_conv_bn4", "ca_conv_bn5")
+        b = self._run(x, "ca_conv1", "ca_down_block1", "ca_down_block2.conv1_downsample")
+        # Not rounded to 16 bits under autocast: the attention magnifies errors of the features that it compares, which
+        # made up most of those of the input's gradient.
+        with torch.autocast(b.device.type, enabled=False):
+            b = b.to(self.ca_conv_bn1.conv.weight.dtype)
+            b = self.contextual_attention(self._run(b, "ca_down_block2.conv2", "ca_conv_bn1"), mask)
+        b = self._run(b, "ca_conv_bn4", "ca_conv_bn5")
         h = self._run(torch.cat((a, b), dim=1), "conv_bn6", "conv_bn7")
         return self._decode(h, x.dtype)
 

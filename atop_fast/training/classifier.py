@@ -39,6 +39,13 @@ class ClassifierStep(Step):
         self.update(loss, "classifier")
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
+        """The accuracy."""
+        with self.autocast():
+            logits = self.classifier(x)
+        return {"accuracy": (logits.argmax(dim=1) == y).float().mean()}
+
 
 def train_classifier(
     classifier: nn.Module,
@@ -48,9 +55,11 @@ def train_classifier(
     config: ClassifierConfig | None = None,
     seed: int = 0,
     workers: int = 4,
+    held_out: tuple[Tensor, Tensor] | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Minimise the cross-entropy with Adam; changes `classifier` in place and leaves it in evaluation mode.
@@ -58,9 +67,10 @@ def train_classifier(
     Args:
         classifier: maps images (B, C, H, W) in [0, 1] to logits.
         images, labels, workers: see Feed.
+        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
         config: ClassifierConfig.
         seed: key of the data order and of the augmentation.
-        checkpoint, checkpoint_minutes, metrics, progress: see fit.
+        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
         Mean loss and training accuracy of every epoch.
@@ -76,9 +86,11 @@ def train_classifier(
         step,
         feed,
         seed=seed,
+        held_out=None if held_out is None else Feed("train_classifier", *held_out, step.device),
         checkpoint=checkpoint,
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
+        tensorboard=tensorboard,
         progress=progress,
     )
 

@@ -22,6 +22,8 @@ class TrainingConfig:
 
     Attributes:
         epochs: passes over the data.
+        updates: end after so many updates, if these are fewer, also in the middle of a pass; the schedule, too, is
+            that of so many. None trains for all of `epochs`.
         batch_size: images of one update, over all processes.
         lr: first learning rate of Adam.
         schedule: "cosine" (falls to 0 along half a cosine), "step" (a tenth after half of the updates, and again after
@@ -36,9 +38,12 @@ class TrainingConfig:
         average: weights at the end: "none" (the last), "ema" (an exponential moving average over the updates) or
             "median" (of the ends of the second half of the epochs, weight by weight: MEAT, Wang et al., 2024).
         ema_decay: of the moving average.
+        evaluate_every: entries of the history, which are epochs unless `updates` is given, from one evaluation on
+            held-out images to the next; 0 makes none. They leave the training as it is.
     """
 
     epochs: int = 10
+    updates: int | None = None
     batch_size: int = 64
     lr: float = 1e-3
     schedule: str = "cosine"
@@ -48,10 +53,13 @@ class TrainingConfig:
     clip: float | None = None
     average: str = "none"
     ema_decay: float = 0.999
+    evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_integer(name, "epochs", self.epochs, low=0)
+        if self.updates is not None:
+            check_integer(name, "updates", self.updates, low=0)
         check_integer(name, "batch_size", self.batch_size, low=1)
         check_number(name, "lr", self.lr, low=0)
         check_choice(name, "schedule", self.schedule, list(SCHEDULES))
@@ -61,6 +69,7 @@ class TrainingConfig:
             check_number(name, "clip", self.clip, low=0)
         check_choice(name, "average", self.average, list(AVERAGES))
         check_number(name, "ema_decay", self.ema_decay, low=0, high=1)
+        check_integer(name, "evaluate_every", self.evaluate_every, low=0)
 
 
 @dataclass(frozen=True)

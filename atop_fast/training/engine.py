@@ -31,6 +31,12 @@ from .metrics import Metrics
 from .step import Step
 
 History = list[dict[str, float]]
+# Of a training of so many updates that may end within an epoch, the history has about so many parts.
+PARTS = 20
+# Images whose restoration TensorBoard shows.
+PICTURES = 8
+# What a checkpoint has of a training besides the states of networks and optimizers.
+PLACE = ("epoch", "batch", "done", "seen", "sums", "history")
 
 
 def fit(
@@ -39,9 +45,11 @@ def fit(
     feed: Feed,
     *,
     seed: int,
+    held_out: Feed | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
@@ -54,17 +62,21 @@ def fit(
         step: the update; its config gives epochs, batch size, schedule and average.
         feed: the images.
         seed: key of the data order.
+        held_out: images that are evaluated now and then, as the configuration's evaluate_every says.
         checkpoint: file from which an interrupted call with the same `fingerprint` goes on to the same result, written
             when `checkpoint_minutes` have passed, at the end, and on SIGTERM; tensors and numbers only. An error while
             writing leaves the earlier one.
         checkpoint_minutes: see checkpoint; 0 writes after every update.
-        metrics: JSON-lines file to which every epoch adds its losses, learning rate and images per second.
+        metrics: JSON-lines file to which every epoch (or part, see below) adds its losses, learning rate and images per
+            second.
+        tensorboard: folder for logs of TensorBoard: the same numbers, and purified images; needs the package.
         fingerprint: what else the result depends on, as text; the data, the first weights, the options and `seed` are
             added to it.
         progress: show a progress bar with the time left.
 
     Returns:
-        The mean of every logged scalar, epoch by epoch.
+        The mean of every logged scalar, epoch by epoch, or, if the configuration counts updates, over each twentieth of
+        these.
 
     Raises:
         ValueError: `checkpoint` is damaged or of another run, or processes have different networks, data or options.
@@ -74,10 +86,11 @@ def fit(
         module.train()
     try:
         with process_group() as group, _terminated() as terminated:
-            training = _Training(step, feed, group, seed, fingerprint)
+            training = _Training(step, feed, group, seed, fingerprint, held_out)
             training.load(checkpoint)
             deadline = time.monotonic() + 60 * checkpoint_minutes
-            record = Metrics(metrics if group.rank == 0 else None, title, training.epoch)
+            files = (metrics, tensorboard) if group.rank == 0 else (None, None)
+            record = Metrics(files[0], title, training.done, files[1])
             for _ in training.run(title, record, progress and group.rank == 0):
                 if checkpoint is not None and (time.monotonic() >= deadline or terminated.is_set()):
                     training.save(checkpoint)
@@ -96,8 +109,10 @@ def fit(
 class _Training:
     """Where a training stands: the next update is number `batch` of `epoch`."""
 
-    def __init__(self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str) -> None:
-        self.step, self.feed, self.group, self.seed = step, feed, group, seed
+    def __init__(
+        self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str, held_out: Feed | None
+    ) -> None:
+        self.step, self.feed, self.group, self.seed, self.held_out = step, feed, group, seed, held_out
         self.config: TrainingConfig = step.config
         weights = [value for module in step.modules.values() for value in module.state_dict().values()]
         self.fingerprint = f"{fingerprint} {self.config} {seed} {feed.description()} {describe(*weights)}"
@@ -106,8 +121,15 @@ class _Training:
             raise ValueError(message("fit", "step, feed", expected, "differences between the ranks"))
         self.average = Average(next(iter(step.modules.values())), self.config)
         self.updates = -(-len(feed) // self.config.batch_size)
-        self.epoch = self.batch = 0
+        self.total = self.config.epochs * self.updates
+        self.part = self.updates
+        if self.config.updates is not None:
+            self.total = min(self.total, self.config.updates)
+            self.part = -(-self.total // PARTS)
+        self.epoch = self.batch = self.done = 0
+        # Over the updates, and their images, since the last entry of the history.
         self.sums: dict[str, Tensor] = {}
+        self.seen = 0
         self.history: History = []
         self.rate, self.path = self.config.lr, ""
         self.parts: dict[str, Any] = {
@@ -119,22 +141,29 @@ class _Training:
 
     def run(self, title: str, record: Metrics, progress: bool) -> Iterator[None]:
         """Train to the end; yields after every update."""
-        done, total = self.epoch * self.updates + self.batch, self.config.epochs * self.updates
-        with tqdm(total=total, initial=done, desc=title, unit="batch", disable=not progress) as bar:
-            while self.epoch < self.config.epochs:
+        total, done = self._images(self.total), self._images(self.done)
+        with tqdm(total=total, initial=done, desc=title, unit="img", disable=not progress) as bar:
+            while self.done < self.total:
                 order = permutation(len(self.feed), derive_seed(self.seed, "order"), self.epoch)
-                batches = order.split(self.config.batch_size)[self.batch :]
-                record.start_epoch(sum(map(len, batches)))
+                batches = order.split(self.config.batch_size)[self.batch :][: self.total - self.done]
                 for whole, (x, y, ids) in zip(batches, self.feed.batches(self._mine(batches)), strict=True):
                     self._update(x, y, ids, len(whole))
-                    bar.update()
+                    bar.update(len(whole))
+                    record.images += len(whole)
                     if progress and self.step.replayed.path != self.path:
                         self.path = self.step.replayed.path
                         tqdm.write(f"{title}: updates run as {self.path}", file=sys.stderr)
-                    if self.batch == self.updates:
-                        self._finish_epoch(record)
+                    if self.done % self.part == 0 or self.done == self.total:
+                        self._finish_part(record)
                         bar.set_postfix({key: f"{value:.3f}" for key, value in self.history[-1].items()})
+                    if self.batch == self.updates or self.done == self.total:
+                        self.average.after_epoch(self.epoch)
+                        self.epoch, self.batch = self.epoch + 1, 0
                     yield
+
+    def _images(self, updates: int) -> int:
+        """Images of the first updates."""
+        return updates // self.updates * len(self.feed) + updates % self.updates * self.config.batch_size
 
     def _mine(self, batches: tuple[Tensor, ...]) -> list[Tensor]:
         """This process's part of each batch; where there is none, an image that will count nothing."""
@@ -144,8 +173,7 @@ class _Training:
         return [part if len(part) else whole[:1] for part, whole in zip(parts, batches, strict=True)]
 
     def _update(self, x: Tensor, y: Tensor, ids: Tensor, whole: int) -> None:
-        done = self.epoch * self.updates + self.batch
-        self.rate = self.config.lr * _factor(self.config.schedule, done / (self.config.epochs * self.updates))
+        self.rate = self.config.lr * _factor(self.config.schedule, self.done / self.total)
         self.step.set_rate(self.rate)
         share = len(ids) / whole if whole > self.group.rank else 0.0
         logs = self.step(x, y, ids, self.epoch, share)
@@ -154,19 +182,41 @@ class _Training:
         for key, value in zip(logs, values, strict=True):
             self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value * whole
         self.average.after_update()
-        self.batch += 1
+        self.seen += whole
+        self.batch, self.done = self.batch + 1, self.done + 1
 
-    def _finish_epoch(self, record: Metrics) -> None:
-        self.history.append({key: float(value) / len(self.feed) for key, value in self.sums.items()})
-        record.finish_epoch(self.epoch, self.history[-1], self.rate)
-        self.average.after_epoch(self.epoch)
-        self.epoch, self.batch, self.sums = self.epoch + 1, 0, {}
+    def _finish_part(self, record: Metrics) -> None:
+        entry = {key: float(value) / self.seen for key, value in self.sums.items()}
+        every = self.config.evaluate_every
+        if self.held_out is not None and every and (len(self.history) + 1) % every == 0:
+            entry |= self._evaluate(self.held_out)
+        self.history.append(entry)
+        record.add(self.epoch, self.done, self.history[-1], self.rate)
+        if record.writer is not None:
+            first = torch.arange(min(PICTURES, len(self.feed)))
+            record.add_pictures(self.done, self.step.pictures(*next(self.feed.batches([first], workers=0))))
+        self.sums, self.seen = {}, 0
+
+    def _evaluate(self, feed: Feed) -> dict[str, float]:
+        """Means over the held-out images, of which each process takes its part."""
+        for module in self.step.modules.values():
+            module.eval()
+        batches = torch.arange(len(feed)).split(self.config.batch_size)
+        sums: dict[str, Tensor] = {}
+        for whole, (x, y, ids) in zip(batches, feed.batches(self._mine(batches)), strict=True):
+            count = len(ids) if len(whole) > self.group.rank else 0
+            for key, value in self.step.evaluate(x, y, ids).items():
+                sums[key] = sums.get(key, torch.zeros_like(value)) + value.double() * count
+        self.group.add_up(list(sums.values()))
+        for module in self.step.modules.values():
+            module.train()
+        return {f"held_out_{key}": float(value) / len(feed) for key, value in sums.items()}
 
     def save(self, path: Path) -> None:
         """Write the checkpoint; by the first process, as all have the same state."""
         if self.group.rank:
             return
-        here = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "history": self.history}
+        here = {name: getattr(self, name) for name in PLACE}
         save_checkpoint(path, self.fingerprint, {**here, **{k: part.state_dict() for k, part in self.parts.items()}})
 
     def load(self, path: Path | None) -> None:
@@ -174,8 +224,9 @@ class _Training:
         state = load_checkpoint("fit", path, self.fingerprint)
         if state is None:
             return
-        self.epoch, self.batch, self.history = state["epoch"], state["batch"], state["history"]
-        self.sums = {key: value.to(self.step.device) for key, value in state["sums"].items()}
+        for name in PLACE:
+            setattr(self, name, state[name])
+        self.sums = {key: value.to(self.step.device) for key, value in self.sums.items()}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         # Optimizers have their state in other memory now.

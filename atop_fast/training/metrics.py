@@ -1,4 +1,4 @@
-"""The record of a training: a line of JSON for every epoch."""
+"""The record of a training: a line of JSON for every epoch, or part, of it, and the same for TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,35 +7,66 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .._files import write_text
 
 
 class Metrics:
-    """Adds a line to a JSON-lines file at the end of every epoch; without a file it does nothing.
+    """Adds a line to a JSON-lines file, and scalars and pictures to a log of TensorBoard, after every epoch or part.
 
     Args:
-        path: the file, or None.
+        path: the file, or None for none.
         title: of the training; several trainings may share a file.
-        epoch: the first epoch of this process: lines of an earlier run from there on are dropped.
+        done: updates before those of this process: lines of an earlier run from there on are dropped.
+        tensorboard: folder of the logs of TensorBoard, or None for none; the training's is <folder>/<title>.
+
+    Raises:
+        ImportError: see summary_writer.
     """
 
-    def __init__(self, path: Path | None, title: str, epoch: int) -> None:
+    def __init__(self, path: Path | None, title: str, done: int, tensorboard: Path | None = None) -> None:
         self.path, self.title = path, title
         self.lines: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-            self.lines = [line for line in lines if line["training"] != title or line["epoch"] < epoch]
+        if path is not None:
+            lines = read_metrics(path)
+            self.lines = [line for line in lines if line["training"] != title or line["updates"] <= done]
+        self.writer: Any = None
+        if tensorboard is not None:
+            self.writer = summary_writer()(str(tensorboard / title), purge_step=done + 1)
+        # Seen by this process since the last line: the throughput is its own.
         self.start, self.images = time.monotonic(), 0
 
-    def start_epoch(self, images: int) -> None:
-        """`images` will pass before the epoch ends."""
-        self.start, self.images = time.monotonic(), images
-
-    def finish_epoch(self, epoch: int, values: dict[str, float], lr: float) -> None:
-        """Write the line of an epoch: its mean scalars, last learning rate and throughput."""
-        if self.path is None:
-            return
+    def add(self, epoch: int, done: int, values: dict[str, float], lr: float) -> None:
+        """Write a line after `done` updates: mean scalars since the last one, learning rate and throughput."""
         seconds = time.monotonic() - self.start
         speed = {"lr": lr, "seconds": round(seconds, 3), "images_per_second": round(self.images / seconds, 2)}
-        self.lines.append({"training": self.title, "epoch": epoch, **values, **speed})
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.start, self.images = time.monotonic(), 0
+        if self.path is not None:
+            self.lines.append({"training": self.title, "epoch": epoch, "updates": done, **values, **speed})
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        if self.writer is not None:
+            for name, value in {**values, **speed}.items():
+                self.writer.add_scalar(name, value, done)
+            self.writer.flush()
+
+    def add_pictures(self, done: int, images: Tensor) -> None:
+        """Show images (N, C, H, W) in [0, 1] in TensorBoard, if there is a log and they are grey or coloured."""
+        if self.writer is not None and len(images) and images.shape[1] in (1, 3):
+            self.writer.add_images("purified", images.clamp(0, 1).cpu(), done)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of Metrics; none without the file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def summary_writer() -> type:
+    """TensorBoard's writer; ImportError, which says what to install, where there is none."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("training: the package tensorboard is missing: pip install 'atop-fast[track]'") from error
+    return SummaryWriter

@@ -25,9 +25,11 @@ def pretrain(
     config: PretrainConfig | None = None,
     seed: int = 0,
     workers: int = 4,
+    held_out: tuple[Tensor, Tensor] | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Train a purifier to restore clean images (AToP, equation 4); changes it in place, leaves it in evaluation mode.
@@ -36,10 +38,11 @@ def pretrain(
         purifier: see Defense.
         transform: the random transform.
         images, workers: see Feed.
+        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
         discriminator: D(images in [-1, 1], mask) -> scores; None trains without the GAN term.
         config: PretrainConfig.
         seed: key of all randomness.
-        checkpoint, checkpoint_minutes, metrics, progress: see fit.
+        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
         Mean losses of every epoch.
@@ -55,9 +58,11 @@ def pretrain(
         step,
         feed,
         seed=seed,
+        held_out=None if held_out is None else Feed("pretrain", *held_out, step.device),
         checkpoint=checkpoint,
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
+        tensorboard=tensorboard,
         fingerprint=repr(transform),
         progress=progress,
     )
@@ -72,9 +77,11 @@ def finetune(
     config: FinetuneConfig | None = None,
     seed: int = 0,
     workers: int = 4,
+    held_out: tuple[Tensor, Tensor] | None = None,
     checkpoint: Path | None = None,
     checkpoint_minutes: float = 1.0,
     metrics: Path | None = None,
+    tensorboard: Path | None = None,
     progress: bool = True,
 ) -> History:
     """Fine-tune the purifier of a defence on adversarial images (AToP, equation 8); the classifier stays as it is.
@@ -82,9 +89,10 @@ def finetune(
     Args:
         defense: the whole pipeline, with a purifier; changed in place, its purifier left in evaluation mode.
         images, labels, workers: see Feed.
+        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
         discriminator, seed: as in pretrain.
         config: FinetuneConfig.
-        checkpoint, checkpoint_minutes, metrics, progress: see fit.
+        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
         Mean losses of every epoch, and the accuracy on the training attack.
@@ -101,9 +109,11 @@ def finetune(
             step,
             feed,
             seed=seed,
+            held_out=None if held_out is None else Feed("finetune", *held_out, step.device),
             checkpoint=checkpoint,
             checkpoint_minutes=checkpoint_minutes,
             metrics=metrics,
+            tensorboard=tensorboard,
             fingerprint=f"{defense.transform!r} {describe(*defense.classifier.state_dict().values())}",
             progress=progress,
         )

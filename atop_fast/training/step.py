@@ -130,6 +130,14 @@ class Step:
         """Compute the losses of some images in an epoch, int64 (), and pass each network's to `update`; scalars to log."""
         raise NotImplementedError
 
+    def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
+        """Scalars that say how good the networks are on held-out images, means over these."""
+        return {}
+
+    def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Pictures (N, C, H, W) in [0, 1] of what becomes of some images; none of a classifier."""
+        return x[:0]
+
     def update(self, loss: Tensor, name: str) -> None:
         """The gradient of the named network, and, with the last part of the batch, its optimizer's step."""
         optimizer, scaler = self.optimizers[name], self.scalers[name]
@@ -209,6 +217,25 @@ class PretrainStep(Step):
             loss = loss + self.config.gan_weight * logs["gan"]
         return (self.transform.assemble(purified, corrupted) + 1) / 2, loss, logs
 
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
+        """The mean distance of images from their restorations, in units of [0, 1] pixels."""
+        wanted, restored = self._restored(x, ids).chunk(2)
+        return {"l1": (restored - wanted).abs().mean()}
+
+    @torch.no_grad()
+    def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """The images, and below them what the purifier makes of them."""
+        return self._restored(x, ids)
+
+    def _restored(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Images as the transform wants them, and their restorations, in [0, 1]."""
+        corrupted = self.transform(x, self.seed, ids, 0)
+        with self.autocast():
+            purified = self.purifier(corrupted)
+        assembled = self.transform.assemble(purified.float(), corrupted)
+        return (torch.cat((self.transform.target(x, self.seed, ids, 0), assembled)) + 1) / 2
+
     def check(self, images: Tensor) -> None:
         """Raise before the first step if the networks do not fit the images (N, C, H, W) in [0, 1]."""
         with torch.no_grad(), frozen(self.purifier), check_fits("pretrain", "images", images):
@@ -282,6 +309,23 @@ class FinetuneStep(PretrainStep):
             return adversarial
         chosen = random_uniform((1, 1, 1), derive_seed(self.attack_seed, "share"), ids, epoch, Tag.START) < share
         return torch.where(chosen, adversarial, x)
+
+    def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
+        """The accuracy on the images and on those of PGD with 10 steps through the whole pipeline, on fresh draws."""
+        seed = derive_seed(self.attack_seed, "held-out")
+        options: dict[str, Any] = {"steps": 10, "seed": seed, "precision": self.config.precision}
+        attack = PGD(self.pipeline, self.config.norm, self.config.eps, **options)
+        accuracy: Logs = {}
+        for name, images in (("clean", x), ("robust", attack(x, y, ids))):
+            with torch.no_grad(), frozen(self.pipeline), self.autocast():
+                logits = self.pipeline(images, self.seed, ids, 0)
+            accuracy[name] = (logits.argmax(dim=1) == y).float().mean()
+        return accuracy
+
+    def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Adversarial images of the first epoch, and below them what the purifier makes of them."""
+        self.prepare(0)
+        return super().pictures(self.attack(x, y, ids, torch.zeros_like(self.epoch)), y, ids)
 
     def _attacker(self) -> Attack:
         config = self.config

@@ -18,6 +18,10 @@ NAMES = ("contextual_attention", "contextual_attention_bwd")
 # No samples, no channels, one place, rows and columns of one, and nothing round.
 SHAPES = ((0, 3, 4, 4), (2, 0, 4, 6), (1, 3, 2, 2), (1, 2, 2, 10), (2, 3, 12, 2), (3, 5, 6, 10), (2, 19, 14, 8))
 
+# In Triton's interpreter a case takes a second: there, one of each kind.
+INTERPRETED = "triton" if DEVICE == "cpu" else ""
+TRITON = pytest.mark.skipif("triton" not in harness.backends(NAMES[0]), reason="no triton")
+
 
 def sample(shape, dtype):
     """Scores of a few units, so that the softmax neither saturates nor is flat; of two samples, one all masked."""
@@ -99,7 +103,7 @@ def check(backend, features, valid):
     return results[1][0]
 
 
-@cases(op="contextual_attention", size=((2, 2), (8, 6), (2, 10), (10, 2)), scale=(1, 4))
+@cases(INTERPRETED, op="contextual_attention", size=((2, 2), (8, 6), (2, 10), (10, 2)), scale=(1, 4))
 def test_definition(backend, size, scale):
     features = (0.2 * torch.randn(2, 3, *size, device=DEVICE, dtype=torch.float64)).requires_grad_()
     mask = (torch.rand(2, 1, scale * size[0], scale * size[1], device=DEVICE) < 0.1).float()
@@ -120,20 +124,51 @@ def test_formula_is_the_definition():
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(op="contextual_attention", dtype=SPEC.dtypes, shape=SHAPES)
+@cases(INTERPRETED, op="contextual_attention", dtype=SPEC.dtypes, shape=SHAPES)
 def test_matches_formula(backend, dtype, shape):
     check(backend, *sample(shape, dtype))
 
 
+@pytest.mark.backend("triton")
+@TRITON
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(op="contextual_attention", layout=harness.LAYOUTS, dtype=SPEC.dtypes)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "layout"),
+    [
+        ((0, 3, 4, 4), torch.float32, "contiguous"),
+        ((2, 0, 4, 6), torch.float32, "channels_last"),
+        ((1, 3, 2, 2), torch.float64, "sliced"),
+        ((1, 2, 2, 10), torch.float16, "contiguous"),
+        ((2, 3, 12, 2), torch.float64, "permuted"),
+        ((3, 5, 6, 10), torch.bfloat16, "channels_last"),
+        ((2, 19, 14, 8), torch.float32, "contiguous"),
+    ],
+)
+def test_triton_in_every_dtype_and_layout(shape, dtype, layout):
+    features, valid = sample(shape, dtype)
+    check("triton", harness.in_layout(features, layout), valid)
+
+
+@pytest.mark.backend("triton")
+@TRITON
+def test_triton_opcheck():
+    """What depends on the backend: that it leaves its arguments alone, and what its results look like."""
+    features, valid = sample((1, 2, 4, 6), torch.float32)
+    features = features.contiguous(memory_format=torch.channels_last)
+    with harness.owned_by("triton", NAMES):
+        for op, arguments in ((spec_module.OP, ()), (spec_module.OP_BWD, (torch.randn(1, 2, 4, 6, device=DEVICE),))):
+            torch.library.opcheck(op, (*arguments, features, valid), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@cases(INTERPRETED, op="contextual_attention", layout=harness.LAYOUTS, dtype=SPEC.dtypes)
 def test_layouts(backend, layout, dtype):
     features, valid = sample((3, 18, 6, 8), dtype)
     y = check(backend, harness.in_layout(features, layout), valid)
     assert y.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
 
 
-@cases(op="contextual_attention", layout=harness.LAYOUTS)
+@cases(INTERPRETED, op="contextual_attention", layout=harness.LAYOUTS)
 def test_upstream_gradient_in_another_layout(backend, layout):
     features, valid = sample((3, 5, 6, 8), torch.float32)
     dy = torch.randn_like(features)
@@ -184,18 +219,42 @@ def test_nan_stays_in_its_sample(backend, place):
 
 @cases(op="contextual_attention")
 def test_gradcheck(backend):
-    features, valid = sample((2, 3, 6, 4), torch.float64)
-    valid[1, 0, 0] = True
+    # A random projection of the Jacobian instead of all of it, which would be hundreds of calls.
+    fast = backend == INTERPRETED
+    features, valid = sample((1, 2, 4, 4) if fast else (2, 3, 6, 4), torch.float64)
+    valid[-1, 0, 0] = True
     with harness.owned_by(backend, NAMES):
-        assert torch.autograd.gradcheck(lambda t: spec_module.OP(t, valid), features.requires_grad_())
+        assert torch.autograd.gradcheck(lambda t: spec_module.OP(t, valid), features.requires_grad_(), fast_mode=fast)
 
 
 @cases(op="contextual_attention")
+def test_autocast_changes_nothing(backend):
+    """Products of float32 are not rounded to 16 bits on the way."""
+    features, valid = sample((1, 5, 6, 8), torch.float32)
+    results = []
+    for enabled in (False, True):
+        with harness.owned_by(backend, NAMES), torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
+            y = spec_module.OP(features, valid)
+            results.append((y, spec_module.OP_BWD(torch.ones_like(y), features, valid)))
+    for actual, expected in zip(*results, strict=True):
+        harness.same_bits(actual, expected)
+
+
+@pytest.mark.backend("triton")
+@TRITON
+def test_triton_rows_in_parts(monkeypatch):
+    """Rows of more places than a tile has columns."""
+    kernels = importlib.import_module("atop_fast.kernels.contextual_attention")
+    monkeypatch.setattr(kernels, "_tile_of", lambda count, block, most: (block // 16, 16))
+    check("triton", *sample((1, 3, 6, 14), torch.float32))
+
+
+@cases(INTERPRETED, op="contextual_attention")
 def test_second_backward_same(backend):
     harness.check_second_backward_same(SPEC, backend, sample((2, 4, 6, 8), torch.float32))
 
 
-@cases(op="contextual_attention")
+@cases(INTERPRETED, op="contextual_attention")
 def test_double_backward_raises(backend):
     features, valid = sample((1, 2, 4, 4), torch.float32)
     features.requires_grad_()
@@ -205,13 +264,13 @@ def test_double_backward_raises(backend):
             d.sum().backward()
 
 
-@cases(op="contextual_attention", layout=("channels_last", "sliced"))
+@cases(INTERPRETED, op="contextual_attention", layout=("channels_last", "sliced"))
 def test_opcheck(backend, layout):
     features, valid = sample((2, 4, 4, 6), torch.float32)
     harness.check_opcheck(SPEC, backend, (harness.in_layout(features, layout), valid), requires_grad=True)
 
 
-@cases("eager", op="contextual_attention", layout=("channels_last", "sliced"))
+@cases("eager " + INTERPRETED, op="contextual_attention", layout=("channels_last", "sliced"))
 def test_opcheck_bwd(backend, layout):
     features, valid = sample((2, 4, 4, 6), torch.float32)
     with harness.owned_by(backend, NAMES):
@@ -241,7 +300,7 @@ def test_bits_depend_on_nothing_else():
         harness.same_bits(d, results[0][1])
 
 
-@cases("eager", op="contextual_attention")
+@cases("eager " + INTERPRETED, op="contextual_attention")
 def test_compiles(backend):
     samples = [(features, valid) for features, valid in (sample((n, 4, 8, 6), torch.float32) for n in (2, 5))]
     harness.check_compiled(SPEC, backend, samples, compiler="aot_eager")

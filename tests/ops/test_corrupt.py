@@ -13,6 +13,7 @@ from _harness import DEVICE, SHORT, cases, random_owners
 
 from atop_fast import ops
 from atop_fast.ops import _registry
+from atop_fast.randomness import Tag, philox4x32
 
 # The package exports the function under the name of its module.
 spec_module = importlib.import_module("atop_fast.ops.corrupt")
@@ -151,6 +152,16 @@ def test_public_function(backend, number, value):
     tensors = {name: torch.full((3,), float(v), device=DEVICE) for name, v in options.items()}
     assert torch.equal(run(backend, x, **tensors), expected)
     assert torch.equal(run(backend, x, **{name: t[0] for name, t in tensors.items()}), expected)
+
+
+@cases()
+def test_range_of_mask_ratios(backend):
+    """The count of a sample is a word of its own, scaled to the counts from 1 to 5."""
+    ids, x = torch.tensor([2**33 + 3, 0, 7, 1], device=DEVICE), images((4, 2, 8, 12))
+    words = [philox4x32((0, int(i) & 0xFFFFFFFF, 6, int(i) >> 32 | Tag.RATIO << 16), 5)[0] for i in ids]
+    ratios = torch.tensor([(1 + (word * 5 >> 32)) / 6 for word in words], device=DEVICE)
+    keys = {"seed": 5, "sample_ids": ids, "draws": 6}
+    assert torch.equal(run(backend, x, mask_ratio=(0.2, 0.8), **keys), run(backend, x, mask_ratio=ratios, **keys))
 
 
 @cases(copies=(1, 2, 3))

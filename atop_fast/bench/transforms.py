@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Case
 from torch import Tensor
 
-from atop_fast import ops
-from atop_fast.ops import _registry
+from .. import ops
+from ..ops import _registry
+from .harness import Case, Quality
 
 # Functions that are no ops themselves, and the op under them.
 OPS = {"random_resize_pad": "resample"}
@@ -98,8 +99,8 @@ def _corrupt_cases(device: str) -> Iterator[Case]:
             ours = functools.partial(
                 ops.corrupt, patch=patch, size=size, mask_ratio=RATIO, sigma=SIGMA, **keys(len(x), device)
             )
-            peers = {"eager": plain, "torchvision": with_torchvision, "kornia": with_kornia}
-            peers = {name: functools.partial(f, patch=patch, size=size) for name, f in peers.items()}
+            formulations = {"eager": plain, "torchvision": with_torchvision, "kornia": with_kornia}
+            peers = {name: functools.partial(f, patch=patch, size=size) for name, f in formulations.items()}
             pixels = len(x) * (size or shape[2:])[0] * (size or shape[2:])[1] * x.element_size()
             # Forward writes C + 2 channels; backward reads C of them and writes the gradient of the images.
             yield _case("corrupt", x, size, x.nbytes + 5 * pixels, ours, peers, both=False)
@@ -172,7 +173,7 @@ def _case(
     size: tuple[int, int] | None,
     nbytes: int,
     ours: Function,
-    peers: dict[str, Function],
+    peers: Mapping[str, Function],
     both: bool,
 ) -> Case:
     """A case whose functions take `x`; `both` adds the backward pass, by autograd for everyone."""
@@ -183,12 +184,18 @@ def _case(
         functions = {name: functools.partial(_autograd_pass, f, dy=dy) for name, f in functions.items()}
     shape = "x".join(map(str, x.shape)) + (f" to {size[0]}x{size[1]}" if size else "")
     run = {name: functools.partial(f, x) for name, f in functions.items()}
-    verify = functools.partial(check, x, ours, both)
-    return Case(op, "both" if both else "forward", shape, x.dtype, "nchw", nbytes, run, verify)
+    dtype = str(x.dtype).removeprefix("torch.")
+
+    def judge(outputs: dict[str, Any]) -> Quality:
+        # The peers draw other random numbers: there is nothing to compare with theirs.
+        return {owner: {"difference": check(x, ours, both)}}
+
+    name = f"{op} {'both' if both else 'forward'}"
+    return Case("ops", name, shape, dtype, run, [owner], nbytes, judge=judge)
 
 
-def check(x: Tensor, ours: Function, both: bool) -> None:
-    """Refuse to time what does not equal the specification in every bit, gradients too."""
+def check(x: Tensor, ours: Function, both: bool) -> float:
+    """The difference from the specification, which must be 0 in every bit, gradients too."""
     dy = torch.randn_like(ours(x)) if both else None
     run = functools.partial(_autograd_pass, ours, x, dy) if both else functools.partial(ours, x)
     found = run()
@@ -196,6 +203,7 @@ def check(x: Tensor, ours: Function, both: bool) -> None:
         expected = run()
     if not torch.equal(found, expected):
         raise AssertionError(f"{ours}: not equal to the specification")
+    return 0.0
 
 
 def _autograd_pass(function: Function, x: Tensor, dy: Tensor) -> Tensor:

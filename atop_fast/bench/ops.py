@@ -1,24 +1,20 @@
-"""Every op in every backend of a device, over shapes, dtypes and layouts: python benchmarks/ops.py --help"""
+"""The suite `ops`: every op in every backend of a device, over shapes, dtypes and layouts."""
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import _harness
-import attack_steps
-import attacks_ops
 import torch
-import transforms
-from _harness import Case
 from torch import Tensor
 
-from atop_fast.ops import _registry, gated
+from ..ops import _registry, gated
+from . import attack_losses, attack_steps, transforms
+from .harness import Case, Function, Options, flops, no_judge, same_as_baseline
 
 # The package exports each function under the name of its module.
 contextual_attention = importlib.import_module("atop_fast.ops.contextual_attention")
@@ -33,9 +29,9 @@ UPSAMPLINGS = ((8, 96, 64), (8, 48, 128))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def pgd_cases(device: str) -> Iterator[Case]:
+def pgd_cases(device: str, quick: bool) -> Iterator[Case]:
     """The step out of place and in place; in place, eager also writes into the images."""
-    shapes = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))
+    shapes = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))[: 1 if quick else None]
     for shape, dtype in itertools.product(shapes, (torch.float32, torch.float64)):
         x0 = torch.rand(shape, dtype=dtype, device=device)
         grad = torch.randn_like(x0)
@@ -54,11 +50,13 @@ def pgd_cases(device: str) -> Iterator[Case]:
         yield _case("pgd_step_linf_", "forward", x, "nchw", nbytes, formula_in_place, in_place, tolerance=None)
 
 
-def gated_cases(device: str) -> Iterator[Case]:
+def gated_cases(device: str, quick: bool) -> Iterator[Case]:
     """Forward, and forward plus backward as autograd runs it; relu, and the bias with its gradient, at one size."""
-    shapes = ((8, 96, 32, 32), (8, 96, 128, 128), (8, 96, 256, 256))
+    shapes = ((8, 96, 32, 32), (8, 96, 128, 128), (8, 96, 256, 256))[: 2 if quick else None]
     for shape, dtype, layout in itertools.product(shapes, gated.DTYPES, LAYOUTS):
-        yield from _gated_cases("gated_elu", device, shape, dtype, layout)
+        # The types that networks run in at every size, the others at one.
+        if dtype in (torch.float32, torch.bfloat16) or shape == shapes[1]:
+            yield from _gated_cases("gated_elu", device, shape, dtype, layout)
     for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS):
         yield from _gated_cases("gated_relu", device, shapes[1], dtype, layout)
         for channels in (96, 24):
@@ -79,11 +77,11 @@ def _gated_cases(name: str, device: str, shape: Sequence[int], dtype: torch.dtyp
     yield _case(name, "both", h, layout, h.nbytes * 4, formula, both, tolerance)
 
 
-def conv3x3_cases(device: str) -> Iterator[Case]:
+def conv3x3_cases(device: str, quick: bool) -> Iterator[Case]:
     """Forward, and forward plus the gradient of the images, with prepared weights; and the preparation."""
     if device != "cpu":
         return
-    for batch, channels, outputs, size in CONVOLUTIONS:
+    for batch, channels, outputs, size in CONVOLUTIONS[: 1 if quick else None]:
         x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
         weight, bias = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
         prepared = [conv3x3.OP_PREPARE(weight, transposed) for transposed in (False, True)]
@@ -91,7 +89,7 @@ def conv3x3_cases(device: str) -> Iterator[Case]:
         formula = functools.partial(conv3x3.formula, x, weight, bias, 1)
         dy = torch.randn_like(formula())
         nbytes = x.nbytes + dy.nbytes + weight.nbytes
-        yield _case("conv3x3", "forward", x, "nhwc", nbytes, formula, forward, tolerance=1e-4)
+        yield _case("conv3x3", "forward", x, "nhwc", nbytes, formula, forward, tolerance=1e-4, products=True)
 
         def plain(leaf: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
             return conv3x3.formula(leaf, weight, bias, 1)
@@ -101,11 +99,11 @@ def conv3x3_cases(device: str) -> Iterator[Case]:
 
         formula, mine = (functools.partial(_autograd_pass, f, x, dy) for f in (plain, ours))
         both = {_registry.owner("conv3x3", device): mine}
-        yield _case("conv3x3", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-4)
+        yield _case("conv3x3", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-4, products=True)
         formula = functools.partial(_autograd_pass, _of_weight(conv3x3.formula, x), weight, dy)
         mine = functools.partial(_autograd_pass, _of_weight(conv3x3.conv3x3, x), weight, dy)
         both = {_registry.owner("conv3x3", device): mine}
-        yield _case("conv3x3_bwd_weight", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-3)
+        yield _case("conv3x3_bwd_weight", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-3, products=True)
         formula = functools.partial(conv3x3.reference_prepare, weight, False)
         run = {name: functools.partial(f, weight, False) for name, f in _impls("conv3x3_prepare").items()}
         yield _case("conv3x3_prepare", "forward", weight, "nchw", 5 * weight.nbytes, formula, run, tolerance=1e-6)
@@ -121,7 +119,17 @@ def upsample_conv3x3_cases(device: str) -> Iterator[Case]:
         functions = (upsample_conv3x3.formula, upsample_conv3x3.upsample_conv3x3)
         formula, mine = (functools.partial(_two_gradients, f, x, weight, dy) for f in functions)
         nbytes = 2 * (x.nbytes + dy.nbytes + weight.nbytes)
-        yield _case("upsample_conv3x3", "both", x, "nhwc", nbytes, formula, {"transposed": mine}, tolerance=None)
+        yield _case(
+            "upsample_conv3x3",
+            "both",
+            x,
+            "nhwc",
+            nbytes,
+            formula,
+            {"transposed": mine},
+            tolerance=0.05 if dtype == torch.bfloat16 else 1e-4,
+            products=True,
+        )
 
 
 def attention_cases(device: str) -> Iterator[Case]:
@@ -133,7 +141,7 @@ def attention_cases(device: str) -> Iterator[Case]:
         name = "contextual_attention"
         run = {backend: functools.partial(f, features, valid) for backend, f in _impls("contextual_attention").items()}
         formula = functools.partial(contextual_attention.formula, features, valid)
-        yield _case(name, "forward", features, layout, 2 * features.nbytes, formula, run, tolerance=1e-3)
+        yield _case(name, "forward", features, layout, 2 * features.nbytes, formula, run, tolerance=1e-3, products=True)
         dy = torch.randn_like(features)
 
         def plain(leaf: Tensor, valid: Tensor = valid) -> Tensor:
@@ -144,7 +152,7 @@ def attention_cases(device: str) -> Iterator[Case]:
 
         formula, mine = (functools.partial(_autograd_pass, f, features, dy) for f in (plain, ours))
         both = {_registry.owner("contextual_attention", device): mine}
-        yield _case(name, "both", features, layout, 5 * features.nbytes, formula, both, tolerance=1e-3)
+        yield _case(name, "both", features, layout, 5 * features.nbytes, formula, both, tolerance=1e-3, products=True)
 
 
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
@@ -206,100 +214,55 @@ def _case(
     like: Tensor,
     layout: str,
     nbytes: int,
-    formula: Callable[[], Any],
-    run: dict[str, Callable[[], Any]],
+    formula: Function,
+    run: Mapping[str, Function],
     tolerance: float | None,
+    products: bool = False,
 ) -> Case:
-    def check() -> None:
-        for function in run.values() if tolerance is not None else ():
-            torch.testing.assert_close(function(), formula(), rtol=tolerance, atol=tolerance)
-
-    shape = "x".join(map(str, like.shape))
+    """A case; `products`: the op consists of convolutions or matrix products, whose operations bound its time."""
+    run = {name: function for name, function in run.items() if name != "eager"}
     variants = {"eager": formula, **run, "compile": torch.compile(formula)}
-    return Case(op, direction, shape, like.dtype, layout, nbytes, variants, check)
+    judge = no_judge if tolerance is None else same_as_baseline(list(run), tolerance)
+    shape = "x".join(map(str, like.shape)) + f", {layout}"
+    dtype = str(like.dtype).removeprefix("torch.")
+    return Case(
+        "ops",
+        f"{op} {direction}",
+        shape,
+        dtype,
+        variants,
+        list(run),
+        nbytes,
+        flops(formula) if products else 0,
+        judge=judge,
+    )
 
 
-def runnable(case: Case, skip: set[str]) -> dict[str, Callable[[], Any]]:
-    """The case's variants but those to skip and those that fail here: a peer that is not there is no result."""
-    torch._dynamo.reset()
-    found = {}
-    for name, function in case.run.items():
-        if name in skip:
+def all_cases(device: str, quick: bool) -> Iterator[Case]:
+    """The cases of all ops; `quick` spares those that take time to make."""
+    for sized in (pgd_cases, gated_cases, conv3x3_cases):
+        yield from sized(device, quick)
+    for make in (
+        upsample_conv3x3_cases,
+        attention_cases,
+        attack_steps.step_cases,
+        attack_losses.attack_loss_cases,
+        transforms.transform_cases,
+    ):
+        yield from make(device)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """All cases, or with `quick` the first one of each name in float32, which alone torch.compile gets otherwise."""
+    seen = set()
+    for case in all_cases(options.device, options.quick):
+        first = case.dtype == "float32" and case.name not in seen
+        if first:
+            seen.add(case.name)
+        if set(case.ours) <= {"eager"} or (options.quick and not first):
             continue
-        try:
-            function()
-        except Exception as error:  # the message is the result
-            print(f"{name}: {case.op} {case.direction}: {type(error).__name__}: {error}".partition("\n")[0])
-        else:
-            found[name] = function
-    return found
-
-
-def measure(case: Case, device: str, seconds: float, skip: set[str]) -> list[dict[str, Any]]:
-    """The case's rows, eager first."""
-    case.check()
-    functions = runnable(case, skip)
-    samples = _harness.time_us(functions, device, seconds)
-    summaries = {name: _harness.summary(values) for name, values in samples.items()}
-    copy = _harness.copy_gbps(case.nbytes, device)
-    rows = []
-    for name, numbers in summaries.items():
-        gbps = case.nbytes / numbers["median_us"] / 1e3
-        versus = {base: _ratio(summaries, base, name) for base in ("eager", "compile")}
-        rows.append({
-            "op": case.op, "direction": case.direction, "backend": name, "shape": case.shape,
-            "dtype": str(case.dtype).removeprefix("torch."), "layout": case.layout, **numbers, "gbps": round(gbps, 1),
-            "pct_copy": round(100 * gbps / copy), "speedup_vs_eager": versus["eager"],
-            "speedup_vs_compile": versus["compile"],
-        })  # fmt: skip
-    return rows
-
-
-def _ratio(summaries: dict[str, dict[str, float]], base: str, name: str) -> float | None:
-    return round(summaries[base]["median_us"] / summaries[name]["median_us"], 2) if base in summaries else None
-
-
-# How the names of a suite's ops begin, and its cases.
-SUITES = (
-    ("pgd_step_linf", pgd_cases),
-    ("gated", gated_cases),
-    ("conv3x3", conv3x3_cases),
-    ("upsample_conv3x3", upsample_conv3x3_cases),
-    ("contextual_attention", attention_cases),
-    ("", attack_steps.step_cases),
-    ("attack_loss", attacks_ops.attack_loss_cases),
-    ("", transforms.transform_cases),
-)
-
-
-def main() -> None:
-    """Measure, print, and write the results if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--op", nargs="*", default=[""], help="only ops whose name begins so")
-    parser.add_argument("--seconds", type=float, default=0.25, help="time for each function of a case")
-    parser.add_argument("--no-compile", action="store_true", help="leave the baseline torch.compile out")
-    parser.add_argument("--json", action="store_true", help="write the results as JSON")
-    parser.add_argument("--name", default="ops", help="name of the JSON file")
-    parser.add_argument("--out", type=Path, default=_harness.RESULTS, help="folder for the JSON file")
-    parser.add_argument("--commit", help="commit to record; by default what git says")
-    args = parser.parse_args()
-    _harness.keep_heap()
-    rows = []
-    skip = {"compile"} if args.no_compile else set()
-    # Making a case takes time and memory: only suites that may have one of the ops are asked.
-    asked = [cases for first, cases in SUITES if any(op.startswith(first) or first.startswith(op) for op in args.op)]
-    for case in itertools.chain(*(cases(args.device) for cases in asked)):
-        if case.op.startswith(tuple(args.op)):
-            rows += measure(case, args.device, args.seconds, skip)
-    _harness.print_table(rows)
-    if args.json:
-        owners = {name: _registry.owner(name, args.device) for name in _registry.OPS}
-        owners |= {function: owners[name] for function, name in transforms.OPS.items()}
-        owners |= dict.fromkeys(("gated_elu", "gated_elu_bias", "gated_relu"), owners["gated"])
-        document = {**_harness.metadata(args.device, args.commit), "owners": owners, "rows": rows}
-        print("wrote", _harness.write(args.name, args.device, args.out, document))
-
-
-if __name__ == "__main__":
-    main()
+        if options.quick or not (first or options.compile_all):
+            case = replace(case, run={name: run for name, run in case.run.items() if name != "compile"})
+        # One graph for each case: a graph of another shape would be made dynamic.
+        torch._dynamo.reset()
+        yield case

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from _harness import Case
 
-from atop_fast import ops
-from atop_fast.ops import _registry
+from .. import ops
+from ..ops import _registry
+from .harness import Case, no_judge, same_as_baseline
 
 SHAPES = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))
 DRAWS = 8
@@ -52,7 +52,9 @@ def _case(name: str, device: str, shape: tuple[int, ...], draws: int = 0) -> Cas
     run = {"eager": eager, _registry.owner(name, device): ours, "compile": torch.compile(eager)}
     nbytes = sum(t.nbytes for t in tensors) + x.nbytes
     text = "x".join(map(str, shape)) + (f", {draws} draws" if draws else "")
-    return Case(name, "forward", text, x.dtype, "nchw", nbytes, run, functools.partial(_check, ours, eager))
+    owner = [_registry.owner(name, device)]
+    judge = same_as_baseline(owner, 1e-6)
+    return Case("ops", f"{name} forward", text, "float32", run, owner, nbytes, judge=judge)
 
 
 def _in_place_case(name: str, device: str, shape: tuple[int, ...]) -> Case:
@@ -68,14 +70,11 @@ def _in_place_case(name: str, device: str, shape: tuple[int, ...]) -> Case:
     run = {"eager": eager, _registry.owner(f"{name}_", device): ours, "compile": torch.compile(eager)}
     # Not checked here, as that would move the images; the tests compare it, and it runs the code of the other.
     text = "x".join(map(str, shape))
-    return Case(f"{name}_", "forward", text, x.dtype, "nchw", 4 * x.nbytes, run, lambda: None)
+    owner = [_registry.owner(f"{name}_", device)]
+    return Case("ops", f"{name}_ forward", text, "float32", run, owner, 4 * x.nbytes, judge=no_judge)
 
 
 def _images(shape: tuple[int, ...], device: str) -> list[torch.Tensor]:
     x0 = torch.rand(shape, device=device)
     moved = [(x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1) for _ in range(2)]
     return [*moved, x0]
-
-
-def _check(ours: Callable[[], torch.Tensor], eager: Callable[[], torch.Tensor]) -> None:
-    torch.testing.assert_close(ours(), eager(), rtol=0, atol=1e-6)

@@ -1,0 +1,77 @@
+"""The command `atop-fast bench`."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .._checks import check_choice, check_device
+from .._files import writable_folder
+from . import results
+from .harness import Options, Roofline, keep_heap, measure
+
+# In the order of a whole run.
+SUITES = ("ops", "attacks", "evaluate", "finetune", "scaling")
+
+
+def bench(
+    suite: Literal["ops", "attacks", "evaluate", "finetune", "scaling", "all"] = "all",
+    device: Literal["cpu", "cuda"] = "cpu",
+    json: str | None = None,
+    plot: str | None = None,
+    quick: bool = False,
+    compile_all: bool = False,
+    commit: str | None = None,
+) -> None:
+    """Measure atop_fast against other libraries, plain PyTorch and torch.compile; `atop-fast bench [SUITE] [options]`.
+
+    All variants of a case do the same work in turns in one process; docs/benchmarks.md has the method. The peers are
+    torchattacks, pyautoattack, foolbox, adversarial-robustness-toolbox, kornia and torchvision; those that are not
+    installed are left out.
+
+    Args:
+        suite: ops, attacks, evaluate, finetune, scaling or all.
+        device: cpu or cuda.
+        json: file for the results.
+        plot: picture of the ratios, by its name a PNG, SVG or PDF file.
+        quick: fewer and smaller cases and no torch.compile; a minute or two instead of twenty.
+        compile_all: torch.compile for every case of an op and for DeepFillV2, which takes minutes each.
+        commit: what to record as the commit; by default what git says.
+    """
+    check_choice("bench", "suite", suite, [*SUITES, "all"])
+    check_device("bench", "device", check_choice("bench", "device", device, ["cpu", "cuda"]))
+    paths = [Path(path) for path in (json, plot) if path]
+    for path in paths:
+        # Refused now, not after twenty minutes.
+        writable_folder("bench", "json" if str(path) == json else "plot", path.parent)
+    document = run(SUITES if suite == "all" else (suite,), Options(device, quick, compile_all), commit)
+    if json:
+        results.write(Path(json), document)
+    if plot:
+        from .plot import draw_ratios
+
+        draw_ratios(document, Path(plot))
+    for path in paths:
+        print("wrote", path)
+
+
+def run(suites: tuple[str, ...], options: Options, commit: str | None = None) -> dict[str, Any]:
+    """Measure suites, print their rows as they come, and return the document for a result file."""
+    keep_heap()
+    start = time.perf_counter()
+    roofline = Roofline(options.device)
+    rows: list[dict[str, Any]] = []
+    for name in suites:
+        found: list[dict[str, Any]] = []
+        for case in importlib.import_module(f"atop_fast.bench.{name}").cases(options):
+            found += measure(case, options.device, 0.05 if options.quick else 0.15, roofline)
+        results.print_rows(found)
+        rows += found
+        seconds = time.perf_counter() - start
+        print(f"{name}: done after {seconds:.0f} s, {torch.get_num_threads()} threads\n", flush=True)
+    best = {name: float(f"{rate:.4g}") for name, rate in sorted(roofline.rates.items())}
+    return {**results.metadata(options.device, commit), "seconds": round(seconds), "roofline": best, "rows": rows}

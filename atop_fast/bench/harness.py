@@ -1,0 +1,280 @@
+"""One way to measure: cases, timing in turns, peak memory, roofline, rows. docs/benchmarks.md has the method."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+Function = Callable[[], Any]
+# What a judge says of each variant: "difference", "accuracy" and "agree", as far as they have a meaning.
+Quality = dict[str, dict[str, float]]
+# Arguments of glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run asks of every suite.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        quick: fewer and smaller cases, and no torch.compile.
+        compile_all: torch.compile also where it takes minutes.
+    """
+
+    device: str = "cpu"
+    quick: bool = False
+    compile_all: bool = False
+
+
+def no_judge(outputs: dict[str, Any]) -> Quality:
+    """Of cases whose results other tests compare."""
+    return {}
+
+
+def same_as_baseline(ours: Sequence[str], tolerance: float) -> Callable[[dict[str, Any]], Quality]:
+    """A judge of tensors, or tuples of them, by their largest difference from the baseline's, over its largest value.
+
+    Ours must not exceed the tolerance.
+    """
+
+    def judge(outputs: dict[str, Any]) -> Quality:
+        baseline = next(iter(outputs.values()))
+        found = {name: _difference(output, baseline) for name, output in outputs.items()}
+        for name in ours:
+            if not found[name] <= tolerance:
+                raise AssertionError(f"{name} differs from the baseline by {found[name]:.3g}, more than {tolerance}")
+        return {name: {"difference": difference} for name, difference in found.items()}
+
+    return judge
+
+
+@dataclass
+class Case:
+    """One comparison at equal work.
+
+    Attributes:
+        suite, name, shape, dtype: what is measured; a variant whose name ends in bfloat16 has that dtype instead.
+        run: the variants by name, the baseline first.
+        ours: names of the variants that are this library's.
+        nbytes: bytes that must move at least: inputs read once, outputs written once.
+        flops: floating-point operations of the plain formulation.
+        images: that one run works through; 0 where a rate of images says nothing.
+        judge: from the variants' first results to their quality; raises AssertionError for what must not be timed.
+        rounds: samples of each variant: 0 for as many as fit into the time, or 3 where a call takes longer than a fifth
+            of a second; 1 for what takes minutes, and then nothing is run before.
+        own_clock: the functions return the seconds of their work, which goes on in other processes.
+    """
+
+    suite: str
+    name: str
+    shape: str
+    dtype: str
+    run: Mapping[str, Function]
+    ours: Sequence[str]
+    nbytes: int = 0
+    flops: int = 0
+    images: int = 0
+    judge: Callable[[dict[str, Any]], Quality] = field(default=no_judge)
+    rounds: int = 0
+    own_clock: bool = False
+
+
+class Roofline:
+    """What a device reaches at best, measured in the same run."""
+
+    def __init__(self, device: str, seconds: float = 0.1) -> None:
+        self.device, self.seconds = device, seconds
+        self.rates: dict[str, float] = {}
+
+    def floor(self, case: Case, dtype: str) -> float:
+        """The least time of a case in seconds, or 0 where nothing bounds it."""
+        moved = case.nbytes / self.copy(case.nbytes) if case.nbytes else 0.0
+        return max(moved, case.flops / self.matmul(dtype) if case.flops else 0.0)
+
+    def copy(self, nbytes: int) -> float:
+        """Bandwidth of torch's copy at this size, bytes read plus bytes written a second."""
+        # Sizes between two powers of two share a measurement: caches have the same say in them.
+        size = 1 << max(nbytes - 1, 4095).bit_length()
+        if f"copy {size}" not in self.rates:
+            source = torch.zeros(size // 8, device=self.device)
+            target = torch.zeros_like(source)
+            self.rates[f"copy {size}"] = 2 * source.nbytes / self._seconds(lambda: target.copy_(source))
+        return self.rates[f"copy {size}"]
+
+    def matmul(self, dtype: str) -> float:
+        """Operations a second of torch's product of two square matrices."""
+        if f"matmul {dtype}" not in self.rates:
+            n = 1024 if self.device == "cpu" else 8192
+            a, b = torch.randn(2, n, n, device=self.device).to(getattr(torch, dtype))
+            self.rates[f"matmul {dtype}"] = 2 * n**3 / self._seconds(lambda: a @ b)
+        return self.rates[f"matmul {dtype}"]
+
+    def _seconds(self, function: Function) -> float:
+        return statistics.median(time_in_turns({"": function}, self.device, self.seconds)[""])
+
+
+def keep_heap() -> None:
+    """Have glibc's allocator keep freed memory for the rest of the process; elsewhere nothing happens.
+
+    By default it returns large blocks to the system, and the page faults of getting them back would be charged to
+    whichever variant allocates most: eager mode would lose by a factor that warm programs do not see.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_in_turns(
+    functions: Mapping[str, Function], device: str, seconds: float, rounds: int = 0
+) -> dict[str, list[float]]:
+    """Times of every function in seconds, measured in turns so that a disturbance hits all of them alike.
+
+    Fast functions are repeated within a sample; each gets about `seconds` in all, and at least 7 samples. With
+    `rounds`, each gets that many samples of one call, and none before: for functions that are slow, and warm.
+    """
+    repeats = dict.fromkeys(functions, 1)
+    for name, function in functions.items() if not rounds else ():
+        for _ in range(3):
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            repeats[name] = max(1, round(2e-3 / max(time.perf_counter() - start, 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    deadline = time.perf_counter() + (0 if rounds else seconds * len(functions))
+    while len(next(iter(samples.values()))) < (rounds or 7) or time.perf_counter() < deadline:
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            synchronize(device)
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    return samples
+
+
+def with_peak(function: Function, device: str) -> tuple[Any, float | None]:
+    """The result of a call, and the memory in MiB that it needs beyond what is there before it.
+
+    On a GPU, allocated tensors; on the CPU, the growth of the process's resident memory; None where the system does not
+    tell.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        torch.cuda.synchronize()
+        return result, (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        # What was freed and kept must count again, and the peak start from here (proc(5), clear_refs).
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        resident = _status("VmRSS")
+    except (OSError, AttributeError):
+        return function(), None
+    result = function()
+    return result, max(_status("VmHWM") - resident, 0) / 2**10
+
+
+def flops(function: Function) -> int:
+    """Floating-point operations of the convolutions and matrix products in torch's own functions."""
+    with _FlopCounter() as counter:
+        function()
+    return counter.total
+
+
+class _FlopCounter(TorchDispatchMode):
+    """torch's FlopCounterMode without its tables by module, whose hooks refuse torch.autograd.grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += int(count(*args, **kwargs, out_val=result))
+        return result
+
+
+def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list[dict[str, Any]]:
+    """The rows of a case, the baseline first; a variant that fails here is named and left out."""
+    if case.own_clock:
+        own: dict[str, list[float]] = {name: [] for name in case.run}
+        for name, function in case.rounds * list(case.run.items()):
+            own[name].append(function())
+        return [_row(case, name, own, roofline, None, {}) for name in own]
+    outputs, peaks, last = {}, {}, {}
+    for name, function in case.run.items():
+        try:
+            if case.rounds != 1:
+                outputs[name] = function()
+            start = time.perf_counter()
+            result, peaks[name] = with_peak(function, device)
+            last[name] = [time.perf_counter() - start]
+            outputs.setdefault(name, result)
+        except Exception as error:  # a peer that is missing or cannot do the work is no result; the message is
+            if name in case.ours:
+                raise
+            print(f"{case.name}, {case.shape}: no {name}: {type(error).__name__}: {error}".partition("\n")[0])
+    quality = case.judge({name: outputs[name] for name in last})
+    warm = {name: case.run[name] for name in last}
+    rounds = case.rounds or (3 if max(last.values()) > [0.2] else 0)
+    samples = last if case.rounds == 1 else time_in_turns(warm, device, seconds, rounds)
+    return [_row(case, name, samples, roofline, peaks[name], quality.get(name, {})) for name in last]
+
+
+def _row(
+    case: Case,
+    name: str,
+    samples: dict[str, list[float]],
+    roofline: Roofline,
+    peak: float | None,
+    quality: dict[str, float],
+) -> dict[str, Any]:
+    dtype = "bfloat16" if name.endswith("bfloat16") else case.dtype
+    times = samples[name]
+    median, baseline = (statistics.median(values) for values in (times, next(iter(samples.values()))))
+    low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
+    floor = roofline.floor(case, dtype)
+    return {
+        "suite": case.suite, "case": case.name, "shape": case.shape, "variant": name, "ours": name in case.ours,
+        "dtype": dtype, "threads": torch.get_num_threads(), "samples": len(times), "median_s": _short(median),
+        "iqr_s": _short(high - low), "ratio": _short(baseline / median),
+        "images_per_s": _short(case.images / median) if case.images else None,
+        "roofline": _short(floor / median) if floor else None,
+        "peak_mib": None if peak is None else round(peak, 1),
+        **{key: None if key not in quality else _short(quality[key]) for key in ("difference", "accuracy", "agree")},
+    }  # fmt: skip
+
+
+def _difference(a: Any, b: Any) -> float:
+    if isinstance(a, tuple):
+        return max(_difference(x, y) for x, y in zip(a, b, strict=True))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(torch.double).tiny))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -1,0 +1,172 @@
+"""A recipe in a reduced form that ends within a time.
+
+How long a training is, and how many images are attacked, is planned once, when that begins, from how fast this machine
+is. <out>/plan.json keeps it, so that a run that goes on keeps to it and ends with the bits of one that was not stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ._files import write_text
+from .distributed import Group
+from .evaluation import PROTOCOLS
+from .recipe import EvaluationConfig
+from .training import FinetuneConfig, TrainingConfig
+
+# Fine-tuning decides what a defence is worth.
+SHARES = {"classifier": 1, "pretrain": 1, "finetune": 2, "evaluate": 1}
+# Of a stage's time, what its plan counts on: the machine may slow down, and files are to be written.
+MARGIN = {"train": 0.9, "evaluate": 0.8}
+# Of a training's time, what is spent on measuring its updates.
+TRIAL = 0.03
+# A forward pass over one with the gradient of the images.
+FORWARD = 0.4
+# If the recipe's protocol can attack fewer images than this, the protocol "quick" takes its place.
+IMAGES = 100
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+class Budget:
+    """How the time is divided.
+
+    Args:
+        seconds: of the whole run, from time.monotonic() = `start`.
+        path: file of the plan.
+        stages: the stages of the run, keys of SHARES.
+        group: of the run's processes; the first one plans for all.
+    """
+
+    def __init__(self, seconds: float, start: float, path: Path, stages: Sequence[str], group: Group) -> None:
+        self.path, self.stages, self.group = path, list(stages), group
+        plan = json.loads(path.read_text(encoding="utf-8")) if group.rank == 0 and path.exists() else {}
+        # stage -> "seconds", and what was planned.
+        self.plan: dict[str, dict[str, Any]] = group.gather(plan)[0]
+        # What earlier processes of this run planned is as good as spent.
+        self.end = start + seconds - sum(stage["seconds"] for stage in self.plan.values())
+
+    def left(self) -> float:
+        """Seconds until the end, at least a tenth of one."""
+        return max(0.1, self.end - time.monotonic())
+
+    def train(self, stage: str, config: Config, images: int, measure: Callable[[Config], object]) -> Config:
+        """The options of a training of as many updates as fit into its time.
+
+        Args:
+            stage: its name.
+            config: of the whole training, on `images` images.
+            measure: trains copies of the networks by given options.
+        """
+        epoch = -(-images // config.batch_size)
+        whole = config.epochs * epoch
+        if stage not in self.plan:
+            seconds = self._seconds(stage)
+            # The first updates of a process take longer than the others.
+            trial = replace(config, updates=2, evaluate_every=0)
+            first = self._timed(lambda: measure(trial)) / 2
+            count = max(2, int(TRIAL * seconds / first))
+            each = self._timed(lambda: measure(replace(trial, updates=count))) / count
+            updates = max(1, int((MARGIN["train"] * seconds - 2 * first - count * each) / each))
+            self._keep(stage, seconds, {"updates": min(updates, whole), "of": whole})
+        return shorten(config, self.plan[stage]["updates"], epoch)
+
+    def evaluate(
+        self, config: EvaluationConfig, images: int, measure: Callable[[], tuple[int, float]]
+    ) -> EvaluationConfig:
+        """The options of the two evaluations, of as many images as fit into their time.
+
+        Args:
+            config: of the whole evaluation, of `images` images.
+            measure: passes of images with their gradient through the defence, and the seconds of these.
+        """
+        protocol = PROTOCOLS[config.protocol]
+        if "evaluate" not in self.plan:
+            seconds, start = self._seconds("evaluate"), time.monotonic()
+            passes, took = measure()
+            room = MARGIN["evaluate"] * (seconds - (time.monotonic() - start)) / 2 * passes / took * self.group.size
+            names = (config.protocol, "quick")
+            fits = {name: min(images, max(1, int(room / _passes(name, config)))) for name in names}
+            name = config.protocol if fits[config.protocol] >= min(images, IMAGES) else "quick"
+            self._keep("evaluate", seconds, {"images": fits[name], "of": images, "protocol": name})
+        plan = self.plan["evaluate"]
+        return replace(
+            config,
+            protocol=plan["protocol"],
+            norm=config.norm or protocol.norm,
+            eps=protocol.eps if config.eps is None else config.eps,
+            draws=config.draws or protocol.draws,
+            images=plan["images"],
+            batch_size=min(config.batch_size, -(-plan["images"] // self.group.size)),
+            diagnostics=False,
+        )
+
+    def limit(self, first: bool) -> float:
+        """Seconds after which the first or the second evaluation starts no further attack.
+
+        As many images were planned as take two fifths of the time each; a machine that became slower may need more.
+        """
+        seconds = self.plan["evaluate"]["seconds"]
+        return 0.6 * seconds if first else max(0.4 * seconds, self.left())
+
+    def notes(self, config: EvaluationConfig) -> list[str]:
+        """What was reduced, for the report; `config` is of the whole evaluation."""
+        parts = [
+            f"{stage}: {plan['updates']:,} of {plan['of']:,} updates"
+            for stage, plan in self.plan.items()
+            if "updates" in plan
+        ]
+        plan = self.plan["evaluate"]
+        protocol = plan["protocol"]
+        instead = "" if protocol == config.protocol else f" by the protocol {protocol} instead of {config.protocol}"
+        parts.append(f"evaluation: {plan['images']:,} of {plan['of']:,} images{instead}, without diagnostics")
+        return ["Reduced to fit a time: " + "; ".join(parts) + "."]
+
+    def _seconds(self, stage: str) -> float:
+        """A stage's time, of what is left to it and the stages after it."""
+        after = self.stages[self.stages.index(stage) :]
+        return self.group.gather(self.left())[0] * SHARES[stage] / sum(SHARES[name] for name in after)
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        start = time.monotonic()
+        work()
+        return self.group.gather(max(1e-6, time.monotonic() - start))[0]
+
+    def _keep(self, stage: str, seconds: float, plan: dict[str, Any]) -> None:
+        self.plan[stage] = self.group.gather({"seconds": round(seconds, 1), **plan})[0]
+        if self.group.rank == 0:
+            write_text(self.path, json.dumps(self.plan, indent=2) + "\n")
+
+
+def shorten(config: Config, updates: int, epoch: int) -> Config:
+    """The options of a training of fewer updates, `epoch` of which pass over the data.
+
+    What counts in epochs or updates happens after the same part of the training: the end of the classification loss's
+    warm-up, and how far back a moving average reaches.
+    """
+    part = updates / (config.epochs * epoch) if config.epochs else 1.0
+    changes: dict[str, Any] = {"updates": updates, "epochs": -(-updates // epoch)}
+    if 0 < part < 1:
+        changes["ema_decay"] = config.ema_decay ** (1 / part)
+    if isinstance(config, FinetuneConfig):
+        changes["ce_from_epoch"] = int(part * config.ce_from_epoch)
+    return replace(config, **changes)
+
+
+def _passes(name: str, config: EvaluationConfig) -> float:
+    """About how many passes with gradients an image costs under a protocol."""
+    protocol = PROTOCOLS[name]
+    attacks = 0
+    for entry in protocol.attacks.values():
+        options = entry.options
+        steps = options.get("steps", options.get("queries", 1))
+        attacks += steps * options.get("eot_iter", 1) * options.get("target_classes", 1)
+    draws = config.draws or protocol.draws
+    # Of the clean images and every attack's there are selection draws and a verdict; of the rounded ones, a verdict.
+    judged = (1 + len(protocol.attacks)) * (config.selection_draws + draws) + draws
+    return attacks + FORWARD * judged

@@ -1,0 +1,186 @@
+"""The command `atop-fast bench`: its cases are sound, and what it measures is what it says."""
+
+from __future__ import annotations
+
+import json
+import time
+from itertools import islice
+
+import pytest
+import torch
+
+from atop_fast.bench import attacks, command, evaluate, finetune, harness, ops, results, scaling
+from atop_fast.bench.harness import Case, Options, Roofline, measure, time_in_turns, with_peak
+from atop_fast.bench.models import defense
+from atop_fast.bench.plot import comparisons, draw_ratios, draw_scaling
+from atop_fast.cli import main
+
+# Importing and using the peers warns of their own matters.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class FixedRoofline(Roofline):
+    """1 GB/s and 1 GFLOP/s."""
+
+    def copy(self, nbytes):
+        return 1e9
+
+    def matmul(self, dtype):
+        return 1e9
+
+
+def case_of(run, ours=("atop_fast",), **options):
+    return Case("suite", "case", "1x1", "float32", run, list(ours), **options)
+
+
+def test_a_row_says_what_was_measured():
+    run = {"peer": lambda: time.sleep(0.02), "atop_fast": lambda: time.sleep(0.01)}
+    case = case_of(run, nbytes=10**6, flops=2 * 10**6, images=5, rounds=3)
+    peer, ours = measure(case, "cpu", 0.0, FixedRoofline("cpu"))
+    results.check_document({**results.metadata("cpu"), "rows": [peer, ours]})
+    assert (peer["ours"], ours["ours"], ours["samples"]) == (False, True, 3)
+    assert peer["ratio"] == 1
+    assert 1.5 < ours["ratio"] < 2.5
+    # The operations bound it, not the bytes: 2 ms of the 10.
+    assert 0.12 < ours["roofline"] <= 0.2
+    assert 300 < ours["images_per_s"] <= 500
+    (pair,) = comparisons([peer, ours])
+    assert pair.ratio == pytest.approx(ours["ratio"], rel=1e-2)
+
+
+def test_a_missing_peer_is_left_out_and_a_broken_one_of_ours_is_an_error(capsys):
+    def broken():
+        raise ImportError("not installed")
+
+    rows = measure(case_of({"peer": broken, "atop_fast": lambda: None}, rounds=1), "cpu", 0.0, FixedRoofline("cpu"))
+    assert [row["variant"] for row in rows] == ["atop_fast"]
+    assert "no peer: ImportError: not installed" in capsys.readouterr().out
+    with pytest.raises(ImportError):
+        measure(case_of({"peer": lambda: None, "atop_fast": broken}, rounds=1), "cpu", 0.0, FixedRoofline("cpu"))
+
+
+def test_what_is_not_equal_is_not_timed():
+    run = {"eager": lambda: torch.full((3,), 2.0), "cpp": lambda: torch.tensor([2.0, 2.0, 2.002])}
+    judge = harness.same_as_baseline(["cpp"], 1e-2)
+    rows = measure(case_of(run, ["cpp"], judge=judge), "cpu", 0.0, FixedRoofline("cpu"))
+    assert [row["difference"] for row in rows] == [0, pytest.approx(1e-3, rel=1e-2)]
+    judge = harness.same_as_baseline(["cpp"], 1e-4)
+    with pytest.raises(AssertionError, match=r"cpp differs from the baseline by 0\.001"):
+        measure(case_of(run, ["cpp"], judge=judge), "cpu", 0.0, FixedRoofline("cpu"))
+
+
+def test_functions_run_in_turns():
+    order = []
+    time_in_turns({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", 0.0, rounds=3)
+    assert "".join(order) == "ababab"
+
+
+def test_peak_memory_is_that_of_the_call():
+    result, small = with_peak(lambda: torch.ones(1000), "cpu")
+    if small is None:
+        pytest.skip("this system does not reset the peak of a process")
+    _, large = with_peak(lambda: torch.ones(20 * 2**20), "cpu")
+    assert len(result) == 1000
+    assert small < 20
+    assert 79 < large < 100
+
+
+def test_the_roofline_is_of_this_machine():
+    roofline = Roofline("cpu", seconds=0.0)
+    assert 1e8 < roofline.copy(10**6) < 1e12
+    assert 1e9 < roofline.matmul("float32") < 1e14
+    assert set(roofline.rates) == {"copy 1048576", "matmul float32"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Small networks instead of a ResNet-18 and trained ones."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.Flatten(), torch.nn.LazyLinear(10))
+    model(torch.rand(1, 3, 32, 32))
+    grey = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))
+    for module in (model, grey):
+        module.eval().requires_grad_(False)
+    x = torch.rand(64, 1, 32, 32)
+    monkeypatch.setattr(evaluate, "defense", lambda model, channels, width, device: defense(model, channels, 4, device))
+    for suite in (attacks, evaluate):
+        monkeypatch.setattr(suite, "resnet18", lambda device: model)
+        monkeypatch.setattr(suite, "digits", lambda device: (grey, x, grey(x).argmax(dim=1)))
+
+
+@pytest.mark.parametrize("suite", [attacks, evaluate])
+def test_attacks_of_all_libraries_do_the_same_work(tiny, suite):
+    """Every peer that is installed runs, and what the variants leave is alike."""
+    for case in suite.cases(Options(quick=True)):
+        outputs = {name: function() for name, function in case.run.items()}
+        quality = case.judge(outputs)
+        accuracies = [quality[name]["accuracy"] for name in case.run]
+        assert max(accuracies) - min(accuracies) <= 0.1, (case.name, quality)
+        # Nearly linear networks: the same steps lead to the same images, but for signs of gradients near 0.
+        if case.name.startswith("PGD-10"):
+            for name, adversarial in outputs.items():
+                same = (adversarial - outputs["plain"]).abs() < 1e-4
+                assert same.float().mean() > (0.9 if "bfloat16" in name else 0.99), name
+
+
+def test_plain_networks_are_ours():
+    """The baselines compute what our networks do, from the same weights: their gradients are the same."""
+    case = finetune.step_case("unet", (2, 32), Options(), ["plain", "atop_fast"])
+    quality = case.judge({name: function() for name, function in case.run.items()})
+    assert quality["atop_fast"]["difference"] < 1e-3
+    # The purifier forward and backward, the discriminator twice, the classifier three times.
+    assert case.flops > 3 * 2 * 2 * 0.5e9
+
+
+def test_op_cases_of_a_quick_run_have_distinct_names_and_no_compile():
+    cases = list(islice(ops.cases(Options(quick=True)), 2))
+    assert len({case.name for case in cases}) == 2
+    assert all("compile" not in case.run and case.ours for case in cases)
+
+
+def test_command_writes_results_and_pictures(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ops, "all_cases", lambda device, quick: islice(ops.pgd_cases(device, quick), 1))
+    path, picture = tmp_path / "new" / "found.json", tmp_path / "found.png"
+    main(["bench", "ops", "--quick=true", f"--json={path}", f"--plot={picture}"])
+    document = results.read(path)
+    assert {row["case"] for row in document["rows"]} == {"pgd_step_linf forward"}
+    assert [row["difference"] for row in document["rows"]] == [0, 0]
+    assert document["roofline"]
+    assert picture.read_bytes()[1:4] == b"PNG"
+    assert "pgd_step_linf forward" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "everything"])
+    assert stopped.value.code == 2
+
+
+def test_pictures_show_every_line(tmp_path):
+    row = dict.fromkeys(results.ROW) | {"suite": "ops", "case": "a b", "shape": "1", "dtype": "float32", "ratio": 1.0}
+    rows = [
+        {**row, "variant": variant, "ours": ours, "median_s": 1.0}
+        for variant, ours in (("eager", False), ("cpp", True))
+    ]
+    scaled = [
+        {**row, "suite": "scaling", "case": "PGD x EOT by draws", "shape": f"{n} draws", "variant": "atop_fast",
+         "ours": True, "median_s": n / 10, "peak_mib": 5.0 * n}
+        for n in (1, 2, 4)
+    ]  # fmt: skip
+    document = {**results.metadata("cpu"), "rows": rows + scaled}
+    for draw, name in ((draw_ratios, "ratios.svg"), (draw_scaling, "scaling.svg")):
+        draw(document, tmp_path / name)
+    assert "a b" in (tmp_path / "ratios.svg").read_text() or (tmp_path / "ratios.svg").stat().st_size > 5000
+    assert (tmp_path / "scaling.svg").stat().st_size > 5000
+
+
+def test_axes_of_scaling_vary_one_quantity():
+    cases = list(scaling.cases(Options(quick=True)))
+    names = [case.name for case in cases]
+    assert names == [f"PGD x EOT by {axis}" for axis in scaling.AXES for _ in range(2)] + ["evaluation by processes"]
+    assert cases[-1].own_clock
+
+
+def test_metadata_names_peers_and_commit():
+    found = results.metadata("cpu", "abc")
+    assert found["commit"] == "abc"
+    assert json.dumps(found)
+    assert found["versions"]["torch"] == torch.__version__
+    assert command.SUITES == ("ops", "attacks", "evaluate", "finetune", "scaling")

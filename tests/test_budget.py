@@ -1,0 +1,112 @@
+"""A recipe under a budget: what is planned, that a run keeps to it, and what its report says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import Line, run
+from test_train import TINY, fail, files, tiny  # noqa: F401
+
+from atop_fast import FinetuneConfig, PretrainConfig, budget
+from atop_fast.cli import main
+from atop_fast.distributed import Group
+from atop_fast.evaluation import PROTOCOLS
+from atop_fast.recipe import EvaluationConfig
+
+STAGES = ["pretrain", "finetune", "evaluate"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless it is told to go on; an update takes a second."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_training_fills_its_share_and_keeps_its_plan(tmp_path, clock):
+    def train(config):
+        clock[0] += config.updates
+
+    config = FinetuneConfig(epochs=20, batch_size=10, average="ema", ce_from_epoch=5)
+    made = budget.Budget(400, clock[0], tmp_path / "plan.json", STAGES, Group())
+    short = made.train("pretrain", config, 1000, train)
+    # A quarter of the time; the first two updates and the trial, three hundredths of it, come off.
+    spent = 2 + 3
+    assert short.updates == int(0.9 * 100) - spent
+    assert made.plan == {"pretrain": {"seconds": 100, "updates": short.updates, "of": 2000}}
+    assert (short.epochs, short.ce_from_epoch) == (1, 0)
+    # The average forgets as much over the shorter training.
+    assert short.ema_decay**short.updates == pytest.approx(config.ema_decay**2000)
+    clock[0] += short.updates
+    # Fine-tuning gets two thirds of what is left, and no more than the whole training needs.
+    assert made.train("finetune", replace(config, epochs=1), 100, train).updates == 10
+    assert made.plan["finetune"]["seconds"] == pytest.approx((400 - spent - short.updates) * 2 / 3, abs=0.1)
+    again = budget.Budget(400, clock[0], tmp_path / "plan.json", STAGES, Group())
+    assert again.train("pretrain", config, 1000, lambda config: pytest.fail("it measured again")) == short
+    assert again.left() == pytest.approx(400 - 100 - made.plan["finetune"]["seconds"])
+
+
+def test_a_shorter_training_keeps_its_phases():
+    config = FinetuneConfig(epochs=20, ce_from_epoch=4, ema_decay=0.99)
+    short = budget.shorten(config, 500, 50)
+    assert (short.updates, short.epochs, short.ce_from_epoch, short.ema_decay) == (500, 10, 2, 0.99**2)
+    assert budget.shorten(PretrainConfig(epochs=2), 100, 50) == PretrainConfig(epochs=2, updates=100)
+
+
+@pytest.mark.parametrize(
+    ("rate", "protocol", "images"),
+    [(1e6, "pgd-eot", 512), (4e3, "pgd-eot", None), (100.0, "quick", None), (1.0, "quick", 1)],
+)
+def test_an_evaluation_takes_what_fits(tmp_path, clock, rate, protocol, images):
+    """All images; fewer; a lighter protocol; at least one image."""
+    made = budget.Budget(400, clock[0], tmp_path / "plan.json", ["evaluate"], Group())
+    config = EvaluationConfig("pgd-eot")
+    planned = made.evaluate(config, 512, lambda: (1000, 1000 / rate))
+    assert planned.protocol == protocol
+    # Passes of the attack; 40 draws judge each candidate, and 20 the rounded one.
+    passes = 200 * 20 + 0.4 * 100 if protocol == "pgd-eot" else 4 + 20 * 4 + 0.4 * 140
+    assert planned.images == (images or int(0.8 * 200 * rate / passes))
+    assert (planned.norm, planned.eps, planned.draws) == ("Linf", 8 / 255, PROTOCOLS["pgd-eot"].draws)
+    text = f"evaluation: {planned.images} of 512 images"
+    assert text + (" by the protocol quick instead of pgd-eot" if protocol == "quick" else ",") in made.notes(config)[0]
+
+
+def test_a_training_of_updates_ends_within_an_epoch():
+    """With a schedule that ends there, too, and a history of its parts."""
+    step = Line(epochs=3, updates=7, batch_size=3, lr=0.5)
+    history = run(step)
+    assert [len(ids) for ids in step.seen] == [3] * 7
+    done = torch.arange(7, dtype=torch.float64) / 7
+    torch.testing.assert_close(torch.tensor(step.rates, dtype=torch.float64), 0.25 * (1 + torch.cos(torch.pi * done)))
+    assert len(history) == 7
+    assert len(run(Line(epochs=20, updates=50, batch_size=3))) == 17
+    assert len(run(Line(epochs=2, updates=50, batch_size=3))) == 8
+
+
+def test_a_run_ends_with_what_was_planned(tiny, capsys):  # noqa: F811
+    main(["train", "tiny.yaml", "--out=run", "--budget=4s"])
+    plan = json.loads(Path("run/plan.json").read_text())
+    assert list(plan) == ["classifier", *STAGES]
+    report = json.loads(Path("run/report.json").read_text())
+    assert report["budget"] == plan
+    assert all(v["images"] == plan["evaluate"]["images"] for v in report["systems"]["finetuned"].values())
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    for stage in ("classifier", "pretrain", "finetune"):
+        assert max(line["updates"] for line in lines if line["training"] == stage) == plan[stage]["updates"]
+    page = Path("run/report.html").read_text()
+    assert f"pretrain: {plan['pretrain']['updates']} of {plan['pretrain']['of']} updates" in page
+    # The same plan gives the same bits.
+    Path("again").mkdir()
+    for name in ("run.json", "plan.json"):
+        shutil.copy(f"run/{name}", f"again/{name}")
+    main(["train", "tiny.yaml", "--out=again", "--budget=4s"])
+    assert Path("again/report.json").read_text() == Path("run/report.json").read_text()
+    assert "another budget" in fail(capsys, "train", "tiny.yaml", "--out=run", "--budget=5s")
+    assert "run_recipe: budget must be seconds, or text" in fail(capsys, "train", "tiny.yaml", "--budget=soon")

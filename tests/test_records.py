@@ -1,0 +1,91 @@
+"""What a training writes and measures besides its networks: metrics, TensorBoard's logs, held-out evaluations."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_task import places, trained_classifier
+from test_train import fail, files, tiny  # noqa: F401
+
+from atop_fast import RT2, Defense, FinetuneConfig, build_purifier, finetune, pretrain
+from atop_fast.evaluation.report import training_picture
+from atop_fast.randomness import seeded
+from atop_fast.training.metrics import Metrics, read_metrics
+
+X, Y = places(24, 1)
+HELD_OUT = places(10, 2)
+CONFIG = FinetuneConfig(epochs=2, batch_size=8, eps=0.2, attack="fgsm", gan_weight=0)
+
+
+def tuned(config=CONFIG, **options):
+    """The history and the weights of a small fine-tuning."""
+    with seeded(0):
+        purifier = build_purifier("unet", channels=1, width=4)
+    defense = Defense(RT2(4, sigma=0.1), purifier, trained_classifier())
+    history = finetune(defense, X, Y, config=config, progress=False, **options)
+    return history, torch.cat([p.detach().flatten() for p in purifier.parameters()])
+
+
+def test_held_out_evaluations_leave_the_training_as_it_is(tmp_path):
+    plain, weights = tuned(held_out=HELD_OUT)
+    state = torch.get_rng_state()
+    history, same = tuned(replace(CONFIG, evaluate_every=2), held_out=HELD_OUT, metrics=tmp_path / "metrics.jsonl")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(same, weights)
+    assert history[0] == plain[0]
+    clean, robust = (history[1].pop(f"held_out_{name}") for name in ("clean", "robust"))
+    assert history[1] == plain[1]
+    # The classifier is nearly always right; an attack that strong on an untrained purifier is felt.
+    assert robust < clean
+    assert clean * 10 == pytest.approx(round(clean * 10))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("held_out_clean") for line in lines] == [None, clean]
+
+
+def test_tensorboard_shows_the_metrics_and_pictures(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    with seeded(0):
+        purifier = build_purifier("unet", channels=1, width=4)
+    options = {"metrics": tmp_path / "metrics.jsonl", "tensorboard": tmp_path / "logs"}
+    config = replace(CONFIG, epochs=1)
+    tuned(config, **options)
+    pretrain(purifier, RT2(4), X, config=config, progress=False, **options)
+    for title in ("pretrain", "finetune"):
+        log = accumulator(str(tmp_path / "logs" / title)).Reload()
+        (line,) = (line for line in read_metrics(tmp_path / "metrics.jsonl") if line["training"] == title)
+        for name in ("l1", "lr", "images_per_second"):
+            (event,) = log.Scalars(name)
+            assert (event.step, event.value) == (3, pytest.approx(line[name]))
+        (picture,) = log.Images("purified")
+        # Eight images and their restorations, 16 pixels wide.
+        assert picture.width * picture.height == 16 * 16 * 16
+
+
+def test_without_tensorboard_nothing_is_written(tiny, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    error = fail(capsys, "train", "tiny.yaml", "--out=run", "--tensorboard=true")
+    assert "the package tensorboard is missing: pip install 'atop-fast[track]'" in error
+    assert not Path("run").exists()
+
+
+def test_lines_of_an_interrupted_training_are_replaced(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for title in ("first", "second"):
+        record = Metrics(path, title, 0)
+        for epoch in range(3):
+            record.add(epoch, 10 * (epoch + 1), {"loss": 1.0}, 0.1)
+    Metrics(path, "first", 15).add(1, 20, {"loss": 2.0}, 0.1)
+    found = [(line["training"], line["updates"], line["loss"]) for line in read_metrics(path)]
+    assert found == [("first", 10, 1.0), *(("second", n, 1.0) for n in (10, 20, 30)), ("first", 20, 2.0)]
+
+
+def test_curves_need_lines():
+    assert training_picture([]) is None
+    lines = [{"training": "a", "updates": n, "loss": 1 / n, "held_out_clean": 0.5} for n in (1, 2)]
+    # The first line may lack what the last one has.
+    del lines[0]["held_out_clean"]
+    assert training_picture(lines).startswith(b"\x89PNG")
