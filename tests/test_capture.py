@@ -139,7 +139,8 @@ def test_a_replay_is_what_an_eager_update_is(name):
     expected, found = updates(eager), updates(replayed)
     recorder = replayed.replayed.recorder
     assert (recorder.runs, recorder.records, recorder.replays) == (WARM_UP, 1, 8 - WARM_UP)
-    assert replayed.replayed.path == "CUDA graph" and eager.replayed.path == "eager (no GPU)"
+    assert replayed.replayed.path == "CUDA graph"
+    assert eager.replayed.path == "eager (no GPU)"
     assert found == expected
     assert torch.equal(weights(replayed), weights(eager))
     assert len({float(logs["l1"]) for logs in found}) == 8
@@ -194,7 +195,8 @@ def test_every_form_has_a_recording_of_its_own_and_a_stage_ends_those_before():
     # A recording's Python runs once.
     assert step.calls == 2 * (WARM_UP + 1)
     step(X[whole], Y[whole], whole, 2)
-    assert recorder.runs == 2 * WARM_UP + 1 and len(step.replayed.forms) == 1
+    assert recorder.runs == 2 * WARM_UP + 1
+    assert len(step.replayed.forms) == 1
 
 
 def test_results_outlive_the_next_update_and_inputs_are_left_alone():
@@ -218,17 +220,20 @@ def test_what_cannot_be_recorded_runs_eagerly_and_says_why_once(capsys):
     feed = Feed("test", X, Y, step.device, workers=0)
     fit("test", step, feed, seed=0)
     said = [line for line in capsys.readouterr().err.splitlines() if "updates run as" in line]
-    assert len(said) == 1 and "eager (not captured: aten._local_scalar_dense" in said[0]
+    assert len(said) == 1
+    assert "eager (not captured: aten._local_scalar_dense" in said[0]
     fit("test", plain, feed, seed=0)
     assert torch.equal(weights(step), weights(plain))
     said = [line for line in capsys.readouterr().err.splitlines() if "updates run as" in line]
-    assert len(said) == 1 and said[0].endswith("test: updates run as eager (no GPU)")
+    assert len(said) == 1
+    assert said[0].endswith("test: updates run as eager (no GPU)")
 
 
 def test_graphs_can_be_switched_off():
     step = recorded(Line(graphs=False))
     updates(step)
-    assert step.replayed.path == "eager (graphs=False)" and not step.replayed.recorder.records
+    assert step.replayed.path == "eager (graphs=False)"
+    assert not step.replayed.recorder.records
 
 
 def test_a_seed_in_a_tensor_derives_as_a_number():

@@ -54,9 +54,9 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph leaves its stream current if the recording fails, torch.cuda.stream does not. A DataLoader's
         # thread, which pins memory, must not end a recording: hence "thread_local".
-        with torch.cuda.stream(self.stream):
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                logs = work()
+        recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self.stream), recording:
+            logs = work()
         return logs, graph.replay
 
 

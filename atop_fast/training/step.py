@@ -127,7 +127,7 @@ class Step:
         return logs
 
     def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
-        """Compute the losses of some images in an epoch, int64 (), and pass each network's to `update`; scalars to log."""
+        """Compute the losses of images in an epoch, int64 (), and pass each network's to `update`; scalars to log."""
         raise NotImplementedError
 
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
