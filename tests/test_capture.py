@@ -6,12 +6,14 @@ by their value, repeats what a CUDA graph would repeat, and refuses what a CUDA 
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from atop_fast import RT2, Defense, FinetuneConfig, build_classifier, build_purifier
 from atop_fast.purifiers import SNPatchDiscriminator
@@ -40,7 +42,9 @@ class Tape(TorchDispatchMode):
         if func.overloadpacket in FORBIDDEN:
             raise RuntimeError(f"{func} while recording")
         result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
+        # By their memory: a tensor's `data` may be set to another.
+        alias = functools.partial(tree_map_only, torch.Tensor, torch.Tensor.detach)
+        self.calls.append((func, alias(args), alias(kwargs or {}), alias(result)))
         return result
 
     def replay(self):
@@ -50,7 +54,7 @@ class Tape(TorchDispatchMode):
                 pairs = zip(*(x if isinstance(x, (tuple, list)) else (x,) for x in (result, again)), strict=True)
                 for old, new in pairs:
                     if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():
-                        old.detach().copy_(new)
+                        old.copy_(new)
 
 
 class TapeRecorder:
@@ -128,7 +132,8 @@ CASES = {
     "pgd": {"attack": "pgd", "adversarial_share": 0.5, "eot_iter": 2, "accumulate": 3},
     "apgd": {"attack": "apgd", "precision": "bfloat16"},
     "apgd-l1": {"attack": "apgd", "norm": "L1", "eps": 5.0, "gan_weight": 0.0},
-    "folded": {"attack": "pgd", "steps": 8, "precision": "float16"},
+    "folded": {"attack": "pgd", "steps": 8, "gan_weight": 0.0},
+    "float16": {"attack": "fgsm", "precision": "float16"},
 }
 
 
