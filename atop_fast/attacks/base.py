@@ -18,6 +18,8 @@ from .network import Model, prepared
 from .queue import State, run_queue
 
 NORMS = ("Linf", "L2", "L1")
+# No image is so far from another; squares of lengths beyond would overflow.
+MAX_LENGTH = 1e6
 
 
 class Attack(ABC):
@@ -57,7 +59,7 @@ class Attack(ABC):
         name = type(self).__name__
         self.model = model
         self.norm = check_choice(name, "norm", norm, self.norms)
-        self.eps = check_number(name, "eps", eps, low=0)
+        self.eps = check_number(name, "eps", eps, low=0, high=MAX_LENGTH)
         self.steps = check_integer(name, "steps", steps, low=1)
         self.eot_iter = check_integer(name, "eot_iter", eot_iter, low=1)
         self.gradient = check_choice(name, "gradient", gradient, GRADIENT_MODES)

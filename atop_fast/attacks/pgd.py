@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import check_integer, check_number
 from ..ops import attack_loss, pgd_step_l2, pgd_step_linf, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
-from .base import Attack, initial_state, norm_l2, per_image, project_l2
+from .base import MAX_LENGTH, Attack, initial_state, norm_l2, per_image, project_l2
 from .gradient import GradientEstimator, draw_logits
 from .network import Model
 from .queue import State
@@ -58,7 +58,7 @@ class PGD(Attack):
     ) -> None:
         super().__init__(model, norm, eps, steps=steps, eot_iter=eot_iter, gradient=gradient, seed=seed, **options)
         name = type(self).__name__
-        self.alpha = 2.5 * self.eps / self.steps if alpha is None else check_number(name, "alpha", alpha, low=0)
+        self.alpha = 2.5 * self.eps / self.steps if alpha is None else check_number(name, "alpha", alpha, low=0, high=MAX_LENGTH)
         self.restarts = check_integer(name, "restarts", restarts, low=1)
         self.selection_draws = check_integer(name, "selection_draws", selection_draws, low=1)
         self.random_start = bool(random_start)
