@@ -67,6 +67,7 @@ sanitize: $(STAMP) ## the op tests on a CPU library with sanitizers, and the ker
 	PYTHONPATH="$$(echo build/sanitize/lib.*)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	    $(BIN)/pytest -p no:cacheprovider -m "not gpu" -k "not compile and not opcheck and not triton" $(SANITIZE_TESTS)
+	CXX="$${CXX:-c++}" tests/fuzz/sanitize.sh thread 500
 
 docs: $(VENV)-docs/.installed ## the documentation site, every warning an error: runs/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build

@@ -18,7 +18,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 # Torch's generators are those of all threads.
 _GENERATORS = threading.RLock()
+
+
+Seed = TypeVar("Seed", int, Tensor)
 
 
 class Tag(IntEnum):
@@ -98,8 +101,11 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
     return random_ranks(count, seed, torch.zeros(1, dtype=torch.int64), epoch, Tag.ORDER)[0]
 
 
-def derive_seed(seed: int, *names: str | int) -> int:
-    """An independent 63-bit seed for a named purpose, e.g. derive_seed(seed, "verdict"); always the same one."""
+def derive_seed(seed: Seed, *names: str | int) -> Seed:
+    """An independent 63-bit seed for a named purpose, e.g. derive_seed(seed, "verdict"); always the same one.
+
+    Of an int64 scalar tensor it is one, too.
+    """
     for name in names:
         word = zlib.crc32(name.encode()) if isinstance(name, str) else name
         counter = (word & _MASK32, (word >> 32) & _MASK32, int(isinstance(name, str)), Tag.SEED << 16)

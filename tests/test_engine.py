@@ -37,7 +37,7 @@ class Line(Step):
         self.rates, self.seen, self.gradients, self.weights = [], [], [], []
 
     def losses(self, x, y, ids, epoch):
-        self.rates.append(self.optimizers["line"].param_groups[0]["lr"])
+        self.rates.append(float(self.optimizers["line"].param_groups[0]["lr"]))
         self.seen.append(ids)
         loss = self.modules["line"](x.mean((1, 2, 3))[:, None]).square().mean()
         self.update(loss, "line")

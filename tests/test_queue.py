@@ -18,6 +18,9 @@ class Countdown:
     def begin(self, estimator, images, labels, ids, start):
         return initial_state(images, labels, ids, images.clone())
 
+    def length(self):
+        return None
+
     def step(self, estimator, state):
         self.shapes.append(len(state["done"]))
         self.alive.append(int((~state["done"]).sum()))

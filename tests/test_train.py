@@ -266,7 +266,7 @@ def test_killed_runs_and_two_processes_end_with_the_report_of_one(files):
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
-        ("finetune: {epochz: 2}", "got bad.yaml (Group 'finetune' does not accept option 'epochz')"),
+        ("finetune: {epochz: 2}", "got bad.yaml (Option finetune.epochz is not accepted)"),
         ("pretrain: {epochs: two}", 'got bad.yaml (Parser key "pretrain.epochs"'),
         ("pretrain: {epochs: -1}", "got bad.yaml (PretrainConfig: epochs must be an integer and >= 0, got -1)"),
         ("purifier: {name: vae}", "got bad.yaml (PurifierSource: name must be one of 'deepfill_v2'"),

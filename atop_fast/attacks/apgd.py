@@ -82,10 +82,15 @@ class APGD(Attack):
         """One run over the images."""
         return run_queue(self, estimator, images, labels, ids, start)
 
+    def length(self) -> int | None:
+        stages = 3 if self.shrink_eps else 1
+        return None if self.early_stop else self.rounds * (self.steps + stages)
+
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> State:
-        radius = float(self._tables(images.device).eps[0])
+        # That of the first stage.
+        radius = 3 * self.eps if self.shrink_eps else self.eps
         if start is None:
             start = _random_start(self.norm, images, radius, estimator.seed, ids)
         state = initial_state(images, labels, ids, start.clone())
@@ -291,7 +296,7 @@ def _nonzero(delta: Tensor) -> Tensor:
     return (delta != 0).flatten(1).sum(dim=1).float()
 
 
-def _random_start(norm: str, images: Tensor, radius: float, seed: int, ids: Tensor) -> Tensor:
+def _random_start(norm: str, images: Tensor, radius: float, seed: int | Tensor, ids: Tensor) -> Tensor:
     """A random point on the ball's surface (in its inside for L1), clipped to [0, 1]; keyed by (seed, id)."""
     shape = images.shape[1:]
     if norm == "Linf":

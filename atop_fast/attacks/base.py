@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -98,9 +99,15 @@ class Attack(ABC):
         images = images.detach()
         if not len(images):
             return images.clone()
+        with self.prepared() as estimator:
+            return self.run(estimator, images, labels, ids, start)
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[GradientEstimator]:
+        """The estimator over the network as attacks call it; inside the block there are no gradients."""
         passes = self.steps * self.eot_iter
         with prepared(self.model, PRECISIONS[self.precision], passes) as network, torch.no_grad():
-            return self.run(self.estimator(network), images, labels, ids, start)
+            yield self.estimator(network)
 
     def estimator(self, network: Model) -> GradientEstimator:
         """The estimator of one call."""
@@ -120,6 +127,10 @@ class Attack(ABC):
     ) -> Tensor:
         """The attack on checked arguments and a prepared network."""
         return run_queue(self, estimator, images, labels, ids, start)
+
+    def length(self) -> int | None:
+        """See queue.Program."""
+        return None
 
     def best_of_restarts(
         self,

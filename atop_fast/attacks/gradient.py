@@ -85,7 +85,7 @@ class GradientEstimator:
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
             float32.
         substitute: differentiable map from images to what it stands for, the purified images; the identity by default.
-        seed: key of the draws.
+        seed: key of the draws, an int or an int64 scalar tensor.
 
     Raises:
         TypeError: a mode that needs a Defense for a model that is none.
@@ -100,7 +100,7 @@ class GradientEstimator:
         loss: str = "ce",
         precision: str = "float32",
         substitute: Callable[[Tensor], Tensor] | None = None,
-        seed: int = 0,
+        seed: int | Tensor = 0,
     ) -> None:
         name = "GradientEstimator"
         check_choice(name, "mode", mode, GRADIENT_MODES)
@@ -225,6 +225,11 @@ class GradientEstimator:
         with torch.no_grad(), self._autocast(x):
             parts = [logits for _, logits in self._passes(x, forward, graph=False)]
         return torch.cat(parts).view(self.eot_iter, len(x), -1).transpose(0, 1)
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a pass with gradients; 0 before the first one."""
+        return self._rows
 
     @property
     def forward_rows(self) -> int:

@@ -90,6 +90,9 @@ class PGD(Attack):
         # A cross-entropy in [0, inf) as a fraction of a draw.
         return -correct.sum(dim=1) + (loss.mean(dim=1) / (1 + loss.mean(dim=1)))
 
+    def length(self) -> int | None:
+        return None if self.early_stop else self.steps
+
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> State:
@@ -181,7 +184,7 @@ class MIFGSM(PGD):
         return super()._moved(state, state["momentum"])
 
 
-def random_start(norm: str, images: Tensor, eps: float, seed: int, ids: Tensor) -> Tensor:
+def random_start(norm: str, images: Tensor, eps: float, seed: int | Tensor, ids: Tensor) -> Tensor:
     """A uniformly random point of the ball around each image, clipped to [0, 1]; keyed by (seed, id)."""
     shape = images.shape[1:]
     uniform = random_uniform(shape, seed, ids, 0, Tag.START).to(images.dtype)

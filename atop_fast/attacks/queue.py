@@ -30,6 +30,9 @@ class Program(Protocol):
     def step(self, estimator: GradientEstimator, state: State) -> None:
         """One iteration of every row that is not done; must not wait for a GPU, nor change rows that are done."""
 
+    def length(self) -> int | None:
+        """After how many steps every row is done, or None where that depends on the row."""
+
 
 def run_queue(
     program: Program,
@@ -48,6 +51,9 @@ def run_queue(
     """
     kind = images.device.type
     slots = min(SLOTS.get(kind, SLOTS_ON_GPU), -(-len(images) // ROWS) * ROWS)
+    length = program.length()
+    if length is not None and len(images) <= slots:
+        return _run_together(program, length, estimator, images, labels, ids, start, given or {})
     results = images.clone()
 
     def begin(numbers: list[int]) -> State:
@@ -82,6 +88,27 @@ def run_queue(
         elif owner.count(-1) >= ROWS:
             state, owner = _shrunk(state, owner)
     return results
+
+
+def _run_together(
+    program: Program,
+    length: int,
+    estimator: GradientEstimator,
+    images: Tensor,
+    labels: Tensor,
+    ids: Tensor,
+    start: Tensor | None,
+    given: State,
+) -> Tensor:
+    """All images in one batch, done at the same time: nothing waits for a GPU, so that a CUDA graph may hold it all."""
+    count = len(images)
+    index = torch.arange(-(-count // ROWS) * ROWS, device=images.device).clamp_(max=count - 1)
+    begun = None if start is None else start[index]
+    state = program.begin(estimator, images[index], labels[index], ids[index], begun)
+    state |= {key: value[index] for key, value in given.items()}
+    for _ in range(length):
+        program.step(estimator, state)
+    return state["best"][:count]
 
 
 def _shrunk(state: State, owner: list[int]) -> tuple[State, list[int]]:

@@ -30,7 +30,7 @@ class ClassifierStep(Step):
         super().__init__({"classifier": classifier}, config, betas=(0.9, 0.999))
         self.classifier, self.seed = classifier, derive_seed(seed, "augment")
 
-    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
         if self.config.augment:
             x = shift_and_mirror(x, self.seed, ids, epoch)
         with self.autocast():
@@ -95,7 +95,7 @@ def train_classifier(
     )
 
 
-def shift_and_mirror(x: Tensor, seed: int, ids: Tensor, epoch: int, reach: int = 4) -> Tensor:
+def shift_and_mirror(x: Tensor, seed: int, ids: Tensor, epoch: int | Tensor, reach: int = 4) -> Tensor:
     """Images (B, C, H, W), shifted by up to `reach` pixels along both axes, with zeros outside, and half of them
     mirrored; keyed by (seed, sample id, epoch)."""
     height, width = x.shape[2:]

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from .._checks import check_choice, check_integer, check_number
 from ..attacks import NORMS
-from ..attacks.gradient import PRECISIONS
+from ..attacks.gradient import PRECISIONS as NETWORK_PRECISIONS
 
 ATTACKS = ("fgsm", "fgsm-rs", "pgd", "apgd")
 ATTACKED = ("pipeline", "classifier")
 AVERAGES = ("none", "ema", "median")
+PRECISIONS = (*NETWORK_PRECISIONS, "tf32")
 SCHEDULES = ("cosine", "step", "constant")
 TARGETS = ("adversarial", "clean")
 
@@ -26,7 +27,9 @@ class TrainingConfig:
         schedule: "cosine" (falls to 0 along half a cosine), "step" (a tenth after half of the updates, and again after
             three quarters) or "constant".
         precision: "float32", or "bfloat16" or "float16" (with loss scaling) for the passes of the networks; weights,
-            images, losses and optimizers stay float32.
+            images, losses and optimizers stay float32. On GPUs, "tf32" lets convolutions and matrix products in float32
+            round their factors to 10 bits (TF32), and the others do not; a CPU takes it for "float32".
+        graphs: on a GPU, replay an update as a CUDA graph where that can be; see atop_fast.training.capture.
         accumulate: passes into which an update is divided, to save memory. With a discriminator, the GAN term of all
             but the last sees it before its update.
         clip: largest norm of a network's gradient; longer ones are scaled to it. None leaves them.
@@ -44,6 +47,7 @@ class TrainingConfig:
     lr: float = 1e-3
     schedule: str = "cosine"
     precision: str = "float32"
+    graphs: bool = True
     accumulate: int = 1
     clip: float | None = None
     average: str = "none"

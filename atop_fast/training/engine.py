@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -134,6 +135,7 @@ class _Training:
         # The first update in which each scalar was no finite number; -1: in none. On the device: nobody waits for it.
         self.spoilt: Tensor | None = None
         self.history: History = []
+        self.rate, self.path = self.config.lr, ""
         self.parts: dict[str, Any] = {
             **step.modules,
             **{f"optimizer of {name}": optimizer for name, optimizer in step.optimizers.items()},
@@ -152,6 +154,9 @@ class _Training:
                     self._update(x, y, ids, len(whole))
                     bar.update(len(whole))
                     record.images += len(whole)
+                    if progress and self.step.replayed.path != self.path:
+                        self.path = self.step.replayed.path
+                        tqdm.write(f"{title}: updates run as {self.path}", file=sys.stderr)
                     if self.done % self.part == 0 or self.done == self.total:
                         self.check()
                         self._finish_part(record)
@@ -173,10 +178,8 @@ class _Training:
         return [part if len(part) else whole[:1] for part, whole in zip(parts, batches, strict=True)]
 
     def _update(self, x: Tensor, y: Tensor, ids: Tensor, whole: int) -> None:
-        rate = self.config.lr * _factor(self.config.schedule, self.done / self.total)
-        for optimizer in self.step.optimizers.values():
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = rate
+        self.rate = self.config.lr * _factor(self.config.schedule, self.done / self.total)
+        self.step.set_rate(self.rate)
         share = len(ids) / whole if whole > self.group.rank else 0.0
         logs = self.step(x, y, ids, self.epoch, share)
         values = torch.stack([value.double() * share for value in logs.values()])
@@ -195,8 +198,7 @@ class _Training:
         if self.held_out is not None and every and (len(self.history) + 1) % every == 0:
             entry |= self._evaluate(self.held_out)
         self.history.append(entry)
-        rate = next(iter(self.step.optimizers.values())).param_groups[0]["lr"]
-        record.add(self.epoch, self.done, self.history[-1], rate)
+        record.add(self.epoch, self.done, self.history[-1], self.rate)
         if record.writer is not None:
             first = torch.arange(min(PICTURES, len(self.feed)))
             record.add_pictures(self.done, self.step.pictures(*next(self.feed.batches([first], workers=0))))
@@ -252,6 +254,8 @@ class _Training:
         self.sums = {key: value.to(self.step.device) for key, value in self.sums.items()}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        # Optimizers have their state in other memory now.
+        self.step.replayed.forget()
 
 
 def _factor(schedule: str, done: float) -> float:

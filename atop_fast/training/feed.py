@@ -68,8 +68,8 @@ class Feed:
     def batches(self, ids: Sequence[Tensor], workers: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, ids) for each of the index tensors `ids`."""
         if isinstance(self.images, Tensor):
-            for each in ids:
-                each = each.to(self.device)
+            # One copy to the device, not one for each batch.
+            for each in torch.cat(list(ids)).to(self.device).split([len(each) for each in ids]):
                 yield _as_float(self.images[each]), self.labels[each], each
             return
         loader = DataLoader(

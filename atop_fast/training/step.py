@@ -9,7 +9,8 @@ purifier with a method `stages` (DeepFillV2) every stage has the L1 term.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.profiler import record_function
 from .._checks import check_fits, message
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
-from ..attacks.gradient import PRECISIONS
+from ..attacks.gradient import PRECISIONS, ROWS
 from ..defense import Defense
 from ..distributed import Group
 from ..folding import fold_batch_norm
@@ -28,9 +29,8 @@ from ..ops import _registry
 from ..purifiers import discriminator_loss, generator_loss
 from ..randomness import Tag, derive_seed, random_uniform
 from ..transforms import RandomTransform
+from .capture import CudaRecorder, Logs, Replayed
 from .config import FinetuneConfig, PretrainConfig, TrainingConfig
-
-Logs = dict[str, Tensor]
 
 
 class Step:
@@ -40,6 +40,9 @@ class Step:
     which convolutions and gates like best; values do not change. Under torch.distributed each process has a part of the
     batch, and gradients are summed. The parts of a step have names in torch.profiler's traces.
 
+    After some updates a GPU replays them as CUDA graphs (capture.py). So what `losses` does must not depend on numbers
+    of Python's that change; nor may it read a tensor's values or copy from the host.
+
     Args:
         modules: the networks that change, by name; the first is the one that is averaged and checked.
         config: TrainingConfig.
@@ -47,6 +50,8 @@ class Step:
 
     Attributes:
         optimizers, scalers: of each network, by name.
+        rate: the learning rate, float32 (), see set_rate.
+        replayed: runs the updates; its `path` says how.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: TrainingConfig, betas: tuple[float, float]) -> None:
@@ -55,18 +60,21 @@ class Step:
             if next(module.parameters(), None) is None:
                 raise ValueError(message(type(self).__name__, name, "a module with parameters", type(module).__name__))
         self.device = next(next(iter(self.modules.values())).parameters()).device
-        self.dtype = PRECISIONS[config.precision]
+        self.dtype = PRECISIONS.get(config.precision)
         if _registry.owner("gated", self.device.type) != "eager":
             for module in self.modules.values():
                 module.to(memory_format=torch.channels_last)
+        self.rate, self.share = (torch.full((), v, dtype=torch.float32, device=self.device) for v in (config.lr, 1.0))
+        self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
         self.optimizers = {
-            name: torch.optim.Adam(module.parameters(), lr=config.lr, betas=betas, fused=True)
+            name: torch.optim.Adam(module.parameters(), lr=self.rate, betas=betas, fused=True)
             for name, module in self.modules.items()
         }
         scaled = self.dtype is torch.float16
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
         # Of the part in hand: its share of the batch, and whether it is the first and the last one.
-        self.share, self.first, self.last = 1.0, True, True
+        self.part, self.first, self.last = 1.0, True, True
+        self.replayed = Replayed(self._update, CudaRecorder() if self.device.type == "cuda" else None)
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int, share: float = 1.0) -> Logs:
         """One update of each network.
@@ -81,18 +89,45 @@ class Step:
         Returns:
             Scalars to log, means over the images.
         """
+        stage = self.prepare(epoch)
+        self.epoch.fill_(epoch)
+        self.share.fill_(share)
+        modes = tuple(module.training for module in self.modules.values())
+        with _tf32(self.device, self.config.precision == "tf32"):
+            return self.replayed((x, y, ids), stage, modes, self._obstacle())
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate from now on."""
+        self.rate.fill_(rate)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                # load_state_dict has put another tensor there.
+                group["lr"] = self.rate
+
+    def prepare(self, epoch: int) -> Hashable:
+        """Write to tensors what the updates of the epoch read there; what else they depend on, a key of graphs."""
+        return None
+
+    def _obstacle(self) -> str | None:
+        """Why updates may not be recorded."""
+        if not self.config.graphs:
+            return "graphs=False"
+        if Group().size > 1:
+            return "several processes"
+        return None
+
+    def _update(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
         count = min(self.config.accumulate, len(x))
         logs: Logs = {}
         parts = zip(x.tensor_split(count), y.tensor_split(count), ids.tensor_split(count), strict=True)
         for i, (images, labels, keys) in enumerate(parts):
-            part = len(images) / len(x)
-            self.share, self.first, self.last = share * part, i == 0, i == count - 1
-            for key, value in self.losses(images, labels, keys, epoch).items():
-                logs[key] = logs.get(key, torch.zeros_like(value)) + part * value.detach()
+            self.part, self.first, self.last = len(images) / len(x), i == 0, i == count - 1
+            for key, value in self.losses(images, labels, keys, self.epoch).items():
+                logs[key] = logs.get(key, torch.zeros_like(value)) + self.part * value.detach()
         return logs
 
-    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
-        """Compute the losses of some images, and pass each network's to `update`; scalars to log."""
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
+        """Compute the losses of images in an epoch, int64 (), and pass each network's to `update`; scalars to log."""
         raise NotImplementedError
 
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
@@ -109,7 +144,7 @@ class Step:
         if self.first:
             optimizer.zero_grad(set_to_none=True)
         with record_function(f"backward of the {name}"):
-            scaler.scale(loss * self.share).backward()
+            scaler.scale(loss * (self.share * self.part)).backward()
         if not self.last:
             return
         with record_function(f"optimizer of the {name}"):
@@ -118,12 +153,17 @@ class Step:
             if self.config.clip is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, self.config.clip)
+            if self.device.type == "cuda":
+                # To the fused Adam this makes no difference, but it insists on the one or warns of the other.
+                for group in optimizer.param_groups:
+                    group["capturable"] = torch.cuda.is_current_stream_capturing()
             scaler.step(optimizer)
             scaler.update()
 
     def autocast(self) -> torch.autocast:
         """The precision of the networks' passes."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        # Casts are not cached: the cache would outlive a recording.
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
 
 class PretrainStep(Step):
@@ -150,12 +190,12 @@ class PretrainStep(Step):
         self.transform, self.purifier, self.discriminator = transform, purifier, modules.get("discriminator")
         self.seed = derive_seed(seed, "transform")
 
-    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
         _, loss, logs = self.restore(x, x, ids, epoch)
         self.update(loss, "purifier")
         return logs
 
-    def restore(self, x: Tensor, target: Tensor, ids: Tensor, epoch: int) -> tuple[Tensor, Tensor, Logs]:
+    def restore(self, x: Tensor, target: Tensor, ids: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor, Logs]:
         """One purifier pass and a discriminator step: the assembled image in [0, 1], the loss so far, and its parts."""
         with record_function("transform"):
             corrupted = self.transform(x, self.seed, ids, epoch)
@@ -232,8 +272,17 @@ class FinetuneStep(PretrainStep):
         self.classifier = fold_batch_norm(defense.classifier, self.dtype)
         self.pipeline = Defense(defense.transform, defense.purifier, self.classifier)
         self.attack_seed = derive_seed(seed, "attack")
+        # The attack's seed in this epoch, and whether the classifier judges in it; see prepare.
+        self.attack_key = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.judged = True
+        self.attacker = self._attacker()
 
-    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Logs:
+    def prepare(self, epoch: int) -> Hashable:
+        self.attack_key.fill_(derive_seed(self.attack_seed, epoch))
+        self.judged = epoch >= self.config.ce_from_epoch
+        return self.judged
+
+    def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
         with record_function("attack"):
             adversarial = self.attack(x, y, ids, epoch)
         target = adversarial if self.config.target == "adversarial" else x
@@ -242,14 +291,19 @@ class FinetuneStep(PretrainStep):
             with self.autocast():
                 logits = self.classifier(image).float()
             logs["ce"] = F.cross_entropy(logits, y)
-        if epoch >= self.config.ce_from_epoch:
+        if self.judged:
             loss = loss + self.config.ce_weight * logs["ce"]
         self.update(loss, "purifier")
         return {**logs, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
-    def attack(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Tensor:
+    def attack(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Tensor:
         """The images of this epoch: adversarial ones, and, by adversarial_share, clean ones among them."""
-        adversarial = self._attack(derive_seed(self.attack_seed, epoch))(x, y, ids)
+        # Not a call of the attack, which checks values and so waits for a GPU.
+        with self.attacker.prepared() as estimator:
+            estimator.seed = self.attack_key
+            adversarial = self.attacker.run(estimator, x, y, ids, None)
+        # Measured once. As many rows as the purifier's own pass has must do, too.
+        self.attacker.max_batch = max(estimator.rows, -(-len(x) // ROWS) * ROWS)
         share = self.config.adversarial_share
         if share == 1:
             return adversarial
@@ -270,12 +324,17 @@ class FinetuneStep(PretrainStep):
 
     def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """Adversarial images of the first epoch, and below them what the purifier makes of them."""
-        return super().pictures(self.attack(x, y, ids, 0), y, ids)
+        self.prepare(0)
+        return super().pictures(self.attack(x, y, ids, torch.zeros_like(self.epoch)), y, ids)
 
-    def _attack(self, seed: int) -> Attack:
+    def _attacker(self) -> Attack:
         config = self.config
-        model = self.pipeline if config.attacked == "pipeline" else self.classifier
-        options: dict[str, Any] = {"eot_iter": config.eot_iter, "seed": seed, "precision": config.precision}
+        model = self.pipeline
+        precision = "float32" if config.precision == "tf32" else config.precision
+        options: dict[str, Any] = {"eot_iter": config.eot_iter, "precision": precision}
+        if config.attacked == "classifier":
+            # The classifier by itself would be run under seeds of torch's own generator.
+            model, options["gradient"] = Defense(self.transform, None, self.classifier), "blind"
         if config.attack == "fgsm":
             return FGSM(model, config.norm, config.eps, **options)
         if config.attack == "apgd":
@@ -289,3 +348,20 @@ class FinetuneStep(PretrainStep):
         super().check(images)
         with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
             self.pipeline(images[:1], draws=0)
+
+
+@contextlib.contextmanager
+def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
+    """Whether a GPU's convolutions and matrix products in float32 may use TF32 inside the block."""
+    if device.type != "cuda":
+        yield
+        return
+    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "tf32" if allowed else "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision

@@ -7,6 +7,7 @@
 
 #include "common/parallel.h"
 #include "common/tensors.h"
+#include "cpu/scratch.h"
 
 // The host side stands here, and not in csrc/ops, as the ops have no CUDA kernels.
 namespace atop {
@@ -61,68 +62,124 @@ struct Squares {
   }
 };
 
+// Sums of so many numbers side by side: vectors, whose order does not depend on the machine.
+constexpr int64_t kLanes = 16;
+
+template <typename T>
+double total(const T* lanes) {
+  double sum = 0;
+  for (int64_t j = 0; j < kLanes; ++j) sum += static_cast<double>(lanes[j]);
+  return sum;
+}
+
+// Arrays are n long, rounded up to kLanes by zeros. Powers are squares for L2 and absolute values for L1.
+template <typename T>
+ATOP_CLONES double powers(const T* delta, int64_t n, bool l2) {
+  T sums[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) sums[j] += l2 ? delta[i + j] * delta[i + j] : std::abs(delta[i + j]);
+  }
+  return total(sums);
+}
+
+template <typename T>
+ATOP_CLONES void subtract(const T* x, const T* x0, int64_t n, T* __restrict__ delta) {
+  for (int64_t i = 0; i < n; ++i) delta[i] = x[i] - x0[i];
+}
+
+// The sums of powers where the masks are 1.
+template <typename T>
+ATOP_CLONES void masked_powers(const T* delta, const T* inside, const T* either, int64_t n, bool l2, double* result) {
+  T here[kLanes] = {}, both[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const T power = l2 ? delta[i + j] * delta[i + j] : std::abs(delta[i + j]);
+      here[j] += power * inside[i + j];
+      both[j] += power * either[i + j];
+    }
+  }
+  result[0] = total(here);
+  result[1] = total(both);
+}
+
+// delta / divisor + shape * sign inside of the square, 0 in the other one; the sum of powers inside.
+template <typename T>
+ATOP_CLONES double add_bump(const T* shape, const T* inside, const T* either, int64_t n, T divisor, T sign, bool l2,
+                            T* __restrict__ delta) {
+  T sums[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const T made = (delta[i + j] / divisor + shape[i + j] * sign) * inside[i + j];
+      sums[j] += l2 ? made * made : std::abs(made);
+      delta[i + j] = made + delta[i + j] * (1 - either[i + j]);
+    }
+  }
+  return total(sums);
+}
+
+template <typename T>
+ATOP_CLONES void scale_inside(const T* inside, int64_t n, T scale, T* __restrict__ delta) {
+  for (int64_t i = 0; i < n; ++i) delta[i] *= inside[i] > 0 ? scale : T(1);
+}
+
+template <typename T>
+ATOP_CLONES void add_scaled(const T* x0, const T* delta, int64_t n, T scale, bool clips, T* __restrict__ y) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = x0[i] + delta[i] * scale;
+    const T clipped = value < 0 ? T(0) : value > 1 ? T(1) : value;
+    y[i] = clips ? clipped : value;
+  }
+}
+
 template <typename T>
 struct Bumps : Squares<T> {
-  using Squares<T>::x, Squares<T>::x0, Squares<T>::channels, Squares<T>::pixels, Squares<T>::inner, Squares<T>::eps;
+  using Squares<T>::x, Squares<T>::x0, Squares<T>::rows, Squares<T>::columns, Squares<T>::channels;
+  using Squares<T>::height, Squares<T>::width, Squares<T>::eps, Squares<T>::pixels, Squares<T>::inner;
   const T *other_rows, *other_columns, *bumps;
   const int64_t *top, *left, *bump;
   int64_t side;
   bool l2;
 
-  T power(T v) const { return l2 ? v * v : std::abs(v); }
-  T root(T v) const { return l2 ? std::sqrt(v) : v; }
+  T root(double v) const { return static_cast<T>(l2 ? std::sqrt(v) : v); }
 
-  // For every pixel of sample b: the bump in the square, whether it is there (2), and whether in another square (1).
-  void places(int64_t b, T* shape, uint8_t* place) const {
-    for (int64_t i = 0; i < this->height; ++i) {
+  // For every pixel of sample b: the bump, whether it is in the square, and whether in one of both.
+  void places(int64_t b, T* shape, T* inside, T* either) const {
+    for (int64_t i = 0; i < height; ++i) {
       const int64_t row = std::clamp<int64_t>(i - top[b], 0, side - 1);
-      for (int64_t j = 0; j < this->width; ++j) {
-        const int64_t column = std::clamp<int64_t>(j - left[b], 0, side - 1), p = i * this->width + j;
-        const bool inside = this->rows[b * this->height + i] != 0 && this->columns[b * this->width + j] != 0;
-        const bool other = other_rows[b * this->height + i] != 0 && other_columns[b * this->width + j] != 0;
-        place[p] = static_cast<uint8_t>(2 * inside + other);
-        shape[p] = bumps[(bump[b] * side + row) * side + column];
+      const T *const here = columns + b * width, *const there = other_columns + b * width;
+      const T has_row = rows[b * height + i], has_other = other_rows[b * height + i];
+      for (int64_t j = 0; j < width; ++j) {
+        const T first = has_row * here[j], second = has_other * there[j];
+        inside[i * width + j] = first;
+        either[i * width + j] = std::max(first, second);
+        if (first == 0) continue;
+        const int64_t column = std::clamp<int64_t>(j - left[b], 0, side - 1);
+        shape[i * width + j] = bumps[(bump[b] * side + row) * side + column];
       }
     }
   }
 
-  // delta of one channel; `spare` is what the budget leaves it.
-  void move(const T* shape, const uint8_t* place, T sign, T spare, T* delta) const {
-    double here = 0, budget = spare, size = 0;
-    for (int64_t p = 0; p < pixels(); ++p) {
-      const T value = power(delta[p]);
-      here += place[p] >= 2 ? value : T(0);
-      budget += place[p] ? value : T(0);
-    }
-    const T divisor = root(static_cast<T>(here)) + T(1e-12);
-    for (int64_t p = 0; p < pixels(); ++p) {
-      const T made = delta[p] / divisor + shape[p] * sign;
-      delta[p] = place[p] >= 2 ? made : place[p] ? T(0) : delta[p];
-      size += place[p] >= 2 ? power(made) : T(0);
-    }
-    // The original's L1 gives every channel the whole; the projection takes back what is too much.
-    const T left_over = static_cast<T>(l2 ? std::sqrt(budget) : budget * static_cast<double>(channels));
-    const T scale = left_over / (root(static_cast<T>(size)) + T(1e-12));
-    for (int64_t p = 0; p < pixels(); ++p) delta[p] *= place[p] >= 2 ? scale : T(1);
-  }
-
-  void run(int64_t b, T* delta, T* shape, uint8_t* place) const {
-    places(b, shape, place);
-    double total = 0, norm = 0;
-    for (int64_t i = 0; i < inner(); ++i) {
-      delta[i] = x[b * inner() + i] - x0[b * inner() + i];
-      total += power(delta[i]);
-    }
-    const T spare = std::max(T(0), (l2 ? eps * eps : eps) - static_cast<T>(total)) / static_cast<T>(channels);
+  // `buffers` holds 4 rounded-up planes of zeros and a rounded-up image.
+  void run(int64_t b, T* buffers, int64_t whole) const {
+    T *const shape = buffers, *const inside = shape + whole, *const either = inside + whole;
+    T *const plane = either + whole, *const delta = plane + whole;
+    places(b, shape, inside, either);
+    subtract(x + b * inner(), x0 + b * inner(), inner(), delta);
+    const double radius = static_cast<double>(l2 ? eps * eps : eps);
+    const double spare = std::max(0.0, radius - powers(delta, inner(), l2)) / static_cast<double>(channels);
     for (int64_t c = 0; c < channels; ++c) {
-      move(shape, place, this->signs[b * channels + c], spare, delta + c * pixels());
+      std::copy_n(delta + c * pixels(), pixels(), plane);
+      double masked[2];
+      masked_powers(plane, inside, either, whole, l2, masked);
+      const T sign = this->signs[b * channels + c], divisor = root(masked[0]) + T(1e-12);
+      const double size = add_bump(shape, inside, either, whole, divisor, sign, l2, plane), budget = spare + masked[1];
+      // The original's L1 gives every channel the whole; the projection takes back what is too much.
+      const T left_over = static_cast<T>(l2 ? std::sqrt(budget) : budget * static_cast<double>(channels));
+      scale_inside(inside, pixels(), left_over / (root(size) + T(1e-12)), plane);
+      std::copy_n(plane, pixels(), delta + c * pixels());
     }
-    for (int64_t i = 0; l2 && i < inner(); ++i) norm += delta[i] * delta[i];
-    const T scale = l2 ? eps / (static_cast<T>(std::sqrt(norm)) + T(1e-12)) : T(1);
-    for (int64_t i = 0; i < inner(); ++i) {
-      const T value = x0[b * inner() + i] + delta[i] * scale;
-      this->y[b * inner() + i] = l2 ? std::min(T(1), std::max(T(0), value)) : value;
-    }
+    const T scale = l2 ? eps / (root(powers(delta, inner(), true)) + T(1e-12)) : T(1);
+    add_scaled(x0 + b * inner(), delta, inner(), scale, l2, this->y + b * inner());
   }
 };
 
@@ -195,9 +252,9 @@ Tensor square_bump(const Tensor& x, const Tensor& x0, const Tensor& signs, const
                           input<T>(table),        input<int64_t>(i), input<int64_t>(j),
                           input<int64_t>(which),  bumps.size(1),     l2};
     arguments.over_samples([&](int64_t begin, int64_t end) {
-      std::vector<T> delta(static_cast<size_t>(images.inner())), shape(static_cast<size_t>(images.pixels()));
-      std::vector<uint8_t> place(static_cast<size_t>(images.pixels()));
-      for (int64_t b = begin; b < end; ++b) images.run(b, delta.data(), shape.data(), place.data());
+      const int64_t plane = round_up(images.pixels(), kLanes);
+      std::vector<T> buffers(static_cast<size_t>(4 * plane + round_up(images.inner(), kLanes)));
+      for (int64_t b = begin; b < end; ++b) images.run(b, buffers.data(), plane);
     });
   });
   return y;

@@ -31,7 +31,7 @@ def dtype_of(draw: st.DrawFn, choices: tuple[torch.dtype, ...] = FLOATS) -> torc
 
 def per_sample(draw: st.DrawFn, batch: int, dtype: torch.dtype) -> T | None:
     shape = draw(st.sampled_from([(), (batch,)]))
-    return draw(optional(tensors(shape, dtype, ("unit", "equal", "zero", "tiny", "mixed"))))
+    return draw(optional(tensors(shape, dtype, ("unit", "equal", "zero", "tiny"))))
 
 
 def inner_shape(draw: st.DrawFn) -> tuple[int, ...]:

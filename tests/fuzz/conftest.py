@@ -26,7 +26,7 @@ tried: Counter[str] = Counter()
 
 # The first examples of a target import what it needs, and machines are shared: time says nothing here.
 _OPTIONS = {"deadline": None, "print_blob": True, "suppress_health_check": list(hypothesis.HealthCheck)}
-hypothesis.settings.register_profile("short", max_examples=25, derandomize=True, database=None, **_OPTIONS)
+hypothesis.settings.register_profile("short", max_examples=15, derandomize=True, database=None, **_OPTIONS)
 hypothesis.settings.register_profile("long", max_examples=INPUTS or 1, **_OPTIONS)
 hypothesis.settings.load_profile("long" if INPUTS else "short")
 

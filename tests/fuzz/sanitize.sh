@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../.."
 sanitizer=$1 count=$2 seed=${3:-0}
 folder=build/kernels/${sanitizer/,/-}
 mkdir -p "$folder"
-flags=(-std=c++17 -O1 -g -ffp-contract=off "-fsanitize=$sanitizer" -fno-sanitize-recover=undefined -Wno-tsan)
+flags=(-std=c++17 -O0 -g -ffp-contract=off "-fsanitize=$sanitizer" -fno-sanitize-recover=undefined -Wno-tsan)
 flags+=(-Itests/fuzz/threads -Icsrc)
 # The two with a host side of their own, which needs torch, are tested in the library.
 sources=$(ls csrc/cpu/*.cpp | grep -v "_l1.cpp")
