@@ -81,7 +81,7 @@ def test_a_failure_stops_nothing_but_is_told(script, environment):
 
 def test_the_time_is_kept(script):
     """With little time left, no suite starts in full, and one that hangs is ended."""
-    done, lines = script(seconds=3, SLOW="finetune")
+    done, lines = script(seconds=2, SLOW="finetune")
     assert done.returncode == 1
     assert measured(lines) == [(suite, "true") for suite in SUITES]
     assert "finetune, quick=true did not end well" in done.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ def bench(
         suite: ops, attacks, evaluate, finetune, scaling or all.
         device: cpu or cuda.
         json: file for the results.
-        plot: picture of the ratios, by its name a PNG, SVG or PDF file.
+        plot: picture of the ratios, or of the suite scaling alone, by its name a PNG, SVG or PDF file.
         quick: fewer and smaller cases and no torch.compile; a minute or two instead of twenty.
         compile_all: torch.compile for every case of an op and for DeepFillV2, which takes minutes each.
         commit: what to record as the commit; by default what git says.
@@ -48,19 +49,19 @@ def bench(
     for path in paths:
         # Refused now, not after twenty minutes.
         writable_folder("bench", "json" if str(path) == json else "plot", path.parent)
-    document = run(SUITES if suite == "all" else (suite,), Options(device, quick, compile_all), commit)
-    if json:
-        results.write(Path(json), document)
-    if plot:
-        from .plot import draw_ratios
+    for document in run(SUITES if suite == "all" else (suite,), Options(device, quick, compile_all), commit):
+        if json:
+            results.write(Path(json), document)
+        if plot:
+            from .plot import draw_ratios, draw_scaling
 
-        draw_ratios(document, Path(plot))
+            (draw_scaling if suite == "scaling" else draw_ratios)(document, Path(plot))
     for path in paths:
         print("wrote", path)
 
 
-def run(suites: tuple[str, ...], options: Options, commit: str | None = None) -> dict[str, Any]:
-    """Measure suites, print their rows as they come, and return the document for a result file."""
+def run(suites: tuple[str, ...], options: Options, commit: str | None = None) -> Iterator[dict[str, Any]]:
+    """Measure suites and print their rows; after each, the document of all so far, lest a later failure lose them."""
     keep_heap()
     start = time.perf_counter()
     roofline = Roofline(options.device)
@@ -73,5 +74,5 @@ def run(suites: tuple[str, ...], options: Options, commit: str | None = None) ->
         rows += found
         seconds = time.perf_counter() - start
         print(f"{name}: done after {seconds:.0f} s, {torch.get_num_threads()} threads\n", flush=True)
-    best = {name: float(f"{rate:.4g}") for name, rate in sorted(roofline.rates.items())}
-    return {**results.metadata(options.device, commit), "seconds": round(seconds), "roofline": best, "rows": rows}
+        best = {key: float(f"{rate:.4g}") for key, rate in sorted(roofline.rates.items())}
+        yield {**results.metadata(options.device, commit), "seconds": round(seconds), "roofline": best, "rows": rows}

@@ -31,7 +31,8 @@ def _pgd_eot(options: Options) -> Case:
     model = defense(resnet18(options.device), channels=3, width=24, device=options.device)
     x = smooth_images(count).to(options.device)
     y = model(x, draws=0).argmax(dim=1)
-    step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": 5, "eot_iter": 10}
+    steps, draws = (2, 5) if options.quick else (5, 10)
+    step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": steps, "eot_iter": draws}
     run: dict[str, Function] = {
         "torchattacks": lambda: torchattacks_eotpgd(model, x, y, **step),
         "atop_fast": lambda: PGD(model, **step, random_start=False)(x, y),
@@ -46,12 +47,12 @@ def _pgd_eot(options: Options) -> Case:
         once = flops(lambda: model.classifier(x)) + flops(lambda: plain(model.transform(x)))
     shape = "x".join(map(str, x.shape))
     ours = list(run)[1:]
-    name = "PGD-5 x EOT-10, RT2 + U-Net + ResNet-18"
-    return Case("evaluate", name, shape, "float32", run, ours, 0, 5 * 10 * 2 * once, count, judge, rounds=3)
+    name = f"PGD-{steps} x EOT-{draws}, RT2 + U-Net + ResNet-18"
+    return Case("evaluate", name, shape, "float32", run, ours, 0, steps * draws * 2 * once, count, judge, rounds=3)
 
 
 def _protocol(options: Options) -> Case:
-    count, eps = (16 if options.quick else 64) * (1 if options.device == "cpu" else 8), 0.03
+    count, eps = (8 if options.quick else 64) * (1 if options.device == "cpu" else 8), 0.03
     classifier, images, labels = digits(options.device)
     model = defense(classifier, channels=1, width=8, device=options.device)
     x, y = images[:count], labels[:count]

@@ -25,7 +25,7 @@ from .evaluate import torchattacks_eotpgd
 from .harness import Case, Function, Options
 from .models import defense, smooth_images
 
-# What is varied, the others staying at BASE, and the smallest and largest value of a quick run.
+# What is varied, the others staying at BASE; a quick run has the first two values, and a quarter of the images.
 AXES = {"images": (8, 16, 32, 64), "draws": (1, 4, 16), "steps": (2, 4, 8, 16), "size": (32, 64, 96)}
 BASE = {"images": 16, "draws": 4, "steps": 4, "size": 32}
 # Images of the evaluation by several processes.
@@ -36,10 +36,11 @@ def cases(options: Options) -> Iterator[Case]:
     """PGD with EOT along each axis, against torchattacks, and one evaluation by 1 and 2 processes."""
     model = small_defense(options.device)
     for axis, values in AXES.items():
-        for value in (values[0], values[-1]) if options.quick else values:
-            yield _pgd(model, axis, value, {**BASE, axis: value}, options.device)
+        for value in values[:2] if options.quick else values:
+            work = {**BASE, "images": BASE["images"] // (4 if options.quick else 1), axis: value}
+            yield _pgd(model, axis, value, work, options.device)
     if options.device == "cpu" or torch.cuda.device_count() > 1:
-        yield _processes(options.device)
+        yield _processes(options.device, 1 if options.quick else 3)
 
 
 def small_defense(device: str) -> Defense:
@@ -61,14 +62,14 @@ def _pgd(model: Defense, axis: str, value: int, work: dict[str, int], device: st
     return Case("scaling", f"PGD x EOT by {axis}", shape, "float32", run, ["atop_fast"], images=len(x), rounds=3)
 
 
-def _processes(device: str) -> Case:
+def _processes(device: str, rounds: int) -> Case:
     threads = torch.get_num_threads()
     run: dict[str, Function] = {
         "1 process": _timed(1, threads, device),
         "2 processes": _timed(2, max(threads // 2, 1), device),
     }
     name, shape = "evaluation by processes", f"{EVALUATED}x3x32x32"
-    return Case("scaling", name, shape, "float32", run, list(run), images=EVALUATED, rounds=3, own_clock=True)
+    return Case("scaling", name, shape, "float32", run, list(run), images=EVALUATED, rounds=rounds, own_clock=True)
 
 
 def _timed(processes: int, threads: int, device: str) -> Callable[[], float]:
