@@ -41,7 +41,8 @@ class Step:
     batch, and gradients are summed. The parts of a step have names in torch.profiler's traces.
 
     After some updates a GPU replays them as CUDA graphs (capture.py). So what `losses` does must not depend on numbers
-    of Python's that change; nor may it read a tensor's values or copy from the host.
+    of Python's that change; nor may it read a tensor's values or copy from the host. The tensors that it gets are
+    buffers, which the next update overwrites.
 
     Args:
         modules: the networks that change, by name; the first is the one that is averaged and checked.
