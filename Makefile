@@ -8,7 +8,7 @@ CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench fuzz faults sanitize docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,5 +47,43 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 bench: $(STAMP) ## atop_fast against other libraries, eager mode and torch.compile: runs/bench.json, .png
 	$(BIN)/atop-fast bench --json runs/bench.json --plot runs/bench.png
 
-clean: ## remove .venv and everything built
-	rm -rf $(VENV) build *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+# Of each of some 60 targets; they find new inputs in every run, and keep what fails in .hypothesis.
+FUZZ_INPUTS ?= 250
+
+fuzz: $(STAMP) ## at least 10,000 random inputs for ops, transforms, attacks, options and files: about ten minutes
+	ATOP_FAST_FUZZ=$(FUZZ_INPUTS) ATOP_FAST_FUZZ_FLOOR=10000 $(BIN)/python -m pytest tests/fuzz
+
+faults: $(STAMP) ## 40 faults in trainings and evaluations; each must lose nothing that was saved and end equal
+	$(BIN)/python benchmarks/faults.py
+
+# The library under AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own. Python is not
+# instrumented, so the sanitizer is loaded first, and its leaks, and torch's, are not looked for.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+SANITIZE_TESTS ?= tests/fuzz/test_ops.py tests/ops
+
+sanitize: $(STAMP) ## the op tests on a CPU library with sanitizers, and the kernels' loops on threads under ThreadSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" ATOP_FAST_BUILD=cpu ATOP_FAST_DEBUG=1 CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	    $(BIN)/python setup.py -q build --build-base build/sanitize >/dev/null
+	PYTHONPATH="$$(echo build/sanitize/lib.*)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	    $(BIN)/pytest -p no:cacheprovider -m "not gpu" -k "not compile and not opcheck and not triton" $(SANITIZE_TESTS)
+	CXX="$${CXX:-c++}" tests/fuzz/sanitize.sh thread 500
+
+docs: $(VENV)-docs/.installed ## the documentation site, every warning an error: runs/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build
+
+# Of its own, as mkdocs-material and torchattacks want different requests; the site needs neither torch nor the package.
+$(VENV)-docs/.installed: constraints-docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
+wheel: $(VENV)/.stack ## a wheel in dist/, installed into a clean environment and tried out from outside of this folder
+	rm -rf dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet -c $(CONSTRAINTS) dist/*.whl
+	cd / && $(abspath $(VENV)-wheel)/bin/python $(abspath tests/smoke.py)
+
+clean: ## remove the environments and everything built
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-wheel build dist *.egg-info atop_fast/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -8,27 +8,43 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import message
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there."""
+    """Let `write` fill a temporary file beside `path`, then move it there; OSError if that fails."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         temporary.replace(path)
+        # Only then is it there after a power failure, too.
+        _sync(path.parent)
+    except (RuntimeError, SafetensorError) as error:
+        # What torch and safetensors raise on a full disk tells nobody that it is full.
+        reason = str(error).partition("\n")[0]
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path} could not be written ({reason}); its disk has {free / 1e6:.1f} MB left") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, stem: str = "*") -> None:
+    """Remove temporary files of processes that were killed while they wrote files of this stem into `folder`."""
+    for temporary in folder.glob(f".{stem}.*"):
+        if (found := re.search(r"\.(\d+)(\.\w+)?$", temporary.name)) and not _lives(int(found[1])):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,6 +70,26 @@ def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[
         expected = "a checkpoint of this run (delete it to start again)"
         raise ValueError(message(function, "checkpoint", expected, f"{path}: {error}")) from error
     return state
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # It is somebody else's.
+        return True
+    return True
 
 
 def read_state(function: str, argument: str, path: Path, key: str) -> dict[str, Tensor]:
@@ -88,6 +124,22 @@ def read_state(function: str, argument: str, path: Path, key: str) -> dict[str, 
     return dict(state)
 
 
+def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a file into a module that has the same names and shapes, and reals where they are.
+
+    Raises:
+        ValueError, RuntimeError: other names, shapes or types, NaN or infinity.
+    """
+    own = module.state_dict()
+    for name, tensor in state.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype}")
+    module.load_state_dict(state)
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
 def describe(*tensors: Tensor) -> str:
     """Shapes and sums of tensors: enough to notice that a checkpoint is used with other data or weights."""
     return " ".join(f"{tuple(t.shape)}:{float(t.sum(dtype=torch.float64)):.9g}" for t in tensors)
@@ -116,7 +168,9 @@ def claim_folder(function: str, folder: Path, header: dict[str, Any]) -> None:
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            if not isinstance(found, dict):
+                raise ValueError("it describes no run")
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(message(function, "out", "a readable run folder", f"{path} ({error})")) from error
         # Through JSON, so that tuples compare as the lists that they become.
         expected = json.loads(json.dumps(header))
@@ -124,6 +178,7 @@ def claim_folder(function: str, folder: Path, header: dict[str, Any]) -> None:
             keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
             given = f"{folder}, which belongs to a run with another {', '.join(keys)}"
             raise ValueError(message(function, "out", "a new folder or one of this run", given))
+        remove_leftovers(folder)
         return
     if folder.is_dir() and (others := sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))):
         given = f"{folder}, which holds {others[0]!r} and no run.json"

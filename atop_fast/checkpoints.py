@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ._checks import check_choice, message
-from ._files import write_atomic
+from ._files import load_weights, write_atomic
 from .classifiers import CLASSIFIERS
 from .purifiers import DISCRIMINATORS, PURIFIERS
 
@@ -65,9 +66,13 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
             message("load_model", "path", f"a {kind} written by save_model", f"{path} ({header.get('kind')})")
         )
     try:
-        module = KINDS[kind][header["name"]](**header["options"])
-        module.load_state_dict(load_file(str(path)))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        build = functools.partial(KINDS[kind][header["name"]], **header["options"])
+        state = load_file(str(path))
+        _check_fits(build, header["options"], state)
+        module = build()
+        load_weights(module, state)
+    except Exception as error:
+        # Options that no architecture has may fail in it anywhere; each failure means the same to the caller.
         reason = " ".join(str(error).split())
         raise ValueError(
             message("load_model", "path", f"a {kind} with fitting weights", f"{path} ({reason})")
@@ -75,12 +80,35 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
     return module.eval()
 
 
+def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise unless the file holds the weights of what its options build, which may be larger than any memory."""
+    most = max([len(state), *(8 * size for tensor in state.values() for size in tensor.shape)])
+    if large := [name for name, value in options.items() if _largest(value) > most]:
+        raise ValueError(f"{large[0]}={options[large[0]]!r} is no option of so few weights")
+    try:
+        with torch.device("meta"):
+            module = build()
+    except Exception:
+        # Not every module can be built without memory; what is wrong with the options, the next attempt says.
+        return
+    module.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
+    if sum(t.numel() for t in module.buffers()) > 2**20 + 16 * sum(t.numel() for t in state.values()):
+        raise ValueError("its options make more constants than it has weights")
+
+
+def _largest(value: object) -> float:
+    """The largest number in an option."""
+    if isinstance(value, (list, dict)):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if isinstance(value, (int, float)) else 0
+
+
 def read_header(path: str | Path) -> dict[str, Any]:
     """What save_model wrote about the module: {"kind", "name", "options"}; ValueError for another file."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("atop_fast", "null"))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(message("load_model", "path", "a readable safetensors file", f"{path} ({error})")) from error
     if not isinstance(header, dict):
         raise ValueError(message("load_model", "path", "a file written by save_model", f"{path} (no architecture)"))

@@ -39,9 +39,14 @@ class DataConfig:
     holdout: int = 1000
     split_seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            check_integer("DataConfig", "size", self.size, low=1)
+        check_integer("DataConfig", "holdout", self.holdout, low=0)
+        check_number("DataConfig", "memory", self.memory, low=0)
+
     def load(self) -> tuple[Dataset | Files, Dataset]:
         """The training part, its images as bytes, and the held-out part, its images as floats, always in memory."""
-        check_number("DataConfig", "memory", self.memory, low=0)
         options: dict[str, Any] = {"root": self.root, "download": self.download, "memory": self.memory}
         data = load_data(self.source, self.size, self.grayscale, **options)
         if self.test is not None:
@@ -50,7 +55,6 @@ class DataConfig:
                 given = f"{self.test} with others"
                 raise ValueError(message("DataConfig", "test", f"images and classes such as {self.source}'s", given))
             return data, test.split(len(test), self.split_seed)[0].floats()
-        check_integer("DataConfig", "holdout", self.holdout, low=0)
         if self.holdout >= len(data):
             raise ValueError(message("DataConfig", "holdout", f"fewer than the {len(data)} images", self.holdout))
         train, held_out = data.split(len(data) - self.holdout, self.split_seed)
@@ -76,6 +80,9 @@ class TransformConfig:
     sigma: float = 0.25
     shared_mask: bool = False
     size: int | None = None
+
+    def __post_init__(self) -> None:
+        self.build()
 
     def build(self) -> RandomTransform:
         """The transform."""

@@ -6,6 +6,7 @@ Images are in memory; those of a folder that is too large for it are read anew w
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,10 +88,11 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         return len(self.index)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        image, label = self.folder[int(self.index[i])]
+        j = int(self.index[i])
+        image, label = self.folder[j]
         if (shape := tuple(image.shape)) != self.shape:
             expected = f"images of one size (or give size), such as {self.shape}"
-            raise ValueError(message("image_folder", "path", expected, f"{shape} in {self.folder.root}"))
+            raise ValueError(message("image_folder", "path", expected, f"{shape} in {self.folder.samples[j][0]}"))
         return image.as_subclass(Tensor), label
 
     def split(self, first: int, seed: int) -> tuple[Files, Files]:
@@ -143,9 +145,13 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
         size: side in pixels to which the images are resized (antialiased, to 8 bits); None requires equal sizes.
         grayscale: one channel instead of three.
 
+    Pixels are read as they are stored, as torchvision does: the orientation that a camera noted is not applied, and
+    transparency is left out. Colours are converted to RGB.
+
     Raises:
         ImportError: torchvision is not installed.
-        ValueError: no such folder, no images, a damaged image, or images of several sizes.
+        ValueError: no such folder, no images, images of several sizes, or an image that is damaged, has other values
+            than those of 8 bits, or has more pixels than Pillow takes for an attack; the message names it.
     """
     return _read(_files(path, size, grayscale)).floats()
 
@@ -223,7 +229,7 @@ def _files(path: str | Path, size: int | None, grayscale: bool) -> Files:
     if size is not None:
         steps.append(v2.Resize((check_integer("image_folder", "size", size, low=1),) * 2, antialias=True))
     with _reading(path):
-        folder = ImageFolder(str(path), v2.Compose(steps))
+        folder = ImageFolder(str(path), v2.Compose(steps), loader=_read_image)
         return Files(folder, torch.arange(len(folder)))
 
 
@@ -239,6 +245,23 @@ def _reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # No such folder, no images in it, or one that does not decode.
+        # No such folder, or no images in it.
         expected = "a folder with a sub-folder of images for each class"
         raise ValueError(message("image_folder", "path", expected, f"{path} ({error})")) from error
+
+
+def _read_image(path: str) -> Any:
+    """A file as a PIL image in RGB."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError(f"of mode {image.mode}, which is not of 8 bits")
+                # Of transparent colours of a palette, Pillow would otherwise warn.
+                return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    except Exception as error:
+        # Decoders raise many types on damaged files; each means the same to the caller.
+        raise ValueError(message("image_folder", "path", "a folder of readable images", f"{path} ({error})")) from error

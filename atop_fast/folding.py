@@ -8,7 +8,11 @@ What is changed is a copy; the caller's model is left as it was.
 from __future__ import annotations
 
 import copy
+import linecache
 import operator
+import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ._checks import message
 from .ops.conv3x3 import FrozenConv3x3
+from .ops.frozen_conv import FrozenConv
 
 # A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would
 # bake it in.
@@ -37,12 +42,36 @@ _LAYERS = (
 _OWN = tuple(f"{__package__}.{name}" for name in ("purifiers.", "classifiers.", "_transformer"))
 
 
+# While it traces, torch sends the calls of all modules of all threads through the tracer: there must be one at a time.
+_TRACING = threading.Lock()
+
+
+class _Tracer(fx.Tracer):
+    """A tracer that lets modules be which other threads call meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
 def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of a trained network for fast passes, with each batch norm folded into the convolution before it.
 
     Folded is a BatchNorm2d with running statistics that alone reads a Conv2d, both called once. The weights are folded
-    in float64. They are in channels_last, which CPUs and tensor cores prefer, and 3x3 convolutions become FrozenConv3x3
-    where that can be faster.
+    in float64. They are in channels_last, which CPUs and tensor cores prefer. Where that can be faster, convolutions
+    become FrozenConv3x3 or FrozenConv, with the sum and the relu that follow them.
 
     Args:
         model: in evaluation mode.
@@ -78,12 +107,22 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
             layers[source.target] = _fused(layers[source.target], layers[node.target])
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+    if dtype is None:
+        _fuse(graph, layers)
     for target in {node.target for node in graph.nodes if node.op == "call_module"}:
         layers[target] = _laid_out(layers[target], dtype)
     root = {node.target: layers[node.target] for node in graph.nodes if node.op == "call_module"}
     attributes = [node.target for node in graph.nodes if node.op == "get_attr"]
     root |= {name: operator.attrgetter(name)(model).detach().clone() for name in attributes}
-    return fx.GraphModule(root, graph, type(model).__name__).eval()
+    folded = fx.GraphModule(root, graph, type(model).__name__).eval()
+    weakref.finalize(folded, _forget, folded.forward.__code__.co_filename)
+    return folded
+
+
+def _forget(file: str) -> None:
+    """Remove the source of a generated function, which torch would keep for ever."""
+    linecache.cache.pop(file, None)
+    fx.graph_module._loader.eval_cache.pop(file, None)
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -96,15 +135,18 @@ def _traced(model: nn.Module) -> fx.Graph | None:
     """The model's graph, or None where it may not be rewritten."""
     attributes = dict(vars(model))
     try:
-        graph, again = (fx.Tracer().trace(model) for _ in range(2))
+        with _TRACING:
+            graph, again = (_Tracer().trace(model) for _ in range(2))
     except Exception:  # tracing runs the caller's code on symbols, which may fail in any way
         return None
     finally:
         # State of the model's own, and tensors that it makes anew in every call, random ones perhaps: the tracer leaves
         # them here.
-        changed = any(attributes.get(name) is not value for name, value in vars(model).items())
-        vars(model).clear()
-        vars(model).update(attributes)
+        changed = [name for name, value in vars(model).items() if attributes.get(name) is not value]
+        for name in changed:
+            del vars(model)[name]
+        if changed:
+            vars(model).update(attributes)
     # The graphs differ in numbers that change from call to call.
     if changed or str(graph) != str(again):
         return None
@@ -145,8 +187,71 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return wide.to(conv.weight.dtype).requires_grad_(False)
 
 
+def _fuse(graph: fx.Graph, layers: dict[str, Any]) -> None:
+    """Have convolutions add what is added to their outputs alone, and clamp the sum, if that comes next."""
+    uses = [node.target for node in graph.nodes if node.op == "call_module"]
+    for node in list(graph.nodes):
+        kind = _frozen(layers[node.target]) if node.op == "call_module" and uses.count(node.target) == 1 else None
+        if kind is None:
+            continue
+        chain, residual = [node], list[Any]()
+        follower = _follower(node)
+        if follower is not None and _adds(follower, node) and not _changed_between(node, follower, layers):
+            chain.append(follower)
+            residual = [term for term in follower.args if term is not node]
+        follower = _follower(chain[-1])
+        relu = follower is not None and _is_relu(follower, layers)
+        chain += [follower] if follower is not None and relu else []
+        layers[node.target] = kind(layers[node.target], relu)
+        if len(chain) > 1:
+            with graph.inserting_after(chain[-1]):
+                fused = graph.call_module(node.target, (node.args[0], *residual))
+            chain[-1].replace_all_uses_with(fused)
+            for replaced in reversed(chain):
+                graph.erase_node(replaced)
+
+
+def _frozen(layer: Any) -> Any:
+    """The class that replaces the layer in frozen networks, or None."""
+    return next((kind for kind in (FrozenConv3x3, FrozenConv) if kind.accepts(layer)), None)
+
+
+def _follower(node: fx.Node) -> fx.Node | None:
+    """The one node that reads `node`, if it is one."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _adds(node: fx.Node, term: fx.Node) -> bool:
+    """Whether `node` is `term` plus one other tensor. In-place, a sum is that of its first term."""
+    if node.kwargs or len(node.args) != 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
+        return False
+    if node.args[0] is node.args[1] or (node.target is operator.iadd and node.args[0] is not term):
+        return False
+    return node.target in {operator.add, operator.iadd, torch.add} or (node.op, node.target) == ("call_method", "add")
+
+
+def _changed_between(first: fx.Node, last: fx.Node, layers: dict[str, Any]) -> bool:
+    """Whether anything works in-place between the two: what `first` reads may be something else at `last`."""
+    node = first.next
+    while node is not last:
+        module = layers[node.target] if node.op == "call_module" else None
+        in_place = node.target in {operator.iadd, operator.isub, operator.imul} or getattr(module, "inplace", False)
+        if in_place or True in node.args or node.kwargs.get("inplace", False):
+            return True
+        node = node.next
+    return False
+
+
+def _is_relu(node: fx.Node, layers: dict[str, Any]) -> bool:
+    if node.op == "call_module":
+        return type(layers[node.target]) is nn.ReLU
+    return node.target in {F.relu, torch.relu} or (node.op, node.target) == ("call_method", "relu")
+
+
 def _laid_out(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy for frozen passes: in channels_last, and with prepared weights."""
+    if isinstance(model, FrozenConv3x3 | FrozenConv):
+        return model
     model = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
     for name, layer in list(model.named_modules()):
         if dtype is not None and isinstance(layer, nn.Conv2d | nn.Linear):

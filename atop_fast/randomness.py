@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
@@ -27,6 +28,8 @@ from ._checks import check_integer, check_tensor, message
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+# Torch's generators are those of all threads.
+_GENERATORS = threading.RLock()
 
 
 Seed = TypeVar("Seed", int, Tensor)
@@ -151,9 +154,12 @@ def _on(device: torch.device, value: int | Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's generators inside the block and restore those of the CPU and of `device` afterwards."""
+    """Seed torch's generators inside the block and restore those of the CPU and of `device` afterwards.
+
+    Threads take turns: a block waits until no other thread is in one.
+    """
     on_gpu = device is not None and device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+    with _GENERATORS, torch.random.fork_rng(devices=[device] if on_gpu else []):
         # Not torch.manual_seed: it seeds those of all GPUs, and without one it formats a stack trace for later.
         torch.default_generator.manual_seed(seed)
         if on_gpu:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.resources
+import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import yaml
 
 from ._checks import check_choice, check_integer, message
+from ._yaml import parse_yaml
 from .classifiers import CLASSIFIERS
 from .config import DataConfig, TransformConfig
 from .evaluation import PROTOCOLS
@@ -150,6 +151,10 @@ def load_recipe(preset: str | Path) -> Recipe:
         ValueError: no such preset or file, or one that is no recipe: the message names the file and the key.
     """
     content, where = _read(preset, ())
+    try:
+        _check_keys(Recipe, content, "")
+    except ValueError as error:
+        raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} ({error})")) from error
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe)
     try:
@@ -168,22 +173,40 @@ def _read(preset: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], st
         raise ValueError(message("load_recipe", "preset", expected, repr(str(preset))))
     package = importlib.resources.files("atop_fast")
     where = str(path) if is_file else f"presets/{preset}.yaml"
-    if where in seen:
+    same = str(path.resolve()) if is_file else where
+    if same in seen:
         raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} (its base is itself)"))
     try:
         text = path.read_text("utf-8") if is_file else package.joinpath(where).read_text("utf-8")
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
         if not isinstance(content, dict):
             raise ValueError("it holds no keys")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(message("load_recipe", "preset", "a readable recipe", f"{where} ({reason})")) from error
     base = content.pop("base", None)
     if base is None:
         return content, where
     beside = is_file and Path(str(base)).suffix in SUFFIXES
-    below = _read(path.parent / base if beside else str(base), (*seen, where))[0]
+    below = _read(path.parent / base if beside else str(base), (*seen, same))[0]
     return _over(below, content), where
+
+
+def _check_keys(section: type, content: Mapping[Any, Any], prefix: str) -> None:
+    """Raise unless every key is a field of the dataclass, and its value again keys where that is a dataclass.
+
+    jsonargparse would also take the path of a file for a section, and import what a key `class_path` names.
+    """
+    fields = typing.get_type_hints(section)
+    for key, value in content.items():
+        if key not in fields:
+            raise ValueError(f"Option {prefix}{key!s} is not accepted")
+        if is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{key} holds no keys")
+            _check_keys(fields[key], value, f"{prefix}{key}.")  # type: ignore[arg-type]
+        elif isinstance(value, dict) and (others := [k for k in value if not isinstance(k, str)]):
+            raise ValueError(f"Option {prefix}{key}.{others[0]!s} is no name")
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

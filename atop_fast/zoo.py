@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ._checks import check_choice, message
-from ._files import read_state
+from ._files import load_weights, read_state
 from .checkpoints import load_model
 from .classifiers import CLASSIFIERS, Normalised, WideResNet, build_classifier
 
@@ -188,7 +188,7 @@ def _with_weights(model: nn.Module, path: Path, argument: str = "name_or_path") 
         if model.deepmind:
             state = {_rename(key): value for key, value in state.items()}
     try:
-        model.load_state_dict(state)
+        load_weights(model, state)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         expected = f"a checkpoint whose weights fit {type(model).__name__}"

@@ -6,10 +6,13 @@ import functools
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import counted
 from _harness import OTHERS, RESULTS
+from _reliability import faults, load, numerics
 
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
 from atop_fast.bench.results import format_quality, format_time, read
@@ -38,6 +41,7 @@ OPS = (
     ("gated_elu both", "8x96x128x128, nhwc", "bfloat16"),
     ("gated_elu both", "8x96x128x128, nchw", "float16"),
 )
+NOTHING = "No measurement is committed yet."
 WORK = {"forward": "forward", "both": "forward + backward"}
 
 
@@ -196,12 +200,16 @@ def losses() -> str:
 
 def suite_table(suite: str) -> str:
     """Every comparison of a suite, the worst for us first."""
-    return _table([c for c in _compared() if c.ours["suite"] == suite])
+    found = [c for c in _compared() if c.ours["suite"] == suite]
+    picture = "![Time and memory against images, draws, steps and image size](scaling.png)\n\n"
+    return (picture if suite == "scaling" and found else "") + _table(found)
 
 
 def processes() -> str:
     """One evaluation by several processes."""
     rows = [row for row in latest() if row["case"] == "evaluation by processes"]
+    if not rows:
+        return NOTHING
     lines = ["| processes | images | threads in all | time | IQR | against one |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = (row["variant"], row["shape"], row["threads"], format_time(row["median_s"]), format_time(row["iqr_s"]))
@@ -216,6 +224,8 @@ def _compared() -> list[Comparison]:
 
 def _table(found: list[Comparison]) -> str:
     """Of two numbers in a cell, the first is theirs."""
+    if not found:
+        return NOTHING
     lines = [
         "| case | shape | type | ours | against | theirs / ours | times | IQRs | images/s | roofline | peak | result |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -271,17 +281,28 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
+def recorded(file: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """A table of one of the files that hold no timings."""
+    document = json.loads((RESULTS / f"{file}--cpu.json").read_text())
+    return f"{table(document)}\n\n{_source(document)}"
+
+
+RELIABILITY = {"reliability": faults, "numerics": numerics, "load": load}
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes,
+    **{table.__name__: functools.partial(recorded, file, table) for file, table in RELIABILITY.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
+    **counted.TABLES,
 }  # fmt: skip
 # Where the tables stand.
 PAGES = {
     "README.md": ("demo", "attacks", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
+    **counted.PAGES,
+    "docs/reliability.md": ("faults", "numerics", "load"),
 }
 
 

@@ -91,7 +91,7 @@ def test_a_training_of_updates_ends_within_an_epoch():
 
 
 def test_a_run_ends_with_what_was_planned(tiny, capsys):  # noqa: F811
-    main(["train", "tiny.yaml", "--out=run", "--budget=4s"])
+    main(["train", "tiny.yaml", "--out=run", "--budget=2s"])
     plan = json.loads(Path("run/plan.json").read_text())
     assert list(plan) == ["classifier", *STAGES]
     report = json.loads(Path("run/report.json").read_text())
@@ -106,7 +106,7 @@ def test_a_run_ends_with_what_was_planned(tiny, capsys):  # noqa: F811
     Path("again").mkdir()
     for name in ("run.json", "plan.json"):
         shutil.copy(f"run/{name}", f"again/{name}")
-    main(["train", "tiny.yaml", "--out=again", "--budget=4s"])
+    main(["train", "tiny.yaml", "--out=again", "--budget=2s"])
     assert Path("again/report.json").read_text() == Path("run/report.json").read_text()
     assert "another budget" in fail(capsys, "train", "tiny.yaml", "--out=run", "--budget=5s")
     assert "run_recipe: budget must be seconds, or text" in fail(capsys, "train", "tiny.yaml", "--budget=soon")

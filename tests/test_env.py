@@ -24,6 +24,7 @@ def test_report_covers_versions_and_owners():
     assert report["Versions"]["torch"] == torch.__version__
     names = {"assemble", "assemble_bwd", "corrupt", "corrupt_bwd", "corrupt_passes", "gated", "gated_bwd"}
     names |= {"attack_loss", "conv3x3", "conv3x3_bwd", "conv3x3_bwd_weight", "conv3x3_prepare"}
+    names |= {"frozen_conv", "frozen_conv_bwd", "hyperplane_step", "square_bump", "square_linf"}
     names |= {"contextual_attention", "contextual_attention_bwd"}
     names |= {"mask_blocks", "pgd_step_linf", "pgd_step_linf_", "random_normal", "resample"}
     names |= {"apgd_step_l2", "apgd_step_linf", "pgd_step_l1", "pgd_step_l2", "pgd_step_l2_", "project_l1"}

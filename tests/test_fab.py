@@ -9,7 +9,7 @@ from torch import nn
 
 from atop_fast import RT2, Defense
 from atop_fast.attacks import FAB, counted_passes
-from atop_fast.attacks._projections import hyperplane_step
+from atop_fast.ops import hyperplane_step
 from atop_fast.randomness import seeded
 
 NORMS = {"Linf": torch.inf, "L2": 2, "L1": 1}
@@ -256,6 +256,11 @@ def test_zero_eps_and_empty_batch(norm):
             lambda: FAB(nn.Flatten())(torch.rand(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64)),
             ValueError,
             "FAB: model must be a classifier of two or more classes, got 1",
+        ),
+        (
+            lambda: FAB(LINEAR)(torch.rand(2, 3, 2, 2), torch.full((2,), 9)),
+            ValueError,
+            r"FAB: labels must be classes in \[0, \d+\), got 9",
         ),
     ],
 )

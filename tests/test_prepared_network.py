@@ -10,6 +10,7 @@ from torch import nn
 from atop_fast import RT2, Defense, build_classifier, build_purifier
 from atop_fast.attacks import frozen, prepared
 from atop_fast.classifiers import fold_batch_norm
+from atop_fast.ops import FrozenConv, FrozenConv3x3
 from atop_fast.randomness import seeded
 
 X = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -218,6 +219,75 @@ def test_state_is_restored_after_an_error():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with frozen(model):
         assert not model.training
+
+
+class Sums(nn.Module):
+    """What a convolution may take with it: sums and clamps, written in all ways."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.other, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = 2 * x - 1
+        h = self.conv(x)
+        if self.kind == "add":
+            return (F.relu(h + x) + x).flatten(1)
+        if self.kind == "sum":
+            return torch.relu(x + h).flatten(1)
+        if self.kind == "iadd":
+            h += self.other(x)
+            return self.relu(h).flatten(1)
+        if self.kind == "read twice":
+            return (F.relu(h + x) + h.mean()).flatten(1)
+        if self.kind == "changed between":
+            x = F.relu(x, inplace=True)
+            return self.relu(h + x).flatten(1)
+        if self.kind == "twice":
+            return torch.relu(h + h).flatten(1)
+        if self.kind == "number":
+            return (h + 1.5).relu().flatten(1)
+        if self.kind == "scaled":
+            return torch.add(h, x, alpha=2).relu().flatten(1)
+        return h.add(x.mean(dim=(2, 3), keepdim=True)).relu().flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        ("add", "add"),
+        ("sum", ""),
+        ("iadd", ""),
+        ("read twice", "add relu mean add"),
+        ("changed between", "relu add relu"),
+        ("twice", "add relu"),
+        ("number", "add relu"),
+        ("scaled", "add relu"),
+        ("broadcast", "mean"),
+    ],
+)
+def test_sums_and_clamps_go_into_convolutions_where_they_can(kind, left):
+    """And nowhere else: what is read twice, or changed in-place meanwhile, is left alone."""
+    model = Sums(kind).eval().requires_grad_(False)
+    network = fold_batch_norm(model)
+    nodes = [node for node in network.graph.nodes if node.op.startswith("call") and "conv" not in str(node.target)]
+    names = [getattr(node.target, "__name__", node.target) for node in nodes]
+    assert [name for name in names if name != "other"] == ["mul", "sub", *left.split(), "flatten"]
+    torch.testing.assert_close(network(X), model(X), rtol=1e-5, atol=1e-5)
+    if kind != "changed between":  # of which torch has no gradient either
+        torch.testing.assert_close(gradient(network), gradient(model), rtol=1e-4, atol=1e-6)
+
+
+def test_residual_networks_have_fused_convolutions_alone():
+    """What is left beside them: two reductions, and the same logits in a batch of any size."""
+    network = fold_batch_norm(trained(build_classifier("small_resnet")))
+    kinds = [type(m) for m in network.modules() if not list(m.children())]
+    assert (kinds.count(FrozenConv3x3), kinds.count(FrozenConv), kinds.count(nn.Linear)) == (4, 5, 1)
+    assert sum(m.relu for m in network.modules() if isinstance(m, FrozenConv | FrozenConv3x3)) == 7
+    x = torch.rand(24, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(network(x)[8:16], network(x[8:16].clone()))
 
 
 def test_a_network_of_the_registry_is_folded_without_change():

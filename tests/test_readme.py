@@ -54,6 +54,8 @@ def test_every_loss_is_listed(readme_tables):
                 assert any(line.startswith(f"| {' | '.join(names)} |") for line in losses), names
                 count += 1
     assert count == len(losses) - 3
+    for picture in re.findall(r"\]\((\w+\.png)\)", text):
+        assert (ROOT / "docs" / picture).is_file()
 
 
 def test_the_demo_keeps_its_promises():
@@ -88,9 +90,41 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/report/report.html").is_file()
 
 
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "examples" / "README.md"])
+# What only a measurement or a count can say.
+FIGURE = re.compile(r"\d\s?(?:[GT]FLOP|PFLOP|GB/s|TB/s|MB|ms|us|ns)\b|\b\d+(?:\.\d+)?x (?:faster|slower|as fast)")
+
+
+def test_figures_stand_in_tables_of_result_files_alone(readme_tables):
+    """Every table between comments is one that readme.py writes, and no figure stands outside of them."""
+    written = {page: set(tables) for page, tables in readme_tables.PAGES.items()}
+    for page in PAGES:
+        name, text = page.relative_to(ROOT).as_posix(), page.read_text(encoding="utf-8")
+        assert set(re.findall(r"<!-- (\w[\w ]*) -->", text)) == written.get(name, set()), name
+        text = re.sub(r"<!-- (\w[\w ]*) -->.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+        assert not FIGURE.search(text), f"{name}: {FIGURE.search(text)}"
+    assert all(map(FIGURE.search, ("as long as 3 ms", "1.5x faster", "10.9 GFLOP")))
+
+
+@pytest.mark.parametrize("page", ["quickstart", "concepts"])
+def test_the_guides_run(page, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mlxtend")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        # The printed values are in the code, where it says them.
+        exec(code, names)
+        expected = re.findall(r"# (True|False)\b", code)
+        printed = capsys.readouterr().out.split()
+        assert printed
+        assert printed[: len(expected)] == expected
+
+
 def test_links_and_commands_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page}: {target}"
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
         assert f"\n{target}: " in makefile

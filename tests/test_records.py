@@ -26,7 +26,7 @@ def tuned(config=CONFIG, **options):
     with seeded(0):
         purifier = build_purifier("unet", channels=1, width=4)
     defense = Defense(RT2(4, sigma=0.1), purifier, trained_classifier())
-    history = finetune(defense, X, Y, config=config, progress=False, **options)
+    history = finetune(defense, X, Y, config=config, **{"progress": False, **options})
     return history, torch.cat([p.detach().flatten() for p in purifier.parameters()])
 
 

@@ -41,7 +41,7 @@ double largest_error(int64_t tiles, int64_t channels, int64_t outputs) {
   for (int64_t t = 0; t < tiles; ++t) {
     const float* pixels[36];
     for (int64_t k = 0; k < 36; ++k) pixels[k] = &x[(t * 36 + k) * channels];
-    transform_input(pixels, channels, &v[t * width], tiles * width);
+    transform_input(pixels, nullptr, channels, &v[t * width], tiles * width);
   }
   for (int64_t k = 0; k < 36; ++k) {
     multiply({tiles, channels, panels, width, 1, panels * kPanel, false}, &v[k * tiles * width],
@@ -50,7 +50,7 @@ double largest_error(int64_t tiles, int64_t channels, int64_t outputs) {
   for (int64_t t = 0; t < tiles; ++t) {
     float* pixels[16];
     for (int64_t k = 0; k < 16; ++k) pixels[k] = &y[(t * 16 + k) * outputs];
-    transform_output(&m[t * panels * kPanel], tiles * panels * kPanel, bias.data(), outputs, pixels);
+    transform_output(&m[t * panels * kPanel], tiles * panels * kPanel, {bias.data(), nullptr, false}, outputs, pixels);
   }
   double error = 0, largest = 0;
   for (int64_t i = 0; i < tiles * 16 * outputs; ++i) {
@@ -79,7 +79,7 @@ double largest_weight_error(int64_t tiles, int64_t channels, int64_t outputs) {
   for (int64_t t = 0; t < tiles; ++t) {
     const float* pixels[36];
     for (int64_t k = 0; k < 36; ++k) pixels[k] = &x[(t * 36 + k) * channels];
-    transform_input(pixels, channels, &v[t * width], tiles * width);
+    transform_input(pixels, nullptr, channels, &v[t * width], tiles * width);
     for (int64_t k = 0; k < 16; ++k) pixels[k] = &dy[(t * 16 + k) * outputs];
     transform_gradient(pixels, outputs, &z[t * kPanel], tiles * kPanel, tiles * panels * kPanel);
   }

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_choice, check_integer
+from .._memory import halved
 from ..defense import Defense
 from ..ops import AttackLoss, attack_loss, resize
 from ..randomness import derive_seed, seeded
@@ -27,6 +28,7 @@ ROWS = 8
 MEMORY = 1 << 30
 # More rows than this make a pass no faster.
 MOST_ROWS = 1024
+T = TypeVar("T")
 
 
 @dataclass
@@ -77,7 +79,8 @@ class GradientEstimator:
             need a Defense.
         eot_iter: number n of draws.
         max_batch: most rows of one pass, at least 8 and rounded down to a multiple of it; by default as many as save
-            about 1 GiB for the backward pass.
+            about 1 GiB for the backward pass. A pass that does not fit into memory is halved, and so are those after
+            it, with a warning; only of a model with randomness of its own are the draws then others.
         loss: "ce", "margin" or "dlr", see atop_fast.ops.attack_loss.
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
             float32.
@@ -137,29 +140,32 @@ class GradientEstimator:
                 where one pass holds all draws, their gradients (eot_iter, B, C, H, W), which the step ops add up.
         """
         self._measure(x)
-        count = self.eot_iter * len(x)
-        if not summed and isinstance(self.model, Defense) and self.eot_iter > 1 and count <= self._rows:
-            return self._draw_by_draw(x, labels, ids, t, targets, loss)
-        total = torch.zeros_like(x) if self.eot_iter > 1 or len(x) % ROWS or len(x) > self._rows else None
-        sums = x.new_zeros((2, len(x)), dtype=torch.float32)
         first_draws = t * self.eot_iter
-        for part in self._passes(x, self._rows):
-            gradient, result = self._differentiated(part, x, labels, ids, first_draws, targets, loss)
+        total: Tensor | None = None
+        sums = x.new_zeros((2, len(x)), dtype=torch.float32)
+
+        def differentiated(part: _Pass) -> tuple[Tensor, AttackLoss]:
+            return self._differentiated(part, x, labels, ids, first_draws, targets, loss)
+
+        for part, (gradient, result) in self._passes(x, differentiated, graph=True):
+            if not summed and self.eot_iter > 1 and part.count == self.eot_iter * len(x):
+                return self._draw_by_draw(part, gradient, result)
             for rows, samples in part.pieces():
                 sums[0, samples] += result.losses[rows]
                 sums[1, samples] += result.correct[rows]
-                if total is not None:
-                    total[samples] += gradient[rows]
-        # A single pass over single draws leaves nothing to add up.
-        total = gradient if total is None else total.div_(self.eot_iter if summed else 1)
+            if self.eot_iter == 1 and part.samples is None:
+                # A single pass over single draws leaves nothing to add up.
+                total = gradient
+                continue
+            total = torch.zeros_like(x) if total is None else total
+            for rows, samples in part.pieces():
+                total[samples] += gradient[rows]
+        if summed and self.eot_iter > 1 and total is not None:
+            total.div_(self.eot_iter)
         return Estimate(total, *sums.div_(self.eot_iter))
 
-    def _draw_by_draw(
-        self, x: Tensor, labels: Tensor, ids: Tensor, t: Tensor, targets: Tensor | None, loss: str | None
-    ) -> Estimate:
-        (part,) = self._passes(x, self._rows)
-        gradient, result = self._differentiated(part, x, labels, ids, t * self.eot_iter, targets, loss)
-        shape = (self.eot_iter, len(x))
+    def _draw_by_draw(self, part: _Pass, gradient: Tensor, result: AttackLoss) -> Estimate:
+        shape = (self.eot_iter, part.batch)
         means = (v[: part.count].float().view(shape).mean(dim=0) for v in (result.losses, result.correct))
         return Estimate(gradient[: part.count].unflatten(0, shape), *means)
 
@@ -212,10 +218,12 @@ class GradientEstimator:
         # Another callable than a module may not be differentiable, and tells nothing of its memory.
         if isinstance(self.model, nn.Module):
             self._measure(x)
-        parts = []
+
+        def forward(part: _Pass) -> Tensor:
+            return self._forward(part.take(x), part, ids, first_draws)[: part.count].float()
+
         with torch.no_grad(), self._autocast(x):
-            for part in self._passes(x, self.forward_rows):
-                parts.append(self._forward(part.take(x), part, ids, first_draws)[: part.count].float())
+            parts = [logits for _, logits in self._passes(x, forward, graph=False)]
         return torch.cat(parts).view(self.eot_iter, len(x), -1).transpose(0, 1)
 
     @property
@@ -228,16 +236,31 @@ class GradientEstimator:
         """Most rows of a pass without gradients, as far as that is known: the first pass over images tells."""
         return self._forward_rows or MOST_ROWS
 
-    def _passes(self, x: Tensor, most: int) -> Iterator[_Pass]:
-        """The eot_iter * B rows, draw by draw, in passes of at most `most` rows."""
+    def _passes(self, x: Tensor, work: Callable[[_Pass], T], graph: bool) -> Iterator[tuple[_Pass, T]]:
+        """The eot_iter * B rows, draw by draw, in passes, with what `work` makes of each.
+
+        Where one does not fit into memory, smaller ones are made of it, and no larger ones from there on.
+        """
         batch, count = len(x), self.eot_iter * len(x)
         # A model with randomness of its own gets one draw a pass.
         span = count if isinstance(self.model, Defense) else batch
         # A network's rows are filled up; another callable may mind.
         multiple = ROWS if isinstance(self.model, nn.Module) else 1
-        for start in range(0, count, span):
-            for first in range(start, start + span, most):
-                yield _Pass(first, min(most, start + span - first), batch, multiple, x.device)
+        first = 0
+        while first < count:
+            most = self._rows if graph else self.forward_rows
+            part = _Pass(first, min(most, span - first % span), batch, multiple, x.device)
+            try:
+                result = work(part)
+            except (RuntimeError, MemoryError) as error:
+                most = halved("GradientEstimator", "rows", part.size, error, ROWS)
+                if graph:
+                    self._rows = most
+                else:
+                    self._forward_rows = most
+                continue
+            yield part, result
+            first += part.count
 
     def _forward(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         self.passes.forward += len(x)
@@ -271,14 +294,15 @@ class GradientEstimator:
         """Find out, once, how many rows of images like x may save at most MEMORY bytes."""
         if self._rows:
             return
-        saved: dict[int, int] = {}
+        saved: dict[int, Tensor] = {}
         parameters = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         shared = {p.untyped_storage().data_ptr() for p in parameters}
 
         def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in shared:
-                saved[storage.data_ptr()] = storage.nbytes()
+            # Detached: a node that holds its own output keeps itself, and the whole graph, alive for ever.
+            t = t.detach()
+            if (address := t.untyped_storage().data_ptr()) not in shared:
+                saved[address] = t
             return t
 
         part = _Pass(0, ROWS, 1, ROWS, x.device)
@@ -287,10 +311,10 @@ class GradientEstimator:
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
         with torch.enable_grad(), hooks, self._autocast(x):
             self._forward(leaf, part, zero, zero)
-        most = MEMORY * ROWS // max(1, sum(saved.values()))
+        most = MEMORY * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
         self._rows = max(ROWS, min(MOST_ROWS, most) // ROWS * ROWS)
         # Without a graph, several times as many rows fit.
-        self._forward_rows = min(MOST_ROWS, 4 * self._rows)
+        self._forward_rows = min(self.forward_rows, 4 * self._rows)
 
 
 class _Pass:
@@ -298,11 +322,11 @@ class _Pass:
 
     def __init__(self, first: int, count: int, batch: int, multiple: int, device: torch.device) -> None:
         self.first, self.count, self.batch = first, count, batch
-        size = -(-count // multiple) * multiple
-        rows = torch.arange(first, first + size, device=device).clamp_(max=first + count - 1)
+        self.size = -(-count // multiple) * multiple
+        rows = torch.arange(first, first + self.size, device=device).clamp_(max=first + count - 1)
         self.draws = rows // batch
         # The whole batch as it is needs no copy.
-        self.samples = None if (size, first % batch) == (batch, 0) else rows % batch
+        self.samples = None if (self.size, first % batch) == (batch, 0) else rows % batch
 
     def take(self, t: Tensor) -> Tensor:
         """The rows' values of t (B, ...)."""

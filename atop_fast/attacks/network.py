@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from .._flags import holding
 from ..defense import Defense
 from ..folding import fold_batch_norm
 
@@ -43,18 +44,12 @@ def prepared(model: Model, dtype: torch.dtype | None = None, passes: int = WORTH
 
 @contextlib.contextmanager
 def frozen(*models: object) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside the block; both restored afterwards, also after an error."""
-    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
-    parameters = [p for model in models if isinstance(model, nn.Module) for p in model.parameters()]
-    training, requires_grad = [m.training for m in modules], [p.requires_grad for p in parameters]
-    try:
-        for m in modules:
-            m.training = False
-        for p in parameters:
-            p.requires_grad_(False)
+    """Evaluation mode and no parameter gradients inside the block; both restored afterwards, also after an error.
+
+    Where several blocks share a network, nested or in threads, the last one restores it.
+    """
+    found = [model for model in models if isinstance(model, nn.Module)]
+    modules = ((m, "training", False) for model in found for m in model.modules())
+    parameters = ((p, "requires_grad", False) for model in found for p in model.parameters())
+    with holding((*modules, *parameters)):
         yield
-    finally:
-        for m, was in zip(modules, training, strict=True):
-            m.training = was
-        for p, was in zip(parameters, requires_grad, strict=True):
-            p.requires_grad_(was)

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_number, message
 from ..defense import Defense
 from ..ops import project_l1
+from ..ops.square import OP_BUMP, OP_LINF
 from ..randomness import Tag, derive_seed, random_bits
 from .base import Attack, initial_state, norm_l2, per_image, project_l2
 from .gradient import GradientEstimator
@@ -27,8 +28,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 class _Square(NamedTuple):
-    """The square of one query of every row. Masks are 0 or 1, and torch.lerp by them, which is exact and many times
-    faster on CPUs than torch.where."""
+    """The square of one query of every row, as the ops take it. Masks are 0 or 1."""
 
     signs: Tensor  # (B, C, 1, 1): -1 or 1
     rows: Tensor  # (B, 1, H, 1): mask
@@ -115,17 +115,14 @@ class Square(Attack):
         return state
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
-        x, loss = state["x"], state["loss"]
+        x, loss = state["x"].clone(), state["loss"]
         enough = 0 if self.early_stop else torch.inf
         for turn, draws, square in self._squares(estimator.seed, state):
-            if self.norm == "Linf":
-                value = torch.add(state["x0"], square.signs, alpha=self.eps).clamp_(0, 1)
-                candidate = torch.lerp(x, value, square.rows * square.columns)
-            else:
-                candidate = self._moved(x, state["x0"], square)
+            candidate = self._changed(x, state["x0"], square)
             new = self._loss(estimator, candidate, state["labels"], state["ids"], draws)
             kept = (new > loss) & (loss <= enough) & turn
-            x, loss = torch.lerp(x, candidate, per_image(kept.to(x.dtype))), torch.where(kept, new, loss)
+            _keep(x, candidate, kept)
+            loss = torch.where(kept, new, loss)
         state["x"] = state["best"] = x
         state["loss"] = loss
         state["t"] = torch.where(state["done"], state["t"], state["t"] + QUERIES)
@@ -135,6 +132,9 @@ class Square(Attack):
         """The margin, (B,), averaged over the draws; as estimator.evaluate, in fewer ops."""
         logits = estimator.logits(x, ids, t)
         own = labels[:, None, None].expand(-1, logits.shape[1], 1)
+        # On a GPU, to look at the labels would wait for it.
+        if not labels.is_cuda and int(labels.max()) >= logits.shape[2]:
+            raise ValueError(message("Square", "labels", f"classes in [0, {logits.shape[2]})", int(labels.max())))
         return (logits.scatter(2, own, -torch.inf).amax(dim=2) - logits.gather(2, own)[..., 0]).mean(dim=1)
 
     def _start(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
@@ -180,31 +180,13 @@ class Square(Attack):
         turns = (t < self.steps) & ~state["done"]
         return zip(turns, t + 2, map(_Square, *(v.unbind(0) for v in squares)), strict=True)
 
-    def _moved(self, x: Tensor, x0: Tensor, square: _Square) -> Tensor:
-        """Algorithm 3: in the first square, a bump added to what is there, of the size that both squares and the rest
-        of the budget allow; the second square is 0."""
-        p = 2 if self.norm == "L2" else 1
-        delta, channels = x - x0, x.shape[1]
-        inside, cleared = square.rows * square.columns, square.other_rows * square.other_columns
-        power = delta.abs() if p == 1 else delta * delta
-        spare = (self.eps**p - power.sum(dim=(1, 2, 3), keepdim=True)).clamp_min(0) / channels
-        here = (power * inside).sum(dim=(2, 3), keepdim=True)
-        budget = spare + power.mul_(torch.maximum(inside, cleared)).sum(dim=(2, 3), keepdim=True)
-        new = torch.addcmul(delta / (here ** (1 / p) + 1e-12), self._bump(square, x), square.signs).mul_(inside)
-        size = (new.abs() if p == 1 else new * new).sum(dim=(2, 3), keepdim=True) ** (1 / p)
-        # The original's L1 gives every channel the whole; the projection takes back what is too much.
-        scale = budget.sqrt() if p == 2 else budget * channels
-        delta = torch.lerp(delta * (1 - cleared), new.mul_(scale / (size + 1e-12)), inside)
-        return self._onto_ball(delta, x0)
-
-    def _bump(self, square: _Square, x: Tensor) -> Tensor:
-        """Bumps (B, 1, H, W) in their squares; undefined outside."""
-        height, width = x.shape[2:]
-        _, _, bumps = _tables(self.norm, self.p_init, height, width, x.device)
-        side = bumps.shape[1]
-        row = (torch.arange(height, device=x.device)[:, None] - square.top).clamp_(0, side - 1)
-        column = (torch.arange(width, device=x.device) - square.left).clamp_(0, side - 1)
-        return bumps.to(x.dtype).take((square.bump * side + row) * side + column)
+    def _changed(self, x: Tensor, x0: Tensor, square: _Square) -> Tensor:
+        """The candidates: algorithm 2 of the paper (Linf), or 3."""
+        if self.norm == "Linf":
+            return OP_LINF(x, x0, square.signs, square.rows, square.columns, self.eps)
+        _, _, bumps = _tables(self.norm, self.p_init, x.shape[2], x.shape[3], x.device)
+        moved = OP_BUMP(x, x0, *square, bumps.to(x.dtype), self.eps, self.norm == "L2")
+        return moved if self.norm == "L2" else project_l1(moved, x0, self.eps * (1 - 1e-6))
 
     def _nearest(self, x: Tensor, x0: Tensor) -> Tensor:
         """The nearest image in the ball around x0."""
@@ -217,6 +199,16 @@ class Square(Attack):
         if self.norm == "L1":
             return project_l1(x0 + delta, x0, self.eps * (1 - 1e-6))
         return (x0 + delta * (self.eps / (norm_l2(delta) + 1e-12))).clamp_(0, 1)
+
+
+def _keep(x: Tensor, candidate: Tensor, kept: Tensor) -> None:
+    """Write the candidates that are kept to x."""
+    if not x.is_cpu:
+        x.lerp_(candidate, per_image(kept.to(x.dtype)))
+        return
+    # Few are, and to know which costs nothing on a CPU.
+    rows = kept.nonzero()[:, 0]
+    x.index_copy_(0, rows, candidate[rows])
 
 
 def _signs(words: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _registry, gated
-from . import attack_losses, attack_steps, transforms
+from . import attack_losses, attack_ops, attack_steps, transforms
 from .harness import Case, Function, Options, flops, no_judge, same_as_baseline
 
 # The package exports each function under the name of its module.
@@ -26,6 +26,8 @@ NUMBERS = (2 / 255, 8 / 255)
 CONVOLUTIONS = ((64, 64, 64, 32), (64, 128, 128, 16), (64, 256, 256, 8), (64, 512, 512, 4), (8, 96, 192, 64))
 # Batch, channels and size, of the same network.
 UPSAMPLINGS = ((8, 96, 64), (8, 48, 128))
+# Where torch.compile is the peer to beat, or is a target of docs/transforms.md: it competes in all shapes and types.
+COMPILED = ("gated_elu forward", "gated_elu both", "corrupt forward", "corrupt both", "random_normal forward")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -247,13 +249,14 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
         attention_cases,
         attack_steps.step_cases,
         attack_losses.attack_loss_cases,
+        attack_ops.attack_op_cases,
         transforms.transform_cases,
     ):
         yield from make(device)
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases, or with `quick` the first one of each name in float32, which alone torch.compile gets otherwise."""
+    """All cases, with torch.compile in each name's first one in float32 and in COMPILED; quick: those alone."""
     seen = set()
     for case in all_cases(options.device, options.quick):
         first = case.dtype == "float32" and case.name not in seen
@@ -261,7 +264,7 @@ def cases(options: Options) -> Iterator[Case]:
             seen.add(case.name)
         if set(case.ours) <= {"eager"} or (options.quick and not first):
             continue
-        if options.quick or not (first or options.compile_all):
+        if options.quick or not (first or options.compile_all or case.name in COMPILED):
             case = replace(case, run={name: run for name, run in case.run.items() if name != "compile"})
         # One graph for each case: a graph of another shape would be made dynamic.
         torch._dynamo.reset()

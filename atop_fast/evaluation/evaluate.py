@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
 from .._files import write_text
+from .._memory import halved
+from ..attacks import Attack as KeyedAttack
 from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
 from ..distributed import process_group
@@ -74,7 +76,7 @@ def evaluate(
             a function from the model to that, which randomness="fixed" needs: it is called with the fixed model.
         draws: K, fresh draws of every verdict; default the protocol's (20; bpda-eot: 150).
         selection_draws: draws of the choice among an image's candidates.
-        batch_size: images attacked together.
+        batch_size: images attacked together; half as many, with a warning, from where memory does not hold them.
         max_batch: most images in one forward pass; None: as many as fit into about 1 GiB (see GradientEstimator).
         out: folder of the run: shards, log, report.json, report.html. A call that was stopped or killed goes on from
             it, with any batch_size, budget and number of processes, to the same verdicts (for models whose randomness
@@ -218,8 +220,13 @@ class _Work:
                 if not (size := self._size(name, rate)):
                     self._skip(len(todo))
                     break
-                part, todo = todo[:size], todo[size:]
-                unit = self._unit(name, part)
+                part = todo[:size]
+                try:
+                    unit = self._unit(name, part)
+                except (RuntimeError, MemoryError) as error:
+                    self.batch_size = halved("evaluate", "images", len(part), error)
+                    continue
+                todo = todo[size:]
                 rate = unit.seconds / len(part)
                 self.run.add(unit)
                 self.bar.update(len(part))
@@ -268,8 +275,12 @@ class _Work:
         return self.passes.forward - before.forward, self.passes.backward - before.backward
 
     def _attack(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        with seeded(derive_seed(self.judge.seed, "attack", name, int(ids[0])), x.device):
-            candidates = self.named[name](x, labels, ids).detach()
+        attack = self.named[name]
+        # Those of this library key their own randomness, and need not keep other threads from torch's generators.
+        own = isinstance(attack, KeyedAttack)
+        seed = derive_seed(self.judge.seed, "attack", name, int(ids[0]))
+        with contextlib.nullcontext() if own else seeded(seed, x.device):
+            candidates = attack(x, labels, ids).detach()
         argument = f"attacks[{name!r}]"
         if candidates.shape != x.shape:
             expected = f"an attack that returns images of shape {tuple(x.shape)}"

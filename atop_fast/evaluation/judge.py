@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_fits, check_integer, message
+from .._flags import holding
 from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense
 from ..randomness import derive_seed, seeded
@@ -61,7 +62,7 @@ class Judge:
             for first, last in ((0, 8), (8, TRIAL_IMAGES)):
                 if len(part := ids[first:last]):
                     logits = self.logits(x[part], part, seed, 3)
-                    _check_logits(logits, labels)
+                    _check_logits(logits, labels, "clean", part)
                     if not (logits == logits[:, :1]).all():
                         return False
         return True
@@ -79,7 +80,7 @@ class Judge:
             "loss" (B,), float32: right selection draws and mean cross-entropy over them. On the CPU.
         """
         logits = self.logits(x, ids, derive_seed(self.seed, "selection"), self.selection_draws)
-        _check_logits(logits, labels)
+        _check_logits(logits, labels, name, ids)
         target = labels[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(dim=1)
         correct = (logits.argmax(dim=2) == target).sum(dim=1, dtype=torch.int32)
@@ -90,7 +91,7 @@ class Judge:
     def predictions(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
         """Classes (B, draws) of the images x under the verdict's draws of candidates `name`, on the CPU."""
         logits = self.logits(x, ids, derive_seed(self.seed, "verdict", name), self.draws)
-        _check_logits(logits, labels)
+        _check_logits(logits, labels, name, ids)
         return _pack(logits)
 
     def logits(self, x: Tensor, ids: Tensor, key: int, draws: int) -> Tensor:
@@ -145,18 +146,15 @@ def fixed_randomness(model: Model, seed: int) -> Defense:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Plain float32 arithmetic inside the block: no autocast, and neither TF32 nor bfloat16 in its place."""
+    """Plain float32 arithmetic inside the block: no autocast, and neither TF32 nor bfloat16 in its place.
+
+    Torch has one such setting for all threads: others compute in plain float32, too, until the last block is left.
+    """
     backends = torch.backends
     places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for place, was in zip(places, before, strict=True):
-            place.fp32_precision = was
+    flags = [(place, "fp32_precision", "ieee") for place in places]
+    with holding(flags), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def eight_bit(images: Tensor, clean: Tensor, radius: float | None) -> Tensor:
@@ -180,9 +178,12 @@ def _pack(logits: Tensor) -> Tensor:
     return logits.argmax(dim=2).to(dtype).cpu()
 
 
-def _check_logits(logits: Tensor, labels: Tensor) -> None:
+def _check_logits(logits: Tensor, labels: Tensor, name: str, ids: Tensor) -> None:
+    """Raise unless the logits (B, draws, classes) of the candidates `name` of the samples `ids` are usable."""
     if int(labels.max()) >= logits.shape[2]:
         expected = f"class indices below the model's {logits.shape[2]} logits"
         raise ValueError(message("evaluate", "y", expected, int(labels.max())))
-    if not torch.isfinite(logits).all():
-        raise ValueError(message("evaluate", "model", "a callable with finite logits", "NaN or infinity"))
+    if not (finite := torch.isfinite(logits).flatten(1).all(dim=1)).all():
+        wrong = ids[~finite]
+        given = f"NaN or infinity for {len(wrong)} of {len(ids)} images {name!r}, the first of them x[{int(wrong[0])}]"
+        raise ValueError(message("evaluate", "model", "a callable with finite logits", given))

@@ -63,8 +63,10 @@ def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> by
                 axis.imshow(pixels.numpy(), cmap="RdBu_r", vmin=-10 * eps, vmax=10 * eps)
             else:
                 axis.imshow(pixels.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_title(caption, fontsize=9, pad=2)
-        line[0].text(-0.12, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
+            # Names of classes are text, also where they hold dollars.
+            axis.set_title(caption, fontsize=9, pad=2, parse_math=False)
+        where = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
+        line[0].text(-0.12, 0.5, title, fontsize=10, parse_math=False, **where)
     return _png(figure)
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._checks import message
-from .._files import claim_folder, writable_folder, write_atomic
+from .._files import claim_folder, remove_leftovers, writable_folder, write_atomic
 from ..distributed import Group
 
 FORMAT = 1
@@ -126,7 +126,7 @@ class Run:
     def _read(self, folder: Path) -> None:
         for path in sorted(folder.glob("log*.jsonl")):
             for record in _read_log(path):
-                self._take(_read_shard(folder, record))
+                self._take(_read_shard(folder, record, self.count))
 
     def _take(self, unit: Unit) -> None:
         self.units.append(unit)
@@ -164,7 +164,7 @@ class Run:
 def _open_folder(folder: Path, header: dict[str, Any]) -> None:
     """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
     claim_folder("evaluate", folder, {"format": FORMAT, **header})
-    writable_folder("evaluate", "out", folder / "shards")
+    remove_leftovers(writable_folder("evaluate", "out", folder / "shards"))
 
 
 def _read_log(path: Path) -> Iterator[dict[str, Any]]:
@@ -172,8 +172,10 @@ def _read_log(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-            record["shard"], record["crc32"]
-        except (ValueError, KeyError, TypeError) as error:
+            if Path(record["shard"]).name != record["shard"]:
+                raise ValueError("its shard is in another folder")
+            [record[key] for key in ("name", "crc32", "seconds", "forward", "backward")]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             given = f"{path}, damaged in line {number} ({error})"
             raise ValueError(message("evaluate", "out", "a run folder with whole logs", given)) from error
         yield record
@@ -185,13 +187,18 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def _read_shard(folder: Path, record: dict[str, Any]) -> Unit:
+def _read_shard(folder: Path, record: dict[str, Any], count: int) -> Unit:
     path = folder / "shards" / record["shard"]
     try:
         if _crc32(path) != record["crc32"]:
             raise ValueError("its checksum is not that of the log")
         tensors = _load(path, images=False)
-    except (OSError, ValueError, SafetensorError) as error:
+        ids = tensors["ids"]
+        if ids.dtype != torch.int64 or ids.dim() != 1 or not ((ids >= 0) & (ids < count)).all():
+            raise ValueError(f"its ids are not those of {count} images")
+        if any(value.shape[:1] != ids.shape for value in tensors.values()):
+            raise ValueError("its results are not those of its ids")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(message("evaluate", "out", "a run folder with whole shards", f"{path} ({error})")) from error
     values = {k.removeprefix("values."): v for k, v in tensors.items() if k.startswith("values.")}
     passes = (record["seconds"], record["forward"], record["backward"])

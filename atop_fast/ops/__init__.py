@@ -9,7 +9,9 @@ from .contextual_attention import contextual_attention
 from .conv3x3 import FrozenConv3x3, conv3x3
 from .convolve import convolve
 from .corrupt import corrupt
+from .frozen_conv import FrozenConv
 from .gated import gated_elu, gated_relu
+from .hyperplane_step import hyperplane_step
 from .mask_blocks import mask_blocks
 from .pgd_step_l1 import pgd_step_l1
 from .pgd_step_l2 import pgd_step_l2, pgd_step_l2_
@@ -24,6 +26,7 @@ _registry.load()
 
 __all__ = [
     "AttackLoss",
+    "FrozenConv",
     "FrozenConv3x3",
     "apgd_step_l2",
     "apgd_step_linf",
@@ -35,6 +38,7 @@ __all__ = [
     "corrupt",
     "gated_elu",
     "gated_relu",
+    "hyperplane_step",
     "mask_blocks",
     "pgd_step_l1",
     "pgd_step_l2",

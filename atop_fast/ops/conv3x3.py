@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,22 @@ from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backwa
 
 # Outputs whose prepared weights lie side by side.
 PANEL = 16
+# Beyond any image; sizes times a larger one could overflow.
+MAX_DILATION = 2**16 - 1
 # With fewer, on either side, the op is slower than torch's; see `wins`.
 MIN_CHANNELS = 16
 # The interpolation points besides infinity; docs/math.md says why these.
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+
+
+def with_residual(
+    convolve: Callable[[Tensor | None, bool], Tensor], residual: Tensor | None, relu: bool, shape: Sequence[int]
+) -> Tensor:
+    """convolve(residual, relu) of outputs of `shape`; a residual that does not fit it is added as torch does."""
+    if residual is None or (residual.dtype, residual.shape) == (torch.float32, shape):
+        return convolve(residual, relu)
+    y = convolve(None, False) + residual
+    return y.relu() if relu else y
 
 
 def formula(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -53,32 +66,51 @@ def reference(
     prepared: Tensor | None,
     prepared_t: Tensor | None,
     dilation: int,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """The specification. `prepared` and `prepared_t` save kernels the preparation of `weight`, forward and backward."""
-    check_float32("conv3x3", x=x, weight=weight, bias=bias)
+    """The specification: the convolution, plus `residual`, clamped to 0 if `relu`.
+
+    `prepared` and `prepared_t` save kernels the preparation of `weight`, forward and backward.
+    """
+    check_float32("conv3x3", x=x, weight=weight, bias=bias, residual=residual)
     check_weight("conv3x3", weight)
     check_images("conv3x3", "x", x, weight.shape[1], dilation)
     check_bias("conv3x3", bias, weight)
-    return formula(x, weight, bias, dilation).contiguous(memory_format=memory_format(x))
+    y = formula(x, weight, bias, dilation)
+    if residual is not None:
+        check_like("conv3x3", "residual", residual, y)
+        y = y + residual
+    return (y.relu() if relu else y).contiguous(memory_format=memory_format(x))
 
 
-def reference_bwd(dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation: int) -> Tensor:
-    """The gradient in x: the convolution with the weights transposed and flipped."""
-    check_float32("conv3x3_bwd", dy=dy, weight=weight)
+def reference_bwd(
+    dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation: int, y: Tensor | None = None
+) -> Tensor:
+    """The gradient in x: the convolution with the weights transposed and flipped, of dy where y > 0 if there is y."""
+    check_float32("conv3x3_bwd", dy=dy, weight=weight, y=y)
     check_weight("conv3x3_bwd", weight)
     check_images("conv3x3_bwd", "dy", dy, weight.shape[0], dilation)
-    dx = F.conv_transpose2d(dy, weight, padding=dilation, dilation=dilation)
+    if y is not None:
+        check_like("conv3x3_bwd", "y", y, dy)
+    passed = dy if y is None else relu_bwd(dy, y)
+    dx = F.conv_transpose2d(passed, weight, padding=dilation, dilation=dilation)
     return dx.contiguous(memory_format=memory_format(dy))
+
+
+def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
+    """The gradient dy of y = relu(x) where it passes."""
+    return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def reference_bwd_weight(dy: Tensor, x: Tensor, dilation: int) -> Tensor:
     """The gradient in the weights, (O, C, 3, 3), contiguous whatever the layout of the images."""
     check_float32("conv3x3_bwd_weight", dy=dy, x=x)
-    if x.dim() != 4:
-        raise ValueError(message("conv3x3_bwd_weight", "x", "of shape (B, C, H, W)", tuple(x.shape)))
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(message("conv3x3_bwd_weight", "x", "of shape (B, C, H, W), C, H and W >= 1", tuple(x.shape)))
     batch, channels, height, width = x.shape
-    if dy.dim() != 4 or (len(dy), *dy.shape[2:]) != (batch, height, width):
-        expected = f"of shape ({batch}, O, {height}, {width})"
+    if dy.dim() != 4 or (len(dy), *dy.shape[2:]) != (batch, height, width) or not dy.shape[1]:
+        expected = f"of shape ({batch}, O, {height}, {width}), O >= 1"
         raise ValueError(message("conv3x3_bwd_weight", "dy", expected, tuple(dy.shape)))
     check_dilation("conv3x3_bwd_weight", dilation)
     weight = x.new_empty(dy.shape[1], channels, 3, 3)
@@ -97,12 +129,13 @@ def formula_bwd(
 
 OP_PREPARE = define("conv3x3_prepare(Tensor weight, bool transposed) -> Tensor", reference_prepare, kernels=None)
 OP = define(
-    "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? prepared, Tensor? prepared_t, int dilation) -> Tensor",
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? prepared, Tensor? prepared_t, int dilation,"
+    " Tensor? residual=None, bool relu=False) -> Tensor",
     reference,
     kernels=None,
 )
 OP_BWD = define(
-    "conv3x3_bwd(Tensor dy, Tensor weight, Tensor? prepared, int dilation) -> Tensor",
+    "conv3x3_bwd(Tensor dy, Tensor weight, Tensor? prepared, int dilation, Tensor? y=None) -> Tensor",
     reference_bwd,
     kernels=None,
 )
@@ -114,22 +147,25 @@ OP_BWD_WEIGHT = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, _, prepared_t, ctx.dilation = inputs
+    x, weight, _, _, prepared_t, ctx.dilation, _, relu = inputs
     # Of frozen weights, x is not needed.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, prepared_t)
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, prepared_t, output if relu else None)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, prepared_t = ctx.saved_tensors
-    of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+    x, weight, prepared_t, y = ctx.saved_tensors
+    # Without arguments that have their default values.
+    of_x, of_weight, of_bias, _, _, _, of_residual, _ = (*ctx.needs_input_grad, False, False)[:8]
+    if y is not None and (of_weight or of_bias or of_residual):
+        dy, y = relu_bwd(dy, y), None
     dx = dw = db = None
     if of_x:
-        dx = OP_BWD(dy, weight, prepared_t, ctx.dilation)
+        dx = OP_BWD(dy, weight, prepared_t, ctx.dilation, y)
     if of_weight:
         dw = OP_BWD_WEIGHT(dy, x, ctx.dilation)
     if of_bias:
         db = dy.sum(dim=(0, 2, 3))
-    return dx, dw, db, None, None, None
+    return dx, dw, db, None, None, None, dy if of_residual else None, None
 
 
 torch.library.register_autograd(f"{NAMESPACE}::conv3x3", _backward, setup_context=_setup_context, lib=LIBRARY)
@@ -206,19 +242,20 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
 class FrozenConv3x3(nn.Module):
     """A copy of a 3x3 convolution whose weights do not change any more, prepared once: for networks under attack.
 
-    Forward and input gradient come from `conv3x3` where it wins, from torch's convolution otherwise. The weights have
-    no gradient and are not in the state dict, as they cannot be changed. They take 9 times their memory: a copy and its
-    two prepared forms.
+    relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from `conv3x3` where
+    it wins, from torch's convolution otherwise. The weights have no gradient and are not in the state dict, as they
+    cannot be changed. They take 9 times their memory: a copy and its two prepared forms.
 
     Args:
         convolution: A convolution that `accepts` takes.
+        relu: Whether the sum is clamped to 0.
 
     Raises:
         TypeError: If `convolution` is no nn.Conv2d.
         ValueError: If it is one that `accepts` does not take.
 
     Shape:
-        (B, C, H, W) to (B, O, H, W), as `convolution`.
+        (B, C, H, W) and, if there is a residual, (B, O, H, W) to (B, O, H, W), as `convolution`.
 
     Example:
         >>> for name, module in list(network.named_modules()):
@@ -231,14 +268,14 @@ class FrozenConv3x3(nn.Module):
     prepared: Tensor
     prepared_t: Tensor
 
-    def __init__(self, convolution: nn.Conv2d):
+    def __init__(self, convolution: nn.Conv2d, relu: bool = False) -> None:
         super().__init__()
         if not isinstance(convolution, nn.Conv2d):
             raise TypeError(message("FrozenConv3x3", "convolution", "an nn.Conv2d", type(convolution).__name__))
         if not self.accepts(convolution):
             expected = "a float32 3x3 convolution on the CPU that keeps the size, of 16 channels or more and no groups"
             raise ValueError(message("FrozenConv3x3", "convolution", expected, convolution))
-        self.dilation = convolution.dilation[0]
+        self.dilation, self.relu = convolution.dilation[0], relu
         weight, bias = convolution.weight.detach().clone(), convolution.bias
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
@@ -261,41 +298,51 @@ class FrozenConv3x3(nn.Module):
             and min(module.weight.shape[:2]) >= MIN_CHANNELS
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve images (B, C, H, W)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolve images (B, C, H, W), add the residual and clamp."""
         if wins(x, self.weight, self.dilation, prepared=True):
-            return OP(x, self.weight, self.bias, self.prepared, self.prepared_t, self.dilation)
-        return formula(x, self.weight, self.bias, self.dilation)
+            arguments = (x, self.weight, self.bias, self.prepared, self.prepared_t, self.dilation)
+            shape = (len(x), len(self.weight), *x.shape[2:])
+            return with_residual(lambda *fused: OP(*arguments, *fused), residual, self.relu, shape)
+        y = formula(x, self.weight, self.bias, self.dilation)
+        y = y if residual is None else y + residual
+        return y.relu() if self.relu else y
 
     def extra_repr(self) -> str:
         """What the weights do not show."""
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, dilation={self.dilation}"
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, dilation={self.dilation}, relu={self.relu}"
 
 
 def check_weight(function: str, weight: Any) -> None:
     """Raise unless `weight` is (O, C, 3, 3)."""
     check_float_tensor(function, "weight", weight)
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(message(function, "weight", "of shape (O, C, 3, 3)", tuple(weight.shape)))
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
+        raise ValueError(message(function, "weight", "of shape (O, C, 3, 3), O and C >= 1", tuple(weight.shape)))
 
 
 def check_images(function: str, argument: str, x: Any, channels: int, dilation: Any) -> None:
     """Raise unless `x`, which goes by the name `argument`, has `channels`, and `dilation` is one."""
-    if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels:
-        raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W)", tuple(x.shape)))
+    if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+        raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W), H and W >= 1", tuple(x.shape)))
     check_dilation(function, dilation)
 
 
 def check_dilation(function: str, dilation: Any) -> None:
     """Raise unless `dilation` is one; a compiler knows it as a symbol."""
     if not torch.compiler.is_compiling():
-        check_integer(function, "dilation", dilation, low=1)
+        check_integer(function, "dilation", dilation, low=1, high=MAX_DILATION)
 
 
 def check_bias(function: str, bias: Any, weight: Tensor) -> None:
     """Raise unless `bias` is None or one number for each output."""
     if bias is not None and check_float_tensor(function, "bias", bias).shape != weight.shape[:1]:
         raise ValueError(message(function, "bias", f"of shape ({weight.shape[0]},)", tuple(bias.shape)))
+
+
+def check_like(function: str, argument: str, t: Tensor, y: Tensor) -> None:
+    """Raise unless `t` has the shape of `y`."""
+    if t.shape != y.shape:
+        raise ValueError(message(function, argument, f"of shape {tuple(y.shape)}", tuple(t.shape)))
 
 
 def check_float32(function: str, **tensors: Tensor | None) -> None:

@@ -345,7 +345,7 @@ def check_mask_ratio(function: str, value: Any) -> float | tuple[float, float]:
     return shares[0], shares[1]
 
 
-def _masked(function: str, mask_ratio: MaskRatio, count: int, x: Tensor, key: tuple[Tensor, ...]) -> Tensor:
+def _masked(function: str, mask_ratio: MaskRatio, count: int, x: Tensor, key: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """How many of `count` blocks are masked, int64 of shape () or (B,)."""
     if isinstance(mask_ratio, Tensor):
         return (_check_per_sample(function, "mask_ratio", mask_ratio, x).to(x.device) * count).round().long()

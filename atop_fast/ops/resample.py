@@ -57,7 +57,7 @@ def rows_first(x: Tensor, rows: Taps) -> bool:
 
 def _apply(x: Tensor, taps: Taps, dim: int) -> Tensor:
     """The matrix of `taps` along axis `dim` of x (B, C, H, W)."""
-    shape = [-1, 1, 1, 1]
+    shape = [taps.start.shape[0], 1, 1, 1]
     shape[dim] = taps.start.shape[1]
     size = list(x.shape)
     size[dim] = taps.start.shape[1]

@@ -127,7 +127,7 @@ class FineStage(_Stage):
         a = self._run(a, *(f"conv_conv_bn{i}" for i in range(1, 6)))
         b = self._run(x, "ca_conv1", "ca_down_block1", "ca_down_block2.conv1_downsample")
         # Not rounded to 16 bits under autocast: the attention magnifies errors of the features that it compares, which
-        # made up most of those of the input's gradient.
+        # now and then spoilt the gradient in the input.
         with torch.autocast(b.device.type, enabled=False):
             b = b.to(self.ca_conv_bn1.conv.weight.dtype)
             b = self.contextual_attention(self._run(b, "ca_down_block2.conv2", "ca_conv_bn1"), mask)

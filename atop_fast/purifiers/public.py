@@ -103,7 +103,12 @@ def _build(function: str, path: str | Path, build: Callable[[], Network], state:
             net = build()
         if others := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
             raise ValueError(f"not of real numbers: {', '.join(others)}")
-        net.load_state_dict({name: _copy(tensor.float()) for name, tensor in state.items()}, assign=True)
+        # First without their values: what a view repeats takes no room in the file, but would in a copy.
+        net.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
+        copies = {name: _copy(tensor.float()) for name, tensor in state.items()}
+        if others := [name for name, tensor in copies.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"NaN or infinity in {', '.join(others)}")
+        net.load_state_dict(copies, assign=True)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         expected = "a checkpoint whose weights fit the network"

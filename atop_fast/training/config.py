@@ -22,8 +22,6 @@ class TrainingConfig:
 
     Attributes:
         epochs: passes over the data.
-        updates: end after so many updates, if these are fewer, also in the middle of a pass; the schedule, too, is
-            that of so many. None trains for all of `epochs`.
         batch_size: images of one update, over all processes.
         lr: first learning rate of Adam.
         schedule: "cosine" (falls to 0 along half a cosine), "step" (a tenth after half of the updates, and again after
@@ -40,10 +38,11 @@ class TrainingConfig:
         ema_decay: of the moving average.
         evaluate_every: entries of the history, which are epochs unless `updates` is given, from one evaluation on
             held-out images to the next; 0 makes none. They leave the training as it is.
+        updates: end after so many updates, if these are fewer, also in the middle of a pass; the schedule, too, is
+            that of so many. None trains for all of `epochs`.
     """
 
     epochs: int = 10
-    updates: int | None = None
     batch_size: int = 64
     lr: float = 1e-3
     schedule: str = "cosine"
@@ -54,6 +53,7 @@ class TrainingConfig:
     average: str = "none"
     ema_decay: float = 0.999
     evaluate_every: int = 0
+    updates: int | None = None
 
     def __post_init__(self) -> None:
         name = type(self).__name__

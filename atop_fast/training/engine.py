@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._checks import message
-from .._files import describe, load_checkpoint, save_checkpoint
+from .._files import describe, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
 from ..distributed import Group, process_group
 from ..randomness import derive_seed, permutation
 from .average import Average
@@ -79,7 +79,9 @@ def fit(
         these.
 
     Raises:
-        ValueError: `checkpoint` is damaged or of another run, or processes have different networks, data or options.
+        ValueError: `checkpoint` is damaged, of another run, or cannot be written; processes have different networks,
+            data or options; or a loss or a weight became NaN or infinite: found when an epoch ends or
+            `checkpoint_minutes` have passed, and never saved.
         SystemExit: after SIGTERM, once the checkpoint is written; status 143.
     """
     for module in step.modules.values():
@@ -92,13 +94,13 @@ def fit(
             files = (metrics, tensorboard) if group.rank == 0 else (None, None)
             record = Metrics(files[0], title, training.done, files[1])
             for _ in training.run(title, record, progress and group.rank == 0):
-                if checkpoint is not None and (time.monotonic() >= deadline or terminated.is_set()):
+                if time.monotonic() >= deadline or terminated.is_set():
+                    training.check()
                     training.save(checkpoint)
                     deadline = time.monotonic() + 60 * checkpoint_minutes
                 if terminated.is_set():
                     raise SystemExit(128 + signal.SIGTERM)
-            if checkpoint is not None:
-                training.save(checkpoint)
+            training.save(checkpoint)
             training.average.apply()
             return training.history
     finally:
@@ -130,6 +132,8 @@ class _Training:
         # Over the updates, and their images, since the last entry of the history.
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
+        # The first update in which each scalar was no finite number; -1: in none. On the device: nobody waits for it.
+        self.spoilt: Tensor | None = None
         self.history: History = []
         self.rate, self.path = self.config.lr, ""
         self.parts: dict[str, Any] = {
@@ -154,6 +158,7 @@ class _Training:
                         self.path = self.step.replayed.path
                         tqdm.write(f"{title}: updates run as {self.path}", file=sys.stderr)
                     if self.done % self.part == 0 or self.done == self.total:
+                        self.check()
                         self._finish_part(record)
                         bar.set_postfix({key: f"{value:.3f}" for key, value in self.history[-1].items()})
                     if self.batch == self.updates or self.done == self.total:
@@ -179,6 +184,8 @@ class _Training:
         logs = self.step(x, y, ids, self.epoch, share)
         values = torch.stack([value.double() * share for value in logs.values()])
         self.group.add_up([values])
+        before = torch.full_like(values, -1) if self.spoilt is None else self.spoilt
+        self.spoilt = torch.where(values.isfinite() | (before >= 0), before, self.done)
         for key, value in zip(logs, values, strict=True):
             self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value * whole
         self.average.after_update()
@@ -212,15 +219,33 @@ class _Training:
             module.train()
         return {f"held_out_{key}": float(value) / len(feed) for key, value in sums.items()}
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint; by the first process, as all have the same state."""
-        if self.group.rank:
+    def check(self) -> None:
+        """Raise if a scalar of an update, or a weight, is no finite number; called before anything of it is saved."""
+        for name, update in zip(self.sums, [] if self.spoilt is None else self.spoilt.tolist(), strict=False):
+            if update >= 0:
+                raise ValueError(message("fit", name, "finite", f"NaN or infinity in {self._name(int(update))}"))
+        for name, module in self.step.modules.items():
+            values = [v.isfinite().all() for v in module.state_dict().values() if v.is_floating_point()]
+            if not torch.stack(values).all():
+                given = f"NaN or infinity after {self._name(self.done - 1)}"
+                raise ValueError(message("fit", f"the weights of {name}", "finite", given))
+
+    def _name(self, update: int) -> str:
+        epoch, batch = divmod(update, self.updates)
+        return f"update {batch} of epoch {epoch} (both from 0); no checkpoint holds it"
+
+    def save(self, path: Path | None) -> None:
+        """Write the checkpoint, if there is to be one; by the first process, as all have the same state."""
+        if path is None or self.group.rank:
             return
         here = {name: getattr(self, name) for name in PLACE}
         save_checkpoint(path, self.fingerprint, {**here, **{k: part.state_dict() for k, part in self.parts.items()}})
 
     def load(self, path: Path | None) -> None:
-        """Go on from the checkpoint, if there is one."""
+        """Go on from the checkpoint, if there is one; where there is none, make sure that it can be written."""
+        if path is not None:
+            writable_folder("fit", "checkpoint", path.parent)
+            remove_leftovers(path.parent, path.stem)
         state = load_checkpoint("fit", path, self.fingerprint)
         if state is None:
             return

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import write_text
+from .._files import remove_leftovers, write_text
 
 
 class Metrics:
@@ -29,6 +29,7 @@ class Metrics:
         self.path, self.title = path, title
         self.lines: list[dict[str, Any]] = []
         if path is not None:
+            remove_leftovers(path.parent, path.stem)
             lines = read_metrics(path)
             self.lines = [line for line in lines if line["training"] != title or line["updates"] <= done]
         self.writer: Any = None
@@ -54,6 +55,7 @@ class Metrics:
         """Show images (N, C, H, W) in [0, 1] in TensorBoard, if there is a log and they are grey or coloured."""
         if self.writer is not None and len(images) and images.shape[1] in (1, 3):
             self.writer.add_images("purified", images.clamp(0, 1).cpu(), done)
+            self.writer.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -183,11 +183,18 @@ struct Conv3x3 {
   int64_t dilation;  // and the padding
 };
 
+// What goes into a convolution and out of it besides; null where there is none.
+struct ConvFusion {
+  const float* mask;      // like x, which is 0 where this is not positive
+  const float* bias;      // [outputs]
+  const float* residual;  // like y, and added to it
+  bool relu;              // of the sum
+};
+
 // The convolution with 3x3 weights, on the CPU only.                                      docs/math.md#conv3x3
 const char* launch_conv3x3(const float* x,         // [batch, height, width, channels]
                            const float* prepared,  // [36, panels, channels, kConvPanel]
-                           const float* bias,      // [outputs] or null
-                           Conv3x3 size,
+                           ConvFusion fusion, Conv3x3 size,
                            float* y,  // [batch, height, width, outputs]
                            void* stream);
 
@@ -203,6 +210,23 @@ const char* launch_conv3x3_bwd_weight(const float* dy,  // [batch, height, width
                                       Conv3x3 size,
                                       float* dw,  // [outputs, channels, 3, 3]
                                       void* stream);
+
+// A convolution with square strides and padding; or, transposed, the gradient of one, of which x is the gradient of the
+// outputs and y that of the images.
+struct StridedConv {
+  int64_t batch, channels, outputs;
+  int64_t height, width, y_height, y_width;
+  int64_t weight_rows, weight_columns, stride, padding;
+  bool transposed, channels_last, y_channels_last;
+};
+
+// How many numbers its prepared weights have.
+int64_t frozen_conv_weights(const StridedConv& size);
+
+// On the CPU only.                                                                        docs/math.md#frozen_conv
+const char* launch_frozen_conv(const float* x,
+                               const float* prepared,  // see atop_fast/ops/frozen_conv.py
+                               ConvFusion fusion, StridedConv size, float* y, void* stream);
 
 // The features of contextual_attention, (batch, channels, 2 rows, 2 columns), with one place for every second pixel.
 struct Attention {

@@ -23,7 +23,8 @@ int64_t tiles_together(int64_t tiles) {
 }
 
 struct Convolution {
-  const float *x, *prepared, *bias;
+  const float *x, *prepared;
+  ConvFusion fusion;
   int64_t channels, outputs;
   float* y;
   Tiles tiles;
@@ -33,21 +34,26 @@ struct Convolution {
   void run(int64_t first, int64_t count, float* v, int64_t v_step, float* m, int64_t m_step) const {
     const int64_t width = round_up(channels, kPanel), panels = (outputs + kPanel - 1) / kPanel;
     for (int64_t t = 0; t < count; ++t) {
-      const float* pixels[kPoints];
+      const float *pixels[kPoints], *masks[kPoints];
       tiles.find<6>(first + t, x, channels, zeros.data(), pixels);
-      transform_input(pixels, channels, v + t * width, v_step);
+      if (fusion.mask) tiles.find<6>(first + t, fusion.mask, channels, zeros.data(), masks);
+      transform_input(pixels, fusion.mask ? masks : nullptr, channels, v + t * width, v_step);
     }
     for (int64_t panel = 0; panel < panels; panel += kPanels) {
       const int64_t n = std::min(kPanels, panels - panel), o = panel * kPanel;
-      const Product product{count, channels, n, width, 1, n * kPanel, false};
+      const bool half = panel + n == panels && half_panel(outputs);
+      const Product product{count, channels, n, width, 1, n * kPanel, false, 1, 0, half};
       for (int64_t k = 0; k < kPoints; ++k) {
         multiply(product, v + k * v_step, prepared + (k * panels + panel) * channels * kPanel, m + k * m_step);
       }
       for (int64_t t = 0; t < count; ++t) {
         float* pixels[16];
+        const float* residuals[16];
         tiles.find<4, float>(first + t, y + o, outputs, nullptr, pixels);
-        transform_output(m + t * n * kPanel, m_step, bias ? bias + o : nullptr, std::min(n * kPanel, outputs - o),
-                         pixels);
+        if (fusion.residual) tiles.find<4, const float>(first + t, fusion.residual + o, outputs, nullptr, residuals);
+        const Epilogue epilogue{fusion.bias ? fusion.bias + o : nullptr, fusion.residual ? residuals : nullptr,
+                                fusion.relu};
+        transform_output(m + t * n * kPanel, m_step, epilogue, std::min(n * kPanel, outputs - o), pixels);
       }
     }
   }
@@ -72,10 +78,10 @@ ATOP_CLONES void prepare_panel(const double* g, float* __restrict__ u, int64_t s
 
 }  // namespace
 
-const char* launch_conv3x3(const float* x, const float* prepared, const float* bias, Conv3x3 size, float* y, void*) {
+const char* launch_conv3x3(const float* x, const float* prepared, ConvFusion fusion, Conv3x3 size, float* y, void*) {
   const Convolution convolution{x,
                                 prepared,
-                                bias,
+                                fusion,
                                 size.channels,
                                 size.outputs,
                                 y,

@@ -45,7 +45,7 @@ struct WeightGradient {
     for (int64_t t = 0; t < count; ++t) {
       const float* pixels[kPoints];
       tiles.find<6>(first + t, x, channels, zeros.data(), pixels);
-      transform_input(pixels, channels, v + t * width(), v_step);
+      transform_input(pixels, nullptr, channels, v + t * width(), v_step);
       tiles.find<4>(first + t, dy, outputs, zeros.data(), pixels);
       transform_gradient(pixels, outputs, z + t * kPanel, count * kPanel, z_step);
     }

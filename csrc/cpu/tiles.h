@@ -41,10 +41,18 @@ struct Tiles {
     const int64_t across = static_cast<int64_t>(columns.size()), down = static_cast<int64_t>(rows.size());
     const int64_t row = rows[tile / across % down], column = columns[tile % across];
     T* const image = images + tile / across / down * height * width * channels;
-    for (int64_t k = 0; k < N * N; ++k) {
-      const int64_t i = row + (k / N + kShift) * dilation, j = column + (k % N + kShift) * dilation;
-      const bool inside = i >= 0 && i < height && j >= 0 && j < width;
-      pixels[k] = inside ? image + (i * width + j) * channels : outside;
+    int64_t offsets[N];
+    bool inside[N];
+    for (int64_t l = 0; l < N; ++l) {
+      const int64_t j = column + (l + kShift) * dilation;
+      inside[l] = j >= 0 && j < width;
+      offsets[l] = j * channels;
+    }
+    for (int64_t k = 0; k < N; ++k) {
+      const int64_t i = row + (k + kShift) * dilation;
+      const bool has_row = i >= 0 && i < height;
+      T* const pixel = image + (has_row ? i : 0) * width * channels;
+      for (int64_t l = 0; l < N; ++l) pixels[N * k + l] = has_row && inside[l] ? pixel + offsets[l] : outside;
     }
   }
 };

@@ -38,16 +38,16 @@ namespace v1 {
 #include "cpu/winograd_undef.inc"
 }  // namespace v1
 
-void transform_input(const float* const* pixels, int64_t channels, float* v, int64_t step) {
-  ATOP_CALL(transform_input(pixels, channels, v, step));
+void transform_input(const float* const* pixels, const float* const* masks, int64_t channels, float* v, int64_t step) {
+  ATOP_CALL(transform_input(pixels, masks, channels, v, step));
 }
 
 void transform_gradient(const float* const* pixels, int64_t outputs, float* z, int64_t panel, int64_t step) {
   ATOP_CALL(transform_gradient(pixels, outputs, z, panel, step));
 }
 
-void transform_output(const float* m, int64_t step, const float* bias, int64_t outputs, float* const* pixels) {
-  ATOP_CALL(transform_output(m, step, bias, outputs, pixels));
+void transform_output(const float* m, int64_t step, const Epilogue& epilogue, int64_t outputs, float* const* pixels) {
+  ATOP_CALL(transform_output(m, step, epilogue, outputs, pixels));
 }
 
 }  // namespace atop::winograd

@@ -14,6 +14,25 @@ void check_floats(const char* function, const char* argument, const Tensor& t) {
   ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
 }
 
+// Sizes times a larger one could overflow.
+void check_dilation(const char* function, int64_t dilation) {
+  ATOP_CHECK(dilation >= 1 && dilation <= 65535, function, "dilation", "an integer and in [1, 65535]", text(dilation));
+}
+
+// Of ConvFusion.
+struct Extras {
+  std::optional<Tensor> mask, bias, residual;
+  bool relu = false;
+};
+
+void check_like(const char* function, const char* argument, const Tensor& t, const std::array<int64_t, 4>& sizes) {
+  check_floats(function, argument, t);
+  bool fits = t.dim() == 4;
+  for (int i = 0; fits && i < 4; ++i) fits = t.size(i) == sizes[i];
+  ATOP_CHECK(fits, function, argument,
+             text("of shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")"), shape_text(t));
+}
+
 // The weights (outputs, channels, 3, 3) where they lie; of the gradient in x, the same ones transposed and flipped.
 struct Weight {
   const char* function;
@@ -22,8 +41,8 @@ struct Weight {
 
   Weight(const char* function, const Tensor& t, bool transposed) : function(function) {
     check_floats(function, "weight", t);
-    ATOP_CHECK(t.dim() == 4 && t.size(2) == 3 && t.size(3) == 3, function, "weight", "of shape (O, C, 3, 3)",
-               shape_text(t));
+    const bool fits = t.dim() == 4 && t.size(0) > 0 && t.size(1) > 0 && t.size(2) == 3 && t.size(3) == 3;
+    ATOP_CHECK(fits, function, "weight", "of shape (O, C, 3, 3), O and C >= 1", shape_text(t));
     first = input<float>(t);
     outputs = t.size(0);
     channels = t.size(1);
@@ -51,36 +70,34 @@ struct Weight {
   }
 
   Tensor checked(const char* argument, const Tensor& prepared) const {
-    check_floats(function, argument, prepared);
-    const std::array<int64_t, 4> sizes = prepared_sizes();
-    bool fits = prepared.dim() == 4;
-    for (int i = 0; fits && i < 4; ++i) fits = prepared.size(i) == sizes[i];
-    ATOP_CHECK(fits, function, argument,
-               text("of shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")"), shape_text(prepared));
+    check_like(function, argument, prepared, prepared_sizes());
     return dense(prepared);
   }
 
-  Tensor convolve(const Tensor& x, const Tensor& prepared, const std::optional<Tensor>& bias, int64_t dilation) const {
+  Tensor convolve(const Tensor& x, const Tensor& prepared, const Extras& extras, int64_t dilation) const {
     const bool last = is_channels_last(x);
     const std::array<int64_t, 4> sizes{x.size(0), outputs, x.size(2), x.size(3)};
     // The kernel takes channels_last; what is not so is copied there and back.
     Tensor y = empty(sizes, x, true);
     if (y.numel() == 0) return last ? y : empty(sizes, x, false);
     const Tensor pixels = last ? x : in_layout_of(x, empty(x.sizes(), x, true));
-    const Tensor shift = bias ? dense(*bias) : x;
+    const Tensor mask = extras.mask ? in_layout_of(*extras.mask, pixels) : x;
+    const Tensor residual = extras.residual ? in_layout_of(*extras.residual, y) : x;
+    const Tensor shift = extras.bias ? dense(*extras.bias) : x;
+    const ConvFusion fusion{extras.mask ? input<float>(mask) : nullptr, extras.bias ? input<float>(shift) : nullptr,
+                            extras.residual ? input<float>(residual) : nullptr, extras.relu};
     const Conv3x3 size{x.size(0), channels, outputs, x.size(2), x.size(3), dilation};
     run_on_device_of(x, function, [&](void* stream) {
-      return launch_conv3x3(input<float>(pixels), input<float>(prepared), bias ? input<float>(shift) : nullptr, size,
-                            output<float>(y), stream);
+      return launch_conv3x3(input<float>(pixels), input<float>(prepared), fusion, size, output<float>(y), stream);
     });
     return last ? y : in_layout_of(y, empty(sizes, x, false));
   }
 
   void check_images(const char* argument, const Tensor& x, int64_t dilation) const {
     check_floats(function, argument, x);
-    ATOP_CHECK(x.dim() == 4 && x.size(1) == channels, function, argument, text("of shape (B, ", channels, ", H, W)"),
-               shape_text(x));
-    ATOP_CHECK(dilation >= 1, function, "dilation", "an integer and >= 1", text(dilation));
+    const bool fits = x.dim() == 4 && x.size(1) == channels && x.size(2) > 0 && x.size(3) > 0;
+    ATOP_CHECK(fits, function, argument, text("of shape (B, ", channels, ", H, W), H and W >= 1"), shape_text(x));
+    check_dilation(function, dilation);
   }
 };
 
@@ -89,7 +106,8 @@ Tensor conv3x3_prepare(const Tensor& weight, bool transposed) {
 }
 
 Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& prepared, const std::optional<Tensor>&, int64_t dilation) {
+               const std::optional<Tensor>& prepared, const std::optional<Tensor>&, int64_t dilation,
+               const std::optional<Tensor>& residual, bool relu) {
   const Weight weights("conv3x3", weight, false);
   weights.check_images("x", x, dilation);
   if (bias) {
@@ -97,26 +115,31 @@ Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor
     ATOP_CHECK(bias->dim() == 1 && bias->size(0) == weights.outputs, "conv3x3", "bias",
                text("of shape (", weights.outputs, ",)"), shape_text(*bias));
   }
+  if (residual) check_like("conv3x3", "residual", *residual, {x.size(0), weights.outputs, x.size(2), x.size(3)});
   const Tensor ready = prepared ? weights.checked("prepared", *prepared) : weights.prepare(weight);
-  return weights.convolve(x, ready, bias, dilation);
+  return weights.convolve(x, ready, {std::nullopt, bias, residual, relu}, dilation);
 }
 
-Tensor conv3x3_bwd(const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& prepared, int64_t dilation) {
+Tensor conv3x3_bwd(const Tensor& dy, const Tensor& weight, const std::optional<Tensor>& prepared, int64_t dilation,
+                   const std::optional<Tensor>& y) {
   const Weight weights("conv3x3_bwd", weight, true);
   weights.check_images("dy", dy, dilation);
+  if (y) check_like("conv3x3_bwd", "y", *y, {dy.size(0), dy.size(1), dy.size(2), dy.size(3)});
   const Tensor ready = prepared ? weights.checked("prepared", *prepared) : weights.prepare(weight);
-  return weights.convolve(dy, ready, std::nullopt, dilation);
+  return weights.convolve(dy, ready, {y, std::nullopt, std::nullopt, false}, dilation);
 }
 
 Tensor conv3x3_bwd_weight(const Tensor& dy, const Tensor& x, int64_t dilation) {
   constexpr const char* kFunction = "conv3x3_bwd_weight";
   check_floats(kFunction, "dy", dy);
   check_floats(kFunction, "x", x);
-  ATOP_CHECK(x.dim() == 4, kFunction, "x", "of shape (B, C, H, W)", shape_text(x));
-  const bool fits = dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3);
-  ATOP_CHECK(fits, kFunction, "dy", text("of shape (", x.size(0), ", O, ", x.size(2), ", ", x.size(3), ")"),
+  ATOP_CHECK(x.dim() == 4 && x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, kFunction, "x",
+             "of shape (B, C, H, W), C, H and W >= 1", shape_text(x));
+  const bool fits =
+      dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(2) == x.size(2) && dy.size(3) == x.size(3) && dy.size(1) > 0;
+  ATOP_CHECK(fits, kFunction, "dy", text("of shape (", x.size(0), ", O, ", x.size(2), ", ", x.size(3), "), O >= 1"),
              shape_text(dy));
-  ATOP_CHECK(dilation >= 1, kFunction, "dilation", "an integer and >= 1", text(dilation));
+  check_dilation(kFunction, dilation);
   const std::array<int64_t, 4> sizes{dy.size(1), x.size(1), 3, 3};
   Tensor dw = empty(sizes, x, false);
   if (dw.numel() == 0) return dw;

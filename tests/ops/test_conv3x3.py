@@ -94,6 +94,22 @@ def test_gradients(backend, shape, dilation):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@cases(shape=SHAPES, residual=(False, True), relu=(False, True), frozen=(False, True))
+def test_sum_and_clamp(backend, shape, residual, relu, frozen):
+    """What is added to the outputs, 0 instead of what is negative, and all gradients, or those of frozen weights."""
+    x, weight, bias = sample(shape)
+    added = torch.randn_like(spec_module.formula(x, weight, bias, 1))
+    leaves = [t.requires_grad_() for t in ([x] if frozen else [x, weight, bias]) + ([added] if residual else [])]
+    with harness.owned_by(backend, NAMES):
+        y = spec_module.OP(x, weight, bias, None, None, 1, added if residual else None, relu)
+        plain = call(x, weight, bias, 1) + (added if residual else 0)
+        assert torch.equal(y, plain.relu() if relu else plain)
+        mine, expected = (torch.autograd.grad(z, leaves, added) for z in (y, plain.relu() if relu else plain))
+    for one, other in zip(mine, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @cases(layout=harness.LAYOUTS, weights=harness.LAYOUTS)
 def test_layouts(backend, layout, weights):
     x, weight, bias = sample((2, 6, 20, 9, 7))
@@ -105,6 +121,14 @@ def test_layouts(backend, layout, weights):
         for actual, expected in (
             (call(laid_x, laid_weight, laid_bias, 2), call(x, weight, bias, 2)),
             (spec_module.OP_BWD(laid_dy, laid_weight, None, 2), spec_module.OP_BWD(dy, weight, None, 2)),
+            (
+                spec_module.OP_BWD(laid_dy, laid_weight, None, 2, dy.square()),
+                spec_module.OP_BWD(dy, weight, None, 2),
+            ),
+            (
+                spec_module.OP(laid_x, laid_weight, laid_bias, None, None, 2, dy, True),
+                spec_module.OP(x, weight, bias, None, None, 2, laid_dy, True),
+            ),
         ):
             assert actual.is_contiguous(memory_format=wanted)
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -243,15 +267,23 @@ OP_BAD = [
         TypeError,
         r"conv3x3: x must be a float32 tensor, got torch.float64",
     ),
-    ({"x": torch.zeros(1, 3, 3, 3)}, ValueError, r"conv3x3: x must be of shape \(B, 2, H, W\), got \(1, 3, 3, 3\)"),
-    ({"x": torch.zeros(2, 3, 3)}, ValueError, r"conv3x3: x must be of shape \(B, 2, H, W\), got \(2, 3, 3\)"),
+    (
+        {"x": torch.zeros(1, 3, 3, 3)},
+        ValueError,
+        r"conv3x3: x must be of shape \(B, 2, H, W\), H and W >= 1, got \(1, 3, 3, 3\)",
+    ),
+    (
+        {"x": torch.zeros(2, 3, 3)},
+        ValueError,
+        r"x must be of shape \(B, 2, H, W\), H and W >= 1, got \(2, 3, 3\)",
+    ),
     (
         {"weight": torch.zeros(4, 2, 5, 3)},
         ValueError,
-        r"conv3x3: weight must be of shape \(O, C, 3, 3\), got \(4, 2, 5, 3\)",
+        r"conv3x3: weight must be of shape \(O, C, 3, 3\), O and C >= 1, got \(4, 2, 5, 3\)",
     ),
     ({"bias": torch.zeros(3)}, ValueError, r"conv3x3: bias must be of shape \(4,\), got \(3,\)"),
-    ({"dilation": 0}, ValueError, r"conv3x3: dilation must be an integer and >= 1, got 0"),
+    ({"dilation": 0}, ValueError, r"conv3x3: dilation must be an integer and in \[1, 65535\], got 0"),
 ]
 
 
@@ -283,7 +315,7 @@ def test_bad_prepared(backend):
     words = r"conv3x3: prepared must be of shape \(36, 1, 4, 16\), got \(36, 1, 6, 16\)"
     with harness.owned_by(backend, NAMES), pytest.raises(RuntimeError, match=words):
         spec_module.OP(x, weight, None, spec_module.OP_PREPARE(weight, True), None, 1)
-    words = r"conv3x3_bwd: dy must be of shape \(B, 6, H, W\), got \(1, 4, 4, 4\)"
+    words = r"conv3x3_bwd: dy must be of shape \(B, 6, H, W\), H and W >= 1, got \(1, 4, 4, 4\)"
     with harness.owned_by(backend, NAMES), pytest.raises(RuntimeError, match=words):
         spec_module.OP_BWD(x, weight, None, 1)
 
@@ -294,9 +326,9 @@ def test_bad_input_of_weight_gradient(backend):
     dy, x = torch.zeros(1, 4, 3, 3), torch.zeros(1, 2, 3, 3)
     bad = (
         ((dy.double(), x, 1), TypeError, "dy must be a float32 tensor, got torch.float64"),
-        ((dy, x[0], 1), ValueError, r"x must be of shape \(B, C, H, W\), got \(2, 3, 3\)"),
-        ((dy[:, :, 1:], x, 1), ValueError, r"dy must be of shape \(1, O, 3, 3\), got \(1, 4, 2, 3\)"),
-        ((dy, x, 0), ValueError, "dilation must be an integer and >= 1, got 0"),
+        ((dy, x[0], 1), ValueError, r"x must be of shape \(B, C, H, W\), C, H and W >= 1, got \(2, 3, 3\)"),
+        ((dy[:, :, 1:], x, 1), ValueError, r"dy must be of shape \(1, O, 3, 3\), O >= 1, got \(1, 4, 2, 3\)"),
+        ((dy, x, 0), ValueError, r"dilation must be an integer and in \[1, 65535\], got 0"),
     )
     with harness.owned_by(backend, NAMES):
         for arguments, error, words in bad:

@@ -63,7 +63,11 @@ def test_compiles():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"x": torch.zeros(1, 3, 3, 3)}, ValueError, r"x must be of shape \(B, 2, H, W\), got \(1, 3, 3, 3\)"),
+        (
+            {"x": torch.zeros(1, 3, 3, 3)},
+            ValueError,
+            r"x must be of shape \(B, 2, H, W\), H and W >= 1, got \(1, 3, 3, 3\)",
+        ),
         ({"weight": torch.zeros(4, 2, 5, 3)}, ValueError, r"weight must be of shape \(O, C, 3, 3\)"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias must be of shape \(4,\), got \(3,\)"),
         ({"x": torch.zeros(1, 2, 3, 3).int()}, TypeError, "x must be a floating-point tensor, got torch.int32"),

@@ -1,0 +1,237 @@
+"""A convolution of any size and stride on CPUs whose weights do not change any more, with what comes after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import message
+from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
+from .conv3x3 import PANEL, check_bias, check_float32, check_like, relu_bwd, with_residual
+
+
+def formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, residual: Tensor | None, relu: bool
+) -> Tensor:
+    """The op as a user would write it, in the dtype of `x`; the baseline of the benchmarks."""
+    y = F.conv2d(x, weight, bias, stride, padding)
+    y = y if residual is None else y + residual
+    return y.relu() if relu else y
+
+
+def prepare(weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
+    """The weights (O, C, K, L) in the order in which the kernel reads them, flat; `transposed` for the gradient.
+
+    Those of PANEL outputs lie side by side, 0 beyond the outputs, for every row, column and channel. The gradient in
+    images of a stride s has s * s parts, one after the other: pixels with other remainders meet other weights. Or all
+    parts are outputs of one, with zeros where a pixel does not meet a weight, if that takes fewer products.
+    """
+    if not transposed:
+        return _flat(weight)
+    weight = weight.transpose(0, 1)
+    outputs, inputs, *sizes = weight.shape
+    rows, columns = ([_taps(size, stride, padding, i) for i in range(stride)] for size in sizes)
+    (top, height), (left, width) = (_extent(taps) for taps in (rows, columns))
+    if -(-stride * stride * outputs // PANEL) * height * width >= -(-outputs // PANEL) * sizes[0] * sizes[1]:
+        parts = [(list(row.values())[::-1], list(column.values())[::-1]) for row in rows for column in columns]
+        return torch.cat([_flat(weight[:, :, row][:, :, :, column]) for row, column in parts])
+    joint = weight.new_zeros(stride, stride, outputs, inputs, height, width)
+    for a, row in enumerate(rows):
+        for b, column in enumerate(columns):
+            for i, k in row.items():
+                for j, n in column.items():
+                    joint[a, b, :, :, i - top, j - left] = weight[:, :, k, n]
+    return _flat(joint.flatten(0, 2))
+
+
+def _taps(size: int, stride: int, padding: int, remainder: int) -> dict[int, int]:
+    """Which weights, of `size` along an axis, the pixels with this remainder meet, by the place of their output."""
+    reach = remainder + padding
+    return {(reach - k) // stride: k for k in range(reach % stride, size, stride)}
+
+
+def _extent(taps: list[dict[int, int]]) -> tuple[int, int]:
+    """The first output that any of the remainders meets, and how many outputs there are to the last one."""
+    places = [place for tap in taps for place in tap]
+    return min(places), max(places) - min(places) + 1
+
+
+def _flat(weight: Tensor) -> Tensor:
+    panels = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % PANEL)).unflatten(0, (-1, PANEL))
+    return panels.permute(0, 3, 4, 2, 1).flatten()
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: Tensor,
+    prepared_t: Tensor,
+    stride: int,
+    padding: int,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """The specification. `prepared` and `prepared_t` are the weights as `prepare` orders them for kernels."""
+    check_float32("frozen_conv", x=x, weight=weight, bias=bias, residual=residual)
+    check_bias("frozen_conv", bias, weight)
+    y = F.conv2d(x, weight, bias, stride, padding)
+    if residual is not None:
+        check_like("frozen_conv", "residual", residual, y)
+    y = formula(x, weight, bias, stride, padding, residual, relu)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def reference_bwd(
+    dy: Tensor,
+    weight: Tensor,
+    prepared_t: Tensor,
+    height: int,
+    width: int,
+    stride: int,
+    padding: int,
+    channels_last: bool,
+    y: Tensor | None,
+) -> Tensor:
+    """The gradient in x (B, C, height, width), of dy where y > 0 if there is y."""
+    check_float32("frozen_conv_bwd", dy=dy, weight=weight, y=y)
+    if y is not None:
+        check_like("frozen_conv_bwd", "y", y, dy)
+        dy = relu_bwd(dy, y)
+    x = dy.new_empty(len(dy), weight.shape[1], height, width)
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+    )
+    return dx.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+OP = define(
+    "frozen_conv(Tensor x, Tensor weight, Tensor? bias, Tensor prepared, Tensor prepared_t, int stride, int padding,"
+    " Tensor? residual, bool relu) -> Tensor",
+    reference,
+    kernels=None,
+)
+OP_BWD = define(
+    "frozen_conv_bwd(Tensor dy, Tensor weight, Tensor prepared_t, int height, int width, int stride, int padding,"
+    " bool channels_last, Tensor? y) -> Tensor",
+    reference_bwd,
+    kernels=None,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, prepared_t, ctx.stride, ctx.padding, _, relu = inputs
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError(message("frozen_conv", "weight", "without gradients, and bias too", "requires_grad=True"))
+    ctx.size, ctx.channels_last = x.shape[2:], not x.is_contiguous()
+    ctx.save_for_backward(weight, prepared_t, output if relu else None)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    weight, prepared_t, y = ctx.saved_tensors
+    of_x, of_residual = ctx.needs_input_grad[0], ctx.needs_input_grad[7]
+    if y is not None and of_residual:
+        dy, y = relu_bwd(dy, y), None
+    dx = None
+    if of_x:
+        dx = OP_BWD(dy, weight, prepared_t, *ctx.size, ctx.stride, ctx.padding, ctx.channels_last, y)
+    return dx, None, None, None, None, None, None, dy if of_residual else None, None
+
+
+torch.library.register_autograd(f"{NAMESPACE}::frozen_conv", _backward, setup_context=_setup_context, lib=LIBRARY)
+forbid_double_backward("frozen_conv_bwd")
+
+
+# Larger weights do not stay in the caches of a processor, and torch's convolution reads them less often.
+MOST_WEIGHTS = 1 << 18
+# With more input channels and without a stride, a convolution is what torch's does best.
+FEW_CHANNELS = 16
+
+
+def wins(x: Tensor, weight: Tensor) -> bool:
+    """Whether the op can serve; `FrozenConv.accepts` says where it is faster than torch's convolution."""
+    return "cpp" not in MISSING and x.is_cpu and x.dtype == weight.dtype == torch.float32
+
+
+class FrozenConv(nn.Module):
+    """A copy of a convolution whose weights do not change any more, with what follows it: for networks under attack.
+
+    relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from the op
+    `frozen_conv` where it wins, from torch's convolution otherwise. The weights have no gradient and are not in the
+    state dict, as they cannot be changed.
+
+    Args:
+        convolution: A convolution that `accepts` takes.
+        relu: Whether the sum is clamped to 0.
+
+    Raises:
+        TypeError: If `convolution` is no nn.Conv2d.
+        ValueError: If it is one that `accepts` does not take.
+
+    Shape:
+        (B, C, H, W) and, if there is a residual, (B, O, H', W') to (B, O, H', W'), as `convolution`.
+
+    Example:
+        >>> FrozenConv(nn.Conv2d(3, 16, 3, stride=2), relu=True)(torch.rand(8, 3, 32, 32)).shape
+        torch.Size([8, 16, 15, 15])
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    prepared: Tensor
+    prepared_t: Tensor
+
+    def __init__(self, convolution: nn.Conv2d, relu: bool = False) -> None:
+        super().__init__()
+        if not isinstance(convolution, nn.Conv2d):
+            raise TypeError(message("FrozenConv", "convolution", "an nn.Conv2d", type(convolution).__name__))
+        if not self.accepts(convolution):
+            expected = "a float32 convolution on the CPU with a stride or few channels, few weights, and no groups"
+            raise ValueError(message("FrozenConv", "convolution", expected, convolution))
+        self.stride, self.padding, self.relu = convolution.stride[0], int(convolution.padding[0]), relu
+        weight, bias = convolution.weight.detach().clone(), convolution.bias
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
+        for name, transposed in (("prepared", False), ("prepared_t", True)):
+            self.register_buffer(name, prepare(weight, self.stride, self.padding, transposed), persistent=False)
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether `module` is a convolution that this one can replace and outdo.
+
+        Measured against oneDNN: forward the two are about as fast, and what follows is free; the gradient in images of
+        few channels takes a third to a half of the time.
+        """
+        return (
+            type(module) is nn.Conv2d
+            and (module.stride[0] > 1 or module.in_channels < FEW_CHANNELS)
+            and module.stride[0] == module.stride[1]
+            and not isinstance(module.padding, str)
+            and module.padding[0] == module.padding[1]
+            and module.dilation == (1, 1)
+            and module.groups == 1
+            and module.padding_mode == "zeros"
+            and module.weight.dtype == torch.float32
+            and module.weight.is_cpu
+            and module.weight.numel() <= MOST_WEIGHTS
+        )
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolve images (B, C, H, W), add the residual and clamp."""
+        if not wins(x, self.weight):
+            return formula(x, self.weight, self.bias, self.stride, self.padding, residual, self.relu)
+        weights = (self.weight, self.bias, self.prepared, self.prepared_t, self.stride, self.padding)
+        height, width = (
+            (size + 2 * self.padding - taps) // self.stride + 1
+            for size, taps in zip(x.shape[2:], self.weight.shape[2:], strict=True)
+        )
+        shape = (len(x), len(self.weight), height, width)
+        return with_residual(lambda *fused: OP(x, *weights, *fused), residual, self.relu, shape)
+
+    def extra_repr(self) -> str:
+        """What the weights do not show."""
+        outputs, channels, *sizes = self.weight.shape
+        return f"{channels}, {outputs}, {tuple(sizes)}, stride={self.stride}, padding={self.padding}, relu={self.relu}"
