@@ -38,7 +38,7 @@ class Line(Step):
 
     def losses(self, x, y, ids, epoch):
         self.rates.append(float(self.optimizers["line"].param_groups[0]["lr"]))
-        self.seen.append(ids)
+        self.seen.append(ids.clone())
         loss = self.modules["line"](x.mean((1, 2, 3))[:, None]).square().mean()
         self.update(loss, "line")
         self.gradients.append(torch.cat([p.grad.flatten() for p in self.modules["line"].parameters()]))

@@ -41,7 +41,8 @@ class Step:
     batch, and gradients are summed. The parts of a step have names in torch.profiler's traces.
 
     After some updates a GPU replays them as CUDA graphs (capture.py). So what `losses` does must not depend on numbers
-    of Python's that change; nor may it read a tensor's values or copy from the host.
+    of Python's that change; nor may it read a tensor's values or copy from the host. The tensors that it gets are
+    buffers, which the next update overwrites.
 
     Args:
         modules: the networks that change, by name; the first is the one that is averaged and checked.
@@ -195,7 +196,7 @@ class PretrainStep(Step):
         self.update(loss, "purifier")
         return logs
 
-    def restore(self, x: Tensor, target: Tensor, ids: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor, Logs]:
+    def restore(self, x: Tensor, target: Tensor, ids: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor, Logs]:
         """One purifier pass and a discriminator step: the assembled image in [0, 1], the loss so far, and its parts."""
         with record_function("transform"):
             corrupted = self.transform(x, self.seed, ids, epoch)
@@ -296,8 +297,10 @@ class FinetuneStep(PretrainStep):
         self.update(loss, "purifier")
         return {**logs, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
-    def attack(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Tensor:
-        """The images of this epoch: adversarial ones, and, by adversarial_share, clean ones among them."""
+    def attack(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int | Tensor) -> Tensor:
+        """The images of an epoch, the one in hand or any: adversarial ones, and, by adversarial_share, clean ones."""
+        if isinstance(epoch, int):
+            self.prepare(epoch)
         # Not a call of the attack, which checks values and so waits for a GPU.
         with self.attacker.prepared() as estimator:
             estimator.seed = self.attack_key
@@ -324,8 +327,7 @@ class FinetuneStep(PretrainStep):
 
     def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """Adversarial images of the first epoch, and below them what the purifier makes of them."""
-        self.prepare(0)
-        return super().pictures(self.attack(x, y, ids, torch.zeros_like(self.epoch)), y, ids)
+        return super().pictures(self.attack(x, y, ids, 0), y, ids)
 
     def _attacker(self) -> Attack:
         config = self.config
