@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 # Published beside the pages, which link to them as `../<folder>/<file>`, as they lie in the repository.
-PUBLISHED = ("benchmarks", "examples", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
+PUBLISHED = ("benchmarks", "examples", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -26,6 +26,7 @@ def bench(
     plot: str | None = None,
     quick: bool = False,
     compile_all: bool = False,
+    match: str = "",
     commit: str | None = None,
 ) -> None:
     """Measure atop_fast against other libraries, plain PyTorch and torch.compile; `atop-fast bench [SUITE] [options]`.
@@ -41,6 +42,7 @@ def bench(
         plot: picture of the ratios, or of the suite scaling alone, by its name a PNG, SVG or PDF file.
         quick: fewer and smaller cases and no torch.compile; a minute or two instead of twenty.
         compile_all: torch.compile for every case of an op and for DeepFillV2, which takes minutes each.
+        match: only cases whose name contains this.
         commit: what to record as the commit; by default what git says.
     """
     check_choice("bench", "suite", suite, [*SUITES, "all"])
@@ -49,7 +51,7 @@ def bench(
     for path in paths:
         # Refused now, not after twenty minutes.
         writable_folder("bench", "json" if str(path) == json else "plot", path.parent)
-    for document in run(SUITES if suite == "all" else (suite,), Options(device, quick, compile_all), commit):
+    for document in run(SUITES if suite == "all" else (suite,), Options(device, quick, compile_all), commit, match):
         if json:
             results.write(Path(json), document)
         if plot:
@@ -60,7 +62,9 @@ def bench(
         print("wrote", path)
 
 
-def run(suites: tuple[str, ...], options: Options, commit: str | None = None) -> Iterator[dict[str, Any]]:
+def run(
+    suites: tuple[str, ...], options: Options, commit: str | None = None, match: str = ""
+) -> Iterator[dict[str, Any]]:
     """Measure suites and print their rows; after each, the document of all so far, lest a later failure lose them."""
     keep_heap()
     start = time.perf_counter()
@@ -69,7 +73,8 @@ def run(suites: tuple[str, ...], options: Options, commit: str | None = None) ->
     for name in suites:
         found: list[dict[str, Any]] = []
         for case in importlib.import_module(f"atop_fast.bench.{name}").cases(options):
-            found += measure(case, options.device, 0.05 if options.quick else 0.15, roofline)
+            if match in case.name:
+                found += measure(case, options.device, 0.05 if options.quick else 0.15, roofline)
         results.print_rows(found)
         rows += found
         seconds = time.perf_counter() - start
