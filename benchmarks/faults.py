@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import _victims
-from _harness import RESULTS, metadata, print_table, write
 from _reliability import faults_by_kind
+from _results import RESULTS, metadata, print_table, write
 from _victims import UNITS, UPDATES, Job, child, kept, result
 
 # Children of a server that has only imported the package start quickly.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import RESULTS, metadata, print_table, write
+from _results import RESULTS, metadata, print_table, write
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

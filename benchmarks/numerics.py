@@ -20,7 +20,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from _harness import RESULTS, metadata, print_table, write
+from _results import RESULTS, metadata, print_table, write
 from torch import Tensor
 
 import atop_fast

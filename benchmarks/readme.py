@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import counted
-from _harness import OTHERS, RESULTS
 from _reliability import faults, load, numerics
+from _results import OTHERS, RESULTS
 
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
 from atop_fast.bench.results import format_quality, format_time, read
@@ -287,12 +287,31 @@ def recorded(file: str, table: Callable[[dict[str, Any]], str]) -> str:
     return f"{table(document)}\n\n{_source(document)}"
 
 
-RELIABILITY = {"reliability": faults, "numerics": numerics, "load": load}
+def engine(document: dict[str, Any]) -> str:
+    """What a training spends outside of its networks."""
+    names = {"unet": "U-Net, width 32, 2 blocks", "deepfill_v2": "DeepFillV2"}
+    lines = ["| purifier | batch | side | updates | outside of the networks |", "|---|---|---|---|---|"]
+    for row in document["rows"]:
+        sizes = " | ".join(str(row[key]) for key in ("batch", "size", "updates"))
+        lines.append(f"| {names[row['purifier']]} | {sizes} | {row['outside_percent']:.1f} % |")
+    return "\n".join(lines)
+
+
+def cifar(document: dict[str, Any]) -> str:
+    """The verdicts of a recipe's report: means of fresh draws with their intervals."""
+    columns = {"clean": "no attack", "fgsm": "FGSM, 4 draws", "pgd20_eot": "PGD-20, 4 draws"}
+    lines = ["| purifier | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    for name, verdicts in document["systems"].items():
+        lines.append(f"| {name} | " + " | ".join(_accuracy(verdicts[column]) for column in columns) + " |")
+    return "\n".join(lines) + f"\n\n`{document['command']}`"
+
+
+RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine": engine, "cifar-native": cifar}
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes,
-    **{table.__name__: functools.partial(recorded, file, table) for file, table in RELIABILITY.items()},
+    **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **counted.TABLES,
 }  # fmt: skip
@@ -303,6 +322,7 @@ PAGES = {
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
+    "docs/training.md": ("engine", "cifar"),
 }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from toolkit import nvcc
 
 HAS_GPU = torch.cuda.is_available()
 # Read when @triton.jit runs, so it must be set before any kernel is imported.
@@ -42,13 +42,6 @@ def absent_backends() -> dict[str, str]:
     if nvcc() is None:
         absent["nvcc"] = "no CUDA toolkit"
     return absent
-
-
-def nvcc() -> str | None:
-    """The CUDA compiler, in CUDA_HOME, its usual place, or on PATH."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    usual = [os.path.join(home, "bin", "nvcc") for home in homes if home]
-    return next((path for path in usual if os.path.isfile(path)), shutil.which("nvcc"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,15 @@ from atop_fast.ops import _registry
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 # These hold no timings.
-OTHERS = ("demo--cpu", "load--cpu", "numerics--cpu", "reliability--cpu", "tests--cuda")
+OTHERS = (
+    "cifar-native--cpu",
+    "demo--cpu",
+    "engine--cpu",
+    "load--cpu",
+    "numerics--cpu",
+    "reliability--cpu",
+    "tests--cuda",
+)
 FILES = sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
 # The ops whose rows have another name: functions over one op, and one op with several functions.
 OPS = {"random_resize_pad": "resample", "gated_elu": "gated", "gated_elu_bias": "gated", "gated_relu": "gated"}

@@ -30,6 +30,8 @@ MODULES = {
     ),
     *("tarfile", "zipfile", "shelve", "marshal", "dill", "cloudpickle", "joblib", "ctypes", "runpy", "code", "pty"),
 }
+# Benchmarks ask git for the commit, start themselves as several processes, and tell the allocator to keep its memory.
+BENCH = {"results.py": "import subprocess", "scaling.py": "import subprocess", "harness.py": "import ctypes"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {
     "os": {"system", "popen", "execv", "execve", "execvp", "spawnl", "spawnv", "fork", "posix_spawn", "startfile"},
@@ -82,7 +84,8 @@ def faults(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_runs_or_fetches_what_is_read(path):
-    assert faults(path.read_text(encoding="utf-8")) == []
+    allowed = BENCH.get(path.name, "") if path.parent.name == "bench" else ""
+    assert [fault for fault in faults(path.read_text(encoding="utf-8")) if fault.split(": ")[1] != allowed] == []
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ class PGD(Attack):
     ) -> None:
         super().__init__(model, norm, eps, steps=steps, eot_iter=eot_iter, gradient=gradient, seed=seed, **options)
         name = type(self).__name__
-        self.alpha = 2.5 * self.eps / self.steps if alpha is None else check_number(name, "alpha", alpha, low=0, high=MAX_LENGTH)
+        alpha = 2.5 * self.eps / self.steps if alpha is None else alpha
+        self.alpha = check_number(name, "alpha", alpha, low=0, high=2.5 * MAX_LENGTH)
         self.restarts = check_integer(name, "restarts", restarts, low=1)
         self.selection_draws = check_integer(name, "selection_draws", selection_draws, low=1)
         self.random_start = bool(random_start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ def bench(
         plot: picture of the ratios, or of the suite scaling alone, by its name a PNG, SVG or PDF file.
         quick: fewer and smaller cases and no torch.compile; a minute or two instead of twenty.
         compile_all: torch.compile for every case of an op and for DeepFillV2, which takes minutes each.
-        match: only cases whose name contains this.
+        match: only cases in whose name this regular expression is found.
         commit: what to record as the commit; by default what git says.
     """
     check_choice("bench", "suite", suite, [*SUITES, "all"])
@@ -73,7 +74,7 @@ def run(
     for name in suites:
         found: list[dict[str, Any]] = []
         for case in importlib.import_module(f"atop_fast.bench.{name}").cases(options):
-            if match in case.name:
+            if re.search(match, case.name):
                 found += measure(case, options.device, 0.05 if options.quick else 0.15, roofline)
         results.print_rows(found)
         rows += found

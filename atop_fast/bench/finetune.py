@@ -119,7 +119,7 @@ def cases(options: Options) -> Iterator[Case]:
         return
     variants = ["public", "one pass bfloat16", "atop_fast", "atop_fast bfloat16"]
     compiled = ("compile bfloat16",) if options.compile_all or gpu else ()
-    yield step_case("deepfill_v2", (16 if gpu else 2, 256), options, [*variants, *compiled])
+    yield step_case("deepfill_v2", (16 if gpu else 8, 256), options, [*variants, *compiled])
 
 
 def step_case(purifier: str, size: tuple[int, int], options: Options, variants: list[str]) -> Case:

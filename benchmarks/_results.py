@@ -13,7 +13,15 @@ __all__ = ["OTHERS", "RESULTS", "metadata", "print_table", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 # The files that hold no timings; all others have the form of `atop-fast bench`.
-OTHERS = ("demo--cpu", "load--cpu", "numerics--cpu", "reliability--cpu", "tests--cuda")
+OTHERS = (
+    "cifar-native--cpu",
+    "demo--cpu",
+    "engine--cpu",
+    "load--cpu",
+    "numerics--cpu",
+    "reliability--cpu",
+    "tests--cuda",
+)
 
 
 def write(name: str, device: str, folder: Path, document: dict[str, Any]) -> Path:
