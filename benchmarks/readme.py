@@ -276,7 +276,7 @@ def _accuracy(verdict: dict[str, Any]) -> str:
 
 def _source(document: dict[str, Any]) -> str:
     return (
-        f"Measured {document['date']} on {document['device']}, {document['threads']} threads, "
+        f"Measured {document['date']} on {document['device']}, {_threads(document)}, "
         f"torch {document['versions']['torch']}, commit {document['commit'][:12]}."
     )
 
@@ -304,6 +304,10 @@ def cifar(document: dict[str, Any]) -> str:
     for name, verdicts in document["systems"].items():
         lines.append(f"| {name} | " + " | ".join(_accuracy(verdicts[column]) for column in columns) + " |")
     return "\n".join(lines) + f"\n\n`{document['command']}`"
+
+
+def _threads(document: dict[str, Any]) -> str:
+    return "1 thread" if document["threads"] == 1 else f"{document['threads']} threads"
 
 
 RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine": engine, "cifar-native": cifar}
