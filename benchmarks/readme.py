@@ -205,6 +205,17 @@ def suite_table(suite: str) -> str:
     return (picture if suite == "scaling" and found else "") + _table(found)
 
 
+def finetune() -> str:
+    """A fine-tuning step against the formulations that torch's own functions allow."""
+    lines = ["| step | ours | against | times, theirs and ours | faster | peak memory |", "|---|---|---|---|---|---|"]
+    for ours, peer, ratio in sorted(comparisons(documents()["finetune--cpu"]["rows"]), key=lambda c: c.ours["case"]):
+        times = ", ".join(format_time(row["median_s"]) for row in (peer, ours))
+        memory = ", ".join(f"{row['peak_mib']:,.0f}" for row in (peer, ours))
+        work = f"{ours['case']}, {ours['shape']}"
+        lines.append(f"| {work} | {ours['dtype']} | {peer['variant']} | {times} | {_ratio(ratio)} | {memory} MiB |")
+    return "\n".join(lines) + f"\n\n{_source(documents()['finetune--cpu'])}"
+
+
 def processes() -> str:
     """One evaluation by several processes."""
     rows = [row for row in latest() if row["case"] == "evaluation by processes"]
@@ -314,14 +325,14 @@ RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine":
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
-    "losses": losses, "processes": processes,
+    "losses": losses, "processes": processes, "finetune": finetune,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **counted.TABLES,
 }  # fmt: skip
 # Where the tables stand.
 PAGES = {
-    "README.md": ("demo", "attacks", "ops"),
+    "README.md": ("demo", "finetune", "attacks", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
     **counted.PAGES,
