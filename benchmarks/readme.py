@@ -337,7 +337,7 @@ PAGES = {
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
-    "docs/training.md": ("engine",),
+    "docs/training.md": ("engine", "cifar"),
 }
 
 
