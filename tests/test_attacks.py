@@ -175,7 +175,7 @@ def test_empty_batch():
     ("call", "error", "pattern"),
     [
         (lambda: PGD(CLASSIFIER, "L3"), ValueError, "PGD: norm must be one of 'Linf', 'L2', got 'L3'"),
-        (lambda: PGD(CLASSIFIER, eps=-0.1), ValueError, "PGD: eps must be finite and >= 0, got -0.1"),
+        (lambda: PGD(CLASSIFIER, eps=-0.1), ValueError, r"PGD: eps must be finite and in \[0, 1e\+06\], got -0.1"),
         (lambda: FGSM(CLASSIFIER, eps=float("nan")), ValueError, "FGSM: eps must be finite"),
         (lambda: PGD(CLASSIFIER, steps=0), ValueError, "PGD: steps must be an integer and >= 1, got 0"),
         (lambda: PGD(CLASSIFIER, gradient="bpda"), TypeError, "PGD: gradient 'bpda' needs a Defense, got SmallCNN"),

@@ -199,7 +199,7 @@ def test_empty_batch():
     ("options", "error", "pattern"),
     [
         ({"norm": "Linf"}, ValueError, "CW: norm must be one of 'L2', got 'Linf'"),
-        ({"eps": -1.0}, ValueError, "CW: eps must be finite and >= 0, got -1.0"),
+        ({"eps": -1.0}, ValueError, r"CW: eps must be finite and in \[0, 1e\+06\], got -1.0"),
         ({"c": -1.0}, ValueError, "CW: c must be finite and in"),
         ({"kappa": "1"}, TypeError, "CW: kappa must be a number, got str"),
         ({"lr": float("nan")}, ValueError, "CW: lr must be finite"),
