@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,12 @@ def with_residual(
     """convolve(residual, relu) of outputs of `shape`; a residual that does not fit it is added as torch does."""
     if residual is None or (residual.dtype, residual.shape) == (torch.float32, shape):
         return convolve(residual, relu)
-    y = convolve(None, False) + residual
+    return finished(convolve(None, False), residual, relu)
+
+
+def finished(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """What follows a convolution: y + residual, clamped to 0 if `relu`."""
+    y = y if residual is None else y + residual
     return y.relu() if relu else y
 
 
@@ -80,8 +85,7 @@ def reference(
     y = formula(x, weight, bias, dilation)
     if residual is not None:
         check_like("conv3x3", "residual", residual, y)
-        y = y + residual
-    return (y.relu() if relu else y).contiguous(memory_format=memory_format(x))
+    return finished(y, residual, relu).contiguous(memory_format=memory_format(x))
 
 
 def reference_bwd(
@@ -239,7 +243,49 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
     return formula(x, weight, bias, dilation)
 
 
-class FrozenConv3x3(nn.Module):
+class Frozen(nn.Module):
+    """A copy of a convolution whose weights do not change any more: what FrozenConv3x3 and FrozenConv share.
+
+    Args:
+        convolution: A convolution that the subclass's `accepts` takes.
+        relu: Whether the result is clamped to 0.
+        prepare: From the weights, and whether they are to be transposed, to what the subclass's op reads.
+    """
+
+    # What `accepts` takes, in words.
+    ACCEPTED: ClassVar[str]
+    weight: Tensor
+    bias: Tensor | None
+    prepared: Tensor
+    prepared_t: Tensor
+
+    def __init__(self, convolution: nn.Conv2d, relu: bool, prepare: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(convolution, nn.Conv2d):
+            raise TypeError(message(name, "convolution", "an nn.Conv2d", type(convolution).__name__))
+        if not self.accepts(convolution):
+            raise ValueError(message(name, "convolution", self.ACCEPTED, convolution))
+        self.relu = relu
+        weight, bias = convolution.weight.detach().clone(), convolution.bias
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
+        self.register_buffer("prepared", prepare(weight, False), persistent=False)
+        self.register_buffer("prepared_t", prepare(weight, True), persistent=False)
+
+    @staticmethod
+    def accepts(module: nn.Module) -> bool:
+        """Whether `module` is a float32 convolution on the CPU, without groups, that is padded by zeros."""
+        return (
+            type(module) is nn.Conv2d
+            and module.groups == 1
+            and module.padding_mode == "zeros"
+            and module.weight.dtype == torch.float32
+            and module.weight.is_cpu
+        )
+
+
+class FrozenConv3x3(Frozen):
     """A copy of a 3x3 convolution whose weights do not change any more, prepared once: for networks under attack.
 
     relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from `conv3x3` where
@@ -263,38 +309,21 @@ class FrozenConv3x3(nn.Module):
         ...         network.set_submodule(name, FrozenConv3x3(module))
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    prepared: Tensor
-    prepared_t: Tensor
+    ACCEPTED = "a float32 3x3 convolution on the CPU that keeps the size, of 16 channels or more and no groups"
 
     def __init__(self, convolution: nn.Conv2d, relu: bool = False) -> None:
-        super().__init__()
-        if not isinstance(convolution, nn.Conv2d):
-            raise TypeError(message("FrozenConv3x3", "convolution", "an nn.Conv2d", type(convolution).__name__))
-        if not self.accepts(convolution):
-            expected = "a float32 3x3 convolution on the CPU that keeps the size, of 16 channels or more and no groups"
-            raise ValueError(message("FrozenConv3x3", "convolution", expected, convolution))
-        self.dilation, self.relu = convolution.dilation[0], relu
-        weight, bias = convolution.weight.detach().clone(), convolution.bias
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
-        self.register_buffer("prepared", OP_PREPARE(weight, False), persistent=False)
-        self.register_buffer("prepared_t", OP_PREPARE(weight, True), persistent=False)
+        super().__init__(convolution, relu, OP_PREPARE)
+        self.dilation = convolution.dilation[0]
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
         """Whether `module` is a convolution that this one can replace, and for images of some size outdo."""
         return (
-            type(module) is nn.Conv2d
+            Frozen.accepts(module)
             and module.kernel_size == (3, 3)
             and module.stride == (1, 1)
             and module.dilation[0] == module.dilation[1]
             and module.padding in (module.dilation, "same")
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-            and module.weight.dtype == torch.float32
-            and module.weight.is_cpu
             and min(module.weight.shape[:2]) >= MIN_CHANNELS
         )
 
@@ -304,9 +333,7 @@ class FrozenConv3x3(nn.Module):
             arguments = (x, self.weight, self.bias, self.prepared, self.prepared_t, self.dilation)
             shape = (len(x), len(self.weight), *x.shape[2:])
             return with_residual(lambda *fused: OP(*arguments, *fused), residual, self.relu, shape)
-        y = formula(x, self.weight, self.bias, self.dilation)
-        y = y if residual is None else y + residual
-        return y.relu() if self.relu else y
+        return finished(formula(x, self.weight, self.bias, self.dilation), residual, self.relu)
 
     def extra_repr(self) -> str:
         """What the weights do not show."""

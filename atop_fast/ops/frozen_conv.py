@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from .._checks import message
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
-from .conv3x3 import PANEL, check_bias, check_float32, check_like, relu_bwd, with_residual
+from .conv3x3 import PANEL, Frozen, check_bias, check_float32, check_like, finished, relu_bwd, with_residual
 
 
 def formula(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, residual: Tensor | None, relu: bool
 ) -> Tensor:
     """The op as a user would write it, in the dtype of `x`; the baseline of the benchmarks."""
-    y = F.conv2d(x, weight, bias, stride, padding)
-    y = y if residual is None else y + residual
-    return y.relu() if relu else y
+    return finished(F.conv2d(x, weight, bias, stride, padding), residual, relu)
 
 
 def prepare(weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
@@ -81,8 +79,7 @@ def reference(
     y = F.conv2d(x, weight, bias, stride, padding)
     if residual is not None:
         check_like("frozen_conv", "residual", residual, y)
-    y = formula(x, weight, bias, stride, padding, residual, relu)
-    return y.contiguous(memory_format=torch.channels_last)
+    return finished(y, residual, relu).contiguous(memory_format=torch.channels_last)
 
 
 def reference_bwd(
@@ -156,7 +153,7 @@ def wins(x: Tensor, weight: Tensor) -> bool:
     return "cpp" not in MISSING and x.is_cpu and x.dtype == weight.dtype == torch.float32
 
 
-class FrozenConv(nn.Module):
+class FrozenConv(Frozen):
     """A copy of a convolution whose weights do not change any more, with what follows it: for networks under attack.
 
     relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from the op
@@ -179,24 +176,11 @@ class FrozenConv(nn.Module):
         torch.Size([8, 16, 15, 15])
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    prepared: Tensor
-    prepared_t: Tensor
+    ACCEPTED = "a float32 convolution on the CPU with a stride or few channels, few weights, and no groups"
 
     def __init__(self, convolution: nn.Conv2d, relu: bool = False) -> None:
-        super().__init__()
-        if not isinstance(convolution, nn.Conv2d):
-            raise TypeError(message("FrozenConv", "convolution", "an nn.Conv2d", type(convolution).__name__))
-        if not self.accepts(convolution):
-            expected = "a float32 convolution on the CPU with a stride or few channels, few weights, and no groups"
-            raise ValueError(message("FrozenConv", "convolution", expected, convolution))
-        self.stride, self.padding, self.relu = convolution.stride[0], int(convolution.padding[0]), relu
-        weight, bias = convolution.weight.detach().clone(), convolution.bias
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
-        for name, transposed in (("prepared", False), ("prepared_t", True)):
-            self.register_buffer(name, prepare(weight, self.stride, self.padding, transposed), persistent=False)
+        super().__init__(convolution, relu, lambda w, t: prepare(w, *_stride_and_padding(convolution), t))
+        self.stride, self.padding = _stride_and_padding(convolution)
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
@@ -206,16 +190,12 @@ class FrozenConv(nn.Module):
         few channels takes a third to a half of the time.
         """
         return (
-            type(module) is nn.Conv2d
+            Frozen.accepts(module)
             and (module.stride[0] > 1 or module.in_channels < FEW_CHANNELS)
             and module.stride[0] == module.stride[1]
             and not isinstance(module.padding, str)
             and module.padding[0] == module.padding[1]
             and module.dilation == (1, 1)
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-            and module.weight.dtype == torch.float32
-            and module.weight.is_cpu
             and module.weight.numel() <= MOST_WEIGHTS
         )
 
@@ -235,3 +215,7 @@ class FrozenConv(nn.Module):
         """What the weights do not show."""
         outputs, channels, *sizes = self.weight.shape
         return f"{channels}, {outputs}, {tuple(sizes)}, stride={self.stride}, padding={self.padding}, relu={self.relu}"
+
+
+def _stride_and_padding(convolution: nn.Conv2d) -> tuple[int, int]:
+    return convolution.stride[0], int(convolution.padding[0])
