@@ -83,15 +83,14 @@ class APGD(Attack):
         return run_queue(self, estimator, images, labels, ids, start)
 
     def length(self) -> int | None:
-        stages = 3 if self.shrink_eps else 1
-        return None if self.early_stop else self.rounds * (self.steps + stages)
+        evaluations = sum(steps + 1 for _, steps in _stages(self.eps, self.steps, self.shrink_eps))
+        return None if self.early_stop else self.rounds * evaluations
 
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> State:
-        # That of the first stage.
-        radius = 3 * self.eps if self.shrink_eps else self.eps
         if start is None:
+            radius, _ = _stages(self.eps, self.steps, self.shrink_eps)[0]
             start = _random_start(self.norm, images, radius, estimator.seed, ids)
         state = initial_state(images, labels, ids, start.clone())
         numbers = torch.zeros_like(labels, dtype=torch.float32)
@@ -263,10 +262,7 @@ class _Tables:
 
 @functools.lru_cache(maxsize=64)
 def _tables(steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, device: torch.device) -> _Tables:
-    stages = [(eps, steps)]
-    if shrink_eps:
-        part = math.ceil(0.3 * steps)
-        stages = [(3 * eps, part), (2 * eps, part), (eps, steps - 2 * part)]
+    stages = _stages(eps, steps, shrink_eps)
     rows = []
     for number in range(rounds):
         for stage, (radius, length) in enumerate(stages):
@@ -277,6 +273,14 @@ def _tables(steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, de
     kinds = (torch.float32, *(torch.bool,) * 6, torch.float32, torch.int64)
     columns = zip(zip(*rows, strict=True), kinds, strict=True)
     return _Tables(*(torch.tensor(column, dtype=dtype, device=device) for column, dtype in columns))
+
+
+def _stages(eps: float, steps: int, shrink_eps: bool) -> list[tuple[float, int]]:
+    """Radius and steps of each stage of a round."""
+    if not shrink_eps:
+        return [(eps, steps)]
+    part = math.ceil(0.3 * steps)
+    return [(3 * eps, part), (2 * eps, part), (eps, steps - 2 * part)]
 
 
 def _windows(steps: int, norm: str) -> dict[int, int]:

@@ -201,6 +201,12 @@ def better_candidate(correct: Tensor, loss: Tensor, than_correct: Tensor, than_l
     return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
 
 
+def check_classes(function: str, labels: Tensor, classes: int) -> None:
+    """Raise unless all labels are classes; waits for a GPU."""
+    if int(labels.max()) >= classes:
+        raise ValueError(message(function, "labels", f"classes in [0, {classes})", int(labels.max())))
+
+
 def per_image(values: Tensor) -> Tensor:
     """Values (B,) as (B, 1, 1, 1), to go with images."""
     return values[:, None, None, None]

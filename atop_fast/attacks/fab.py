@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import check_integer, check_number, message
 from ..ops import hyperplane_step, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
-from .base import Attack, initial_state, per_image
+from .base import Attack, check_classes, initial_state, per_image
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
@@ -96,8 +96,7 @@ class FAB(Attack):
         logits = estimator.logits(images, ids, state["t"])
         if logits.shape[2] < 2:
             raise ValueError(message("FAB", "model", "a classifier of two or more classes", logits.shape[2]))
-        if int(labels.max()) >= logits.shape[2]:
-            raise ValueError(message("FAB", "labels", f"classes in [0, {logits.shape[2]})", int(labels.max())))
+        check_classes("FAB", labels, logits.shape[2])
         correct = (logits.argmax(dim=2) == labels[:, None]).float().mean(dim=1)
         own_first = logits.mean(dim=1).scatter(1, labels[:, None], torch.inf)
         state["targets"] = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : 1 + self.target_classes]

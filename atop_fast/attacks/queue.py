@@ -51,20 +51,22 @@ def run_queue(
     """
     kind = images.device.type
     slots = min(SLOTS.get(kind, SLOTS_ON_GPU), -(-len(images) // ROWS) * ROWS)
-    length = program.length()
-    if length is not None and len(images) <= slots:
-        return _run_together(program, length, estimator, images, labels, ids, start, given or {})
-    results = images.clone()
 
-    def begin(numbers: list[int]) -> State:
-        index = torch.tensor(numbers, device=images.device)
+    def begin(index: Tensor) -> State:
         begun = None if start is None else start[index]
         state = program.begin(estimator, images[index], labels[index], ids[index], begun)
         return state | {key: value[index] for key, value in (given or {}).items()}
 
+    state = begin(torch.arange(slots, device=images.device).clamp_(max=len(images) - 1))
+    length = program.length()
+    if length is not None and len(images) <= slots:
+        # All are done at the same time: nothing waits for a GPU, so that a CUDA graph may hold it all.
+        for _ in range(length):
+            program.step(estimator, state)
+        return state["best"][: len(images)]
+    results = images.clone()
     # Which image is in which slot; a slot without an image holds a copy that is done.
     owner = [slot if slot < len(images) else -1 for slot in range(slots)]
-    state = begin([min(slot, len(images) - 1) for slot in range(slots)])
     state["done"][len(images) :] = True
     waiting = slots
     while any(number >= 0 for number in owner):
@@ -83,32 +85,11 @@ def run_queue(
             for slot, number in zip(done, entering, strict=False):
                 owner[slot] = number
             index = torch.tensor(done[: len(entering)], device=images.device)
-            for key, value in begin(entering).items():
+            for key, value in begin(torch.tensor(entering, device=images.device)).items():
                 state[key][index] = value
         elif owner.count(-1) >= ROWS:
             state, owner = _shrunk(state, owner)
     return results
-
-
-def _run_together(
-    program: Program,
-    length: int,
-    estimator: GradientEstimator,
-    images: Tensor,
-    labels: Tensor,
-    ids: Tensor,
-    start: Tensor | None,
-    given: State,
-) -> Tensor:
-    """All images in one batch, done at the same time: nothing waits for a GPU, so that a CUDA graph may hold it all."""
-    count = len(images)
-    index = torch.arange(-(-count // ROWS) * ROWS, device=images.device).clamp_(max=count - 1)
-    begun = None if start is None else start[index]
-    state = program.begin(estimator, images[index], labels[index], ids[index], begun)
-    state |= {key: value[index] for key, value in given.items()}
-    for _ in range(length):
-        program.step(estimator, state)
-    return state["best"][:count]
 
 
 def _shrunk(state: State, owner: list[int]) -> tuple[State, list[int]]:
