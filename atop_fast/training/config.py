@@ -29,7 +29,6 @@ class TrainingConfig:
         precision: "float32", or "bfloat16" or "float16" (with loss scaling) for the passes of the networks; weights,
             images, losses and optimizers stay float32. On GPUs, "tf32" lets convolutions and matrix products in float32
             round their factors to 10 bits (TF32), and the others do not; a CPU takes it for "float32".
-        graphs: on a GPU, replay an update as a CUDA graph where that can be; see atop_fast.training.capture.
         accumulate: passes into which an update is divided, to save memory. With a discriminator, the GAN term of all
             but the last sees it before its update.
         clip: largest norm of a network's gradient; longer ones are scaled to it. None leaves them.
@@ -40,6 +39,7 @@ class TrainingConfig:
             held-out images to the next; 0 makes none. They leave the training as it is.
         updates: end after so many updates, if these are fewer, also in the middle of a pass; the schedule, too, is
             that of so many. None trains for all of `epochs`.
+        graphs: on a GPU, replay an update as a CUDA graph where that can be; see atop_fast.training.capture.
     """
 
     epochs: int = 10
@@ -47,13 +47,13 @@ class TrainingConfig:
     lr: float = 1e-3
     schedule: str = "cosine"
     precision: str = "float32"
-    graphs: bool = True
     accumulate: int = 1
     clip: float | None = None
     average: str = "none"
     ema_decay: float = 0.999
     evaluate_every: int = 0
     updates: int | None = None
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from .._checks import check_fits, message
+from .._flags import holding
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
 from ..attacks.gradient import PRECISIONS, ROWS
@@ -358,12 +359,6 @@ def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.fp32_precision = "tf32" if allowed else "ieee"
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    with holding((place, "fp32_precision", "tf32" if allowed else "ieee") for place in places):
         yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
