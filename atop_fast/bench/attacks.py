@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,10 +34,7 @@ def _pgd10(options: Options) -> Case:
     y = model(x).argmax(dim=1)
     step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": 10}
     run: dict[str, Function] = {
-        "plain": lambda: plain_pgd(model, x, y, **step),
-        "torchattacks": lambda: torchattacks_pgd(model, x, y, **step),
-        "foolbox": lambda: foolbox_pgd(model, x, y, **step),
-        "ART": lambda: art_pgd(model, x, y, **step),
+        **peers_pgd(model, x, y, **step),
         "atop_fast": lambda: PGD(model, **step, random_start=False)(x, y),
         "atop_fast bfloat16": lambda: PGD(model, **step, random_start=False, precision="bfloat16")(x, y),
     }
@@ -53,11 +51,8 @@ def _pgd_to_a_verdict(options: Options) -> Case:
     model, x, y = digits(options.device)
     x, y = x[:count], y[:count]
     step: dict[str, Any] = {"eps": 0.06, "alpha": 0.01, "steps": 40}
-    run: dict[str, Function] = {
-        "plain": lambda: plain_pgd(model, x, y, **step),
-        "torchattacks": lambda: torchattacks_pgd(model, x, y, **step),
-        "foolbox": lambda: foolbox_pgd(model, x, y, **step),
-        "ART": lambda: art_pgd(model, x, y, **step),
+    run = {
+        **peers_pgd(model, x, y, **step),
         "atop_fast": lambda: PGD(model, **step, random_start=False, early_stop=True)(x, y),
     }
     return attack_case("PGD-40 to a verdict, digits", model, x, y, run)
@@ -97,6 +92,12 @@ def judge_attacks(model: nn.Module, x: Tensor, y: Tensor, outputs: dict[str, Ten
         name: {"accuracy": float(found.double().mean()), "agree": float((found == first).double().mean())}
         for name, found in right.items()
     }
+
+
+def peers_pgd(model: nn.Module, x: Tensor, y: Tensor, **step: Any) -> dict[str, Function]:
+    """PGD from the images by plain PyTorch and by the other libraries."""
+    attacks = {"plain": plain_pgd, "torchattacks": torchattacks_pgd, "foolbox": foolbox_pgd, "ART": art_pgd}
+    return {name: functools.partial(attack, model, x, y, **step) for name, attack in attacks.items()}
 
 
 def torchattacks_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 Function = Callable[[], Any]
 # What a judge says of each variant: "difference", "accuracy" and "agree", as far as they have a meaning.
@@ -203,12 +202,15 @@ class _FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total = 0
+        # Here, as it takes longer to import than the rest of the command line.
+        from torch.utils.flop_counter import flop_registry
+
+        self.counts, self.total = flop_registry, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if count := flop_registry.get(func._overloadpacket):
+        if count := self.counts.get(func._overloadpacket):
             self.total += int(count(*args, **kwargs, out_val=result))
         return result
 
