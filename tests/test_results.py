@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -12,17 +13,9 @@ import pytest
 from atop_fast.bench.results import check_document, read, write
 from atop_fast.ops import _registry
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-# These hold no timings.
-OTHERS = (
-    "cifar-native--cpu",
-    "demo--cpu",
-    "engine--cpu",
-    "load--cpu",
-    "numerics--cpu",
-    "reliability--cpu",
-    "tests--cuda",
-)
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from _results import OTHERS, RESULTS
+
 FILES = sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
 # The ops whose rows have another name: functions over one op, and one op with several functions.
 OPS = {"random_resize_pad": "resample", "gated_elu": "gated", "gated_elu_bias": "gated", "gated_relu": "gated"}
