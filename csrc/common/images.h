@@ -1,6 +1,8 @@
 #pragma once
 // Images in blocks, as corrupt and assemble receive them.
 
+#include <array>
+
 #include "common/launchers.h"
 #include "common/tensors.h"
 
@@ -15,6 +17,21 @@ inline void check_float_images(const char* function, const char* argument, const
   ATOP_CHECK(is_float(t.scalar_type()), function, argument, "a float32, float64, bfloat16 or float16 tensor",
              dtype_text(t.scalar_type()));
   ATOP_CHECK(t.dim() == 4, function, argument, "images of shape (B, C, H, W)", shape_text(t));
+}
+
+// Of the ops that have kernels for float32 on CPUs alone.
+inline void check_floats(const char* function, const char* argument, const Tensor& t) {
+  ATOP_CHECK(t.scalar_type() == ScalarType::Float, function, argument, "a float32 tensor", dtype_text(t.scalar_type()));
+  ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
+}
+
+inline void check_sizes(const char* function, const char* argument, const Tensor& t,
+                        const std::array<int64_t, 4>& sizes) {
+  check_floats(function, argument, t);
+  bool fits = t.dim() == 4;
+  for (int i = 0; fits && i < 4; ++i) fits = t.size(i) == sizes[i];
+  ATOP_CHECK(fits, function, argument,
+             text("of shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")"), shape_text(t));
 }
 
 // `owners` must be the blocks of `batch` images of height x width, on the device of `model`.

@@ -5,17 +5,13 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/images.h"
 #include "common/parallel.h"
-#include "common/tensors.h"
 #include "cpu/scratch.h"
 
 // The host side stands here, and not in csrc/ops, as the ops have no CUDA kernels.
 namespace atop {
 namespace {
-
-Tensor dense(const Tensor& t) {
-  return torch::stable::contiguous(t);
-}
 
 void check_images(const char* function, const Tensor& x, const Tensor& x0) {
   ATOP_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, function, "x",

@@ -9,11 +9,6 @@
 namespace atop {
 namespace {
 
-void check_floats(const char* function, const char* argument, const Tensor& t) {
-  ATOP_CHECK(t.scalar_type() == ScalarType::Float, function, argument, "a float32 tensor", dtype_text(t.scalar_type()));
-  ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
-}
-
 // Sizes times a larger one could overflow.
 void check_dilation(const char* function, int64_t dilation) {
   ATOP_CHECK(dilation >= 1 && dilation <= 65535, function, "dilation", "an integer and in [1, 65535]", text(dilation));
@@ -24,14 +19,6 @@ struct Extras {
   std::optional<Tensor> mask, bias, residual;
   bool relu = false;
 };
-
-void check_like(const char* function, const char* argument, const Tensor& t, const std::array<int64_t, 4>& sizes) {
-  check_floats(function, argument, t);
-  bool fits = t.dim() == 4;
-  for (int i = 0; fits && i < 4; ++i) fits = t.size(i) == sizes[i];
-  ATOP_CHECK(fits, function, argument,
-             text("of shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")"), shape_text(t));
-}
 
 // The weights (outputs, channels, 3, 3) where they lie; of the gradient in x, the same ones transposed and flipped.
 struct Weight {
@@ -70,7 +57,7 @@ struct Weight {
   }
 
   Tensor checked(const char* argument, const Tensor& prepared) const {
-    check_like(function, argument, prepared, prepared_sizes());
+    check_sizes(function, argument, prepared, prepared_sizes());
     return dense(prepared);
   }
 
@@ -115,7 +102,7 @@ Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor
     ATOP_CHECK(bias->dim() == 1 && bias->size(0) == weights.outputs, "conv3x3", "bias",
                text("of shape (", weights.outputs, ",)"), shape_text(*bias));
   }
-  if (residual) check_like("conv3x3", "residual", *residual, {x.size(0), weights.outputs, x.size(2), x.size(3)});
+  if (residual) check_sizes("conv3x3", "residual", *residual, {x.size(0), weights.outputs, x.size(2), x.size(3)});
   const Tensor ready = prepared ? weights.checked("prepared", *prepared) : weights.prepare(weight);
   return weights.convolve(x, ready, {std::nullopt, bias, residual, relu}, dilation);
 }
@@ -124,7 +111,7 @@ Tensor conv3x3_bwd(const Tensor& dy, const Tensor& weight, const std::optional<T
                    const std::optional<Tensor>& y) {
   const Weight weights("conv3x3_bwd", weight, true);
   weights.check_images("dy", dy, dilation);
-  if (y) check_like("conv3x3_bwd", "y", *y, {dy.size(0), dy.size(1), dy.size(2), dy.size(3)});
+  if (y) check_sizes("conv3x3_bwd", "y", *y, {dy.size(0), dy.size(1), dy.size(2), dy.size(3)});
   const Tensor ready = prepared ? weights.checked("prepared", *prepared) : weights.prepare(weight);
   return weights.convolve(dy, ready, {y, std::nullopt, std::nullopt, false}, dilation);
 }

@@ -10,19 +10,6 @@ namespace {
 
 using Sizes = std::array<int64_t, 4>;
 
-void check_floats(const char* function, const char* argument, const Tensor& t) {
-  ATOP_CHECK(t.scalar_type() == ScalarType::Float, function, argument, "a float32 tensor", dtype_text(t.scalar_type()));
-  ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
-}
-
-void check_shape(const char* function, const char* argument, const Tensor& t, const Sizes& sizes) {
-  check_floats(function, argument, t);
-  bool fits = t.dim() == 4;
-  for (int i = 0; fits && i < 4; ++i) fits = t.size(i) == sizes[i];
-  ATOP_CHECK(fits, function, argument,
-             text("of shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")"), shape_text(t));
-}
-
 // What both directions check; the sizes of images that go with those of `t`, whose channels are weight's second ones,
 // or its first.
 void check_arguments(const char* function, const char* argument, const Tensor& t, const Tensor& weight, int64_t stride,
@@ -61,7 +48,7 @@ Tensor frozen_conv(const Tensor& x, const Tensor& weight, const std::optional<Te
     ATOP_CHECK(bias->dim() == 1 && bias->size(0) == outputs, kFunction, "bias", text("of shape (", outputs, ",)"),
                shape_text(*bias));
   }
-  if (residual) check_shape(kFunction, "residual", *residual, sizes);
+  if (residual) check_sizes(kFunction, "residual", *residual, sizes);
   Tensor y = empty(sizes, x, true);
   if (y.numel() == 0) return y;
   const bool last = is_channels_last(x);
@@ -84,10 +71,10 @@ Tensor frozen_conv_bwd(const Tensor& dy, const Tensor& weight, const Tensor& pre
   check_arguments(kFunction, "dy", dy, weight, stride, padding, true);
   const int64_t channels = weight.size(1);
   const Sizes sizes{dy.size(0), channels, height, width};
-  check_shape(kFunction, "dy", dy,
+  check_sizes(kFunction, "dy", dy,
               {dy.size(0), weight.size(0), convolved(height, weight.size(2), stride, padding),
                convolved(width, weight.size(3), stride, padding)});
-  if (y) check_shape(kFunction, "y", *y, {dy.size(0), dy.size(1), dy.size(2), dy.size(3)});
+  if (y) check_sizes(kFunction, "y", *y, {dy.size(0), dy.size(1), dy.size(2), dy.size(3)});
   Tensor dx = empty(sizes, dy, channels_last);
   if (dx.numel() == 0) return dx;
   const Tensor model = is_channels_last(dy) ? dy : empty(dy.sizes(), dy, true);
