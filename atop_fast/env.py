@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .ops import _registry
+from .precision import PRECISIONS, is_fast
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors")
 
@@ -83,6 +84,8 @@ def _devices() -> dict[str, str]:
         level = features.pop("level")
         names = " ".join(name for name, present in features.items() if present)
         devices["SIMD"] = f"kernels for {level}" + (f" ({names})" if names else "")
+    slow = [name for name in PRECISIONS if not is_fast(torch.device("cpu"), name)]
+    devices["networks"] = f"slow on the CPU in {', '.join(slow)}" if slow else "fast on the CPU in 16 bits, too"
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         devices[f"GPU {i}"] = (

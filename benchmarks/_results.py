@@ -20,6 +20,7 @@ OTHERS = (
     "load--cpu",
     "numerics--cpu",
     "reliability--cpu",
+    "restoration--cpu",
     "tests--cuda",
 )
 

@@ -1,9 +1,16 @@
 #!/usr/bin/env bash
 # Builds in place, tests and measures on a GPU machine with torch, triton and nvcc. Needs no network.
-# Usage: benchmarks/gpu.sh [folder for the files, default benchmarks/results] [seconds, default 530]
+# Usage: benchmarks/gpu.sh [--sanitize] [folder for the files, default benchmarks/results] [seconds, default 530]
 # Leaves env--cuda.txt, tests--cuda.json and SUITE--cuda.json: every suite in its quick form, then in full as far as the
 # time goes. Exit code 1 if the build, a test or a quick suite fails.
+# With --sanitize, the tests of the CUDA kernels under compute-sanitizer's memcheck and racecheck instead, which leaves
+# memcheck--cuda.txt and racecheck--cuda.txt; exit code 1 if one of them finds something, or does not end in its time.
 set -euo pipefail
+sanitize=false
+if [ "${1:-}" = --sanitize ]; then
+    sanitize=true
+    shift
+fi
 out=$(realpath -m "${1:-$(dirname "$0")/results}")
 limit=${2:-530}
 cd "$(dirname "$0")/.."
@@ -35,6 +42,21 @@ if ! within 240 "$python" -m pip install -e . --no-build-isolation --no-deps --n
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi
 within 60 "$python" -m atop_fast.env | tee "$out/env--cuda.txt"
+
+if [ "$sanitize" = true ]; then
+    # torch's cache of memory would hide what is read beyond a tensor. The tool slows a kernel 10 to 100 times.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    for tool in memcheck racecheck; do
+        echo "==> $tool, after $SECONDS s"
+        rest=$(left)
+        [ "$tool" = racecheck ] || rest=$((rest / 2))
+        within "$rest" compute-sanitizer --tool "$tool" --error-exitcode 9 --log-file "$out/$tool--cuda.txt" \
+            "$python" -m pytest tests/ops --require-backends eager,cuda -q -p no:cacheprovider \
+            -k "cuda and not opcheck and not compile and not 2_to_the_31" || status=1
+        tail -n 3 "$out/$tool--cuda.txt" || true
+    done
+    exit "$status"
+fi
 
 echo "==> tests, after $SECONDS s"
 rm -f "$out/tests--cuda.xml"

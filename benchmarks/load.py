@@ -1,6 +1,6 @@
-"""An hour's load in a minute: memory over 1,000 iterations of every attack, threads, and workers of both kinds.
+"""Memory over 1,000 iterations of every attack and a long evaluation, threads, and workers of both kinds.
 
-python benchmarks/load.py [--iterations 1000] [--images 10000] [--json]
+python benchmarks/load.py [--iterations 1000] [--images 10000] [--steps 5] [--json]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -59,9 +60,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--iterations", type=int, default=1000, help="of every attack")
     parser.add_argument("--images", type=int, default=10000, help="of the long evaluation")
+    parser.add_argument("--steps", type=int, default=5, help="of its attack")
     parser.add_argument("--json", action="store_true", help="write results/load--cpu.json")
     args = parser.parse_args()
-    memory = [*(leak(name, args.iterations) for name in MAKERS), long_evaluation(args.images)]
+    memory = [*(leak(name, args.iterations) for name in MAKERS), long_evaluation(args.images, args.steps)]
     print_table(memory)
     threads = [concurrent(8, shared=False), concurrent(8, shared=True)]
     print_table(threads)
@@ -69,7 +71,8 @@ def main() -> None:
     print_table(trained)
     rows = [*memory, *threads, *trained]
     if args.json:
-        command = f"python benchmarks/load.py --iterations {args.iterations} --images {args.images}"
+        options = " ".join(f"--{name} {getattr(args, name)}" for name in ("iterations", "images", "steps"))
+        command = f"python benchmarks/load.py {options}"
         print(write("load", "cpu", RESULTS, {**metadata("cpu", None), "command": command, "rows": rows}))
 
 
@@ -95,8 +98,9 @@ def leak(name: str, iterations: int) -> dict[str, Any]:
     return _row(f"{name}, {iterations} iterations", sizes[0], sizes[-1])
 
 
-def long_evaluation(count: int) -> dict[str, Any]:
+def long_evaluation(count: int, steps: int) -> dict[str, Any]:
     """Many small images, with everything written: memory from a fifth of the way to the last attack."""
+    begin = time.monotonic()
     x = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(1)) / 2
     y = torch.arange(count) % 10
     sizes: list[tuple[float, int]] = []
@@ -111,11 +115,12 @@ def long_evaluation(count: int) -> dict[str, Any]:
         return result
 
     model = Defense(RT2(4, sigma=0.1), None, nn.Flatten())
-    pgd = PGD(model, eps=0.1, steps=5)
+    pgd = PGD(model, eps=0.1, steps=steps)
     with tempfile.TemporaryDirectory() as out:
         evaluate(model, x, y, attacks={"pgd": attack}, eps=0.1, draws=4, selection_draws=2, out=out, diagnostics=(),
                  progress=False)  # fmt: skip
-    return _row(f"evaluation of {count} images", sizes[0], sizes[-1])
+    minutes = (time.monotonic() - begin) / 60
+    return _row(f"evaluation of {count} images, {steps} steps, {minutes:.0f} min", sizes[0], sizes[-1])
 
 
 def concurrent(count: int, shared: bool) -> dict[str, Any]:

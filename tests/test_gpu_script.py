@@ -28,6 +28,15 @@ case "$*" in
     *"bench ${SLOW:-nothing} "*) exec sleep 60 ;;
 esac
 """
+# Runs the command behind its options, and notes the tool and whether torch keeps memory.
+CHECKER = r"""#!/usr/bin/env bash
+echo "$2 caching ${PYTORCH_NO_CUDA_MEMORY_CACHING:-on}" >> "$LOG"
+while [ "$1" != "$PYTHON" ]; do
+    [ "$1" != --log-file ] || echo "ERROR SUMMARY" > "$2"
+    shift
+done
+"$@" || exit 9
+"""
 
 
 @pytest.fixture
@@ -39,10 +48,15 @@ def script(tmp_path):
     xml.write_text('<testsuites><testsuite tests="5" failures="1" errors="0" skipped="2"/></testsuites>')
     log = tmp_path / "log"
 
-    def run(seconds=530, **environment):
+    checker = tmp_path / "compute-sanitizer"
+    checker.write_text(CHECKER)
+    checker.chmod(0o755)
+
+    def run(*options, seconds=530, **environment):
         log.write_text("")
         variables = {**os.environ, "PYTHON": str(python), "REAL": sys.executable, "LOG": str(log), "XML": str(xml)}
-        command = [str(SCRIPT), str(tmp_path / "out"), str(seconds)]
+        variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+        command = [str(SCRIPT), *options, str(tmp_path / "out"), str(seconds)]
         done = subprocess.run(command, env={**variables, **environment}, capture_output=True, text=True, check=False)
         return done, log.read_text().splitlines()
 
@@ -85,3 +99,15 @@ def test_the_time_is_kept(script):
     assert done.returncode == 1
     assert measured(lines) == [(suite, "true") for suite in SUITES]
     assert "finetune, quick=true did not end well" in done.stdout
+
+
+@pytest.mark.parametrize("tests", [0, 1])
+def test_sanitizers_run_over_the_op_tests_instead(script, tmp_path, tests):
+    done, lines = script("--sanitize", TESTS=str(tests))
+    assert done.returncode == tests
+    assert lines[3::2] == ["memcheck caching 1", "racecheck caching 1"]
+    assert all("pytest tests/ops" in line for line in lines[4::2])
+    assert len(lines) == 7
+    assert not measured(lines)
+    for tool in ("memcheck", "racecheck"):
+        assert (tmp_path / "out" / f"{tool}--cuda.txt").read_text() == "ERROR SUMMARY\n"

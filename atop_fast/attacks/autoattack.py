@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_number, message
 from ..defense import Defense
+from ..precision import PRECISIONS
 from ..randomness import check_keys, derive_seed
 from .apgd import APGD, APGDT
 from .base import NORMS, Attack
 from .fab import FAB
-from .gradient import PRECISIONS, draw_logits
+from .gradient import draw_logits
 from .network import Model, frozen
 from .square import Square
 

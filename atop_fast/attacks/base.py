@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_number, message
 from ..defense import Defense
+from ..precision import PRECISIONS, warn_if_slow
 from ..randomness import check_keys, derive_seed
-from .gradient import GRADIENT_MODES, PRECISIONS, GradientEstimator
+from .gradient import GRADIENT_MODES, GradientEstimator
 from .network import Model, prepared
 from .queue import State, run_queue
 
@@ -101,6 +102,7 @@ class Attack(ABC):
         images = images.detach()
         if not len(images):
             return images.clone()
+        warn_if_slow(name, images.device, self.precision)
         with self.prepared() as estimator:
             return self.run(estimator, images, labels, ids, start)
 

@@ -16,11 +16,11 @@ from .._checks import check_choice, check_integer
 from .._memory import halved
 from ..defense import Defense
 from ..ops import AttackLoss, attack_loss, resize
+from ..precision import PRECISIONS
 from ..randomness import derive_seed, seeded
 from .network import Model
 
 GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Networks run on a multiple of this many rows: convolutions and matrix products then round each row in the same way
 # whatever the others are, so that results do not depend on how images are batched.
 ROWS = 8

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..precision import is_fast
+
 Function = Callable[[], Any]
 # What a judge says of each variant: "difference", "accuracy" and "agree", as far as they have a meaning.
 Quality = dict[str, dict[str, float]]
@@ -224,6 +226,9 @@ def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list
         return [_row(case, name, own, roofline, None, {}) for name in own]
     outputs, peaks, last = {}, {}, {}
     for name, function in case.run.items():
+        if name.endswith("bfloat16") and not is_fast(torch.device(device), "bfloat16"):
+            print(f"{case.name}, {case.shape}: no {name}: this CPU has no fast networks in that type")
+            continue
         try:
             if case.rounds != 1:
                 outputs[name] = function()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _registry, gated
+from ..precision import is_fast
 from . import attack_losses, attack_ops, attack_steps, transforms
 from .harness import Case, Function, Options, flops, no_judge, same_as_baseline
 
@@ -113,7 +114,8 @@ def conv3x3_cases(device: str, quick: bool) -> Iterator[Case]:
 
 def upsample_conv3x3_cases(device: str) -> Iterator[Case]:
     """Forward plus the gradients of the images and the weights; a composition of torch's functions on every device."""
-    for (batch, channels, size), dtype in itertools.product(UPSAMPLINGS, (torch.float32, torch.bfloat16)):
+    names = [name for name in ("float32", "bfloat16") if is_fast(torch.device(device), name)]
+    for (batch, channels, size), dtype in itertools.product(UPSAMPLINGS, [getattr(torch, name) for name in names]):
         x = torch.randn(batch, channels, size, size, device=device).to(dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         weight = (torch.randn(channels, channels, 3, 3, device=device) / (9 * channels) ** 0.5).to(dtype)

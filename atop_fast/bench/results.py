@@ -40,10 +40,11 @@ def metadata(device: str, commit: str | None = None) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    capability = torch.backends.cpu.get_cpu_capability()
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit or _git_commit(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} ({capability})",
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
         "versions": versions,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .._checks import check_choice, check_integer, check_number
 from ..attacks import NORMS
-from ..attacks.gradient import PRECISIONS as NETWORK_PRECISIONS
+from ..precision import PRECISIONS as NETWORK_PRECISIONS
 
 ATTACKS = ("fgsm", "fgsm-rs", "pgd", "apgd")
 ATTACKED = ("pipeline", "classifier")

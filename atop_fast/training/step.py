@@ -22,11 +22,12 @@ from .._checks import check_fits, message
 from .._flags import holding
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
-from ..attacks.gradient import PRECISIONS, ROWS
+from ..attacks.gradient import ROWS
 from ..defense import Defense
 from ..distributed import Group
 from ..folding import fold_batch_norm
 from ..ops import _registry
+from ..precision import PRECISIONS, warn_if_slow
 from ..purifiers import discriminator_loss, generator_loss
 from ..randomness import Tag, derive_seed, random_uniform
 from ..transforms import RandomTransform
@@ -62,6 +63,7 @@ class Step:
             if next(module.parameters(), None) is None:
                 raise ValueError(message(type(self).__name__, name, "a module with parameters", type(module).__name__))
         self.device = next(next(iter(self.modules.values())).parameters()).device
+        warn_if_slow(type(self).__name__, self.device, config.precision)
         self.dtype = PRECISIONS.get(config.precision)
         if _registry.owner("gated", self.device.type) != "eager":
             for module in self.modules.values():

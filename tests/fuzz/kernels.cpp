@@ -1,5 +1,6 @@
 // The entry points of csrc/cpu with sizes and values that bytes decide, without torch: compiled with a sanitizer by
-// tests/fuzz/sanitize.sh, and with clang's -fsanitize=fuzzer it is a target of libFuzzer (then without main).
+// tests/fuzz/sanitize.sh and for AFL by tests/fuzz/afl.sh; with clang's -fsanitize=fuzzer and -DATOP_LIBFUZZER it is a
+// target of libFuzzer.
 //
 // Every buffer lies alone on the heap and is exactly as long as launchers.h says, so that AddressSanitizer sees what is
 // read or written beyond it. Every kernel runs twice, with outputs that were filled otherwise, on one thread and on
@@ -274,10 +275,22 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
 #ifndef ATOP_LIBFUZZER
 // program COUNT [SEED]: that many inputs of random bytes, always the same ones for a seed.
+// program FILE...: the inputs in these files.
 int main(int argc, char** argv) {
-  const long count = argc > 1 ? std::atol(argv[1]) : 1000;
-  std::mt19937 random(argc > 2 ? static_cast<unsigned>(std::atol(argv[2])) : 0u);
   uint8_t data[64];
+  char* end = nullptr;
+  const long count = argc > 1 ? std::strtol(argv[1], &end, 10) : 1000;
+  if (end && *end) {
+    for (int i = 1; i < argc; ++i) {
+      std::FILE* file = std::fopen(argv[i], "rb");
+      if (!file) fail(argv[i], "cannot be read");
+      LLVMFuzzerTestOneInput(data, std::fread(data, 1, sizeof(data), file));
+      std::fclose(file);
+    }
+    std::printf("%d files\n", argc - 1);
+    return 0;
+  }
+  std::mt19937 random(argc > 2 ? static_cast<unsigned>(std::atol(argv[2])) : 0u);
   for (long i = 0; i < count; ++i) {
     for (uint8_t& byte : data) byte = static_cast<uint8_t>(random());
     LLVMFuzzerTestOneInput(data, sizeof(data));

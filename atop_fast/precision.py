@@ -1,0 +1,35 @@
+"""The types in which networks run, and where they are slow."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def is_fast(device: torch.device, precision: str) -> bool:
+    """Whether torch has fast kernels for networks in this type; without, a CPU takes 10 to 100 times as long.
+
+    CPUs without AVX-512, for one, have none for 16-bit types.
+    """
+    dtype = PRECISIONS.get(precision)
+    if dtype is None or device.type != "cpu":
+        return True
+    supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[precision]
+    try:
+        return bool(getattr(torch.ops.mkldnn, supported)())
+    except AttributeError:  # a torch without oneDNN, or with other names: nothing is known
+        return True
+
+
+def warn_if_slow(function: str, device: torch.device, precision: str) -> None:
+    """Say what a user of such a CPU would wonder about."""
+    if not is_fast(device, precision):
+        warnings.warn(
+            f"{function}: networks in {precision} are much slower than in float32 on this CPU, for which torch has no "
+            "fast kernels in that type; give precision='float32'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
