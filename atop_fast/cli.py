@@ -19,7 +19,6 @@ from .bench.command import bench
 from .checkpoints import load_model, read_header, save_model
 from .classifiers import build_classifier
 from .config import DataConfig, TransformConfig
-from .defense import Defense
 from .demo import DemoConfig, run_demo
 from .doctor.command import doctor
 from .evaluation import PROTOCOLS, quick_attacks
@@ -32,6 +31,7 @@ from .recipe import ClassifierSource, DiscriminatorSource, EvaluationConfig, Pur
 from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, train_classifier
 from .training import finetune as run_finetune
 from .training import pretrain as run_pretrain
+from .zoo import load_system
 
 
 def demo(out: str = "runs/demo", options: DemoConfig = DemoConfig()) -> None:
@@ -168,6 +168,8 @@ def finetune(
     classifier: str,
     purifier: str,
     discriminator: str | None = None,
+    architecture: str | None = None,
+    weights: str | None = None,
     out: str = "runs/finetune",
     data: DataConfig = DataConfig(),
     transform: TransformConfig = TransformConfig(),
@@ -178,9 +180,13 @@ def finetune(
     """Fine-tune a purifier on adversarial images, in front of a frozen classifier.
 
     Args:
-        classifier: classifier.safetensors of the commands classifier or demo.
+        classifier: classifier.safetensors of the commands classifier or demo; or a checkpoint of torch.save with
+            `architecture`; or a model by name, such as torchvision:resnet50 with `weights`, or one of RobustBench in
+            the folder models (see load_classifier).
         purifier: purifier.safetensors of the command pretrain, or pretrained.safetensors of demo.
         discriminator: discriminator.safetensors of the command pretrain; without it a new one starts.
+        architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
+        weights: file of the weights of a model of torchvision or timm.
         out: folder for purifier.safetensors; an interrupted run in it goes on.
         data: images and their split.
         transform: the random transform, as in pretrain.
@@ -190,9 +196,9 @@ def finetune(
     """
     place = check_device("finetune", "device", device)
     folder = writable_folder("finetune", "out", out)
-    model = load_model(purifier, "purifier")
-    defense = Defense(transform.build(), model, load_model(classifier, "classifier")).to(place)
     train = data.load()[0].to(place)
+    source: dict[str, Any] = {"architecture": architecture, "weights": weights}
+    defense = load_system(classifier, purifier, transform.build(), train, **source).to(place)
     if discriminator is None:
         with seeded(derive_seed(seed, "networks")):
             judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.shape[0]))
@@ -208,7 +214,7 @@ def finetune(
         checkpoint=checkpoint,
     )
     header = read_header(purifier)
-    save_model(folder / "purifier.safetensors", model, "purifier", header["name"], **header["options"])
+    save_model(folder / "purifier.safetensors", defense.purifier, "purifier", header["name"], **header["options"])
     checkpoint.unlink(missing_ok=True)
     print(f"Wrote {folder / 'purifier.safetensors'}")
 
@@ -220,6 +226,8 @@ def evaluate(
     data: DataConfig = DataConfig(),
     transform: TransformConfig = TransformConfig(),
     alone: bool = False,
+    architecture: str | None = None,
+    weights: str | None = None,
     protocol: str = "quick",
     norm: Literal["Linf", "L2", "L1"] | None = None,
     eps: float | None = None,
@@ -241,12 +249,15 @@ def evaluate(
     """Attack a defence by a protocol, and judge it on fresh draws; writes report.html and report.json.
 
     Args:
-        classifier: classifier.safetensors.
+        classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
+            as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
         purifier: purifier.safetensors; without it the transform alone stands before the classifier.
         out: folder of the run and its report; the same command goes on with a run that was stopped.
         data: images and their split; the held-out part is attacked.
         transform: the random transform, as in training.
         alone: evaluate the classifier alone, without transform and purifier.
+        architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
+        weights: file of the weights of a model of torchvision or timm.
         protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper or unseen (docs/evaluation.md).
         norm: norm of the threat model; default the protocol's.
         eps: its radius, in units of [0, 1] pixels; default the protocol's.
@@ -271,13 +282,10 @@ def evaluate(
     options = {name: value for name, value in flags.items() if value is not None}
     if options and protocol != "quick":
         raise ValueError(message("evaluate", next(iter(options)), "left out for protocols other than quick", protocol))
-    model = load_model(classifier, "classifier")
-    name = "classifier"
-    if not alone:
-        model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)
-        name = "defense"
-    model = model.to(place)
     part = data.load()[1].take(slice(0, images or plan.images)).to(place)
+    source: dict[str, Any] = {"alone": alone, "architecture": architecture, "weights": weights}
+    model = load_system(classifier, purifier, transform.build(), part, **source).to(place)
+    name = "classifier" if alone else "defense"
     threat = (plan.norm if norm is None else norm, plan.eps if eps is None else eps)
     report = run_evaluation(
         model,

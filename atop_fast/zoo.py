@@ -16,6 +16,9 @@ from ._checks import check_choice, message
 from ._files import load_weights, read_state
 from .checkpoints import load_model
 from .classifiers import CLASSIFIERS, Normalised, WideResNet, build_classifier
+from .data import Dataset, Files
+from .defense import Defense
+from .transforms import RandomTransform
 
 # A network, and the mean and standard deviation of the images that it takes.
 Model = tuple[nn.Module, Sequence[float], Sequence[float]]
@@ -96,6 +99,33 @@ def load_classifier(
         expected = f"the architecture of {file}: one of {', '.join(map(repr, CLASSIFIERS))}"
         raise ValueError(message("load_classifier", "architecture", expected, None))
     return _from_robustbench(str(name_or_path), dataset, threat_model, Path(folder), download)
+
+
+def load_system(
+    classifier: str,
+    purifier: str | None,
+    transform: RandomTransform,
+    data: Dataset | Files,
+    *,
+    alone: bool = False,
+    architecture: str | None = None,
+    weights: str | None = None,
+) -> nn.Module:
+    """What a command is given: a Defense of what the files hold, or the classifier `alone`.
+
+    Args:
+        classifier, architecture, weights: `name_or_path`, `architecture` and `path` of load_classifier.
+        purifier: a file of save_model; None leaves the transform alone before the classifier.
+        data: its channels and classes are those of a checkpoint with `architecture`, and its classes those of a model
+            with `weights`.
+    """
+    shape: dict[str, Any] = {} if weights is None else {"num_classes": len(data.classes)}
+    if architecture is not None:
+        shape = {"channels": data.shape[0], "classes": len(data.classes)}
+    model = load_classifier(classifier, architecture, path=weights, **shape)
+    if alone:
+        return model
+    return Defense(transform, None if purifier is None else load_model(purifier, "purifier"), model)
 
 
 def _from_package(

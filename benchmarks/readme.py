@@ -41,7 +41,7 @@ OPS = (
     ("gated_elu both", "8x96x128x128, nhwc", "bfloat16"),
     ("gated_elu both", "8x96x128x128, nchw", "float16"),
 )
-NOTHING = "No measurement is committed yet."
+NOTHING = "Not measured on this machine, but on the [other one](benchmarks-avx2.md)."
 WORK = {"forward": "forward", "both": "forward + backward"}
 
 
@@ -53,11 +53,11 @@ def documents() -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def latest() -> tuple[dict[str, Any], ...]:
-    """The newest rows of a CPU, case by case, each with the name of its file."""
+def latest(machine: str = "cpu") -> tuple[dict[str, Any], ...]:
+    """The newest rows of a machine, case by case, each with the name of its file."""
     cases: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for name, document in documents().items():
-        if not name.endswith("--cpu"):
+        if not name.endswith(f"--{machine}"):
             continue
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
         for row in document["rows"]:
@@ -85,9 +85,9 @@ def demo() -> str:
     )
 
 
-def attacks() -> str:
+def attacks(machine: str = "cpu") -> str:
     """Attacks end to end against the originals, with what each found."""
-    names = [name for name in ("attacks--cpu", "autoattack--cpu") if name in documents()]
+    names = [f"attacks--{machine}", f"autoattack--{machine}"]
     lines = [
         "| work | ours | against | faster | accuracy, theirs and ours | judged alike |",
         "|---|---|---|---|---|---|",
@@ -175,10 +175,10 @@ def limits() -> str:
     return "\n".join(lines) + f"\n\n{_source(document).replace('2 threads', '1 and 2 threads')}"
 
 
-def summary() -> str:
+def summary(machine: str = "cpu") -> str:
     """How often ours wins and loses, for each suite and peer, and how the losses end."""
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for ours, peer, ratio in _compared():
+    for ours, peer, ratio in _compared(machine):
         groups[ours["suite"], peer["variant"]].append(ratio)
     lines = [
         "| suite | against | comparisons | ours faster | ours slower | worst | median | best |",
@@ -188,19 +188,19 @@ def summary() -> str:
         won = sum(ratio >= 1 for ratio in ratios)
         ends = " | ".join(_ratio(f(ratios)) for f in (min, statistics.median, max))
         lines.append(f"| {suite} | {peer} | {len(ratios)} | {won} | {len(ratios) - won} | {ends} |")
-    used = dict.fromkeys(row["file"] for row in latest() if row["suite"] in COMPARED)
+    used = dict.fromkeys(row["file"] for row in latest(machine) if row["suite"] in COMPARED)
     sources = [f"- [{name}.json](../benchmarks/results/{name}.json): {_source(documents()[name])}" for name in used]
     return "\n".join(lines) + "\n\n" + "\n".join(sources)
 
 
-def losses() -> str:
+def losses(machine: str = "cpu") -> str:
     """Every comparison that ours loses, the worst first."""
-    return _table([c for c in _compared() if c.ratio < 1])
+    return _table([c for c in _compared(machine) if c.ratio < 1])
 
 
-def suite_table(suite: str) -> str:
+def suite_table(suite: str, machine: str = "cpu") -> str:
     """Every comparison of a suite, the worst for us first."""
-    found = [c for c in _compared() if c.ours["suite"] == suite]
+    found = [c for c in _compared(machine) if c.ours["suite"] == suite]
     picture = "![Time and memory against images, draws, steps and image size](scaling.png)\n\n"
     return (picture if suite == "scaling" and found else "") + _table(found)
 
@@ -216,9 +216,9 @@ def finetune() -> str:
     return "\n".join(lines) + f"\n\n{_source(documents()['finetune--cpu'])}"
 
 
-def processes() -> str:
+def processes(machine: str = "cpu") -> str:
     """One evaluation by several processes."""
-    rows = [row for row in latest() if row["case"] == "evaluation by processes"]
+    rows = [row for row in latest(machine) if row["case"] == "evaluation by processes"]
     if not rows:
         return NOTHING
     lines = ["| processes | images | threads in all | time | IQR | against one |", "|---|---|---|---|---|---|"]
@@ -228,8 +228,8 @@ def processes() -> str:
     return "\n".join(lines)
 
 
-def _compared() -> list[Comparison]:
-    found = [c for c in comparisons(list(latest())) if c.ours["suite"] != "limits"]
+def _compared(machine: str) -> list[Comparison]:
+    found = [c for c in comparisons(list(latest(machine))) if c.ours["suite"] != "limits"]
     return sorted(found, key=lambda c: (c.ratio, c.ours["case"], c.ours["shape"], c.peer["variant"]))
 
 
@@ -317,42 +317,61 @@ def cifar(document: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n`{document['command']}`"
 
 
+def restoration(document: dict[str, Any]) -> str:
+    """What U-Nets of several sizes restore."""
+    lines = ["| purifier | million parameters | updates | time | PSNR | classified right |", "|---|---|---|---|---|---|"]
+    for row in document["rows"]:
+        size = f"{row['million parameters']} | {row['updates']} | {row['seconds']:.0f} s" if row["updates"] else "| |"
+        lines.append(f"| {row['purifier']} | {size} | {row['PSNR']:.2f} dB | {100 * row['accuracy']:.1f} % |")
+    return "\n".join(lines) + f"\n\n`{document['command']}`"
+
+
 def _threads(document: dict[str, Any]) -> str:
     return "1 thread" if document["threads"] == 1 else f"{document['threads']} threads"
 
 
-RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine": engine, "cifar-native": cifar}
+RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine": engine, "cifar-native": cifar,
+            "restoration": restoration}  # fmt: skip
+# Result files of a CPU without AVX-512 end so.
+AVX2 = "cpu-avx2"
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes, "finetune": finetune,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
+    **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
+    **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in ("attacks", "evaluate", "scaling")},
     **counted.TABLES,
 }  # fmt: skip
 # Where the tables stand.
 PAGES = {
-    "README.md": ("demo", "finetune", "attacks", "ops"),
+    "README.md": ("demo", "finetune", "attacks", "attacks avx2", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
+    "docs/benchmarks-avx2.md": tuple(
+        f"{name} avx2" for name in ("summary", "losses", "all attacks", "all evaluate", "all scaling", "processes")
+    ),
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
     "docs/training.md": ("engine", "cifar"),
+    "docs/purifiers.md": ("restoration",),
 }
 
 
 def main() -> None:
-    """Fill the tables of every page, and draw the pictures of docs/benchmarks.md."""
+    """Fill the tables of every page, and draw the pictures of the pages of benchmarks."""
     for page, tables in PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
         for table in tables:
             text = filled(text, table)
         (ROOT / page).write_text(text, encoding="utf-8")
-    newest = [document for name, document in documents().items() if name.endswith("--cpu")][-1]
-    document = {**newest, "rows": [row for row in latest() if row["suite"] != "limits"]}
-    draw_ratios(document, ROOT / "docs" / "benchmarks.png")
-    if any(row["suite"] == "scaling" for row in document["rows"]):
-        draw_scaling(document, ROOT / "docs" / "scaling.png")
+    for machine, picture in (("cpu", "benchmarks"), (AVX2, "benchmarks-avx2")):
+        newest = [document for name, document in documents().items() if name.endswith(f"--{machine}")][-1]
+        document = {**newest, "rows": [row for row in latest(machine) if row["suite"] != "limits"]}
+        draw_ratios(document, ROOT / "docs" / f"{picture}.png")
+        if any(row["suite"] == "scaling" for row in document["rows"]):
+            draw_scaling(document, ROOT / "docs" / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a larger U-Net restores of CIFAR-10: python benchmarks/restoration.py FOLDER [--updates 1000] [--json]
+"""What a larger U-Net restores of CIFAR-10: python benchmarks/restoration.py FOLDER [--updates 500] [--json]
 
 FOLDER has `train` and `test`, a folder of images for each class in both. Every network is pre-trained by the same
 images, draws and options; each of the small ones has as many updates as the largest, and then as much time.
@@ -21,7 +21,7 @@ from atop_fast.randomness import seeded
 from atop_fast.training import PretrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-BATCH = 64
+BATCH = 16
 # Options of GatedUNet; the largest last.
 SIZES: tuple[dict[str, int], ...] = ({"width": 12, "blocks": 0}, {"width": 32, "blocks": 2})
 
@@ -29,7 +29,7 @@ SIZES: tuple[dict[str, int], ...] = ({"width": 12, "blocks": 0}, {"width": 32, "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--updates", type=int, default=1000, help="of the largest network")
+    parser.add_argument("--updates", type=int, default=500, help="of the largest network")
     parser.add_argument("--images", type=int, default=1000, help="of the test set")
     parser.add_argument("--json", action="store_true", help="write results/restoration--cpu.json")
     args = parser.parse_args()
@@ -56,7 +56,7 @@ def trained(options: dict[str, int], updates: int, train: Tensor, *test: Any) ->
     """A row of a U-Net that had these updates."""
     with seeded(0):
         purifier = build_purifier("unet", **options)
-    config = PretrainConfig(epochs=1000, updates=updates, batch_size=BATCH, gan_weight=0, precision="bfloat16")
+    config = PretrainConfig(epochs=1000, updates=updates, batch_size=BATCH, gan_weight=0)
     start = time.monotonic()
     pretrain(purifier, RT2(4, sigma=0.25), train, config=config, progress=False)
     seconds = time.monotonic() - start

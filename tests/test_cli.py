@@ -73,6 +73,34 @@ def test_the_whole_flow(files, capsys):
     assert sorted(p.name for p in (files / "f").iterdir()) == ["purifier.safetensors"]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "doctor", "finetune"])
+def test_a_checkpoint_of_torch_can_be_defended(files, command):
+    """Its channels and classes are those of the data."""
+    with seeded(0):
+        torch.save(build_classifier("small_cnn", channels=1, classes=2).state_dict(), "classifier.pt")
+    length = {"finetune": "--training.epochs=1", "doctor": "--images=2", "evaluate": "--images=2"}[command]
+    out = {"finetune": "f", "doctor": "findings.json", "evaluate": "e"}[command]
+    systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--purifier=purifier.safetensors"]
+    try:
+        main([command, *systems, *DATA, length, f"--out={out}", *(["--steps=1"] if command != "finetune" else [])])
+    except SystemExit as stop:
+        # What the doctor finds in a network with random weights.
+        assert (command, stop.code) == ("doctor", 1)
+    assert (files / out).exists()
+
+
+def test_a_classifier_by_name_needs_its_file(files, capsys):
+    models = pytest.importorskip("torchvision").models
+    torch.save(models.squeezenet1_1(num_classes=2).state_dict(), "weights.pt")
+    part = ["--data.source=images", "--data.size=32", "--data.holdout=6", "--alone=true", "--steps=1", "--images=2"]
+    main(["evaluate", "--classifier=torchvision:squeezenet1_1", "--weights=weights.pt", *part, "--diagnostics=false"])
+    assert "classifier" in capsys.readouterr().out
+    assert "torchvision:none" in fail(capsys, "evaluate", "--classifier=torchvision:none", "--weights=x.pt", *DATA)
+    error = fail(capsys, "evaluate", "--classifier=torchvision:resnet18", "--weights=x.pt", *DATA)
+    assert "x.pt" in error
+    assert "architecture" in fail(capsys, "doctor", "--classifier=classifier.pt", *DATA)
+
+
 def test_the_classifier_alone_can_be_evaluated(files):
     main(["evaluate", "--classifier=classifier.safetensors", *DATA, "--alone=true", "--steps=1", "--images=2"])
     systems = json.loads((files / "runs/evaluate/report.json").read_text())["systems"]

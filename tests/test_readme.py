@@ -36,11 +36,15 @@ def test_tables_are_those_of_the_result_files(readme_tables):
             assert readme_tables.filled(text, name) == text, f"{page}: {name}"
 
 
-def test_every_loss_is_listed(readme_tables):
+@pytest.mark.parametrize(
+    ("page", "table", "machine"),
+    [("benchmarks", "losses", "cpu"), ("benchmarks-avx2", "losses avx2", "cpu-avx2")],
+)
+def test_every_loss_is_listed(readme_tables, page, table, machine):
     """In the words of the page: whoever was faster than the same work of ours stands in its table of losses."""
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    losses = text.partition("<!-- losses -->")[2].partition("<!-- /losses -->")[0].splitlines()
-    rows = [row for row in readme_tables.latest() if row["suite"] != "limits"]
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    losses = text.partition(f"<!-- {table} -->")[2].partition(f"<!-- /{table} -->")[0].splitlines()
+    rows = [row for row in readme_tables.latest(machine) if row["suite"] != "limits"]
     count = 0
     for ours in (row for row in rows if row["ours"]):
         for peer in (row for row in rows if not row["ours"]):

@@ -6,13 +6,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .._checks import check_device
 from .._files import write_text
-from ..checkpoints import load_model
 from ..config import DataConfig, TransformConfig
-from ..defense import Defense
+from ..zoo import load_system
 from . import diagnose, format_findings
 
 
@@ -23,6 +22,8 @@ def doctor(
     data: DataConfig = DataConfig(),
     transform: TransformConfig = TransformConfig(),
     alone: bool = False,
+    architecture: str | None = None,
+    weights: str | None = None,
     norm: Literal["Linf", "L2"] = "Linf",
     eps: float = 8 / 255,
     steps: int = 10,
@@ -34,12 +35,15 @@ def doctor(
     """Check a defence's contract and look for gradient masking; exit code 1 if a check fails.
 
     Args:
-        classifier: classifier.safetensors.
+        classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
+            as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
         purifier: purifier.safetensors; without it the transform alone stands before the classifier.
         out: file for the findings as JSON; none by default.
         data: images and their split; the held-out part is used.
         transform: the random transform, as in training.
         alone: check the classifier alone, without transform and purifier.
+        architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
+        weights: file of the weights of a model of torchvision or timm.
         norm: norm of the threat model.
         eps: its radius, in units of [0, 1] pixels.
         steps: PGD steps.
@@ -49,10 +53,9 @@ def doctor(
         seed: key of all randomness.
     """
     place = check_device("doctor", "device", device)
-    model = load_model(classifier, "classifier")
-    if not alone:
-        model = Defense(transform.build(), load_model(purifier, "purifier") if purifier else None, model)
     part = data.load()[1].to(place)
+    source: dict[str, Any] = {"alone": alone, "architecture": architecture, "weights": weights}
+    model = load_system(classifier, purifier, transform.build(), part, **source)
     findings = diagnose(
         model.eval().to(place),
         part.images,

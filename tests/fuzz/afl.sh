@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=build/kernels/afl corpus=tests/fuzz/corpus
-CXX=afl-g++ tests/fuzz/build.sh "$folder" -O2
+CXX=afl-g++ tests/fuzz/build.sh "$folder" -O0
 rm -rf "$folder/found" "$folder/inputs"
 export AFL_NO_UI=1 AFL_SKIP_CPUFREQ=1 AFL_I_DONT_CARE_ABOUT_MISSING_CRASHES=1 AFL_NO_AFFINITY=1
 # timeout ends afl-fuzz with Ctrl-C, which is how it is meant to be ended.

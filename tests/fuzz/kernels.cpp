@@ -223,20 +223,73 @@ void resample(Bytes& in) {
       y);
 }
 
+// What goes into a convolution besides, in buffers of their own.
+struct Fusion {
+  Buffer<float> mask, bias, residual;
+  bool masked, shifted, added, relu;
+
+  Fusion(Bytes& in, int64_t inputs, int64_t channels, int64_t outputs)
+      : mask(values<float>(in, inputs)), bias(values<float>(in, channels)), residual(values<float>(in, outputs)) {
+    const uint8_t which = in.next();
+    masked = which & 1;
+    shifted = which & 2;
+    added = which & 4;
+    relu = which & 8;
+  }
+  ConvFusion get() const {
+    return {masked ? mask.get() : nullptr, shifted ? bias.get() : nullptr, added ? residual.get() : nullptr, relu};
+  }
+};
+
 void convolution(Bytes& in) {
   const Conv3x3 size{in.upto(2), in.upto(40), in.upto(40), in.upto(13), in.upto(13), in.upto(5)};
   const int64_t pixels = size.batch * size.height * size.width, panels = (size.outputs + kConvPanel - 1) / kConvPanel;
   const auto x = values<float>(in, pixels * size.channels), dy = values<float>(in, pixels * size.outputs);
-  const auto weight = values<float>(in, size.outputs * size.channels * 9), bias = values<float>(in, size.outputs);
+  const auto weight = values<float>(in, size.outputs * size.channels * 9);
+  const Fusion fusion(in, x.count, size.outputs, dy.count);
   const int64_t strides[4] = {size.channels * 9, 9, 3, 1};
   Buffer<float> ready(36 * panels * size.channels * kConvPanel), y(pixels * size.outputs), dw(weight.count);
   check(
       "conv3x3_prepare",
       [&] { return launch_conv3x3_prepare(weight.get(), strides, size.outputs, size.channels, ready.get(), nullptr); },
       ready);
-  check("conv3x3", [&] { return launch_conv3x3(x.get(), ready.get(), bias.get(), size, y.get(), nullptr); }, y);
+  check("conv3x3", [&] { return launch_conv3x3(x.get(), ready.get(), fusion.get(), size, y.get(), nullptr); }, y);
   check(
       "conv3x3_bwd_weight", [&] { return launch_conv3x3_bwd_weight(dy.get(), x.get(), size, dw.get(), nullptr); }, dw);
+}
+
+void strided_convolution(Bytes& in) {
+  StridedConv size{};
+  size.batch = in.upto(2);
+  size.channels = in.upto(20);
+  size.outputs = in.upto(40);
+  size.stride = in.upto(3);
+  size.padding = in.next() % 3;
+  size.weight_rows = in.upto(5);
+  size.weight_columns = in.upto(5);
+  size.transposed = in.next() % 2;
+  size.channels_last = size.transposed || in.next() % 2;
+  size.y_channels_last = !size.transposed || in.next() % 2;
+  // Images that are as large as the weights at least, and the outputs that go with them.
+  const int64_t height = size.weight_rows + in.upto(12), width = size.weight_columns + in.upto(12);
+  const int64_t rows = (height + 2 * size.padding - size.weight_rows) / size.stride + 1;
+  const int64_t columns = (width + 2 * size.padding - size.weight_columns) / size.stride + 1;
+  size.height = size.transposed ? rows : height;
+  size.width = size.transposed ? columns : width;
+  size.y_height = size.transposed ? height : rows;
+  size.y_width = size.transposed ? width : columns;
+  const auto x = values<float>(in, size.batch * size.height * size.width * size.channels);
+  const auto prepared = values<float>(in, frozen_conv_weights(size));
+  Buffer<float> y(size.batch * size.y_height * size.y_width * size.outputs);
+  Fusion fusion(in, x.count, size.outputs, y.count);
+  // The op gives gradients a mask, and images the rest.
+  fusion.masked &= size.transposed;
+  fusion.shifted &= !size.transposed;
+  fusion.added &= !size.transposed;
+  fusion.relu &= !size.transposed;
+  check(
+      "frozen_conv", [&] { return launch_frozen_conv(x.get(), prepared.get(), fusion.get(), size, y.get(), nullptr); },
+      y);
 }
 
 void attention(Bytes& in) {
@@ -267,8 +320,8 @@ void attention(Bytes& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in{data, size};
-  void (*const targets[])(Bytes&) = {steps<float>, steps<double>, gates,       corrupt,  randoms,
-                                     losses,       resample,      convolution, attention};
+  void (*const targets[])(Bytes&) = {steps<float>, steps<double>,       gates,    corrupt, randoms, losses, resample,
+                                     convolution,  strided_convolution, attention};
   targets[in.next() % (sizeof(targets) / sizeof(targets[0]))](in);
   return 0;
 }
