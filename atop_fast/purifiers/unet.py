@@ -37,7 +37,8 @@ class GatedUNet(nn.Module):
 
     The network learns a correction to the masked image, and its range is slightly wider than that of images: an L1
     loss then has its optimum at finite u. With a range that ends at -1, training on mostly black images can push every
-    pixel into saturation there, from where it does not return.
+    pixel into saturation there, from where it does not return. Networks of a million parameters and more have been seen
+    to end there all the same within their first updates: give their trainings clip=1.0.
 
     Args:
         channels: channels C of the images.
