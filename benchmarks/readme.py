@@ -319,7 +319,10 @@ def cifar(document: dict[str, Any]) -> str:
 
 def restoration(document: dict[str, Any]) -> str:
     """What U-Nets of several sizes restore."""
-    lines = ["| purifier | million parameters | updates | time | PSNR | classified right |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| purifier | million parameters | updates | time | PSNR | classified right |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in document["rows"]:
         size = f"{row['million parameters']} | {row['updates']} | {row['seconds']:.0f} s" if row["updates"] else "| |"
         lines.append(f"| {row['purifier']} | {size} | {row['PSNR']:.2f} dB | {100 * row['accuracy']:.1f} % |")

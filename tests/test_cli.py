@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -81,11 +82,9 @@ def test_a_checkpoint_of_torch_can_be_defended(files, command):
     length = {"finetune": "--training.epochs=1", "doctor": "--images=2", "evaluate": "--images=2"}[command]
     out = {"finetune": "f", "doctor": "findings.json", "evaluate": "e"}[command]
     systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--purifier=purifier.safetensors"]
-    try:
+    # What the doctor finds in a network with random weights is a failure.
+    with contextlib.suppress(SystemExit) if command == "doctor" else contextlib.nullcontext():
         main([command, *systems, *DATA, length, f"--out={out}", *(["--steps=1"] if command != "finetune" else [])])
-    except SystemExit as stop:
-        # What the doctor finds in a network with random weights.
-        assert (command, stop.code) == ("doctor", 1)
     assert (files / out).exists()
 
 

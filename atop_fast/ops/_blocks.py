@@ -14,6 +14,13 @@ def expand_blocks(blocks: Tensor, patch: int, height: int, width: int) -> Tensor
     return grid.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)
 
 
+def check_matrix(function: str, blocks: Tensor) -> Tensor:
+    """`blocks`, if it has a row for each sample."""
+    if blocks.dim() != 2:
+        raise ValueError(message(function, "blocks", "of shape (B, blocks)", tuple(blocks.shape)))
+    return blocks
+
+
 def check_blocks(
     function: str, argument: str, images: Tensor, blocks: Tensor, patch: int, size: tuple[int, int] | None = None
 ) -> None:

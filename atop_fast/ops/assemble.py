@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_tensor, message
-from ._blocks import check_blocks, expand_blocks
+from ._blocks import check_blocks, check_matrix, expand_blocks
 from ._images import DTYPES, memory_format
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
@@ -99,8 +99,8 @@ def check_arguments(function: str, copies: Tensor, blocks: Tensor, patch: int) -
     """Raise unless the arguments are as described."""
     if copies.dtype not in DTYPES:
         raise TypeError(message(function, "copies", "a float32, float64, bfloat16 or float16 tensor", copies.dtype))
-    samples = blocks.shape[0]
-    number = copies.shape[0] // max(1, samples)
+    samples = check_matrix(function, blocks).shape[0]
+    number = copies.shape[0] // max(1, samples) if copies.dim() == 4 else 0
     if copies.dim() != 4 or number * samples != copies.shape[0] or number < min(1, samples):
         expected = f"of shape (B * N, C, H, W) for B = {samples}"
         raise ValueError(message(function, "copies", expected, tuple(copies.shape)))
@@ -113,6 +113,7 @@ def check_dy(function: str, dy: Tensor, blocks: Tensor, patch: int, copies: int)
         raise ValueError(message(function, "copies", "an integer and in [1, 255]", copies))
     if dy.dtype not in DTYPES:
         raise TypeError(message(function, "dy", "a float32, float64, bfloat16 or float16 tensor", dy.dtype))
-    if dy.dim() != 4 or dy.shape[0] != blocks.shape[0]:
-        raise ValueError(message(function, "dy", f"of shape (B, C, H, W) for B = {blocks.shape[0]}", tuple(dy.shape)))
+    samples = check_matrix(function, blocks).shape[0]
+    if dy.dim() != 4 or dy.shape[0] != samples:
+        raise ValueError(message(function, "dy", f"of shape (B, C, H, W) for B = {samples}", tuple(dy.shape)))
     check_blocks(function, "dy", dy, blocks, patch)

@@ -82,7 +82,8 @@ def check_arguments(function: str, seed: Tensor, sample_ids: Tensor, draws: Tens
 
 def check_key(function: str, seed: Tensor, sample_ids: Tensor, draws: Tensor) -> None:
     """Raise unless the key is int64 of shapes (), (B,) and () or (B,), on one device."""
-    shapes = {"seed": ((),), "sample_ids": (sample_ids.shape[:1],), "draws": ((), sample_ids.shape)}
+    batch = sample_ids.shape[0] if sample_ids.dim() else 1
+    shapes = {"seed": ((),), "sample_ids": ((batch,),), "draws": ((), (batch,))}
     for argument, value in (("seed", seed), ("sample_ids", sample_ids), ("draws", draws)):
         if value.dtype != torch.int64:
             raise TypeError(message(function, argument, "an int64 tensor", value.dtype))

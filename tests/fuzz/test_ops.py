@@ -85,6 +85,8 @@ def agree(backend: str, name: str, arguments: tuple[Any, ...]) -> None:
     expected = outcome(reference, made(arguments))
     with harness.owned_by(backend, (name,)):
         actual = outcome(_registry.OPS[name].overload, made(arguments))
+    if isinstance(expected, RuntimeError) and "Storage size" in str(expected):
+        return  # what the specification makes on its way is larger than any memory
     if isinstance(expected, Exception) or isinstance(actual, Exception):
         assert isinstance(expected, Exception), f"only {backend} refuses: {actual}"
         assert isinstance(actual, Exception), f"{backend} takes what the specification refuses: {expected}"

@@ -161,6 +161,8 @@ BAD = [
     ({"blocks": torch.zeros(2, 4)}, TypeError, "blocks must be a uint8 tensor, got torch.float32"),
     ({"blocks": torch.zeros(2, 3).byte()}, ValueError, r"blocks must be of shape \(B, 4\), got \(2, 3\)"),
     ({"blocks": torch.zeros(4).byte()}, ValueError, r"blocks must be of shape \(B, (4|blocks)\), got \(4,\)"),
+    ({"copies": torch.tensor(0.0)}, ValueError, r"copies must be .*C, H, W\).*, got \(\)"),
+    ({"blocks": torch.tensor(0).byte()}, ValueError, r"blocks must be of shape \(B, blocks\), got \(\)"),
     ({"patch": 3}, ValueError, "copies must be of a height and width divisible by patch=3, got 4 x 4"),
     (
         {"patch": 0},

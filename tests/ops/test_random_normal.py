@@ -119,6 +119,7 @@ BAD = [
     ({"seed": torch.zeros(2).long()}, ValueError, r"seed must be of shape \(\), got \(2,\)"),
     ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be an int64 tensor, got torch.float32"),
     ({"sample_ids": torch.zeros(2, 1).long()}, ValueError, r"sample_ids must be of shape \([2B],\), got \(2, 1\)"),
+    ({"sample_ids": torch.tensor(0)}, ValueError, r"sample_ids must be of shape \([1B],\), got \(\)"),
     ({"draws": torch.zeros(2)}, TypeError, "draws must be an int64 tensor, got torch.float32"),
     ({"draws": torch.zeros(3).long()}, ValueError, r"draws must be of shape \(\) or \(2,\), got \(3,\)"),
     ({"count": -1}, ValueError, "count must be an integer and >= 0, got -1"),
