@@ -337,6 +337,7 @@ RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine":
             "restoration": restoration}  # fmt: skip
 # Result files of a CPU without AVX-512 end so.
 AVX2 = "cpu-avx2"
+AVX2_SUITES = ("attacks", "evaluate", "scaling")
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
@@ -344,7 +345,7 @@ TABLES = {
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
-    **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in ("attacks", "evaluate", "scaling")},
+    **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in AVX2_SUITES},
     **counted.TABLES,
 }  # fmt: skip
 # Where the tables stand.
@@ -353,7 +354,7 @@ PAGES = {
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
     "docs/benchmarks-avx2.md": tuple(
-        f"{name} avx2" for name in ("summary", "losses", "all attacks", "all evaluate", "all scaling", "processes")
+        f"{name} avx2" for name in ("summary", "losses", *(f"all {suite}" for suite in AVX2_SUITES), "processes")
     ),
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
