@@ -359,7 +359,7 @@ PAGES = {
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
     "docs/training.md": ("engine", "cifar"),
-    "docs/purifiers.md": ("restoration",),
+    "docs/purifiers.md": (*counted.PAGES["docs/purifiers.md"], "restoration"),
 }
 
 
