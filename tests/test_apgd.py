@@ -56,7 +56,7 @@ def test_equals_the_original_from_the_same_start(trained, norm, loss):
         # The folded network rounds otherwise, which now and then turns the sign of a gradient near 0.
         apart = (ours - best)[still].flatten(1).abs().amax(1)
         assert (apart > 1e-5).sum() <= 1
-        assert apart.max() <= 0.01 * eps
+        assert apart.max() <= 0.1 * eps
     else:
         assert (still.float().mean() - right.float().mean()).abs() <= 0.1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import asdict
@@ -31,7 +32,8 @@ def digits():
 @pytest.fixture(scope="module")
 def standard():
     """An undefended classifier."""
-    return models.standard_mnist()
+    # A copy: some of these tests put it in training mode, and other files have the same one.
+    return copy.deepcopy(models.standard_mnist())
 
 
 @pytest.fixture(scope="module")

@@ -338,7 +338,10 @@ def test_a_users_purifier_trains_is_evaluated_and_saved(tmp_path, monkeypatch):
     assert report.passes["pgd"]["backward"] > 0
     monkeypatch.setitem(PURIFIERS, "blur", functools.partial(Blur, channels=1))
     save_model(tmp_path / "p.safetensors", purifier, "purifier", "blur")
-    assert torch.equal(load_model(tmp_path / "p.safetensors", "purifier")(RT2(4)(X)), purifier(RT2(4)(X)))
+    loaded = load_model(tmp_path / "p.safetensors", "purifier")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in purifier.state_dict().items())
+    # Trainings leave a network in channels_last, in which convolutions may round otherwise.
+    torch.testing.assert_close(loaded(RT2(4)(X)), purifier(RT2(4)(X)))
 
 
 @pytest.mark.parametrize(
