@@ -125,7 +125,7 @@ def load_system(
     model = load_classifier(classifier, architecture, path=weights, **shape)
     if alone:
         return model
-    return Defense(transform, None if purifier is None else load_model(purifier, "purifier"), model)
+    return Defense(transform, load_model(purifier, "purifier") if purifier else None, model)
 
 
 def _from_package(

@@ -1,7 +1,7 @@
 """What a larger U-Net restores of CIFAR-10: python benchmarks/restoration.py FOLDER [--updates 500] [--json]
 
 FOLDER has `train` and `test`, a folder of images for each class in both. Every network is pre-trained by the same
-images, draws and options; each of the small ones has as many updates as the largest, and then as much time.
+images, draws and options; the small one has as many updates as the large one, and then as many as would take its time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from atop_fast.training import PretrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 BATCH = 16
-# Options of GatedUNet; the largest last.
-SIZES: tuple[dict[str, int], ...] = ({"width": 12, "blocks": 0}, {"width": 32, "blocks": 2})
+# Options of GatedUNet.
+SMALL, LARGE = {"width": 12, "blocks": 0}, {"width": 32, "blocks": 2}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--updates", type=int, default=500, help="of the largest network")
+    parser.add_argument("--updates", type=int, default=500, help="of the large network")
     parser.add_argument("--images", type=int, default=1000, help="of the test set")
     parser.add_argument("--json", action="store_true", help="write results/restoration--cpu.json")
     args = parser.parse_args()
@@ -37,15 +37,10 @@ def main() -> None:
 
     train = image_folder(args.folder / "train").images
     test = image_folder(args.folder / "test").split(args.images, seed=0)[0]
-    x, y = test.images, test.labels
-    classifier = models.standard_cifar()
-    *small, large = SIZES
-    rows = [restored(None, x, y, classifier), trained(large, args.updates, train, x, y, classifier)]
-    for options in small:
-        equal = trained(options, args.updates, train, x, y, classifier)
-        # As many updates as take the time of the largest.
-        more = round(args.updates * rows[1]["seconds"] / equal["seconds"])
-        rows += [equal, trained(options, more, train, x, y, classifier)]
+    judged = test.images, test.labels, models.standard_cifar()
+    large, small = (trained(options, args.updates, train, *judged) for options in (LARGE, SMALL))
+    more = round(args.updates * large["seconds"] / small["seconds"])
+    rows = [restored(None, *judged), large, small, trained(SMALL, more, train, *judged)]
     print_table(rows)
     if args.json:
         command = f"python benchmarks/restoration.py cifar10-jpeg --updates {args.updates} --images {args.images}"
@@ -65,7 +60,7 @@ def trained(options: dict[str, int], updates: int, train: Tensor, *test: Any) ->
     parameters = sum(p.numel() for p in purifier.parameters()) / 1e6
     named = "U-Net, " + ", ".join(f"{key} {value}" for key, value in options.items())
     return {**row, "purifier": named, "million parameters": round(parameters, 2), "updates": updates,
-            "seconds": round(seconds, 1)}  # fmt: skip
+            "seconds": float(f"{seconds:.3g}")}  # fmt: skip
 
 
 @torch.no_grad()

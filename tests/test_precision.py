@@ -10,6 +10,7 @@ from torch import nn
 
 from atop_fast import precision
 from atop_fast.attacks import PGD
+from atop_fast.bench import harness
 from atop_fast.bench.harness import Case, Roofline, measure
 from atop_fast.training import TrainingConfig
 from atop_fast.training.classifier import ClassifierStep
@@ -25,7 +26,7 @@ def network():
 @pytest.fixture
 def slow(monkeypatch):
     """A CPU without 16-bit instructions."""
-    for module in (precision, __import__("atop_fast.bench.harness", fromlist=["is_fast"])):
+    for module in (precision, harness):
         monkeypatch.setattr(module, "is_fast", lambda device, name: name in ("float32", "tf32"))
 
 
