@@ -8,11 +8,11 @@ CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.installed
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint bench fuzz faults sanitize docs wheel clean
+.PHONY: help setup demo test test-slow test-all lint bench fuzz faults sanitize docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 setup: $(STAMP) ## make .venv with the reference stack and the package (editable, native code built)
 
@@ -35,8 +35,15 @@ $(STAMP): $(VENV)/.stack setup.py pyproject.toml $(NATIVE)
 demo: $(STAMP) ## AToP on MNIST digits, from training to runs/demo/report.html
 	$(BIN)/atop-fast demo
 
-test: $(STAMP) ## the whole test suite, with the number of tests of every backend checked
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --assert-counts --require-backends eager,cpp,triton
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --require-backends eager,cpp,triton
+
+test: $(STAMP) ## every op in every backend, every module, the main job from end to end; tests counted by backend
+	$(PYTEST) --assert-counts fast
+
+test-slow: $(STAMP) ## the second tier alone: processes, kills, random faults, compilers, examples, packaging
+	$(PYTEST) --assert-counts slow -m slow
+
+test-all: test test-slow ## both tiers
 
 lint: $(STAMP) ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
@@ -66,7 +73,7 @@ sanitize: $(STAMP) ## the op tests on a CPU library with sanitizers, and the ker
 	    $(BIN)/python setup.py -q build --build-base build/sanitize >/dev/null
 	PYTHONPATH="$$(echo build/sanitize/lib.*)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -p no:cacheprovider -m "not gpu" -k "not compile and not opcheck and not triton" $(SANITIZE_TESTS)
+	    $(BIN)/pytest -p no:cacheprovider -m "not gpu and not slow" -k "not compile and not opcheck and not triton" $(SANITIZE_TESTS)
 	CXX="$${CXX:-c++}" tests/fuzz/sanitize.sh thread 500
 
 docs: $(VENV)-docs/.installed ## the documentation site, every warning an error: runs/docs/index.html

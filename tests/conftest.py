@@ -20,6 +20,8 @@ if not HAS_GPU:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FLOORS = Path(__file__).parent / "floors.json"
+# Bytes that a GPU must have for what is marked both gpu and slow.
+LARGE = 64 * 10**9
 COUNTED = ("eager", "cpp", "triton", "cuda", "nvcc")
 executed: Counter[str] = Counter()
 
@@ -27,7 +29,10 @@ executed: Counter[str] = Counter()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("atop_fast")
     group.addoption(
-        "--assert-counts", action="store_true", help="fail if a backend ran fewer tests than floors.json says"
+        "--assert-counts",
+        metavar="TIER",
+        choices=list(json.loads(FLOORS.read_text())),
+        help="fail if a backend ran fewer tests than floors.json says of this tier",
     )
     group.addoption("--require-backends", default="", help="comma-separated backends whose absence is an error")
 
@@ -44,6 +49,11 @@ def absent_backends() -> dict[str, str]:
     return absent
 
 
+def gpu_memory() -> int:
+    """Bytes of the first GPU."""
+    return torch.cuda.get_device_properties(0).total_memory
+
+
 def pytest_configure(config: pytest.Config) -> None:
     required = [name for name in config.getoption("--require-backends").split(",") if name]
     if unknown := set(required) - set(COUNTED):
@@ -57,8 +67,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-        if item.get_closest_marker("slow") and not os.environ.get("ATOP_FAST_SLOW_TESTS"):
-            item.add_marker(pytest.mark.skip(reason="slow: set ATOP_FAST_SLOW_TESTS=1"))
+        elif item.get_closest_marker("gpu") and item.get_closest_marker("slow") and gpu_memory() < LARGE:
+            item.add_marker(pytest.mark.skip(reason="the GPU has less than 64 GB"))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -80,22 +90,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("tests executed by backend")
     for name in COUNTED:
         terminalreporter.line(f"{name:8}{executed[name]:5}" + (f"  absent: {absent[name]}" if name in absent else ""))
-    for problem in _below_floor() if terminalreporter.config.getoption("--assert-counts") else []:
+    for problem in _below_floor(terminalreporter.config):
         terminalreporter.line(f"ERROR: {problem}", red=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput"):
         return
-    if session.config.getoption("--assert-counts") and _below_floor() and session.exitstatus == pytest.ExitCode.OK:
+    if session.exitstatus == pytest.ExitCode.OK and _below_floor(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def _below_floor() -> list[str]:
+def _below_floor(config: pytest.Config) -> list[str]:
+    tier = config.getoption("--assert-counts")
+    floors = json.loads(FLOORS.read_text())[tier] if tier else {}
     absent = absent_backends()
-    floors = json.loads(FLOORS.read_text())
     return [
-        f"{name}: {executed[name]} tests ran, the floor in {FLOORS.name} is {floor}"
+        f"{name}: {executed[name]} tests ran, the floor of {tier} in {FLOORS.name} is {floor}"
         for name, floor in floors.items()
         if name not in absent and executed[name] < floor
     ]

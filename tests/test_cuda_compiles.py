@@ -20,6 +20,7 @@ MORE_REGISTERS = {"assemble": 48, "attack_loss": 48, "corrupt": 90, "gated": 80,
 MORE_REGISTERS |= {"pgd_step_linf": 64, "apgd_step_linf": 64, "pgd_step_l2": 128, "apgd_step_l2": 128}
 
 
+@pytest.mark.slow
 @pytest.mark.backend("nvcc")
 @pytest.mark.skipif(nvcc() is None, reason="no CUDA toolkit")
 @pytest.mark.parametrize("arch", ["80", "90", "100"])

@@ -185,6 +185,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "kinds"), [
     ("training", ("disk full",)),
     ("evaluation", ("disk full", "read-only folder")),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
 SUITES = ["ops", "attacks", "evaluate", "finetune", "scaling"]
 # Answers as python would on a GPU machine, and notes what it was asked.

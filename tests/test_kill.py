@@ -12,6 +12,8 @@ import time
 import pytest
 from test_evaluate_runs import COUNT, finish, results, run, start, written
 
+pytestmark = pytest.mark.slow
+
 ARGS = [
     *("--options.train_images=256", "--options.test_images=8", "--options.classifier_epochs=2"),
     *("--options.pretrain_epochs=2", "--options.finetune_epochs=2", "--options.steps=2", "--options.draws=2"),

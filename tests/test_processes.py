@@ -31,6 +31,7 @@ def endless(rank, port, folder):
     fit("test", Line(epochs=10**6, batch_size=6), Feed("test", X, Y, CPU), seed=0, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other(tmp_path, victim):
     with socket.socket() as free:

@@ -229,6 +229,7 @@ def finish(processes: list) -> None:
         assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_killed_runs_and_two_processes_end_with_the_report_of_one(files):
     finish(start(files, "whole"))
     expected = (files / "whole/report.json").read_text()

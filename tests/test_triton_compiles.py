@@ -79,6 +79,7 @@ NARROW_STORES = {*NARROW_ANY, "corrupt_passes", "pgd_step_l2 first", "gated_bwd 
 CONTRACTED = {*LOSSES, *ATTENTION, *(case for case in MAX_REGISTERS if case.startswith("gated"))}
 
 
+@pytest.mark.slow
 @pytest.mark.backend("triton")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_compiles(tmp_path):
