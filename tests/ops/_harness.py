@@ -205,11 +205,23 @@ def check_gradcheck(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None
         assert torch.autograd.gradcheck(lambda *inputs: spec.call(*inputs, *spec.numbers), leaves)
 
 
-def check_opcheck(spec: Spec, backend: str, tensors: Sequence[Tensor], requires_grad: bool) -> None:
-    """torch's own checks of schema, fake, autograd registration and AOT dispatch."""
+def check_opcheck(
+    spec: Spec, backend: str, tensors: Sequence[Tensor], requires_grad: bool, dynamic: bool = True
+) -> None:
+    """torch's own checks of the op, as `opcheck` has them."""
     leaves = [t.detach().requires_grad_(requires_grad and i in spec.differentiable) for i, t in enumerate(tensors)]
     with owned_by(backend, spec.ops or (spec.name,)):
-        torch.library.opcheck(_registry.OPS[spec.name].overload, (*leaves, *spec.numbers))
+        opcheck(_registry.OPS[spec.name].overload, (*leaves, *spec.numbers), dynamic)
+
+
+def opcheck(op: torch._ops.OpOverload, arguments: Sequence[Any], dynamic: bool = True) -> None:
+    """torch's own checks of schema, autograd registration and fake, and with `dynamic` of AOT dispatch.
+
+    The last traces the op with sizes as symbols, in 50 times the time of the others: once for an op and a backend. It
+    takes channels_last where there are layouts, as check_compiled takes contiguous tensors.
+    """
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, tuple(arguments), test_utils=(*utils, "test_aot_dispatch_dynamic")[: 3 + dynamic])
 
 
 def check_compiled(spec: Spec, backend: str, samples: Sequence[Sequence[Tensor]], compiler: str = "inductor") -> None:

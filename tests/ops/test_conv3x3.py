@@ -245,12 +245,13 @@ def test_double_backward_raises(backend):
 def test_opcheck(backend, layout, requires_grad):
     x, weight, bias = sample((2, 4, 6, 4, 5))
     leaves = [t.requires_grad_(requires_grad) for t in (harness.in_layout(x, layout).detach(), weight, bias)]
+    dynamic = layout == "channels_last" and requires_grad
     with harness.owned_by(backend, NAMES):
-        torch.library.opcheck(spec_module.OP, (*leaves, None, None, 2))
-        dy, weight = torch.randn(2, 6, 4, 5, device=DEVICE), weight.detach()
-        torch.library.opcheck(spec_module.OP_BWD, (harness.in_layout(dy, layout), weight, None, 2))
-        torch.library.opcheck(spec_module.OP_BWD_WEIGHT, (harness.in_layout(dy, layout), leaves[0].detach(), 2))
-        torch.library.opcheck(spec_module.OP_PREPARE, (weight, requires_grad))
+        harness.opcheck(spec_module.OP, (*leaves, None, None, 2), dynamic)
+        dy, weight = harness.in_layout(torch.randn(2, 6, 4, 5, device=DEVICE), layout), weight.detach()
+        harness.opcheck(spec_module.OP_BWD, (dy, weight, None, 2), dynamic)
+        harness.opcheck(spec_module.OP_BWD_WEIGHT, (dy, leaves[0].detach(), 2), dynamic)
+        harness.opcheck(spec_module.OP_PREPARE, (weight, requires_grad), dynamic)
 
 
 @cases()

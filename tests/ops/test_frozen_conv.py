@@ -112,9 +112,10 @@ def test_opcheck(backend, requires_grad):
     prepared = [spec_module.prepare(weight, 2, 1, transposed) for transposed in (False, True)]
     x, added = (t.requires_grad_(requires_grad) for t in (x, added))
     with harness.owned_by(backend, NAMES):
-        torch.library.opcheck(spec_module.OP, (x, weight, bias, *prepared, 2, 1, added, True))
+        harness.opcheck(spec_module.OP, (x, weight, bias, *prepared, 2, 1, added, True), requires_grad)
         dy = torch.randn_like(added).detach()
-        torch.library.opcheck(spec_module.OP_BWD, (dy, weight, prepared[1], 9, 12, 2, 1, True, added.detach()))
+        arguments = (dy, weight, prepared[1], 9, 12, 2, 1, True, added.detach())
+        harness.opcheck(spec_module.OP_BWD, arguments, requires_grad)
 
 
 @cases()

@@ -52,7 +52,7 @@ def test_no_rows(backend):
 @cases(op="hyperplane_step", l2=(False, True))
 def test_opcheck(backend, l2):
     with harness.owned_by(backend, NAMES):
-        torch.library.opcheck(spec_module.OP, (*sample(3, 6), l2))
+        harness.opcheck(spec_module.OP, (*sample(3, 6), l2), dynamic=l2)
 
 
 @cases(op="hyperplane_step")

@@ -143,7 +143,8 @@ def test_second_backward_same(backend):
 @cases(layout=("contiguous", "permuted"))
 def test_opcheck(backend, layout):
     tensors = [harness.in_layout(t, layout) for t in STEP.sample((2, 3, 4, 5), torch.float32)]
-    harness.check_opcheck(SPEC, backend, tensors, requires_grad=layout == "contiguous")
+    requires_grad = layout == "contiguous"
+    harness.check_opcheck(SPEC, backend, tensors, requires_grad, dynamic=requires_grad)
 
 
 @cases()
@@ -151,14 +152,14 @@ def test_opcheck_of_draws(backend):
     x, grad, x0 = STEP.sample((2, 3, 4), torch.float32, 2)
     arguments = (x.requires_grad_(), grad, x0, 0.0, 0.0, *STEP.per_sample(2, torch.float32))
     with harness.owned_by(backend, NAMES):
-        torch.library.opcheck(spec_module.OP, arguments)
+        harness.opcheck(spec_module.OP, arguments, dynamic=False)
 
 
 @cases(layout=("permuted",))
 def test_opcheck_in_place(backend, layout):
     tensors = [harness.in_layout(t, layout) for t in STEP.sample((2, 3, 4, 5), torch.float32)]
     with harness.owned_by(backend, NAMES):
-        torch.library.opcheck(spec_module.OP_, (*tensors, ALPHA, EPS))
+        harness.opcheck(spec_module.OP_, (*tensors, ALPHA, EPS))
 
 
 @cases()

@@ -59,9 +59,9 @@ def bumps(attack, x):
 def test_opcheck(backend):
     with harness.owned_by(backend, NAMES):
         _, x, x0, drawn = next(iter(queries("Linf")))
-        torch.library.opcheck(square.OP_LINF, (x, x0, drawn.signs, drawn.rows, drawn.columns, 0.25))
+        harness.opcheck(square.OP_LINF, (x, x0, drawn.signs, drawn.rows, drawn.columns, 0.25))
         attack, x, x0, drawn = next(iter(queries("L2")))
-        torch.library.opcheck(square.OP_BUMP, (x, x0, *drawn, bumps(attack, x), 0.25, True))
+        harness.opcheck(square.OP_BUMP, (x, x0, *drawn, bumps(attack, x), 0.25, True))
 
 
 @cases(op="square_linf", but="eager")
