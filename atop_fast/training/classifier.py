@@ -18,7 +18,7 @@ from .step import Logs, Step
 
 
 class ClassifierStep(Step):
-    """Minimise the cross-entropy.
+    """Minimise the cross-entropy to the labels, smoothed if so asked.
 
     Args:
         classifier, config, seed: see train_classifier.
@@ -30,12 +30,26 @@ class ClassifierStep(Step):
         super().__init__({"classifier": classifier}, config, betas=(0.9, 0.999))
         self.classifier, self.seed = classifier, derive_seed(seed, "augment")
 
+    def optimizer(self, module: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
+        if self.config.optimizer == "adam":
+            return super().optimizer(module, betas)
+        parameters = list(module.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1]},
+        ]
+        # torch takes no group without parameters.
+        groups = [group for group in groups if group["params"]]
+        momentum = self.config.momentum
+        return torch.optim.SGD(groups, lr=self.rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+
     def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
         if self.config.augment:
-            x = shift_and_mirror(x, self.seed, ids, epoch)
+            alternating = self.config.flip == "alternating"
+            x = shift_and_mirror(x, self.seed, ids, epoch, self.config.shift, alternating)
         with self.autocast():
             logits = self.classifier(x).float()
-        loss = F.cross_entropy(logits, y)
+        loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
         self.update(loss, "classifier")
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
@@ -62,7 +76,7 @@ def train_classifier(
     tensorboard: Path | None = None,
     progress: bool = True,
 ) -> History:
-    """Minimise the cross-entropy with Adam; changes `classifier` in place and leaves it in evaluation mode.
+    """Minimise the cross-entropy; changes `classifier` in place and leaves it in evaluation mode.
 
     Args:
         classifier: maps images (B, C, H, W) in [0, 1] to logits.
@@ -95,15 +109,21 @@ def train_classifier(
     )
 
 
-def shift_and_mirror(x: Tensor, seed: int, ids: Tensor, epoch: int | Tensor, reach: int = 4) -> Tensor:
+def shift_and_mirror(
+    x: Tensor, seed: int, ids: Tensor, epoch: int | Tensor, reach: int = 4, alternating: bool = False
+) -> Tensor:
     """Images (B, C, H, W), shifted by up to `reach` pixels along both axes, with zeros outside, and half of them
-    mirrored; keyed by (seed, sample id, epoch)."""
+    mirrored; keyed by (seed, sample id, epoch). With `alternating`, which half is that of epoch 0 and the other in
+    turn."""
     height, width = x.shape[2:]
     words = random_bits(3, seed, ids, epoch, Tag.START)
     down, right = ((words[:, i : i + 1] * (2 * reach + 1)) >> 32 for i in (0, 1))
+    mirrored = words[:, 2:] >> 31 > 0
+    if alternating:
+        mirrored = (random_bits(3, seed, ids, 0, Tag.START)[:, 2:] >> 31) + epoch & 1 > 0
     rows = down + torch.arange(height, device=x.device)
     columns = right + torch.arange(width, device=x.device)
-    columns = torch.where(words[:, 2:] >> 31 > 0, columns.flip(1), columns)
+    columns = torch.where(mirrored, columns.flip(1), columns)
     batch = torch.arange(len(x), device=x.device)
     # Advanced indices around a slice put their axes first.
     picked = F.pad(x, (reach,) * 4)[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]

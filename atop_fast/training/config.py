@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._checks import check_choice, check_integer, check_number
+from .._checks import check_choice, check_integer, check_number, message
 from ..attacks import NORMS
 from ..precision import PRECISIONS as NETWORK_PRECISIONS
 
@@ -12,7 +12,9 @@ ATTACKS = ("fgsm", "fgsm-rs", "pgd", "apgd")
 ATTACKED = ("pipeline", "classifier")
 AVERAGES = ("none", "ema", "median")
 PRECISIONS = (*NETWORK_PRECISIONS, "tf32")
-SCHEDULES = ("cosine", "step", "constant")
+SCHEDULES = ("cosine", "linear", "onecycle", "step", "constant")
+OPTIMIZERS = ("adam", "sgd")
+FLIPS = ("random", "alternating")
 TARGETS = ("adversarial", "clean")
 
 
@@ -23,9 +25,11 @@ class TrainingConfig:
     Attributes:
         epochs: passes over the data.
         batch_size: images of one update, over all processes.
-        lr: first learning rate of Adam.
-        schedule: "cosine" (falls to 0 along half a cosine), "step" (a tenth after half of the updates, and again after
-            three quarters) or "constant".
+        lr: first learning rate of the optimizer, which is Adam unless a subclass says otherwise; of "onecycle", the
+            highest one.
+        schedule: "cosine" (falls to 0 along half a cosine), "linear" (falls to 0), "onecycle" (rises from a 25th over
+            the first fifth of the updates, then falls to almost 0, both linearly: Smith and Topin, 2017, as torch's
+            OneCycleLR), "step" (a tenth after half of the updates, and again after three quarters) or "constant".
         precision: "float32", or "bfloat16" or "float16" (with loss scaling) for the passes of the networks; weights,
             images, losses and optimizers stay float32. On GPUs, "tf32" lets convolutions and matrix products in float32
             round their factors to 10 bits (TF32), and the others do not; a CPU takes it for "float32".
@@ -77,11 +81,39 @@ class ClassifierConfig(TrainingConfig):
     """Options of train_classifier, in addition to those of TrainingConfig.
 
     Attributes:
-        augment: shift images by up to 4 pixels and mirror them, at random; for photographs, not for digits.
+        optimizer: "adam", or "sgd" with Nesterov's momentum, which generalises better on photographs and needs another
+            `lr` (0.1 to 0.4 for residual networks).
+        momentum: of "sgd".
+        weight_decay: of "sgd": this times a weight is added to its gradient; biases and batch norms have none.
+        label_smoothing: share s of the target that all classes have in common: 1 - s + s / classes for the label and
+            s / classes for each other class (Szegedy et al., CVPR 2016).
+        augment: shift images by up to `shift` pixels and mirror them, at random; for photographs, not for digits.
+        shift: see augment.
+        flip: which images `augment` mirrors: each with probability 1/2 in every epoch ("random"), or every second epoch
+            from a random start, so that an image and its mirror image come in turn ("alternating": Jordan, 2024).
     """
 
     lr: float = 2e-3
+    optimizer: str = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
     augment: bool = False
+    shift: int = 4
+    flip: str = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = type(self).__name__
+        check_choice(name, "optimizer", self.optimizer, list(OPTIMIZERS))
+        if not check_number(name, "momentum", self.momentum, low=0, high=1) < 1:
+            raise ValueError(message(name, "momentum", "below 1", self.momentum))
+        check_number(name, "weight_decay", self.weight_decay, low=0)
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError(message(name, "weight_decay", "0 with the optimizer 'adam'", self.weight_decay))
+        check_number(name, "label_smoothing", self.label_smoothing, low=0, high=1)
+        check_integer(name, "shift", self.shift, low=0)
+        check_choice(name, "flip", self.flip, list(FLIPS))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ History = list[dict[str, float]]
 PARTS = 20
 # Images whose restoration TensorBoard shows.
 PICTURES = 8
+# Of the schedule "onecycle": the share of the updates with a rising rate, the first rate over the highest, and the last
+# over the first.
+WARM_UP, FIRST, LAST = 0.2, 1 / 25, 1e-4
 # What a checkpoint has of a training besides the states of networks and optimizers.
 PLACE = ("epoch", "batch", "done", "seen", "sums", "history")
 
@@ -178,7 +181,7 @@ class _Training:
         return [part if len(part) else whole[:1] for part, whole in zip(parts, batches, strict=True)]
 
     def _update(self, x: Tensor, y: Tensor, ids: Tensor, whole: int) -> None:
-        self.rate = self.config.lr * _factor(self.config.schedule, self.done / self.total)
+        self.rate = self.config.lr * _factor(self.config.schedule, self.done, self.total)
         self.step.set_rate(self.rate)
         share = len(ids) / whole if whole > self.group.rank else 0.0
         logs = self.step(x, y, ids, self.epoch, share)
@@ -258,11 +261,20 @@ class _Training:
         self.step.replayed.forget()
 
 
-def _factor(schedule: str, done: float) -> float:
-    """The learning rate over the first one, when `done` of the updates are done, 0 <= done < 1."""
+def _factor(schedule: str, done: int, total: int) -> float:
+    """The learning rate over the configured one, when `done` of all updates are done, 0 <= done < total."""
+    if schedule == "onecycle":
+        # The places of torch's OneCycleLR: the highest rate is that of an update, and so is the lowest.
+        top, end = max(0.0, WARM_UP * total - 1), total - 1
+        if done <= top:
+            return FIRST + (1 - FIRST) * (done / top if top else 1.0)
+        return 1 + (FIRST * LAST - 1) * (done - top) / (end - top)
+    part = done / total
     if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 0.1 ** (int(done >= 0.5) + int(done >= 0.75)) if schedule == "step" else 1.0
+        return 0.5 * (1 + math.cos(math.pi * part))
+    if schedule == "linear":
+        return 1 - part
+    return 0.1 ** (int(part >= 0.5) + int(part >= 0.75)) if schedule == "step" else 1.0
 
 
 @contextlib.contextmanager

@@ -36,7 +36,8 @@ from .config import FinetuneConfig, PretrainConfig, TrainingConfig
 
 
 class Step:
-    """An update of networks by Adam. A subclass has `losses`, which calls `update` for each network.
+    """An update of networks, by Adam unless `optimizer` is another's. A subclass has `losses`, which calls `update` for
+    each network.
 
     The step owns optimizers and loss scalers. Where there are native kernels, it lays out the weights in channels_last,
     which convolutions and gates like best; values do not change. Under torch.distributed each process has a part of the
@@ -70,10 +71,7 @@ class Step:
                 module.to(memory_format=torch.channels_last)
         self.rate, self.share = (torch.full((), v, dtype=torch.float32, device=self.device) for v in (config.lr, 1.0))
         self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.optimizers = {
-            name: torch.optim.Adam(module.parameters(), lr=self.rate, betas=betas, fused=True)
-            for name, module in self.modules.items()
-        }
+        self.optimizers = {name: self.optimizer(module, betas) for name, module in self.modules.items()}
         scaled = self.dtype is torch.float16
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
         # Of the part in hand: its share of the batch, and whether it is the first and the last one.
@@ -99,6 +97,10 @@ class Step:
         modes = tuple(module.training for module in self.modules.values())
         with _tf32(self.device, self.config.precision == "tf32"):
             return self.replayed((x, y, ids), stage, modes, self._obstacle())
+
+    def optimizer(self, module: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
+        """The optimizer of a network, its learning rate the tensor `rate`."""
+        return torch.optim.Adam(module.parameters(), lr=self.rate, betas=betas, fused=True)
 
     def set_rate(self, rate: float) -> None:
         """The learning rate from now on."""
