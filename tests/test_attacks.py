@@ -9,6 +9,7 @@ from torch import nn
 
 from atop_fast import FGSM, PGD, RT2, Defense, build_classifier, build_purifier
 from atop_fast.attacks import GradientEstimator, draw_logits, frozen
+from atop_fast.attacks.base import better_candidate
 from atop_fast.randomness import seeded
 
 with seeded(0):
@@ -123,10 +124,11 @@ def test_restart_choice_minimises_accuracy_first():
         return right + F.one_hot(Y[1:2], 10) * 0.5
 
     attack = PGD(model, restarts=2)
-    robust, fooled = torch.full((1, 1, 2, 2), 0.9), torch.full((1, 1, 2, 2), 0.1)
-    estimator = attack.estimator(model)
-    robust, fooled = (attack._rank(estimator, x, Y[:1], torch.zeros(1, dtype=torch.int64)) for x in (robust, fooled))
-    assert fooled > robust
+    ids, candidates = torch.zeros(1, dtype=torch.int64), [torch.full((1, 1, 2, 2), v) for v in (0.9, 0.1)]
+    judge = attack.judge(attack.estimator(model))
+    robust, fooled = (attack.rank(judge, x, x, Y[:1], ids) for x in candidates)
+    assert better_candidate(*fooled, *robust)
+    assert not better_candidate(*robust, *fooled)
 
 
 def test_model_state_is_restored_also_after_an_error():

@@ -71,17 +71,6 @@ class APGD(Attack):
         self.rho = check_number(name, "rho", rho, low=0, high=1)
         self.shrink_eps = bool(shrink_eps) and norm == "L1"
 
-    def run(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
-        return self.best_of_restarts(self.search, self.restarts, estimator, images, labels, ids, start)
-
-    def search(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
-        """One run over the images."""
-        return run_queue(self, estimator, images, labels, ids, start)
-
     def length(self) -> int | None:
         evaluations = sum(steps + 1 for _, steps in _stages(self.eps, self.steps, self.shrink_eps))
         return None if self.early_stop else self.rounds * evaluations

@@ -41,6 +41,7 @@ class Attack(ABC):
 
     norms: ClassVar[tuple[str, ...]] = ("Linf", "L2")
     loss: str = "ce"
+    restarts: int = 1
 
     def __init__(
         self,
@@ -129,46 +130,58 @@ class Attack(ABC):
     def run(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
-        """The attack on checked arguments and a prepared network."""
-        return run_queue(self, estimator, images, labels, ids, start)
+        """The attack on checked arguments and a prepared network: one search, and `restarts` - 1 further ones.
 
-    def length(self) -> int | None:
-        """See queue.Program."""
-        return None
-
-    def best_of_restarts(
-        self,
-        search: Callable[..., Tensor],
-        restarts: int,
-        estimator: GradientEstimator,
-        images: Tensor,
-        labels: Tensor,
-        ids: Tensor,
-        start: Tensor | None,
-    ) -> Tensor:
-        """Candidates of `search`, as `run` is called, and of further runs with seeds of their own.
-
-        Only images that some fresh draw still classifies correctly are searched again; see `better_candidate`.
+        Restart r has the seed derive_seed(self.seed, "restart", r). It searches the images that the judge's draws, the
+        same for every candidate, still classify correctly at least once; see `better_candidate` for what is kept.
         """
-        best = search(estimator, images, labels, ids, start)
-        if restarts == 1:
+        best = self.search(estimator, images, labels, ids, start)
+        if self.restarts == 1:
             return best
-        judge = self.estimator(estimator.model)
-        judge.seed = derive_seed(self.seed, "selection")
-        _, loss, correct = judge.evaluate(best, labels, ids, torch.zeros_like(ids))
-        for restart in range(1, restarts):
+        judge = self.judge(estimator)
+        correct, loss = self.rank(judge, best, images, labels, ids)
+        for restart in range(1, self.restarts):
             rows = correct.nonzero()[:, 0]
             if not len(rows):
                 break
             again = self.estimator(estimator.model)
             again.seed = derive_seed(self.seed, "restart", restart)
-            candidate = search(again, images[rows], labels[rows], ids[rows], None)
-            _, new_loss, new_correct = judge.evaluate(candidate, labels[rows], ids[rows], torch.zeros_like(rows))
+            images_left, labels_left, ids_left = images[rows], labels[rows], ids[rows]
+            begun = self.restart_from(again.seed, images_left, ids_left)
+            candidate = self.search(again, images_left, labels_left, ids_left, begun)
+            new_correct, new_loss = self.rank(judge, candidate, images_left, labels_left, ids_left)
             better = better_candidate(new_correct, new_loss, correct[rows], loss[rows])
             rows = rows[better]
             best[rows] = candidate[better]
             correct[rows], loss[rows] = new_correct[better], new_loss[better]
         return best
+
+    def search(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        """One run over the images."""
+        return run_queue(self, estimator, images, labels, ids, start)
+
+    def judge(self, estimator: GradientEstimator) -> GradientEstimator:
+        """The estimator, of draws that no search sees, by which candidates are ranked."""
+        judge = self.estimator(estimator.model)
+        judge.loss, judge.seed = estimator.loss, derive_seed(self.seed, "selection")
+        return judge
+
+    def rank(
+        self, judge: GradientEstimator, candidates: Tensor, images: Tensor, labels: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How good candidates are: the share of draws that classify them correctly, (B,), and their loss, (B,)."""
+        _, loss, correct = judge.evaluate(candidates, labels, ids, torch.zeros_like(ids))
+        return correct, loss
+
+    def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor | None:
+        """Where a restart begins, (B, C, H, W); None: where `begin` does without a start."""
+        return None
+
+    def length(self) -> int | None:
+        """See queue.Program."""
+        return None
 
     @abstractmethod
     def begin(

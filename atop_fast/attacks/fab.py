@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import check_integer, check_number, message
 from ..ops import hyperplane_step, random_normal
-from ..randomness import Tag, derive_seed, random_uniform
+from ..randomness import Tag, random_uniform
 from .base import Attack, check_classes, initial_state, per_image
 from .gradient import GradientEstimator
 from .network import Model
@@ -66,21 +66,14 @@ class FAB(Attack):
         self.eta = check_number("FAB", "eta", eta, low=0)
         self.beta = check_number("FAB", "beta", beta, low=0, high=1)
 
-    def run(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
-        best = super().run(estimator, images, labels, ids, start)
-        for restart in range(1, self.restarts):
-            rows = (best == images).flatten(1).all(dim=1).nonzero()[:, 0]
-            if not len(rows):
-                break
-            again = self.estimator(estimator.model)
-            again.seed = derive_seed(self.seed, "restart", restart)
-            begun = self._random_start(again.seed, images[rows], ids[rows])
-            best[rows] = super().run(again, images[rows], labels[rows], ids[rows], begun)
-        return best
+    def rank(
+        self, judge: GradientEstimator, candidates: Tensor, images: Tensor, labels: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What comes back as it was is not fooled; any other image is, and its first result stands."""
+        unchanged = (candidates == images).flatten(1).all(dim=1).float()
+        return unchanged, torch.zeros_like(unchanged)
 
-    def _random_start(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
+    def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
         if self.norm == "Linf":
             direction = 2 * random_uniform(images.shape[1:], seed, ids, 0, Tag.START) - 1
         else:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_integer, check_number
-from ..ops import attack_loss, pgd_step_l2, pgd_step_linf, random_normal
+from ..ops import pgd_step_l2, pgd_step_linf, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
 from .base import MAX_LENGTH, Attack, initial_state, norm_l2, per_image, project_l2
-from .gradient import GradientEstimator, draw_logits
+from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
 
@@ -27,13 +27,14 @@ class PGD(Attack):
         model, norm, eps: see Attack; norm "Linf" or "L2".
         alpha: step size in the unit of eps; default 2.5 * eps / steps.
         steps: gradient steps.
-        restarts: independent runs; the candidate of an image is the one that is classified correctly in the fewest of
-            `selection_draws` draws that no attack step has seen, ties broken by the larger mean cross-entropy.
+        restarts: runs; all but the first are of the images that some of `selection_draws` draws, which no attack step
+            has seen, still classifies correctly. The candidate of an image is the one that is classified correctly in
+            the fewest of them, ties broken by the larger mean cross-entropy.
         random_start: start from a uniformly random point of the ball instead of the image; restarts always do.
         eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
         early_stop: see Attack. In Linf an iterate that comes back also ends an image: what follows would only repeat
             iterates that were classified correctly.
-        selection_draws: draws of the choice among restarts.
+        selection_draws: draws of the choice among restarts; with early_stop one, as all are the same.
 
     Called as Attack says.
     """
@@ -64,32 +65,12 @@ class PGD(Attack):
         self.selection_draws = check_integer(name, "selection_draws", selection_draws, low=1)
         self.random_start = bool(random_start)
 
-    def run(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
-        best = super().run(estimator, images, labels, ids, start)
-        if self.restarts == 1:
-            return best
-        rank = self._rank(estimator, best, labels, ids)
-        for restart in range(1, self.restarts):
-            again = self.estimator(estimator.model)
-            again.seed = derive_seed(self.seed, "restart", restart)
-            begun = random_start(self.norm, images, self.eps, again.seed, ids)
-            candidate = super().run(again, images, labels, ids, begun)
-            other = self._rank(estimator, candidate, labels, ids)
-            better = other > rank
-            best = torch.where(per_image(better), candidate, best)
-            rank = torch.where(better, other, rank)
-        return best
+    def judge(self, estimator: GradientEstimator) -> GradientEstimator:
+        draws, seed = 1 if self.early_stop else self.selection_draws, derive_seed(self.seed, "selection")
+        return GradientEstimator(estimator.model, eot_iter=draws, max_batch=self.max_batch, seed=seed)
 
-    def _rank(self, estimator: GradientEstimator, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        """How good candidates are, float64 (B,): by how few draws are right, then by their mean cross-entropy."""
-        seed, draws = derive_seed(self.seed, "selection"), range(self.selection_draws)
-        logits = draw_logits(estimator.model, x, seed, ids, draws, self.max_batch or 1024)
-        result = attack_loss(logits.flatten(0, 1), labels.repeat_interleave(len(draws)))
-        correct, loss = (v.double().view(-1, len(draws)) for v in (result.correct, result.losses))
-        # A cross-entropy in [0, inf) as a fraction of a draw.
-        return -correct.sum(dim=1) + (loss.mean(dim=1) / (1 + loss.mean(dim=1)))
+    def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
+        return random_start(self.norm, images, self.eps, seed, ids)
 
     def length(self) -> int | None:
         return None if self.early_stop else self.steps

@@ -96,11 +96,6 @@ class Square(Attack):
         self.restarts = check_integer("Square", "restarts", restarts, low=1)
         self.resc_schedule = bool(resc_schedule)
 
-    def run(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
-        return self.best_of_restarts(super().run, self.restarts, estimator, images, labels, ids, start)
-
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> State:
