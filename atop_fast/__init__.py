@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import attacks, doctor, evaluation, ops, purifiers, training, transforms
 from .attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PGD, AutoAttack, Square, StAdv
-from .checkpoints import load_model, save_model
+from .checkpoints import list_defenses, load_defense, load_model, save_defense, save_model
 from .classifiers import build_classifier
 from .data import Dataset, image_folder, load_data, mnist5k
 from .defense import Defense
@@ -50,13 +50,16 @@ __all__ = [
     "evaluation",
     "finetune",
     "image_folder",
+    "list_defenses",
     "load_classifier",
     "load_data",
+    "load_defense",
     "load_model",
     "mnist5k",
     "ops",
     "pretrain",
     "purifiers",
+    "save_defense",
     "save_model",
     "train_classifier",
     "training",

@@ -5,12 +5,14 @@ Reading a file runs nothing in it.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ from torch import Tensor, nn
 
 from ._checks import message
 
+# What the first bytes of a file say that is found where another one should be.
+SIGNS = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file: `git lfs pull` fetches that"),
+    (b"<!doctype html", "is text (HTML), as of a download that failed"),
+    (b"<html", "is text (HTML), as of a download that failed"),
+)
+# Errors of file systems that cannot have the names in a folder written to the disk, such as some network mounts.
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
+
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there; OSError if that fails."""
@@ -30,7 +41,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         _sync(temporary)
         temporary.replace(path)
         # Only then is it there after a power failure, too.
-        _sync(path.parent)
+        _sync_names(path.parent)
     except (RuntimeError, SafetensorError) as error:
         # What torch and safetensors raise on a full disk tells nobody that it is full.
         reason = str(error).partition("\n")[0]
@@ -68,7 +79,7 @@ def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[
     except Exception as error:
         # torch.load raises several unrelated types on a damaged file; each means the same to the caller.
         expected = "a checkpoint of this run (delete it to start again)"
-        raise ValueError(message(function, "checkpoint", expected, f"{path}: {error}")) from error
+        raise ValueError(message(function, "checkpoint", expected, f"{path}: {_reason(path, error)}")) from error
     return state
 
 
@@ -79,6 +90,47 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    """Have the names in a folder written to the disk, where its file system can."""
+    try:
+        _sync(folder)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+
+
+def identify(path: Path) -> str | None:
+    """What a file is that is not what its name says: nothing, a pointer of Git LFS or text; None for other bytes."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return None
+    if not start:
+        return "is empty"
+    for sign, meaning in SIGNS:
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(sign):
+            return meaning
+    try:
+        # The last character may be cut.
+        text = start.decode("utf-8", errors="strict" if len(start) < 512 else "ignore")
+    except UnicodeDecodeError:
+        return None
+    if len(text.encode()) < len(start) - 3 or not all(c.isprintable() or c in "\t\r\n" for c in text):
+        return None
+    return f"is text, beginning with {text.strip()[:40]!r}"
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, in a line; torch's own advice to run code from it is left out."""
+    if (found := identify(path)) is not None:
+        return found
+    if isinstance(error, pickle.UnpicklingError):
+        objects = re.findall(r"(?:GLOBAL|global:?) ([\w.]+)", str(error))
+        return f"it holds {objects[0]}" if objects else "it is no file of torch.save, or holds other objects"
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _lives(process: int) -> bool:
@@ -92,13 +144,16 @@ def _lives(process: int) -> bool:
     return True
 
 
-def read_state(function: str, argument: str, path: Path, key: str) -> dict[str, Tensor]:
+def read_state(
+    function: str, argument: str, path: Path, keys: Sequence[str], key: str | None = None
+) -> dict[str, Tensor]:
     """The tensors of a network by their names, from a file of others, on the CPU.
 
     Args:
         function, argument: for errors.
         path: a safetensors file if its name ends in .safetensors, else one of torch.save.
-        key: the name of the state dict where the file holds more; it may also be all that it holds.
+        keys: names that the state dict may have where the file holds more; it may also be all that it holds.
+        key: the name that it has, given by the caller: of a dictionary, or what stands before the tensors' names.
 
     Raises:
         ValueError: no such file, a damaged one, one with other objects than tensors, numbers and containers of them, or
@@ -110,17 +165,62 @@ def read_state(function: str, argument: str, path: Path, key: str) -> dict[str, 
         content: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         expected = "a checkpoint of tensors alone (other objects could run code and are refused)"
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(message(function, argument, expected, f"{path} ({reason})")) from error
+        raise ValueError(message(function, argument, expected, f"{path} ({_reason(path, error)})")) from error
     except Exception as error:
         # torch.load raises several unrelated types on a damaged file; each means the same to the caller.
         expected = "a readable checkpoint of torch.save, or of safetensors and so named"
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(message(function, argument, expected, f"{path} ({reason})")) from error
-    state = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        held = ", ".join(map(repr, content)) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(message(function, argument, f'a state dict, or {{"{key}": ...}}', f"{path} (with {held})"))
+        raise ValueError(message(function, argument, expected, f"{path} ({_reason(path, error)})")) from error
+    held = content if isinstance(content, dict) else {}
+    if key is not None:
+        state = held[key] if key in held else _part(held, f"{key}.")
+    else:
+        state = next((held[name] for name in keys if _is_state(held.get(name))), content)
+    if not _is_state(state):
+        found = [str(name) for name, value in held.items() if _is_state(value)]
+        shown = ", ".join(map(repr, list(held)[:10])) if held else type(content).__name__
+        several = f"; key={found[0]!r} takes one of its dictionaries {', '.join(map(repr, found))}" if found else ""
+        if key is None:
+            expected = f"a state dict, or {{{', '.join(json.dumps(name) + ': ...' for name in keys)}}}"
+        else:
+            expected = f"a checkpoint with a dictionary or tensors {key!r}"
+        raise ValueError(message(function, argument, expected, f"{path} (with {shown}{several})"))
+    return dict(state)
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with the prefix, without it."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if isinstance(name, str) and name.startswith(prefix)
+    }
+
+
+def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """A state dict with the names `own` of a network, as far as wrappers' additions hide them.
+
+    Such are those of torch.compile, DataParallel, AveragedModel, Lightning's modules and of any other that holds the
+    network as an attribute, perhaps beside others. ValueError if two parts of the state dict could be the network.
+    """
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
+    own = set(own)
+    while not own & state.keys():
+        heads = sorted({name.partition(".")[0] for name in state if "." in name})
+        parts = {head: _part(state, f"{head}.") for head in heads}
+        whole = [head for head, part in parts.items() if own <= part.keys()]
+        if len(whole) > 1:
+            raise ValueError(f"it holds several such networks: {', '.join(f'key={head!r}' for head in whole)}")
+        if not whole and not (len(parts) == 1 and len(parts[heads[0]]) == len(state)):
+            break
+        state = parts[whole[0] if whole else heads[0]]
     return dict(state)
 
 
@@ -141,8 +241,15 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def describe(*tensors: Tensor) -> str:
-    """Shapes and sums of tensors: enough to notice that a checkpoint is used with other data or weights."""
-    return " ".join(f"{tuple(t.shape)}:{float(t.sum(dtype=torch.float64)):.9g}" for t in tensors)
+    """Shapes of tensors and a hash of their values in their order: whether two runs have the same data or weights."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        # Not all at once: the images may be half of the memory.
+        for part in tensor.detach().reshape(-1).split(2**24):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    shapes = " ".join(str(tuple(t.shape)) for t in tensors[:2])
+    return f"{shapes}{' ...' if len(tensors) > 2 else ''} sha256:{digest.hexdigest()[:32]}"
 
 
 def writable_folder(function: str, argument: str, path: str | Path) -> Path:

@@ -1,8 +1,13 @@
-"""Model files: safetensors whose header names the architecture, so that a file loads without anything else said."""
+"""Model files: safetensors whose header names the architecture, so that a file loads without anything else said.
+
+The header's text "atop_fast" is JSON: of a network its kind, name, options, and, of a purifier, the transform under which
+it was trained; of a defence the same of both networks, and the transform; of either "metadata", what else was said.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.resources
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,19 +18,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ._checks import check_choice, message
-from ._files import load_weights, write_atomic
-from .classifiers import CLASSIFIERS
+from ._checks import check_choice, check_integer, check_number, message
+from ._files import identify, load_weights, write_atomic
+from .classifiers import CLASSIFIERS, Normalised, Resized
+from .defense import Defense
 from .purifiers import DISCRIMINATORS, PURIFIERS
+from .randomness import seeded
+from .transforms import RandomTransform, describe_transform, restore_transform
 
 KINDS: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
     "classifier": CLASSIFIERS,
     "purifier": PURIFIERS,
     "discriminator": DISCRIMINATORS,
 }
+# Of a module around a classifier: its class, where it has the classifier, and its options.
+WRAPPERS: dict[str, tuple[type[nn.Module], str, Callable[[Any], dict[str, Any]]]] = {
+    "normalised": (Normalised, "model", lambda m: {"mean": m.mean.flatten().tolist(), "std": m.std.flatten().tolist()}),
+    "resized": (Resized, "classifier", lambda m: {"size": m.size[0]}),
+}
+# Names in a file's metadata that commands read.
+CLASSES, SHAPE, NORM, EPS = "classes", "shape", "norm", "eps"
 
 
-def save_model(path: str | Path, module: nn.Module, kind: str, name: str, **options: object) -> None:
+def save_model(
+    path: str | Path,
+    module: nn.Module,
+    kind: str,
+    name: str,
+    *,
+    transform: RandomTransform | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    **options: object,
+) -> None:
     """Write the weights of a module and how to build it; atomic.
 
     Args:
@@ -33,6 +57,9 @@ def save_model(path: str | Path, module: nn.Module, kind: str, name: str, **opti
         module: the module.
         kind: "classifier", "purifier" or "discriminator".
         name: its architecture, e.g. "unet" (see build_purifier and build_classifier).
+        transform: of a purifier, the transform under which it was trained; by default what the training noted.
+        metadata: what else the file says, JSON-ready, such as classes=(...), the names of a classifier's classes in
+            their order; see save_defense.
         options: the architecture's options.
 
     Raises:
@@ -41,19 +68,20 @@ def save_model(path: str | Path, module: nn.Module, kind: str, name: str, **opti
     """
     check_choice("save_model", "kind", kind, list(KINDS))
     factory = KINDS[kind][check_choice("save_model", "name", name, list(KINDS[kind]))]
-    built = factory.func if isinstance(factory, functools.partial) else factory
-    # A function's class is not known before it is called.
-    if isinstance(built, type) and type(module) is not built:
-        raise ValueError(
-            message("save_model", "module", f"a {built.__name__}, which {name!r} is", type(module).__name__)
-        )
-    tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
-    metadata = {"atop_fast": json.dumps({"kind": kind, "name": name, "options": options})}
-    write_atomic(Path(path), lambda p: save_file(tensors, str(p), metadata))
+    _check_class("save_model", "module", module, name, factory)
+    header: dict[str, Any] = {"kind": kind, "name": name, "options": options}
+    trained = getattr(module, "trained_under", None) if transform is None else describe_transform(transform)
+    if kind == "purifier" and trained is not None:
+        header["transform"] = trained
+    if metadata:
+        header["metadata"] = _check_metadata("save_model", metadata)
+    _write(path, header, module.state_dict())
 
 
 def load_model(path: str | Path, kind: str) -> nn.Module:
     """Build the module that a file of save_model holds, with its weights, on the CPU and in evaluation mode.
+
+    A purifier remembers the transform under which it was trained: Defense warns of another one.
 
     Raises:
         ValueError: no such file, not a safetensors file, one without the architecture, of another kind, or whose
@@ -66,11 +94,10 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
             message("load_model", "path", f"a {kind} written by save_model", f"{path} ({header.get('kind')})")
         )
     try:
-        build = functools.partial(KINDS[kind][header["name"]], **header["options"])
-        state = load_file(str(path))
-        _check_fits(build, header["options"], state)
-        module = build()
-        load_weights(module, state)
+        module = _restore(header, KINDS[kind], load_file(str(path)))
+        _check_metadata("load_model", header.get("metadata", {}))
+        if kind == "purifier" and "transform" in header:
+            module.trained_under = _check_description(header["transform"])
     except Exception as error:
         # Options that no architecture has may fail in it anywhere; each failure means the same to the caller.
         reason = " ".join(str(error).split())
@@ -78,6 +105,238 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
             message("load_model", "path", f"a {kind} with fitting weights", f"{path} ({reason})")
         ) from error
     return module.eval()
+
+
+def save_defense(path: str | Path, defense: Defense, **metadata: object) -> None:
+    """Write a defence to one safetensors file: both networks, how to build them, and the transform; atomic.
+
+    Args:
+        path: file to write.
+        defense: its networks are of build_classifier, build_purifier, load_model or load_classifier (not RobustBench's),
+            the classifier perhaps inside Normalised or Resized; a network that was built otherwise needs an attribute
+            `architecture` = (name, options) that says how.
+        metadata: what else the file says, JSON-ready. Commands read `classes`, the names of the classes in their order,
+            `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack; name what others need to
+            know, too: recipe, commit, data, licence.
+
+    Raises:
+        TypeError, ValueError: naming what cannot be saved so that load_defense restores it.
+    """
+    if not isinstance(defense, Defense):
+        raise TypeError(message("save_defense", "defense", "a Defense", type(defense).__name__))
+    described = describe_transform(defense.transform)
+    try:
+        restore_transform(described)
+    except ValueError as error:
+        expected = "one of transforms.TRANSFORMS, to which a class of your own can be added"
+        raise ValueError(message("save_defense", "defense.transform", expected, described.get("shown"))) from error
+    if any(True for _ in defense.transform.state_dict()):
+        raise ValueError(message("save_defense", "defense.transform", "one without weights", described["name"]))
+    header: dict[str, Any] = {"kind": "defense", "transform": described}
+    for kind in ("classifier", "purifier"):
+        module: nn.Module | None = getattr(defense, kind)
+        header[kind] = None if module is None else _specify(f"defense.{kind}", module, KINDS[kind])
+    header["metadata"] = _check_metadata("save_defense", {**defense.metadata, **metadata})
+    state = {name: value for name, value in defense.state_dict().items() if not name.startswith("transform.")}
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(message("save_defense", "defense", "of finite weights", f"NaN or infinity in {name}"))
+    _write(path, header, state)
+
+
+def load_defense(path_or_name: str | Path) -> Defense:
+    """The defence in a file of save_defense, or one that the package carries, on the CPU and in evaluation mode.
+
+    Args:
+        path_or_name: a path that ends in .safetensors, or a name in list_defenses().
+
+    Returns:
+        The Defense; its `metadata` is what the file says besides.
+
+    Raises:
+        ValueError: no such file or name, not a safetensors file, one without a defence, or whose weights do not fit.
+    """
+    path = find_defense("load_defense", path_or_name)
+    header = read_header(path)
+    if header.get("kind") != "defense":
+        expected = "a file written by save_defense"
+        raise ValueError(message("load_defense", "path_or_name", expected, f"{path} ({header.get('kind')})"))
+    try:
+        state = load_file(str(path))
+        if other := [name for name in state if not name.startswith(("classifier.", "purifier."))]:
+            raise ValueError(f"{other[0]} is of neither network")
+        networks = {kind: _network(kind, header[kind], state) for kind in ("classifier", "purifier")}
+        if networks["classifier"] is None:
+            raise ValueError("it has no classifier")
+        transform = restore_transform(header["transform"])
+        if networks["purifier"] is not None:
+            networks["purifier"].trained_under = header["transform"]
+        defense = Defense(transform, networks["purifier"], networks["classifier"])
+        defense.metadata = _check_metadata("load_defense", header["metadata"])
+    except Exception as error:
+        # As in load_model.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            message("load_defense", "path_or_name", "a whole defence of save_defense", f"{path} ({reason})")
+        ) from error
+    return defense.eval()
+
+
+def list_defenses() -> list[str]:
+    """Names of the defences that the package carries, for load_defense."""
+    return sorted(_carried())
+
+
+def find_defense(function: str, path_or_name: str | Path) -> Path:
+    """The file of a defence; ValueError, which says which names there are, if it is none."""
+    path = Path(path_or_name)
+    if path.suffix or path.exists():
+        return path
+    carried = _carried()
+    if str(path_or_name) not in carried:
+        names = f"one of {', '.join(map(repr, sorted(carried)))}" if carried else "the package carries none"
+        expected = f"a file of save_defense, or the name of a defence in the package ({names})"
+        raise ValueError(message(function, "path_or_name", expected, repr(str(path_or_name))))
+    return carried[str(path_or_name)]
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What the file says about itself, see the module: {"kind", "name", "options"} and more; ValueError if nothing."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("atop_fast", "null"))
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        reason = identify(Path(path)) or error
+        raise ValueError(message("load_model", "path", "a readable safetensors file", f"{path} ({reason})")) from error
+    if not isinstance(header, dict):
+        raise ValueError(message("load_model", "path", "a file written by save_model", f"{path} (no architecture)"))
+    return header
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a file of save_model or save_defense; empty for another one."""
+    try:
+        return _check_metadata("load_model", read_header(path).get("metadata", {}))
+    except ValueError:
+        return {}
+
+
+def _write(path: str | Path, header: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    metadata = {"atop_fast": json.dumps(header)}
+    write_atomic(Path(path), lambda p: save_file(tensors, str(p), metadata))
+
+
+def _carried() -> dict[str, Path]:
+    folder = Path(str(importlib.resources.files("atop_fast"))) / "weights"
+    return {file.stem: file for file in folder.glob("*.safetensors")} if folder.is_dir() else {}
+
+
+def _check_class(function: str, argument: str, module: nn.Module, name: str, factory: Callable[..., nn.Module]) -> None:
+    """Raise unless the module is of the class that the architecture builds."""
+    built = factory.func if isinstance(factory, functools.partial) else factory
+    # A function's class is not known before it is called.
+    if isinstance(built, type) and type(module) is not built:
+        raise ValueError(message(function, argument, f"a {built.__name__}, which {name!r} is", type(module).__name__))
+
+
+def _check_metadata(function: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata as JSON gives it back; raise if it is not JSON-ready, or what commands read is of another type."""
+    if not isinstance(metadata, Mapping):
+        raise TypeError(message(function, "metadata", "names and values", type(metadata).__name__))
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(metadata)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(message(function, "metadata", "JSON-ready", error)) from error
+    classes, shape = found.get(CLASSES, []), found.get(SHAPE, [1, 1, 1])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(message(function, CLASSES, "names", classes))
+    if not isinstance(shape, list) or len(shape) != 3:
+        raise ValueError(message(function, SHAPE, "(C, H, W)", shape))
+    for size in shape:
+        check_integer(function, SHAPE, size, low=1)
+    if found.get(EPS) is not None:
+        check_number(function, EPS, found[EPS], low=0)
+    if not isinstance(found.get(NORM, ""), str):
+        raise ValueError(message(function, NORM, "the name of a norm", found[NORM]))
+    return found
+
+
+def _check_description(description: Any) -> dict[str, Any]:
+    """A transform's description in a file; it may be one of a class that is not registered here."""
+    if not isinstance(description, dict) or not isinstance(description.get("name"), str):
+        raise ValueError(f"{description!r} describes no transform")
+    if "shown" not in description:
+        restore_transform(description)
+    return description
+
+
+def _specify(argument: str, module: nn.Module, registry: Mapping[str, Callable[..., nn.Module]]) -> dict[str, Any]:
+    """How to build a module, JSON-ready; ValueError unless that gives a module in which its weights fit."""
+    if replaced := [name for name, m in module.named_modules() if {"forward", "__call__"} & vars(m).keys()]:
+        given = f"{type(module).__name__} in which that of {replaced[0] or 'itself'} was replaced"
+        raise ValueError(message("save_defense", argument, "a module with its class's forward", given))
+    for name, (kind, inside, options) in WRAPPERS.items():
+        if type(module) is kind:
+            below = _specify(f"{argument}.{inside}", getattr(module, inside), registry)
+            return {"name": name, "options": options(module), "inside": below}
+    architecture = getattr(module, "architecture", None)
+    if architecture is None:
+        expected = (
+            "of build_classifier, build_purifier or load_model, or with an attribute architecture=(name, options)"
+        )
+        raise ValueError(message("save_defense", argument, expected, type(module).__name__))
+    name, options = architecture
+    try:
+        spec: dict[str, Any] = json.loads(json.dumps({"name": name, "options": dict(options)}))
+        factory = _factory(name, registry)
+        _check_class("save_defense", argument, module, name, factory)
+        _check_fits(functools.partial(factory, **spec["options"]), spec["options"], module.state_dict())
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        given = f"{type(module).__name__} ({' '.join(str(error).split())})"
+        raise ValueError(message("save_defense", argument, f"what {name!r} with {options} builds", given)) from error
+    return spec
+
+
+def _network(kind: str, spec: Any, state: Mapping[str, Tensor]) -> nn.Module | None:
+    """A defence's network, of a file's tensors; None where it has none."""
+    own = {name.removeprefix(f"{kind}."): value for name, value in state.items() if name.startswith(f"{kind}.")}
+    if spec is None and not own:
+        return None
+    return _restore(spec, KINDS[kind], own)
+
+
+def _restore(
+    spec: Mapping[str, Any], registry: Mapping[str, Callable[..., nn.Module]], state: Mapping[str, Tensor]
+) -> nn.Module:
+    """The module that a header specifies, with the weights in `state`."""
+    name, options = spec["name"], spec["options"]
+    if "inside" in spec:
+        kind, inside, _ = WRAPPERS[name]
+        if any(not key.startswith(f"{inside}.") for key in state):
+            raise ValueError(f"weights that {name!r} does not have")
+        if options.get("size", 1) > 2**14:
+            raise ValueError(f"size={options['size']}")
+        below = {key.removeprefix(f"{inside}."): value for key, value in state.items()}
+        return kind(_restore(spec["inside"], registry, below), **options)
+    factory = _factory(name, registry)
+    build = functools.partial(factory, **options)
+    _check_fits(build, options, state)
+    # Initial weights, which the file's replace, are drawn from torch's generator.
+    with seeded(0):
+        module = build()
+    load_weights(module, state)
+    module.architecture = (name, options)
+    return module
+
+
+def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+    """What builds the architecture `name`: an entry of the registry, or, for classifiers, torchvision or timm."""
+    if registry is CLASSIFIERS and ":" in name:
+        from .zoo import package_factory
+
+        return package_factory(name)
+    return registry[name]
 
 
 def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -101,15 +360,3 @@ def _largest(value: object) -> float:
     if isinstance(value, (list, dict)):
         return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
     return abs(value) if isinstance(value, (int, float)) else 0
-
-
-def read_header(path: str | Path) -> dict[str, Any]:
-    """What save_model wrote about the module: {"kind", "name", "options"}; ValueError for another file."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("atop_fast", "null"))
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(message("load_model", "path", "a readable safetensors file", f"{path} ({error})")) from error
-    if not isinstance(header, dict):
-        raise ValueError(message("load_model", "path", "a file written by save_model", f"{path} (no architecture)"))
-    return header

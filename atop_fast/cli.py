@@ -13,12 +13,14 @@ import jsonargparse
 import torch
 
 from . import env as environment
-from ._checks import check_choice, check_device, message
+from ._checks import check_choice, check_device, check_integer, message
 from ._files import writable_folder
 from .bench.command import bench
-from .checkpoints import load_model, read_header, save_model
+from .checkpoints import load_model, read_header, save_defense, save_model
 from .classifiers import build_classifier
-from .config import DataConfig, TransformConfig
+from .config import DataConfig, GivenTransform, TransformConfig
+from .data import Dataset, Files
+from .defense import Defense
 from .demo import DemoConfig, run_demo
 from .doctor.command import doctor
 from .evaluation import PROTOCOLS, quick_attacks
@@ -31,7 +33,7 @@ from .recipe import ClassifierSource, DiscriminatorSource, EvaluationConfig, Pur
 from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, train_classifier
 from .training import finetune as run_finetune
 from .training import pretrain as run_pretrain
-from .zoo import load_system
+from .zoo import System
 
 
 def demo(out: str = "runs/demo", options: DemoConfig = DemoConfig()) -> None:
@@ -109,12 +111,13 @@ def classifier(
     place = check_device("classifier", "device", device)
     folder = writable_folder("classifier", "out", out)
     train, held_out = (part.to(place) for part in data.load())
-    shape = {"channels": train.shape[0], "classes": len(train.classes), "width": width}
+    shape: dict[str, Any] = {"channels": train.shape[0], "classes": len(train.classes), "width": width}
     with seeded(derive_seed(seed, "classifier")):
         model = build_classifier("small_cnn", **shape).to(place)
     checkpoint = folder / "classifier.pt"
     train_classifier(model, *train.training(), config=training, seed=seed, checkpoint=checkpoint)
-    save_model(folder / "classifier.safetensors", model, "classifier", "small_cnn", **shape)
+    metadata = _about(train)
+    save_model(folder / "classifier.safetensors", model, "classifier", "small_cnn", metadata=metadata, **shape)
     checkpoint.unlink(missing_ok=True)
     with torch.no_grad():
         right = torch.cat([model(part).argmax(dim=1) for part in held_out.images.split(256)]) == held_out.labels
@@ -172,7 +175,7 @@ def finetune(
     weights: str | None = None,
     out: str = "runs/finetune",
     data: DataConfig = DataConfig(),
-    transform: TransformConfig = TransformConfig(),
+    transform: GivenTransform = GivenTransform(),
     training: FinetuneConfig = FinetuneConfig(),
     device: str = "cpu",
     seed: int = 0,
@@ -187,18 +190,20 @@ def finetune(
         discriminator: discriminator.safetensors of the command pretrain; without it a new one starts.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
-        out: folder for purifier.safetensors; an interrupted run in it goes on.
+        out: folder for purifier.safetensors, and for defense.safetensors, which has both networks and the transform; an
+            interrupted run in it goes on.
         data: images and their split.
-        transform: the random transform, as in pretrain.
+        transform: the random transform, where purifier.safetensors does not say under which it was trained.
         training: losses, training attack and length.
         device: where to compute: cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     place = check_device("finetune", "device", device)
     folder = writable_folder("finetune", "out", out)
-    train = data.load()[0].to(place)
-    source: dict[str, Any] = {"architecture": architecture, "weights": weights}
-    defense = load_system(classifier, purifier, transform.build(), train, **source).to(place)
+    system = System(classifier, purifier, None, transform, architecture, weights)
+    model, train = system.load("finetune", data.load()[0])
+    defense, train = model.to(place), train.to(place)
+    assert isinstance(defense, Defense)
     if discriminator is None:
         with seeded(derive_seed(seed, "networks")):
             judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.shape[0]))
@@ -215,17 +220,19 @@ def finetune(
     )
     header = read_header(purifier)
     save_model(folder / "purifier.safetensors", defense.purifier, "purifier", header["name"], **header["options"])
+    about = {**_about(train), "norm": training.norm, "eps": training.eps, "training": asdict(training)}
+    save_defense(folder / "defense.safetensors", defense, **about)
     checkpoint.unlink(missing_ok=True)
-    print(f"Wrote {folder / 'purifier.safetensors'}")
+    print(f"Wrote {folder / 'purifier.safetensors'} and defense.safetensors, with {defense.transform}")
 
 
 def evaluate(
-    classifier: str,
+    classifier: str | None = None,
     purifier: str | None = None,
+    defense: str | None = None,
     out: str = "runs/evaluate",
     data: DataConfig = DataConfig(),
-    transform: TransformConfig = TransformConfig(),
-    alone: bool = False,
+    transform: GivenTransform = GivenTransform(),
     architecture: str | None = None,
     weights: str | None = None,
     protocol: str = "quick",
@@ -251,11 +258,13 @@ def evaluate(
     Args:
         classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
             as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
-        purifier: purifier.safetensors; without it the transform alone stands before the classifier.
+        purifier: purifier.safetensors; without it the classifier alone is evaluated, or, if `transform` is given, that
+            transform before it.
+        defense: instead of both, defense.safetensors of the commands train, finetune or demo, or the name of a defence
+            that the package carries.
         out: folder of the run and its report; the same command goes on with a run that was stopped.
         data: images and their split; the held-out part is attacked.
-        transform: the random transform, as in training.
-        alone: evaluate the classifier alone, without transform and purifier.
+        transform: the random transform, where no file says it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
         protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper or unseen (docs/evaluation.md).
@@ -282,10 +291,15 @@ def evaluate(
     options = {name: value for name, value in flags.items() if value is not None}
     if options and protocol != "quick":
         raise ValueError(message("evaluate", next(iter(options)), "left out for protocols other than quick", protocol))
-    part = data.load()[1].take(slice(0, images or plan.images)).to(place)
-    source: dict[str, Any] = {"alone": alone, "architecture": architecture, "weights": weights}
-    model = load_system(classifier, purifier, transform.build(), part, **source).to(place)
-    name = "classifier" if alone else "defense"
+    if images is not None:
+        check_integer("evaluate", "images", images, low=1)
+    part: Dataset | Files = data.load()[1].take(slice(0, plan.images if images is None else images))
+    model, part = System(classifier, purifier, defense, transform, architecture, weights).load("evaluate", part)
+    assert isinstance(part, Dataset)
+    model, part = model.to(place), part.to(place)
+    name = "defense" if isinstance(model, Defense) else "classifier"
+    if _first():
+        print(f"Evaluating {_named(model)}")
     threat = (plan.norm if norm is None else norm, plan.eps if eps is None else eps)
     report = run_evaluation(
         model,
@@ -375,12 +389,24 @@ def _first() -> bool:
     return not _ranks() or os.environ["RANK"] == "0"
 
 
+def _named(model: torch.nn.Module) -> str:
+    if not isinstance(model, Defense):
+        return "the classifier alone"
+    purifier = "no purifier" if model.purifier is None else type(model.purifier).__name__
+    return f"{model.transform}, {purifier} and the classifier"
+
+
+def _about(data: Dataset | Files) -> dict[str, Any]:
+    """What files say of the images that a network was trained on."""
+    return {"classes": data.classes, "shape": data.shape, "images": data.description()}
+
+
 def _ranks() -> bool:
     """Whether torchrun started this process."""
     return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def _patches(channels: int) -> dict[str, int]:
+def _patches(channels: int) -> dict[str, Any]:
     """A discriminator for images of some 32 pixels: three layers leave a 4x4 grid of patches."""
     return {"channels": channels, "width": 16, "depth": 3}
 

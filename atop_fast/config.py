@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ._checks import check_integer, check_number, message
 from .data import Dataset, Files, load_data
-from .transforms import RandomTransform, build_transform
+from .transforms import RT1, RT2, RT3, RandomTransform, build_transform, restore_transform
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,63 @@ class TransformConfig:
     def build(self) -> RandomTransform:
         """The transform."""
         return build_transform(self.name, self.patch, self.mask_ratio, self.sigma, self.shared_mask, self.size)
+
+    @classmethod
+    def of(cls, transform: RandomTransform) -> TransformConfig | None:
+        """The options of a transform; None if they do not describe it."""
+        names = {RT1: "rt1", RT2: "rt2", RT3: "rt3"}
+        size = getattr(transform, "size", None)
+        if type(transform) not in names or (size is not None and size[0] != size[1]):
+            return None
+        ratio = 1 / transform.copies if transform.copies > 1 else transform.mask_ratio
+        side = None if size is None else size[0]
+        return cls(names[type(transform)], transform.patch, ratio, transform.sigma, transform.shared_mask, side)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class GivenTransform:
+    """The random transform, where the file of a purifier or a defence says it: what is given here must agree with it.
+
+    Attributes:
+        name: rt1 (mask), rt2 (noise and mask) or rt3 (noise and round(1 / mask_ratio) complementary masks).
+        patch: side of the mask blocks in pixels.
+        mask_ratio: share of the blocks that is masked; of two numbers [low, high], every image and draw has its own.
+        sigma: standard deviation of the noise, in units of [0, 1] pixels.
+        shared_mask: one mask for all images of a draw instead of one for each.
+        size: side in pixels to which the images are resized before the noise.
+    """
+
+    name: Literal["rt1", "rt2", "rt3"] | None = None
+    patch: int | None = None
+    mask_ratio: float | tuple[float, float] | None = None
+    sigma: float | None = None
+    shared_mask: bool | None = None
+    size: int | None = None
+
+    def resolve(self, function: str, stored: Mapping[str, Any] | None, source: object) -> RandomTransform | None:
+        """The transform in a file's description, or the given one where there is none; None where none is given, either.
+
+        Raises:
+            ValueError: what is given contradicts the file `source`, or has no name.
+        """
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        if stored is None:
+            if not given:
+                return None
+            if self.name is None:
+                expected = "given with the other options, as no file says which transform it is"
+                raise ValueError(message(function, "transform.name", expected, None))
+            self._check(function, self.name)
+            return TransformConfig(**given).build()
+        if not given:
+            return restore_transform(stored)
+        transform = restore_transform(stored)
+        config = TransformConfig.of(transform)
+        if config is None or TransformConfig.of(replace(config, **given).build()) != config:
+            raise ValueError(message(function, "transform", f"that of {source}, {transform}", given))
+        self._check(function, config.name)
+        return transform
+
+    def _check(self, function: str, name: str) -> None:
+        if name == "rt1" and self.sigma:
+            raise ValueError(message(function, "transform.sigma", "left out for rt1, which adds no noise", self.sigma))

@@ -60,6 +60,10 @@ class Dataset:
             return self
         return Dataset(self.images.float().div_(255), self.labels, self.classes)
 
+    def relabelled(self, classes: tuple[str, ...]) -> Dataset:
+        """The same images with labels that are places in `classes`, which have all names of these."""
+        return Dataset(self.images, _places(self, classes)[self.labels], classes)
+
     def training(self) -> tuple[Tensor, Tensor]:
         """The images and labels as the trainings take them."""
         return self.images, self.labels
@@ -76,12 +80,20 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         folder: an ImageFolder of torchvision, whose transform gives such images.
         index: which of its images, int64 (N,).
         shape: (C, H, W) that all must have; None takes that of the folder's first image.
+        labels, classes: int64 (N,), and their names; None takes those of the folder.
     """
 
-    def __init__(self, folder: Any, index: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Any,
+        index: Tensor,
+        shape: tuple[int, ...] | None = None,
+        labels: Tensor | None = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
         self.folder, self.index = folder, index
-        self.labels = torch.tensor(folder.targets)[index]
-        self.classes = tuple(folder.classes)
+        self.labels = torch.tensor(folder.targets)[index] if labels is None else labels
+        self.classes = tuple(folder.classes) if classes is None else classes
         self.shape: tuple[int, ...] = tuple(folder[0][0].shape) if shape is None else shape
 
     def __len__(self) -> int:
@@ -89,11 +101,11 @@ class Files(TorchDataset[tuple[Tensor, int]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         j = int(self.index[i])
-        image, label = self.folder[j]
+        image = self.folder[j][0]
         if (shape := tuple(image.shape)) != self.shape:
             expected = f"images of one size (or give size), such as {self.shape}"
             raise ValueError(message("image_folder", "path", expected, f"{shape} in {self.folder.samples[j][0]}"))
-        return image.as_subclass(Tensor), label
+        return image.as_subclass(Tensor), int(self.labels[i])
 
     def split(self, first: int, seed: int) -> tuple[Files, Files]:
         """See Dataset.split."""
@@ -106,11 +118,15 @@ class Files(TorchDataset[tuple[Tensor, int]]):
 
     def take(self, index: Tensor | slice) -> Files:
         """The images at `index`."""
-        return Files(self.folder, self.index[index], self.shape)
+        return Files(self.folder, self.index[index], self.shape, self.labels[index], self.classes)
 
     def floats(self) -> Dataset:
         """The images in memory, float32 in [0, 1]."""
         return _read(self).floats()
+
+    def relabelled(self, classes: tuple[str, ...]) -> Files:
+        """See Dataset.relabelled."""
+        return Files(self.folder, self.index, self.shape, _places(self, classes)[self.labels], classes)
 
     def training(self) -> tuple[Files, None]:
         """The images with their labels as the trainings take them."""
@@ -126,6 +142,11 @@ def _split(data: Dataset | Files, first: int, seed: int) -> tuple[Tensor, Tensor
     check_integer("Dataset.split", "first", first, low=0, high=len(data))
     order = permutation(len(data), derive_seed(seed, "split"), 0)
     return order[:first], order[first:]
+
+
+def _places(data: Dataset | Files, classes: tuple[str, ...]) -> Tensor:
+    """Where each class of the data stands in `classes`."""
+    return torch.tensor([classes.index(name) for name in data.classes], device=data.labels.device)
 
 
 def mnist5k() -> Dataset:

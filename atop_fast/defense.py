@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ._checks import message
 from .randomness import check_keys
-from .transforms import RandomTransform
+from .transforms import RandomTransform, describe_transform
 
 
 class Defense(nn.Module):
@@ -22,6 +25,11 @@ class Defense(nn.Module):
     Called with images alone, every call takes the next draw of a counter, so that repeated calls differ as an attacker
     of a deployed system would see them; torch's global generator is not used. Called with a key, the result is a
     function of (seed, sample id, draw) alone.
+
+    A purifier that was trained, or loaded from a file, remembers its transform; another one here gives a warning.
+
+    Attributes:
+        metadata: what the file says that it was loaded from, such as its classes; see save_defense.
     """
 
     draw: Tensor
@@ -33,7 +41,11 @@ class Defense(nn.Module):
         for name, module in (("purifier", purifier), ("classifier", classifier)):
             if not isinstance(module, nn.Module) and not (name == "purifier" and module is None):
                 raise TypeError(message("Defense", name, "a torch.nn.Module", type(module).__name__))
+        trained = getattr(purifier, "trained_under", None)
+        if trained is not None and trained != (given := describe_transform(transform)):
+            warnings.warn(f"Defense: the purifier was trained under {trained}, and stands behind {given}", stacklevel=2)
         self.transform, self.purifier, self.classifier = transform, purifier, classifier
+        self.metadata: dict[str, Any] = {}
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(

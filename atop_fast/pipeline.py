@@ -4,6 +4,7 @@
     <out>/classifier.safetensors      the classifier, given or trained
     <out>/pretrained.safetensors      the purifier trained on clean images, and its discriminator.safetensors
     <out>/finetuned.safetensors       the purifier trained on adversarial images
+    <out>/defense.safetensors         the classifier, the fine-tuned purifier and the transform: see load_defense
     <out>/evaluate_<which>/           the evaluation of both purifiers, each with a report of its own
     <out>/metrics.jsonl               losses of every epoch of the trainings
     <out>/report.json, report.html    both verdicts
@@ -26,26 +27,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._checks import check_device, check_fits, check_integer, message
 from ._files import claim_folder
 from .attacks import PGD, frozen
 from .budget import Budget
-from .checkpoints import load_model, read_header, save_model
-from .classifiers import build_classifier
+from .checkpoints import load_model, read_header, save_defense, save_model
+from .classifiers import Resized, build_classifier
+from .data import Dataset
 from .defense import Defense
 from .distributed import Group, process_group
 from .evaluation import PROTOCOLS, evaluate
 from .evaluation.evaluate import parse_budget
 from .evaluation.report import training_picture, versions, write_report
-from .ops import resize
 from .purifiers import DISCRIMINATORS, build_purifier
 from .randomness import derive_seed, seeded
 from .recipe import EvaluationConfig, Recipe
 from .training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
 from .training.metrics import read_metrics, summary_writer
-from .zoo import load_classifier
+from .zoo import load_classifier, match_classes
 
 NOTES = (
     "pretrained: the purifier has seen clean images only. finetuned: AToP, trained on adversarial images. Every column "
@@ -65,26 +66,6 @@ class _Network:
     module: nn.Module
     name: str
     options: dict[str, Any]
-
-
-class Resized(nn.Module):
-    """A classifier that sees all images at its own size.
-
-    Args:
-        classifier: the classifier.
-        size: side in pixels; images of another size are resized bilinearly (antialiased where they shrink).
-    """
-
-    def __init__(self, classifier: nn.Module, size: int) -> None:
-        super().__init__()
-        self.classifier, self.size = classifier, (size, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> logits (B, classes)."""
-        return self.classifier(x if tuple(x.shape[2:]) == self.size else resize(x, self.size, antialias=True))
-
-    def extra_repr(self) -> str:
-        return f"size={self.size}"
 
 
 def run_recipe(
@@ -150,6 +131,9 @@ class _Pipeline:
         self.recipe, self.out, self.device, self.seed = recipe, out, device, seed
         self.progress, self.group = progress, group
         train, held_out = recipe.data.load()
+        if recipe.classifier.path is not None:
+            train, held_out = (match_classes("run_recipe", recipe.classifier.path, part) for part in (train, held_out))
+            assert isinstance(held_out, Dataset)
         self.train = train.to(device)
         plan = PROTOCOLS[recipe.evaluation.protocol]
         self.test = held_out.take(slice(0, recipe.evaluation.images or plan.images)).to(device)
@@ -173,6 +157,7 @@ class _Pipeline:
         classifier = self.classifier()
         self.pretrain()
         self.finetune(classifier)
+        self._save_defense(classifier)
         config = self.recipe.evaluation
         if self.budget is not None:
             config = self.budget.evaluate(config, len(self.test), lambda: self._measure(classifier))
@@ -313,7 +298,21 @@ class _Pipeline:
     def _save(self, file: str, kind: str) -> None:
         if self.group.rank == 0:
             network = self.networks[kind]
-            save_model(self.out / f"{file}.safetensors", network.module, kind, network.name, **network.options)
+            about: dict[str, Any] = {}
+            if kind == "classifier":
+                about["metadata"] = {"classes": self.train.classes, "shape": self.train.shape}
+            if kind == "purifier":
+                about["transform"] = self.transform
+            save_model(self.out / f"{file}.safetensors", network.module, kind, network.name, **about, **network.options)
+
+    def _save_defense(self, classifier: nn.Module) -> None:
+        if self.group.rank == 0:
+            about = {"classes": self.train.classes, "shape": self.train.shape, "images": self.train.description()}
+            threat = {"norm": self.recipe.finetune.norm, "eps": self.recipe.finetune.eps}
+            defense = Defense(self.transform, self._load("finetuned", "purifier"), classifier)
+            path = self.out / "defense.safetensors"
+            save_defense(path, defense, **about, **threat, recipe=asdict(self.recipe), seed=self.seed)
+        self.group.gather(None)
 
     def _load(self, file: str, kind: str) -> nn.Module:
         return load_model(self.out / f"{file}.safetensors", kind).to(self.device)

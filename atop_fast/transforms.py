@@ -8,6 +8,11 @@ RandomResizePad changes the size at random. All are thin modules over atop_fast.
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -248,6 +253,43 @@ def build_transform(
         ratio = check_number("build_transform", "mask_ratio", mask_ratio, low=0.01, high=1)
         return RT3(patch, round(1 / ratio), sigma, size, shared_mask)
     raise ValueError(message("build_transform", "name", "one of 'rt1', 'rt2', 'rt3'", repr(name)))
+
+
+# A transform of the user's own may be added here, with attributes named like the parameters of its constructor: then
+# files name it, as those of ours.
+TRANSFORMS: dict[str, type[RandomTransform]] = {
+    "rt1": RT1,
+    "rt2": RT2,
+    "rt3": RT3,
+    "random_resize_pad": RandomResizePad,
+}
+# Sides in pixels beyond this are no image's; a file that asks for them would take the memory of any machine.
+MAX_SIDE = 2**14
+
+
+def describe_transform(transform: RandomTransform) -> dict[str, Any]:
+    """What files keep of a transform, JSON-ready: its name in TRANSFORMS and the parameters of its constructor.
+
+    A transform of another class is described by how it prints, which is enough to compare two of them.
+    """
+    for name, kind in TRANSFORMS.items():
+        if type(transform) is kind:
+            values = {key: getattr(transform, key) for key in inspect.signature(kind).parameters}
+            return json.loads(json.dumps({"name": name, **values}))
+    return {"name": type(transform).__name__, "shown": repr(transform)}
+
+
+def restore_transform(description: Mapping[str, Any]) -> RandomTransform:
+    """The transform that describe_transform described; ValueError or TypeError if it is none of TRANSFORMS."""
+    if not isinstance(description, Mapping) or description.get("name") not in list(TRANSFORMS):
+        expected = f"a description of one of {', '.join(map(repr, TRANSFORMS))}"
+        raise ValueError(message("restore_transform", "description", expected, description))
+    options = {key: value for key, value in description.items() if key != "name"}
+    for value in options.values():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= MAX_SIDE:
+                raise ValueError(message("restore_transform", "description", f"of numbers <= {MAX_SIDE}", number))
+    return TRANSFORMS[description["name"]](**options)
 
 
 def _as_float(x: Tensor) -> Tensor:

@@ -6,19 +6,22 @@ import contextlib
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ._checks import check_choice, message
-from ._files import load_weights, read_state
-from .checkpoints import load_model
+from ._files import load_weights, read_state, unwrapped
+from .checkpoints import CLASSES, find_defense, load_defense, load_model, read_header, read_metadata
 from .classifiers import CLASSIFIERS, Normalised, WideResNet, build_classifier
+from .config import GivenTransform
 from .data import Dataset, Files
 from .defense import Defense
-from .transforms import RandomTransform
+from .transforms import RandomTransform, describe_transform
 
 # A network, and the mean and standard deviation of the images that it takes.
 Model = tuple[nn.Module, Sequence[float], Sequence[float]]
@@ -39,8 +42,8 @@ DEEPMIND_NAMES = (
 DENSENET_NAMES = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")
 # Ported with another normalisation, into which they turn that of torchvision; their published files need it.
 PORTED = ("googlenet", "inception_v3")
-# Wrappers whose names stand before those of the network: DataParallel, and RobustBench's normalising modules.
-PREFIXES = ("module.", "model.")
+# Names that checkpoints have for the state dict of the network.
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "net")
 
 
 def load_classifier(
@@ -48,6 +51,7 @@ def load_classifier(
     architecture: str | None = None,
     *,
     path: str | Path | None = None,
+    key: str | None = None,
     dataset: str = "cifar10",
     threat_model: str = "Linf",
     folder: str | Path = "models",
@@ -58,8 +62,9 @@ def load_classifier(
 
     - A path that ends in .safetensors: a file of save_model.
     - With `architecture`: the path of a checkpoint of torch.save, such as RobustBench's: a state dict, alone or as
-      {"state_dict": ...}, its names with or without "module." and "model." before them. Every parameter must fit. Only
-      tensors are read; a file that holds other objects is refused, and no code in it runs.
+      {"state_dict": ...} or "model", "net", "model_state_dict". What torch.compile, DataParallel, AveragedModel and
+      Lightning put before the names is removed. Every parameter must fit. Only tensors are read; a file that holds
+      other objects is refused, and no code in it runs.
     - "torchvision:<name>" or "timm:<name>", such as "torchvision:resnet50" or "timm:vit_tiny_patch16_224": the package
       builds the network, and its weights are read from the file `path` as with `architecture` (or as safetensors, if so
       named), or fetched. It is a Normalised, with the mean and standard deviation that the package states for it.
@@ -71,6 +76,7 @@ def load_classifier(
         name_or_path: see above.
         architecture: of the checkpoint, a name of build_classifier, e.g. "wrn_28_10" or "resnet18".
         path: file of the weights of a model of torchvision or timm.
+        key: of a checkpoint that holds several: the dictionary, or what stands before the names, such as "ema".
         dataset, threat_model: of a model of RobustBench: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
         folder: of the files of RobustBench's models.
         download: let robustbench fetch a model that is not in `folder`, or torchvision or timm their default weights
@@ -85,14 +91,17 @@ def load_classifier(
     """
     package, _, name = str(name_or_path).partition(":")
     if package in PACKAGES:
-        return _from_package(package, name, path, download, options)
+        return _from_package(package, name, path, download, options, key)
     if path is not None:
         expected = f"None, except for names that begin with {' or '.join(f'{key}:' for key in PACKAGES)}"
         raise ValueError(message("load_classifier", "path", expected, path))
     file = Path(name_or_path)
     if architecture is not None:
         check_choice("load_classifier", "architecture", architecture, list(CLASSIFIERS))
-        return _with_weights(build_classifier(architecture, **options), file)
+        return _with_weights(build_classifier(architecture, **options), file, key=key)
+    if key is not None:
+        expected = "None, except for a checkpoint with `architecture` or `path`"
+        raise ValueError(message("load_classifier", "key", expected, repr(key)))
     if file.suffix == ".safetensors":
         return load_model(file, "classifier")
     if file.suffix or file.exists():
@@ -101,35 +110,91 @@ def load_classifier(
     return _from_robustbench(str(name_or_path), dataset, threat_model, Path(folder), download)
 
 
-def load_system(
-    classifier: str,
-    purifier: str | None,
-    transform: RandomTransform,
-    data: Dataset | Files,
-    *,
-    alone: bool = False,
-    architecture: str | None = None,
-    weights: str | None = None,
-) -> nn.Module:
-    """What a command is given: a Defense of what the files hold, or the classifier `alone`.
+@dataclass(frozen=True)
+class System:
+    """What a command is to examine or to train, as its options name it.
 
-    Args:
+    Attributes:
         classifier, architecture, weights: `name_or_path`, `architecture` and `path` of load_classifier.
-        purifier: a file of save_model; None leaves the transform alone before the classifier.
-        data: its channels and classes are those of a checkpoint with `architecture`, and its classes those of a model
-            with `weights`.
+        purifier: a file of save_model; without one the classifier stands alone, or behind the given transform.
+        defense: instead of these, `path_or_name` of load_defense.
+        transform: what is said of the transform besides.
     """
-    shape: dict[str, Any] = {} if weights is None else {"num_classes": len(data.classes)}
-    if architecture is not None:
-        shape = {"channels": data.shape[0], "classes": len(data.classes)}
-    model = load_classifier(classifier, architecture, path=weights, **shape)
-    if alone:
-        return model
-    return Defense(transform, load_model(purifier, "purifier") if purifier else None, model)
+
+    classifier: str | None
+    purifier: str | None
+    defense: str | None
+    transform: GivenTransform
+    architecture: str | None = None
+    weights: str | None = None
+
+    def load(self, function: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
+        """The Defense, or the classifier alone, and the data with its labels in the order of the classifier's classes.
+
+        Args:
+            function: for errors.
+            data: its channels and classes are those of a checkpoint with `architecture`, and its classes those of a
+                model with `weights`.
+
+        Raises:
+            ValueError: the options contradict one another, a file or the data; or a file cannot be read.
+        """
+        if (self.classifier is None) is (self.defense is None):
+            expected = "given, or a defense, and not both"
+            raise ValueError(message(function, "classifier", expected, f"{self.classifier} and {self.defense}"))
+        if self.defense is not None:
+            return self._defense(function, self.defense, data)
+        assert self.classifier is not None
+        data = match_classes(function, self.classifier, data)
+        transform = self._transform(function)
+        shape: dict[str, Any] = {} if self.weights is None else {"num_classes": len(data.classes)}
+        if self.architecture is not None:
+            shape = {"channels": data.shape[0], "classes": len(data.classes)}
+        model = load_classifier(self.classifier, self.architecture, path=self.weights, **shape)
+        if transform is None:
+            return model, data
+        return Defense(transform, load_model(self.purifier, "purifier") if self.purifier else None, model), data
+
+    def _transform(self, function: str) -> RandomTransform | None:
+        stored = None if self.purifier is None else read_header(self.purifier).get("transform")
+        transform = self.transform.resolve(function, stored, self.purifier)
+        if self.purifier is not None and transform is None:
+            expected = f"given (name and options), as {self.purifier} does not say under which it was trained"
+            raise ValueError(message(function, "transform", expected, None))
+        return transform
+
+    def _defense(self, function: str, name: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
+        others = {"purifier": self.purifier, "architecture": self.architecture, "weights": self.weights}
+        for option, value in others.items():
+            if value is not None:
+                raise ValueError(message(function, option, "left out for a defense, which has all of it", value))
+        defense = load_defense(name)
+        self.transform.resolve(function, describe_transform(defense.transform), name)
+        return defense, match_classes(function, find_defense(function, name), data)
+
+
+def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dataset | Files:
+    """The data with its labels in the order of the classes that the classifier's file names, if it names any.
+
+    Raises:
+        ValueError: some of the data's classes have names that the classifier knows, and others do not.
+    """
+    classes = read_metadata(path).get(CLASSES) if Path(path).suffix == ".safetensors" else None
+    if classes is None or tuple(classes) == data.classes:
+        return data
+    unknown = [name for name in data.classes if name not in classes]
+    order = f"{' '.join(data.classes)} in the data, {' '.join(classes)} in {path}"
+    if not unknown and len(set(classes)) == len(classes):
+        warnings.warn(f"{function}: labels are put in the order of the classifier's classes ({order})", stacklevel=3)
+        return data.relabelled(tuple(classes))
+    if len(unknown) < len(data.classes):
+        raise ValueError(message(function, "data", f"images of classes that {path} knows", f"{unknown[0]!r} ({order})"))
+    warnings.warn(f"{function}: classes have other names, and are compared by their order ({order})", stacklevel=3)
+    return data
 
 
 def _from_package(
-    package: str, name: str, path: str | Path | None, download: bool, options: dict[str, object]
+    package: str, name: str, path: str | Path | None, download: bool, options: dict[str, object], key: str | None
 ) -> nn.Module:
     if (path is None) is not download:
         expected = "a file of weights, or None with download=True, which fetches the package's own"
@@ -139,7 +204,21 @@ def _from_package(
     except ImportError as error:
         extra = {"torchvision": "vision", "timm": "zoo"}[package]
         raise _not_installed(f"{package}:{name}", package, extra, error) from error
-    return Normalised(model if path is None else _with_weights(model, Path(path), "path"), mean, std).eval()
+    # For save_defense.
+    model.architecture = (f"{package}:{name}", options)
+    return Normalised(model if path is None else _with_weights(model, Path(path), "path", key), mean, std).eval()
+
+
+def package_factory(name: str) -> Callable[..., nn.Module]:
+    """What builds the network of "torchvision:<name>" or "timm:<name>" without weights, for a file that has these."""
+    package, _, model = name.partition(":")
+
+    def build(**options: Any) -> nn.Module:
+        if unknown := options.keys() - {"num_classes"}:
+            raise ValueError(f"{package}:{model} from a file takes no {sorted(unknown)[0]!r}")
+        return PACKAGES[package](model, False, options)[0]
+
+    return build
 
 
 def _torchvision(name: str, download: bool, options: dict[str, Any]) -> Model:
@@ -206,11 +285,12 @@ def _not_installed(name: str, package: str, extra: str, error: ImportError) -> I
     return ImportError(f"load_classifier: {name!r} needs the package {package}: {expected}")
 
 
-def _with_weights(model: nn.Module, path: Path, argument: str = "name_or_path") -> nn.Module:
-    state = read_state("load_classifier", argument, path, "state_dict")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+def _with_weights(model: nn.Module, path: Path, argument: str = "name_or_path", key: str | None = None) -> nn.Module:
+    state = read_state("load_classifier", argument, path, STATE_DICTS, key)
+    try:
+        state = unwrapped(state, model.state_dict())
+    except ValueError as error:
+        raise ValueError(message("load_classifier", "key", f"given for {path}, as {error}", repr(key))) from error
     state = {DENSENET_NAMES.sub(r"\1\2.", key): value for key, value in state.items()}
     if isinstance(model, WideResNet):
         # Weights of a stage that TRADES' networks create and never run.

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from atop_fast import build_classifier, build_purifier, save_model
+from atop_fast import RT1, RT2, build_classifier, build_purifier, save_model
 from atop_fast.cli import COMMANDS, main
 from atop_fast.randomness import seeded
 
@@ -71,7 +71,9 @@ def test_the_whole_flow(files, capsys):
     assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd2_eot"}
     assert report["systems"]["defense"]["clean"]["images"] == 6
     assert "<table>" in (files / "e/report.html").read_text()
-    assert sorted(p.name for p in (files / "f").iterdir()) == ["purifier.safetensors"]
+    assert sorted(p.name for p in (files / "f").iterdir()) == [
+        *("defense.safetensors", "purifier.safetensors")
+    ]
 
 
 @pytest.mark.parametrize("command", ["evaluate", "doctor", "finetune"])
@@ -82,6 +84,7 @@ def test_a_checkpoint_of_torch_can_be_defended(files, command):
     length = {"finetune": "--training.epochs=1", "doctor": "--images=2", "evaluate": "--images=2"}[command]
     out = {"finetune": "f", "doctor": "findings.json", "evaluate": "e"}[command]
     systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--purifier=purifier.safetensors"]
+    systems.append("--transform.name=rt2")
     # What the doctor finds in a network with random weights is a failure.
     with contextlib.suppress(SystemExit) if command == "doctor" else contextlib.nullcontext():
         main([command, *systems, *DATA, length, f"--out={out}", *(["--steps=1"] if command != "finetune" else [])])
@@ -91,7 +94,7 @@ def test_a_checkpoint_of_torch_can_be_defended(files, command):
 def test_a_classifier_by_name_needs_its_file(files, capsys):
     models = pytest.importorskip("torchvision").models
     torch.save(models.squeezenet1_1(num_classes=2).state_dict(), "weights.pt")
-    part = ["--data.source=images", "--data.size=32", "--data.holdout=6", "--alone=true", "--steps=1", "--images=2"]
+    part = ["--data.source=images", "--data.size=32", "--data.holdout=6", "--steps=1", "--images=2"]
     main(["evaluate", "--classifier=torchvision:squeezenet1_1", "--weights=weights.pt", *part, "--diagnostics=false"])
     assert "classifier" in capsys.readouterr().out
     assert "torchvision:none" in fail(capsys, "evaluate", "--classifier=torchvision:none", "--weights=x.pt", *DATA)
@@ -100,10 +103,40 @@ def test_a_classifier_by_name_needs_its_file(files, capsys):
     assert "architecture" in fail(capsys, "doctor", "--classifier=classifier.pt", *DATA)
 
 
-def test_the_classifier_alone_can_be_evaluated(files):
-    main(["evaluate", "--classifier=classifier.safetensors", *DATA, "--alone=true", "--steps=1", "--images=2"])
-    systems = json.loads((files / "runs/evaluate/report.json").read_text())["systems"]
-    assert systems["classifier"]["clean"]["images"] == 2
+def test_without_a_purifier_the_classifier_alone_is_evaluated(files):
+    part = [*DATA, "--steps=1", "--images=2", "--diagnostics=false"]
+    main(["evaluate", "--classifier=classifier.safetensors", *part])
+    report = json.loads((files / "runs/evaluate/report.json").read_text())
+    assert report["systems"]["classifier"]["clean"]["images"] == 2
+    assert report["transform"] is None
+    main(["evaluate", "--classifier=classifier.safetensors", *part, "--transform.name=rt1", "--out=t"])
+    report = json.loads((files / "t/report.json").read_text())
+    assert list(report["systems"]) == ["defense"]
+    assert report["transform"] == repr(RT1(4))
+
+
+def test_files_say_their_transform_and_contradictions_are_refused(files, capsys):
+    main(["pretrain", "--out=p", *DATA, "--training.epochs=0", "--width=4", "--transform.sigma=0.1"])
+    networks = ["--classifier=classifier.safetensors", "--purifier=p/purifier.safetensors"]
+    part = [*DATA, "--steps=1", "--images=2", "--draws=2", "--diagnostics=false"]
+    main(["finetune", *networks, "--out=f", *DATA, "--training.epochs=0", "--transform.patch=4"])
+    networks[1] = "--purifier=f/purifier.safetensors"
+    main(["evaluate", *networks, *part, "--out=e"])
+    main(["evaluate", "--defense=f/defense.safetensors", *part, "--out=d"])
+    reports = [json.loads((files / f"{out}/report.json").read_text()) for out in ("e", "d")]
+    assert reports[0]["transform"] == reports[1]["transform"] == repr(RT2(4, sigma=0.1))
+    assert reports[0]["samples"] == reports[1]["samples"]
+    assert "sigma=0.1" in (files / "e/run.json").read_text()
+    assert "sigma=0.1" in capsys.readouterr().out
+    for command in ("evaluate", "doctor", "finetune"):
+        assert "that of f/purifier.safetensors, RT2" in fail(capsys, command, *networks, *DATA, "--transform.sigma=0.2")
+    other = ["--defense=f/defense.safetensors", *DATA]
+    assert "that of f/defense.safetensors" in fail(capsys, "evaluate", *other, "--transform.name=rt1")
+    assert "left out for a defense" in fail(capsys, "evaluate", *other, "--purifier=purifier.safetensors")
+    assert "the package carries" in fail(capsys, "doctor", "--defense=nothing", *DATA)
+    networks[1] = "--purifier=purifier.safetensors"
+    assert "does not say under which it was trained" in fail(capsys, "evaluate", *networks, *DATA)
+    assert "as no file says which" in fail(capsys, "evaluate", *networks, *DATA, "--transform.sigma=0.2")
 
 
 def test_options_come_from_yaml_and_flags(files):
@@ -121,7 +154,7 @@ def test_options_come_from_yaml_and_flags(files):
 def test_an_evaluation_by_protocol_with_a_budget_goes_on(files, capsys):
     args = [
         *("evaluate", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", "--out=e", *DATA),
-        *("--draws=3", "--selection_draws=2", "--curve=[0, 0.05]", "--interval=bootstrap", "--randomness=fixed"),
+        *("--transform.name=rt2", "--draws=3", "--selection_draws=2", "--curve=[0, 0.05]", "--interval=bootstrap", "--randomness=fixed"),
     ]
     main([*args, "--budget=0s"])
     assert "the robust accuracy is an upper bound" in capsys.readouterr().out
@@ -186,7 +219,7 @@ def test_env_prints_owners(capsys):
             "must be a folder with a sub-folder",
         ),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--out=purifier.safetensors"], "a writable folder"),
-        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--transform.patch=3"], "divisible by patch=3"),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--transform={name: rt2, patch: 3}"], "divisible by patch=3"),
         (["pretrain", *DATA, "--device=cuda:99"], "pretrain: device must be a device of this machine, got 'cuda:99'"),
         (["pretrain", *DATA, "--training.epochs=-1"], "epochs must be an integer and >= 0, got -1"),
         (["demo", "--options.train_images=4900"], "test_images must be an integer and <= 100, got 200"),
@@ -230,7 +263,7 @@ def test_demo_report(tmp_path, capsys):
     v = report["systems"]["classifier"]["clean"]
     assert v["mean"] == v["majority"] == v["worst"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        *("classifier.safetensors", "finetuned.safetensors", "gallery.png"),
+        *("classifier.safetensors", "defense.safetensors", "finetuned.safetensors", "gallery.png"),
         *("pretrained.safetensors", "report.html", "report.json"),
     ]
     assert (tmp_path / "a/gallery.png").read_bytes().startswith(b"\x89PNG")

@@ -11,6 +11,7 @@ from .._checks import check_choice
 from ..folding import fold_batch_norm
 from .cnn import SmallCNN
 from .normalised import Normalised
+from .resized import Resized
 from .resnet import ImageResNet, ResNet
 from .resnet9 import ResNet9
 from .vit import VisionTransformer
@@ -44,7 +45,10 @@ def build_classifier(name: str, **options: object) -> nn.Module:
     | wrn_28_10, wrn_34_10, wrn_70_16 | WideResNet of that depth and widening | 36, 46, 267 |
     | vit_tiny | VisionTransformer, for 224x224 pixels; patch_size=4, image_size=32 suit CIFAR-10 | 5.5 |
     """
-    return CLASSIFIERS[check_choice("build_classifier", "name", name, list(CLASSIFIERS))](**options)
+    module = CLASSIFIERS[check_choice("build_classifier", "name", name, list(CLASSIFIERS))](**options)
+    # For save_defense.
+    module.architecture = (name, options)
+    return module
 
 
 __all__ = [
@@ -53,6 +57,7 @@ __all__ = [
     "Normalised",
     "ResNet",
     "ResNet9",
+    "Resized",
     "SmallCNN",
     "VisionTransformer",
     "WideResNet",

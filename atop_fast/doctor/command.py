@@ -6,22 +6,23 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from .._checks import check_device
+from .._checks import check_device, check_integer
 from .._files import write_text
-from ..config import DataConfig, TransformConfig
-from ..zoo import load_system
+from ..config import DataConfig, GivenTransform
+from ..data import Dataset
+from ..zoo import System
 from . import diagnose, format_findings
 
 
 def doctor(
-    classifier: str,
+    classifier: str | None = None,
     purifier: str | None = None,
+    defense: str | None = None,
     out: str | None = None,
     data: DataConfig = DataConfig(),
-    transform: TransformConfig = TransformConfig(),
-    alone: bool = False,
+    transform: GivenTransform = GivenTransform(),
     architecture: str | None = None,
     weights: str | None = None,
     norm: Literal["Linf", "L2"] = "Linf",
@@ -37,11 +38,13 @@ def doctor(
     Args:
         classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
             as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
-        purifier: purifier.safetensors; without it the transform alone stands before the classifier.
+        purifier: purifier.safetensors; without it the classifier alone is examined, or, if `transform` is given, that
+            transform before it.
+        defense: instead of both, defense.safetensors of the commands train, finetune or demo, or the name of a defence
+            that the package carries.
         out: file for the findings as JSON; none by default.
         data: images and their split; the held-out part is used.
-        transform: the random transform, as in training.
-        alone: check the classifier alone, without transform and purifier.
+        transform: the random transform, where no file says it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
         norm: norm of the threat model.
@@ -53,9 +56,10 @@ def doctor(
         seed: key of all randomness.
     """
     place = check_device("doctor", "device", device)
-    part = data.load()[1].to(place)
-    source: dict[str, Any] = {"alone": alone, "architecture": architecture, "weights": weights}
-    model = load_system(classifier, purifier, transform.build(), part, **source)
+    check_integer("doctor", "images", images, low=1)
+    model, part = System(classifier, purifier, defense, transform, architecture, weights).load("doctor", data.load()[1])
+    assert isinstance(part, Dataset)
+    part = part.to(place)
     findings = diagnose(
         model.eval().to(place),
         part.images,

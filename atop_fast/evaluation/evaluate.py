@@ -110,6 +110,7 @@ def evaluate(
     )
     radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
     deadline = None if budget is None else start + parse_budget(budget)
+    transform = repr(model.transform) if isinstance(model, Defense) else None
     if randomness == "fixed":
         if attacks is not None and not callable(attacks):
             expected = "a function from the model to its attacks for randomness='fixed'"
@@ -132,6 +133,7 @@ def evaluate(
             "draws": judge.draws,
             "selection_draws": judge.selection_draws,
             "randomness": randomness,
+            "transform": transform,
             "images": len(x),
         }
         # An entry says what its attack does; the object may also show how much fits into memory.

@@ -42,7 +42,7 @@ class Report:
         passes: attack -> images through the model "forward" and "backward", verdicts included (None: not counted), and
             how many "images" it attacked.
         seconds: the same of the time, summed over processes, and "total".
-        settings: protocol, norm, eps, seed, draws, selection_draws, randomness, images.
+        settings: protocol, norm, eps, seed, draws, selection_draws, randomness, transform (of a Defense), images.
         diagnostics: {"name", "status", "reason"} and perhaps "numbers", as given or as atop_fast.doctor found them.
         versions: of atop_fast and torch.
     """

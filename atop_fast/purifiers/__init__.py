@@ -30,7 +30,10 @@ def build_purifier(name: str, **options: object) -> nn.Module:
 
     Any module from (B, C + 2, H, W) to images in [-1, 1] serves Defense and training as well.
     """
-    return PURIFIERS[check_choice("build_purifier", "name", name, list(PURIFIERS))](**options)
+    module = PURIFIERS[check_choice("build_purifier", "name", name, list(PURIFIERS))](**options)
+    # For save_defense.
+    module.architecture = (name, options)
+    return module
 
 
 __all__ = [

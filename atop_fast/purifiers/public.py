@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import message
-from .._files import read_state, write_atomic
+from .._files import read_state, unwrapped, write_atomic
 from .deepfill import DeepFillV2
 from .discriminator import SNPatchDiscriminator
 
@@ -35,10 +35,12 @@ def load_deepfill(path: str | Path) -> DeepFillV2:
 
     Source: Yu et al., ICCV 2019; AToP, ICLR 2024.
     """
-    state = read_state("load_deepfill", "path", Path(path), "G")
+    state = read_state("load_deepfill", "path", Path(path), ("G",))
     generator = {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIER)}
     if all(name.startswith(GENERATOR) for name in generator):
         state = {name.removeprefix(GENERATOR): tensor for name, tensor in generator.items()}
+    with torch.device("meta"):
+        state = unwrapped(state, DeepFillV2(4).state_dict())
     first = _find("load_deepfill", path, state, "stage1.conv1.conv.weight")
     net = _build("load_deepfill", path, lambda: DeepFillV2(len(first)), state)
     if not torch.equal(net.stage2.contextual_attention.fuse_weight, torch.eye(3)[None, None]):
@@ -59,7 +61,7 @@ def load_sn_patch(path: str | Path) -> SNPatchDiscriminator:
 
     Source: Yu et al., ICCV 2019.
     """
-    state = read_state("load_sn_patch", "path", Path(path), "D")
+    state = read_state("load_sn_patch", "path", Path(path), ("D",))
     width, inputs, *_ = _find("load_sn_patch", path, state, "conv1.conv_sn.weight").shape
     depth = sum(re.fullmatch(r"conv\d+\.conv_sn\.weight", name) is not None for name in state)
     return _build("load_sn_patch", path, lambda: SNPatchDiscriminator(inputs - 1, width, depth), state)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._files import describe
 from ..attacks import frozen
 from ..defense import Defense
-from ..transforms import RandomTransform
+from ..transforms import RandomTransform, describe_transform
 from .config import FinetuneConfig, PretrainConfig
 from .engine import History, fit
 from .feed import Feed, Images
@@ -35,7 +35,7 @@ def pretrain(
     """Train a purifier to restore clean images (AToP, equation 4); changes it in place, leaves it in evaluation mode.
 
     Args:
-        purifier: see Defense.
+        purifier: see Defense. It remembers the transform: its file names it, and Defense warns of another one.
         transform: the random transform.
         images, workers: see Feed.
         held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
@@ -53,6 +53,7 @@ def pretrain(
     step = PretrainStep(transform, purifier, discriminator, config or PretrainConfig(), seed)
     feed = Feed("pretrain", images, None, step.device, workers)
     step.check(feed.first())
+    purifier.trained_under = describe_transform(transform)
     return fit(
         "pretrain",
         step,
@@ -104,6 +105,7 @@ def finetune(
         step = FinetuneStep(defense, discriminator, config or FinetuneConfig(), seed)
         feed = Feed("finetune", images, labels, step.device, workers)
         step.check(feed.first())
+        step.purifier.trained_under = describe_transform(defense.transform)
         return fit(
             "finetune",
             step,
