@@ -343,7 +343,9 @@ struct Sample {
 // A sample for each thread, or all threads for one sample after the other where there are more of them.
 template <typename T, typename Body>
 void over_samples(const bool* valid, Attention size, int64_t matrices, const Body& body) {
-  const int64_t grain = size.batch >= torch::stable::get_num_threads() ? 1 : size.batch;
+  const int64_t products = size.rows * size.columns * size.rows * size.columns * size.channels;
+  const bool enough = size.batch >= torch::stable::get_num_threads();
+  const int64_t grain = enough ? grain_of_products(products) : size.batch;
   torch::stable::parallel_for(0, size.batch, grain, [&](int64_t begin, int64_t end) {
     Sample<T> sample(size, matrices);
     for (int64_t i = begin; i < end; ++i) {

@@ -91,7 +91,8 @@ const char* launch_conv3x3(const float* x, const float* prepared, ConvFusion fus
   // The matrices of the points a cache line further apart than they are large: not all in one set of the cache.
   const int64_t v_step = together * round_up(size.channels, kPanel) + kPanel;
   const int64_t m_step = together * kPanels * kPanel + kPanel;
-  torch::stable::parallel_for(0, (tiles + together - 1) / together, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = grain_of_products(kPoints * together * size.channels * size.outputs);
+  torch::stable::parallel_for(0, (tiles + together - 1) / together, grain, [&](int64_t begin, int64_t end) {
     const Scratch<float> v(kPoints * v_step), m(kPoints * m_step);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * together;

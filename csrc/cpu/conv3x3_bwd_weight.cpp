@@ -99,7 +99,8 @@ const char* launch_conv3x3_bwd_weight(const float* dy, const float* x, Conv3x3 s
   const int64_t v_step = together * gradient.width() + kPanel, z_step = (together * panels + 1) * kPanel;
   const int64_t m_step = (channels * panels + 1) * kPanel, chunk_step = kPoints * m_step;
   const Scratch<float> m(chunks * chunk_step);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain_of_chunks = grain_of_products(kPoints * length * channels * outputs);
+  torch::stable::parallel_for(0, chunks, grain_of_chunks, [&](int64_t begin, int64_t end) {
     const Scratch<float> v(kPoints * v_step), z(kPoints * z_step);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t start = chunk * length, stop = std::min(tiles, start + length);

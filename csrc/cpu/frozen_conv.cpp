@@ -240,7 +240,8 @@ const char* launch_frozen_conv(const float* x, const float* prepared, ConvFusion
     most_rows = std::max(most_rows,
                          FrozenConvolution::high(conv.rows, begin + band) - FrozenConvolution::low(conv.rows, begin));
   }
-  torch::stable::parallel_for(0, size.batch * bands, 1, [&](int64_t first, int64_t last) {
+  const int64_t all = frozen_conv_weights(size) * count * conv.columns[0].count;
+  torch::stable::parallel_for(0, size.batch * bands, grain_of_products(all / bands), [&](int64_t first, int64_t last) {
     const Scratch<float> padded(most_rows * conv.pitch()), sums(conv.columns[0].count * kPanels * kPanel);
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i % bands * band;
