@@ -2,6 +2,14 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from ._threads import is_command, wait_asleep
+
+# Before torch is imported, as all that follows does; a user's program is left as it is.
+if is_command():
+    wait_asleep()
+
+# isort: split
+
 from . import attacks, doctor, evaluation, ops, purifiers, training, transforms
 from .attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PGD, AutoAttack, Square, StAdv
 from .checkpoints import list_defenses, load_defense, load_model, save_defense, save_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ._threads import busy_cores, cure, spinning
 from .ops import _registry
 from .precision import PRECISIONS, is_fast
 
@@ -78,7 +80,7 @@ def _build() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
-    devices = {"CPU": cpu_model(), "threads": str(torch.get_num_threads())}
+    devices = {"CPU": cpu_model(), "threads": _threads(), "load": _load()}
     if module := _registry.native_module():
         features: dict[str, Any] = module.cpu_features()
         level = features.pop("level")
@@ -94,6 +96,18 @@ def _devices() -> dict[str, str]:
     if not torch.cuda.is_available():
         devices["GPU"] = "none visible"
     return devices
+
+
+def _threads() -> str:
+    return f"{torch.get_num_threads()}, which {'spin' if spinning() else 'sleep'} while they wait"
+
+
+def _load() -> str:
+    busy, cores, threads = busy_cores(), os.cpu_count() or 1, torch.get_num_threads()
+    if busy is None:
+        return "unknown"
+    text = f"{busy:.1f} of {cores} cores are busy with other work"
+    return f"{text}: {cure()}" if 1 < threads > cores - busy + 0.3 and spinning() else text
 
 
 def _gib(size: int) -> str:

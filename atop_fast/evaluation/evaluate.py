@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
 from .._files import write_text
 from .._memory import halved
+from .._threads import Queueing
 from ..attacks import Attack as KeyedAttack
 from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
@@ -196,6 +198,7 @@ class _Work:
         """Do what is left to do, with a progress bar."""
         total = sum(map(len, self.blocks)) * (len(self.named) + 2)
         with tqdm(total=total, desc=title, disable=not progress, unit="img") as self.bar:
+            self.queueing = Queueing(torch.get_num_threads() if self.x.device.type == "cpu" else 1)
             self._candidates(CLEAN)
             if self.deadline is not None:
                 # The 8-bit images at the end cost as much as the clean ones did.
@@ -232,6 +235,8 @@ class _Work:
                 rate = unit.seconds / len(part)
                 self.run.add(unit)
                 self.bar.update(len(part))
+                if not self.bar.disable and (remark := self.queueing.remark()):
+                    tqdm.write(f"{self.bar.desc}: {remark}", file=sys.stderr)
 
     def _skip(self, images: int) -> None:
         # Taken off the total: work that takes no time would make the time left look short.

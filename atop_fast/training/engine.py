@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .._checks import message
 from .._files import describe, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
+from .._threads import Queueing
 from ..distributed import Group, process_group
 from ..randomness import derive_seed, permutation
 from .average import Average
@@ -149,6 +150,7 @@ class _Training:
     def run(self, title: str, record: Metrics, progress: bool) -> Iterator[None]:
         """Train to the end; yields after every update."""
         total, done = self._images(self.total), self._images(self.done)
+        queueing = Queueing(torch.get_num_threads() if self.step.device.type == "cpu" else 1)
         with tqdm(total=total, initial=done, desc=title, unit="img", disable=not progress) as bar:
             while self.done < self.total:
                 order = permutation(len(self.feed), derive_seed(self.seed, "order"), self.epoch)
@@ -160,6 +162,8 @@ class _Training:
                     if progress and self.step.replayed.path != self.path:
                         self.path = self.step.replayed.path
                         tqdm.write(f"{title}: updates run as {self.path}", file=sys.stderr)
+                    if progress and (remark := queueing.remark()):
+                        tqdm.write(f"{title}: {remark}", file=sys.stderr)
                     if self.done % self.part == 0 or self.done == self.total:
                         self.check()
                         self._finish_part(record)
