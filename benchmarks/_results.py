@@ -18,6 +18,7 @@ OTHERS = (
     "demo--cpu",
     "engine--cpu",
     "load--cpu",
+    "loaded--cpu-avx2",
     "numerics--cpu",
     "reliability--cpu",
     "restoration--cpu",
