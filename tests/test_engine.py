@@ -7,12 +7,12 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
+from toolkit import ranks
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -166,11 +166,9 @@ def test_shift_and_mirror():
     assert not torch.equal(shift_and_mirror(x, 3, ids, 8), y)
 
 
-def train(rank, size, port, folder, options):
+def train(rank, variables, folder, options):
     """One process of a fine-tuning, as torchrun would start it."""
-    if size > 1:
-        variables = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in variables.items()})
+    os.environ.update(variables)
     torch.set_num_threads(1)
     with seeded(0):
         classifier = build_classifier("small_cnn", channels=1, classes=4).eval()
@@ -199,10 +197,8 @@ SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.training"])
 
 def start(folder, size=1, **options):
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [SPAWN.Process(target=train, args=(r, size, port, folder, options)) for r in range(size)]
+    arguments = [(rank, variables, folder, options) for rank, variables in enumerate(ranks(size))]
+    processes = [SPAWN.Process(target=train, args=args) for args in arguments]
     for process in processes:
         process.start()
     return processes
@@ -223,6 +219,7 @@ def written(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, stop):
     (whole,) = finish(start(tmp_path / "whole"), tmp_path / "whole")
@@ -249,6 +246,7 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, stop):
     assert all(line["images_per_second"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """With batches of 5 and a last one of 2 images, equal up to the order of summation; both ranks end alike."""
     ones = finish(start(tmp_path / "one"), tmp_path / "one")
@@ -262,6 +260,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert apart < 0.01 * moved
 
 
+@pytest.mark.slow
 def test_processes_with_different_options_are_refused(tmp_path):
     processes = start(tmp_path, 2, differ=True)
     for process in processes:

@@ -6,12 +6,12 @@ import importlib
 import json
 import multiprocessing
 import os
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from toolkit import ranks
 from torch import nn
 
 from atop_fast import RT2, Defense, evaluate
@@ -165,17 +165,9 @@ def test_a_damaged_log_is_named(tmp_path):
         run(tmp_path / "run")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def rank(number: int, size: int, port: int, out: str | None, result: str, options: dict) -> None:
+def rank(number: int, variables: dict[str, str], out: str | None, result: str, options: dict) -> None:
     """One process of a run, as torchrun would start it."""
-    if size > 1:
-        variables = {"RANK": number, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in variables.items()})
+    os.environ.update(variables)
     torch.set_num_threads(1)
     delay, dies = options.pop("delay", 0), options.pop("dies", None)
 
@@ -194,9 +186,8 @@ SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.evaluation.evaluate"])
 
 
 def start(size: int, out: Path | None, result: Path, **options) -> list:
-    port = free_port()
     where = None if out is None else str(out)
-    arguments = [(number, size, port, where, str(result), options) for number in range(size)]
+    arguments = [(number, variables, where, str(result), options) for number, variables in enumerate(ranks(size))]
     processes = [SPAWN.Process(target=rank, args=args, daemon=True) for args in arguments]
     for process in processes:
         process.start()
@@ -212,6 +203,7 @@ def finish(processes: list, timeout: float = 120) -> list[int]:
     return codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [False, True])
 def test_two_processes_find_what_one_finds(tmp_path, whole, folder):
     out = tmp_path / "run" if folder else None
@@ -224,6 +216,7 @@ def test_two_processes_find_what_one_finds(tmp_path, whole, folder):
         assert results(run(out, before=lambda ids: pytest.fail("attacked again"))) == whole
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     begin = time.monotonic()
     codes = finish(start(2, tmp_path / "run", tmp_path, dies=1))
@@ -234,9 +227,9 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     assert finish(start(1, tmp_path / "run", tmp_path)) == [0]
 
 
+@pytest.mark.slow
 def test_ranks_with_different_settings_are_refused(tmp_path):
-    port = free_port()
-    arguments = [(number, 2, port, None, str(tmp_path), {"seed": number}) for number in range(2)]
+    arguments = [(i, variables, None, str(tmp_path), {"seed": i}) for i, variables in enumerate(ranks(2))]
     processes = [SPAWN.Process(target=rank, args=args, daemon=True) for args in arguments]
     for process in processes:
         process.start()

@@ -6,13 +6,13 @@ import datetime
 import multiprocessing
 import os
 import signal
-import socket
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from test_engine import CPU, Line, X, Y, written
+from toolkit import ranks
 
 from atop_fast.distributed import process_group
 from atop_fast.training import Feed, fit
@@ -21,11 +21,10 @@ SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.training"])
 
 
-def endless(rank, port, folder):
+def endless(variables, folder):
     """One of two processes of a training without end, its standard error in a file."""
-    os.dup2(os.open(folder / f"error{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
-    variables = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in variables.items()})
+    os.dup2(os.open(folder / f"error{variables['RANK']}.txt", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(variables)
     torch.set_num_threads(1)
     options = {"checkpoint": folder / "run.pt", "checkpoint_minutes": 0, "progress": False}
     fit("test", Line(epochs=10**6, batch_size=6), Feed("test", X, Y, CPU), seed=0, **options)
@@ -34,10 +33,7 @@ def endless(rank, port, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_other(tmp_path, victim):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [SPAWN.Process(target=endless, args=(rank, port, tmp_path)) for rank in range(2)]
+    processes = [SPAWN.Process(target=endless, args=(variables, tmp_path)) for variables in ranks(2)]
     try:
         for process in processes:
             process.start()

@@ -1,9 +1,15 @@
-"""The CUDA toolkit of this machine."""
+"""What tests of several files need: the CUDA toolkit of this machine, and the variables of several processes."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
+
+import torch.distributed as dist
+
+# Of runs that may still go on.
+STORES: list[dist.TCPStore] = []
 
 
 def nvcc() -> str | None:
@@ -11,3 +17,17 @@ def nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     usual = [os.path.join(home, "bin", "nvcc") for home in homes if home]
     return next((path for path in usual if os.path.isfile(path)), shutil.which("nvcc"))
+
+
+def ranks(size: int) -> list[dict[str, str]]:
+    """The environment variables of each process of a new run, as torchrun sets them; none for a single process.
+
+    They meet in a store of this process, which holds its port: a free one that is given away may be taken by then.
+    """
+    if size == 1:
+        return [{}]
+    timeout = datetime.timedelta(seconds=120)
+    STORES.append(dist.TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False))
+    common = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": STORES[-1].port}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+    return [{key: str(value) for key, value in {**common, "RANK": rank}.items()} for rank in range(size)]
