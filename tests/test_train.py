@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from toolkit import ranks
 
 from atop_fast import build_classifier, build_purifier, load_model, save_model
 from atop_fast.cli import main
 from atop_fast.evaluation import PROTOCOLS
+from atop_fast.evaluation.protocols import Entry
 from atop_fast.pipeline import Resized, run_recipe
 from atop_fast.purifiers import DISCRIMINATORS
 from atop_fast.randomness import seeded
@@ -161,8 +162,10 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     assert "classifier" not in Path("run/metrics.jsonl").read_text().replace("classifiers", "")
 
 
-def test_a_published_recipe_runs_in_small(tiny):
+def test_a_published_recipe_runs_in_small(tiny, monkeypatch):
     """DeepFillV2 with few channels, at 32x32 pixels, to which the defence resizes the images."""
+    attacks = {"fgsm": Entry("FGSM"), "pgd20_eot": Entry("PGD", {"steps": 2})}
+    monkeypatch.setitem(PROTOCOLS, "quick", replace(PROTOCOLS["quick"], attacks=attacks))
     recipe = load_recipe("cifar10-rt2")
     recipe = replace(
         recipe,
@@ -179,7 +182,7 @@ def test_a_published_recipe_runs_in_small(tiny):
         pretrain=replace(recipe.pretrain, epochs=1),
         finetune=replace(recipe.finetune, epochs=1, ce_from_epoch=0),
         evaluation=replace(
-            recipe.evaluation, protocol="quick", images=1, draws=2, selection_draws=1, diagnostics=False
+            recipe.evaluation, protocol="quick", images=1, draws=1, selection_draws=1, diagnostics=False
         ),
     )
     report = run_recipe(recipe, "run", progress=False)
@@ -201,22 +204,17 @@ SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["atop_fast.pipeline", "torchvision.transforms.v2", "jinja2", "matplotlib.figure"])
 
 
-def rank(number: int, size: int, port: int, recipe: Recipe, out: str) -> None:
+def rank(variables: dict[str, str], recipe: Recipe, out: str) -> None:
     """One process of a run, as torchrun would start it."""
-    if size > 1:
-        variables = {"RANK": number, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in variables.items()})
+    os.environ.update(variables)
     torch.set_num_threads(1)
     run_recipe(recipe, out, progress=False)
 
 
 def start(files: Path, out: str, size: int = 1) -> list:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     recipe = load_recipe(files / "tiny.yaml")
     recipe = replace(recipe, data=replace(recipe.data, source=str(files / "images")))
-    arguments = [(number, size, port, recipe, str(files / out)) for number in range(size)]
+    arguments = [(variables, recipe, str(files / out)) for variables in ranks(size)]
     processes = [SPAWN.Process(target=rank, args=args, daemon=True) for args in arguments]
     for process in processes:
         process.start()
