@@ -135,7 +135,7 @@ def test_is_that_of_autoattack(backend, name):
 @cases(dtype=(torch.float32, torch.float64))
 def test_cross_entropy_is_relatively_accurate_for_confident_predictions(backend, dtype):
     """Margins of 0 to 80: nothing underflows, and nothing is the difference of nearly equal numbers."""
-    margins = torch.arange(0, 80.5, 0.5, dtype=dtype, device=DEVICE)
+    margins = torch.arange(0, 80.5, 4 if harness.is_interpreted(backend) else 0.5, dtype=dtype, device=DEVICE)
     for classes in (2, 10, 100):
         z = torch.zeros(len(margins), classes, dtype=dtype, device=DEVICE)
         z[:, 1] = margins
@@ -175,6 +175,8 @@ def test_nan_and_infinity(backend, name, dtype):
     """As documented: equal to the reference, and NaN counts as the greatest."""
     odd = torch.tensor([0.5, math.nan, math.inf, -math.inf, 1.0], dtype=dtype, device=DEVICE)
     z = torch.cartesian_prod(odd, odd, odd, odd)
+    if harness.is_interpreted(backend) and dtype != torch.float32:
+        z = z[::7]
     for label in range(4):
         labels = torch.full((len(z),), label, device=DEVICE)
         tensors = z, labels, (labels + 1) % 4
@@ -220,7 +222,8 @@ def test_gradcheck(backend, name):
 
 @cases()
 def test_gradcheck_of_many_classes(backend):
-    harness.check_gradcheck(SPECS["ce"], backend, SPECS["ce"].sample((1, 70), torch.float64))
+    classes = 17 if harness.is_interpreted(backend) else 70
+    harness.check_gradcheck(SPECS["ce"], backend, SPECS["ce"].sample((1, classes), torch.float64))
 
 
 @cases(name=tuple(SPECS))

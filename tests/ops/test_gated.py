@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 
 import _harness as harness
@@ -19,6 +20,9 @@ NAMES = ("gated", "gated_bwd")
 SHAPES = ((0, 4, 3, 3), (2, 0, 3, 3), (1, 2, 1, 1), (1, 2, 3, 341), (1, 2, 25, 41), (1, 2, 32, 32), (2, 6, 33, 35))
 # In channels_last: rows of less than a vector, of some and a part of one, of vectors only, and longer than a run.
 CHANNELS = (2, 6, 24, 30, 96, 1042)
+# For Triton's interpreter: several blocks over lines and images; a column of channels, part of a second, a wide one.
+INTERPRETED_SHAPES = {"shape": (*SHAPES[:-1], (2, 6, 17, 13))}
+INTERPRETED_CHANNELS = {"channels": (2, 6, 24, 30, 34, 128)}
 
 
 def sample(shape, dtype, bias=True):
@@ -54,13 +58,13 @@ BIASED = ("bias", "bias_relu")
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(kind=("elu", "relu", "bias"), dtype=gated.DTYPES, shape=SHAPES)
+@cases(kind=("elu", "relu", "bias"), dtype=gated.DTYPES, shape=SHAPES, interpreted=INTERPRETED_SHAPES)
 def test_matches_formula(backend, kind, dtype, shape):
     harness.check_forward(SPECS[kind], backend, SPECS[kind].sample(shape, dtype))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(kind=("elu", "relu", "bias"), dtype=gated.DTYPES, shape=SHAPES)
+@cases(kind=("elu", "relu", "bias"), dtype=gated.DTYPES, shape=SHAPES, interpreted=INTERPRETED_SHAPES)
 def test_gradients(backend, kind, dtype, shape):
     check_gradients(kind, backend, SPECS[kind].sample(shape, dtype))
 
@@ -77,12 +81,27 @@ def test_layouts(backend, kind, layout, dtype):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(kind=("elu", "bias"), dtype=(torch.float32, torch.bfloat16), channels=CHANNELS)
+@cases(
+    kind=("elu", "bias"),
+    dtype=(torch.float32, torch.bfloat16),
+    channels=CHANNELS,
+    interpreted=INTERPRETED_CHANNELS,
+)
 def test_channels_last(backend, kind, dtype, channels):
     h, *bias = SPECS[kind].sample((2, channels, 5, 9), dtype)
     h = harness.in_layout(h, "channels_last")
     harness.check_forward(SPECS[kind], backend, (h, *bias))
     check_gradients(kind, backend, (h, *bias))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@cases(but="eager cpp cuda", layout=("contiguous", "channels_last"))
+def test_parts_of_sums(backend, layout, monkeypatch):
+    """Sums of several programs, and a last part that is shorter, with parts small enough for the interpreter."""
+    part = 32 if layout == "contiguous" else 17 * 32
+    monkeypatch.setattr(importlib.import_module("atop_fast.kernels.gated"), "PART", part)
+    h, bias = sample((2, 34, 5, 9), torch.float32)
+    check_gradients("bias", backend, (harness.in_layout(h, layout), bias))
 
 
 def check_gradients(kind, backend, tensors):
