@@ -3,17 +3,20 @@
 Bit for bit, but for the older kernels and attack_loss, whose sums have another order.
 
 A C++ compiler builds the sources of csrc/cuda with the few names of CUDA that cuda_on_cpu.h supplies, together with the
-host side of the ops, as a library for a namespace of its own.
+host side of the ops, as a library for a namespace of its own; build/ keeps it until one of the sources changes.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import importlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,37 +41,58 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cuda(tmp_path_factory):
+def cuda():
     """The ops of the CUDA library, for CPU tensors."""
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for op in _registry.OPS.values():
+        library.define(str(op.overload._schema).partition("::")[2])
+    torch.ops.load_library(built())
+    yield getattr(torch.ops, NAMESPACE)
+    library._destroy()
+
+
+def built() -> Path:
+    """The library, which build/ keeps under a hash of all that goes into it; workers wait for the one that builds."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-DTORCH_STABLE_ONLY", f"-I{CSRC}", *(f"-I{path}" for path in include_paths())]
+    sources = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))
+    digest = hashlib.sha256(f"{flags} {run(COMPILER, '--version')} {torch.__version__}".encode())
+    for path in (Path(__file__), ROOT / "tests" / "cuda_on_cpu.h", *sources):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    kept = ROOT / "build" / "tests"
+    kept.mkdir(parents=True, exist_ok=True)
+    library = kept / f"cuda_on_cpu-{digest.hexdigest()[:16]}.so"
+    with open(kept / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=kept) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            build(Path(folder), flags).rename(library)
+    return library
+
+
+def build(folder: Path, flags: list[str]) -> Path:
+    """The library, built in `folder`."""
     shutil.copy(ROOT / "tests" / "cuda_on_cpu.h", folder / "cuda_runtime.h")
     for path in CSRC.glob("cuda/*.cu*"):
         name = path.name if path.suffix == ".cuh" else f"{path.stem}.cpp"
         (folder / name).write_text(LAUNCH.sub(r"on_cpu::Launch(\2)(\1, ", path.read_text()))
     for path in (CSRC / "ops" / f"{kernel.stem}.cpp" for kernel in CSRC.glob("cuda/*.cu")):
         (folder / f"host_{path.name}").write_text(path.read_text().replace("(atop_fast,", f"({NAMESPACE},"))
-    flags = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags += ["-DTORCH_STABLE_ONLY", f"-I{folder}", f"-I{CSRC}", *(f"-I{path}" for path in include_paths())]
 
-    def build(path: Path) -> Path:
-        run(COMPILER, *flags, "-c", path, "-o", path.with_suffix(".o"))
+    def compiled(path: Path) -> Path:
+        run(COMPILER, *flags, f"-I{folder}", "-c", path, "-o", path.with_suffix(".o"))
         return path.with_suffix(".o")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(build, sorted(folder.glob("*.cpp"))))
+        objects = list(pool.map(compiled, sorted(folder.glob("*.cpp"))))
     paths = [f"-L{path}" for path in library_paths()]
     run(COMPILER, "-shared", *objects, *paths, "-ltorch_cpu", "-o", folder / "ops.so")
-    library = torch.library.Library(NAMESPACE, "DEF")
-    for op in _registry.OPS.values():
-        library.define(str(op.overload._schema).partition("::")[2])
-    torch.ops.load_library(folder / "ops.so")
-    yield getattr(torch.ops, NAMESPACE)
-    library._destroy()
+    return folder / "ops.so"
 
 
 def run(*command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def check(cuda, name, *args):
