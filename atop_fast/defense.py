@@ -75,5 +75,15 @@ class Defense(nn.Module):
                 self.draw.add_(1)
         sample_ids, draws = check_keys("Defense", len(x), x.device, seed, sample_ids, draws)
         corrupted = self.transform(x, seed, sample_ids, draws)
-        purified = corrupted[:, :-2] if self.purifier is None else self.purifier(corrupted)
+        purified = corrupted[:, :-2] if self.purifier is None else restored("Defense", self.purifier, corrupted)
         return (self.transform.assemble(purified, corrupted) + 1) / 2
+
+
+def restored(function: str, purifier: nn.Module, corrupted: Tensor) -> Tensor:
+    """What a purifier makes of corrupted images; TypeError if it returns more than images."""
+    images = purifier(corrupted)
+    if isinstance(images, (tuple, list, dict)):
+        expected = "a module that returns images (B, C, H, W) alone (wrap it: `return self.network(z)[-1]` in forward)"
+        given = f"{type(purifier).__name__}, which returns a {type(images).__name__} of {len(images)}"
+        raise TypeError(message(function, "purifier", expected, given))
+    return images

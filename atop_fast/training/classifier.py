@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_fits
+from .._checks import check_fits, message
 from ..attacks import frozen
 from ..randomness import Tag, derive_seed, random_bits
 from .config import ClassifierConfig
 from .engine import History, fit
 from .feed import Feed, Images
+from .single import watched
 from .step import Logs, Step
 
 
@@ -70,10 +72,10 @@ def train_classifier(
     seed: int = 0,
     workers: int = 4,
     held_out: tuple[Tensor, Tensor] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_minutes: float = 1.0,
-    metrics: Path | None = None,
-    tensorboard: Path | None = None,
+    metrics: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> History:
     """Minimise the cross-entropy; changes `classifier` in place and leaves it in evaluation mode.
@@ -88,25 +90,43 @@ def train_classifier(
 
     Returns:
         Mean loss and training accuracy of every epoch.
+
+    Raises:
+        TypeError, ValueError: images that `classifier` does not take, labels beyond its classes, a frozen classifier,
+            or batches of which batch norm has no statistics; see fit, too.
     """
     config = config or ClassifierConfig()
     step = ClassifierStep(classifier, config, seed)
     feed = Feed("train_classifier", images, labels, step.device, workers)
     first = feed.first()
-    with torch.no_grad(), frozen(classifier), check_fits("train_classifier", "images", first):
-        classifier(first)
+    tests = None if held_out is None else Feed("train_classifier", *held_out, step.device)
+    with watched(classifier) as step.single, torch.no_grad(), frozen(classifier):
+        with check_fits("train_classifier", "images", first):
+            logits = classifier(first)
+        classes = _classes(logits)
+    for each in (feed, tests):
+        if each is not None:
+            each.check_labels(classes)
     return fit(
         "classifier",
         step,
         feed,
         seed=seed,
-        held_out=None if held_out is None else Feed("train_classifier", *held_out, step.device),
+        held_out=tests,
         checkpoint=checkpoint,
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
         tensorboard=tensorboard,
         progress=progress,
     )
+
+
+def _classes(logits: Any) -> int:
+    """How many classes a classifier has, by its output for one image."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}; wrap the classifier"
+        raise ValueError(message("train_classifier", "classifier", "one that returns logits (B, classes >= 2)", given))
+    return logits.shape[1]
 
 
 def shift_and_mirror(

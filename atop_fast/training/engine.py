@@ -29,6 +29,7 @@ from .average import Average
 from .config import TrainingConfig
 from .feed import Feed
 from .metrics import Metrics
+from .single import check_passes
 from .step import Step
 
 History = list[dict[str, float]]
@@ -50,10 +51,10 @@ def fit(
     *,
     seed: int,
     held_out: Feed | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_minutes: float = 1.0,
-    metrics: Path | None = None,
-    tensorboard: Path | None = None,
+    metrics: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
@@ -88,6 +89,7 @@ def fit(
             `checkpoint_minutes` have passed, and never saved.
         SystemExit: after SIGTERM, once the checkpoint is written; status 143.
     """
+    checkpoint, metrics, tensorboard = (None if p is None else Path(p) for p in (checkpoint, metrics, tensorboard))
     for module in step.modules.values():
         module.train()
     try:
@@ -120,6 +122,7 @@ class _Training:
     ) -> None:
         self.step, self.feed, self.group, self.seed, self.held_out = step, feed, group, seed, held_out
         self.config: TrainingConfig = step.config
+        check_passes(step.single, len(feed), self.config.batch_size, self.config.accumulate, group.size)
         weights = [value for module in step.modules.values() for value in module.state_dict().values()]
         self.fingerprint = f"{fingerprint} {self.config} {seed} {feed.description()} {describe(*weights)}"
         if any(other != self.fingerprint for other in group.gather(self.fingerprint)):

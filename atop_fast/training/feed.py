@@ -36,7 +36,10 @@ class Feed:
     def __init__(
         self, function: str, images: Images, labels: Tensor | None, device: torch.device, workers: int = 4
     ) -> None:
-        self.device, self.workers, self.images = device, workers, images
+        self.function, self.device, self.workers, self.images = function, device, workers, images
+        # How many classes a network has, see check_labels.
+        self.classes: int | None = None
+        self.labelled = labels is not None or not isinstance(images, Tensor)
         if isinstance(images, Tensor):
             if check_tensor(function, "images", images).dtype == torch.uint8 and images.dim() != 4:
                 raise ValueError(message(function, "images", "of shape (N, C, H, W)", tuple(images.shape)))
@@ -59,11 +62,37 @@ class Feed:
         """The first image, (1, C, H, W)."""
         return next(self.batches([torch.zeros(1, dtype=torch.int64)], workers=0))[0]
 
+    def check_labels(self, classes: int) -> None:
+        """Raise ValueError unless the labels are of so many classes; a dataset's are checked as they are read."""
+        if not self.labelled:
+            raise ValueError(message(self.function, "labels", "given with a tensor of images", None))
+        self.classes = classes
+        if isinstance(self.images, Tensor):
+            self._check(self.labels)
+
+    def _check(self, labels: Tensor) -> None:
+        low, high = (int(value) for value in labels.aminmax())
+        if self.classes is not None and not 0 <= low <= high < self.classes:
+            expected = f"class indices in [0, {self.classes}), as the classifier has {self.classes} logits"
+            raise ValueError(message(self.function, "labels", expected, low if low < 0 else high))
+
     def description(self) -> str:
-        """Enough to notice that a checkpoint is used with other data."""
+        """What tells whether a checkpoint is used with other data: a hash of images, labels and their order.
+
+        Of a dataset that does not describe itself it is a hash of the first image and of the labels, if it has them in
+        an attribute `targets` or `labels`, or else of some.
+        """
         if isinstance(self.images, Tensor):
             return describe(self.images, self.labels)
-        return f"{type(self.images).__name__} {len(self)} {describe(self.first())}"
+        if callable(own := getattr(self.images, "description", None)):
+            return f"{own()}"
+        labels = getattr(self.images, "targets", getattr(self.images, "labels", None))
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            ids = torch.linspace(0, len(self) - 1, min(16, len(self))).long().tolist()
+            labels = torch.tensor([int(self.images[i][1]) for i in ids])
+        return f"{type(self.images).__name__} {len(self)} {describe(self.first(), labels)}"
 
     def batches(self, ids: Sequence[Tensor], workers: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, ids) for each of the index tensors `ids`."""
@@ -81,6 +110,8 @@ class Feed:
             generator=torch.Generator().manual_seed(0),
         )
         for each, (images, labels) in zip(ids, loader, strict=True):
+            if self.classes is not None:
+                self._check(labels)
             yield (
                 _as_float(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, torch.int64, non_blocking=True),

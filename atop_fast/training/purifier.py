@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .._checks import message
 from .._files import describe
 from ..attacks import frozen
 from ..defense import Defense
@@ -26,10 +27,10 @@ def pretrain(
     seed: int = 0,
     workers: int = 4,
     held_out: tuple[Tensor, Tensor] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_minutes: float = 1.0,
-    metrics: Path | None = None,
-    tensorboard: Path | None = None,
+    metrics: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> History:
     """Train a purifier to restore clean images (AToP, equation 4); changes it in place, leaves it in evaluation mode.
@@ -79,10 +80,10 @@ def finetune(
     seed: int = 0,
     workers: int = 4,
     held_out: tuple[Tensor, Tensor] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_minutes: float = 1.0,
-    metrics: Path | None = None,
-    tensorboard: Path | None = None,
+    metrics: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> History:
     """Fine-tune the purifier of a defence on adversarial images (AToP, equation 8); the classifier stays as it is.
@@ -99,19 +100,28 @@ def finetune(
         Mean losses of every epoch, and the accuracy on the training attack.
 
     Raises:
-        ValueError: as pretrain, and if `defense` has no purifier.
+        TypeError, ValueError: as pretrain, and if `defense` is something else, such as one inside DataParallel, or has
+            no purifier or a frozen one, or labels are beyond the classifier's classes.
     """
+    if not isinstance(defense, Defense):
+        inside = [name for name in ("module", "_orig_mod") if isinstance(getattr(defense, name, None), Defense)]
+        given = f"a {type(defense).__name__} (give its .{inside[0]})" if inside else type(defense).__name__
+        raise TypeError(message("finetune", "defense", "a Defense; several processes work by torchrun", given))
     with frozen(defense.classifier):
         step = FinetuneStep(defense, discriminator, config or FinetuneConfig(), seed)
         feed = Feed("finetune", images, labels, step.device, workers)
-        step.check(feed.first())
+        tests = None if held_out is None else Feed("finetune", *held_out, step.device)
+        classes = step.check(feed.first())
+        for each in (feed, tests):
+            if each is not None:
+                each.check_labels(classes)
         step.purifier.trained_under = describe_transform(defense.transform)
         return fit(
             "finetune",
             step,
             feed,
             seed=seed,
-            held_out=None if held_out is None else Feed("finetune", *held_out, step.device),
+            held_out=tests,
             checkpoint=checkpoint,
             checkpoint_minutes=checkpoint_minutes,
             metrics=metrics,

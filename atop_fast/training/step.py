@@ -23,7 +23,7 @@ from .._flags import holding
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
 from ..attacks.gradient import ROWS
-from ..defense import Defense
+from ..defense import Defense, restored
 from ..distributed import Group
 from ..folding import fold_batch_norm
 from ..ops import _registry
@@ -33,6 +33,7 @@ from ..randomness import Tag, derive_seed, random_uniform
 from ..transforms import RandomTransform
 from .capture import CudaRecorder, Logs, Replayed
 from .config import FinetuneConfig, PretrainConfig, TrainingConfig
+from .single import watched
 
 
 class Step:
@@ -63,6 +64,9 @@ class Step:
         for name, module in self.modules.items():
             if next(module.parameters(), None) is None:
                 raise ValueError(message(type(self).__name__, name, "a module with parameters", type(module).__name__))
+            if not any(p.requires_grad for p in module.parameters()):
+                expected = "a module that can learn: requires_grad_(True) on its parameters"
+                raise ValueError(message(type(self).__name__, name, expected, f"a frozen {type(module).__name__}"))
         self.device = next(next(iter(self.modules.values())).parameters()).device
         warn_if_slow(type(self).__name__, self.device, config.precision)
         self.dtype = PRECISIONS.get(config.precision)
@@ -76,6 +80,8 @@ class Step:
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
         # Of the part in hand: its share of the batch, and whether it is the first and the last one.
         self.part, self.first, self.last = 1.0, True, True
+        # Batch-norm layers that cannot do with a single image, see check_passes.
+        self.single: list[str] = []
         self.replayed = Replayed(self._update, CudaRecorder() if self.device.type == "cuda" else None)
 
     def __call__(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int, share: float = 1.0) -> Logs:
@@ -242,15 +248,17 @@ class PretrainStep(Step):
         assembled = self.transform.assemble(purified.float(), corrupted)
         return (torch.cat((self.transform.target(x, self.seed, ids, 0), assembled)) + 1) / 2
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Tensor) -> int | None:
         """Raise before the first step if the networks do not fit the images (N, C, H, W) in [0, 1]."""
         with torch.no_grad(), frozen(self.purifier), check_fits("pretrain", "images", images):
             corrupted = self.transform(images[:1])
-            shape = self.purifier(corrupted).shape
+            with watched(self.purifier) as self.single:
+                shape = restored("purifier", self.purifier, corrupted).shape
         expected = (len(corrupted), images.shape[1], *corrupted.shape[2:])
         if shape != expected:
             name = type(self.purifier).__name__
             raise ValueError(message(name, "output", f"of shape {expected}", tuple(shape)))
+        return None
 
     def _scores(self, images: Tensor, mask: Tensor) -> Tensor:
         assert self.discriminator is not None
@@ -351,10 +359,11 @@ class FinetuneStep(PretrainStep):
             alpha, steps = 1.25 * config.eps if alpha is None else alpha, 1
         return PGD(model, config.norm, config.eps, alpha, steps, random_start=True, **options)
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Tensor) -> int:
+        """As PretrainStep.check; how many classes the classifier has."""
         super().check(images)
         with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
-            self.pipeline(images[:1], draws=0)
+            return self.pipeline(images[:1], draws=0).shape[1]
 
 
 @contextlib.contextmanager
