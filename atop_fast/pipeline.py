@@ -130,7 +130,7 @@ class _Pipeline:
         self.tensorboard = out / "tensorboard" if tensorboard else None
         self.recipe, self.out, self.device, self.seed = recipe, out, device, seed
         self.progress, self.group = progress, group
-        train, held_out = recipe.data.load()
+        train, held_out = recipe.data.load(print if progress and group.rank == 0 else None)
         if recipe.classifier.path is not None:
             train, held_out = (match_classes("run_recipe", recipe.classifier.path, part) for part in (train, held_out))
             assert isinstance(held_out, Dataset)
@@ -306,11 +306,11 @@ class _Pipeline:
             save_model(self.out / f"{file}.safetensors", network.module, kind, network.name, **about, **network.options)
 
     def _save_defense(self, classifier: nn.Module) -> None:
-        if self.group.rank == 0:
+        path = self.out / "defense.safetensors"
+        if self.group.rank == 0 and not path.exists():
             about = {"classes": self.train.classes, "shape": self.train.shape, "images": self.train.description()}
             threat = {"norm": self.recipe.finetune.norm, "eps": self.recipe.finetune.eps}
             defense = Defense(self.transform, self._load("finetuned", "purifier"), classifier)
-            path = self.out / "defense.safetensors"
             save_defense(path, defense, **about, **threat, recipe=asdict(self.recipe), seed=self.seed)
         self.group.gather(None)
 

@@ -151,3 +151,135 @@ def test_held_out_images_of_another_folder(folder, tmp_path_factory):
     (folder / "class0").rename(other / "class0")
     with pytest.raises(ValueError, match="DataConfig: test must be images and classes such as"):
         DataConfig(str(folder), test=str(other)).load()
+
+
+def picture(path, shade=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pytest.importorskip("PIL.Image").new("RGB", (8, 8), (shade,) * 3).save(path)
+
+
+def test_hidden_folders_and_files_are_no_images(folder):
+    pytest.importorskip("torchvision")
+    before = image_folder(folder)
+    for path in (".ipynb_checkpoints/0.png", "__MACOSX/0.png", "class0/.ipynb_checkpoints/0-checkpoint.png"):
+        picture(folder / path)
+    (folder / "class1/._0.png").write_bytes(b"a resource fork")
+    after = image_folder(folder)
+    assert after.classes == before.classes
+    assert torch.equal(after.images, before.images)
+    # The folder itself may be below a hidden one.
+    (folder / ".cache").mkdir()
+    (folder / "class0").rename(folder / ".cache/class0")
+    assert len(image_folder(folder / ".cache")) == 5
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Train", "val"), ("training", "valid", "test")])
+def test_parts_of_a_folder_are_no_classes(names, tmp_path):
+    pytest.importorskip("torchvision")
+    for number, part in enumerate(names):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(3 - min(number, 1)):
+                picture(tmp_path / part / name / f"{i}.png", 100 * number + 10 * label + i)
+    said = []
+    train, held_out = DataConfig(str(tmp_path)).load(said.append)
+    assert said == ["10 images: cat dog; 6 train, 4 held out"]
+    assert train.classes == held_out.classes == ("cat", "dog")
+    assert train.images.max() < 100
+    # "test" before "val" and "valid".
+    assert round(255 * held_out.images.min().item()) == 100 * (len(names) - 1)
+    with pytest.raises(ValueError, match=f"image_folder: path must be .* such as .*{names[0]} or "):
+        image_folder(tmp_path)
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(ValueError, match=r"load_data: source must be .* with 'labels' beside these"):
+        DataConfig(str(tmp_path)).load()
+
+
+def test_parts_without_classes_are_refused(tmp_path):
+    pytest.importorskip("torchvision")
+    for part in ("train", "test"):
+        picture(tmp_path / part / "0.png")
+    with pytest.raises(ValueError, match=r"load_data: source must be .* whose parts have no sub-folders"):
+        DataConfig(str(tmp_path)).load()
+    # Beside another class they are what one can travel by.
+    picture(tmp_path / "car/0.png")
+    assert image_folder(tmp_path).classes == ("car", "test", "train")
+
+
+def test_a_fifth_is_held_out_and_the_split_is_said(folder, monkeypatch):
+    pytest.importorskip("torchvision")
+    said = []
+    train, held_out = DataConfig(str(folder)).load(said.append)
+    assert (len(train), len(held_out)) == (8, 2)
+    DataConfig(str(folder), holdout=0).load(said.append)
+    assert said == [
+        "10 images: class0 class1; 8 train, 2 held out",
+        "10 images: class0 class1; all of them train and are held out",
+    ]
+    for count, expected in ((2, 1), (1200, 240), (5000, 1000), (50_000, 1000)):
+        data = Dataset(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.zeros(count).long(), ("a",))
+        monkeypatch.setattr("atop_fast.config.load_data", lambda *args, data=data, **options: data)
+        assert len(DataConfig("mnist5k").load()[1]) == expected
+
+
+def test_descriptions_tell_content_order_and_labels():
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1)
+    labels = torch.tensor([0, 1, 0, 1])
+    swapped, turned = torch.tensor([1, 0, 3, 2]), torch.tensor([1, 0, 0, 1])
+    kinds = {
+        (images, labels),
+        (images[swapped], labels),
+        (images, turned),
+        (images[swapped], labels[swapped]),
+        (images.float(), labels),
+        (images.view(4, 1, 1, 1).expand(4, 1, 1, 1).flip(0), labels),
+    }
+    assert len({Dataset(*kind, ("a", "b")).description() for kind in kinds}) == len(kinds)
+    cpu = torch.device("cpu")
+    assert len({Feed("test", *kind, cpu).description() for kind in kinds if kind[0].dtype == torch.uint8}) == 5
+
+    class Own(torch.utils.data.Dataset):
+        def __init__(self, labels):
+            self.wanted = labels
+
+        def __len__(self):
+            return len(self.wanted)
+
+        def __getitem__(self, i):
+            return images[i], int(self.wanted[i])
+
+    assert len({Feed("test", Own(each), None, cpu, 0).description() for each in (labels, turned)}) == 2
+
+
+def test_streamed_files_are_described_by_names_contents_and_labels(folder):
+    pytest.importorskip("torchvision")
+
+    def description():
+        return DataConfig(str(folder), holdout=0, memory=0).load()[0].description()
+
+    seen = {description()}
+    assert seen == {description()}
+    picture(folder / "class1/4.png", 250)
+    seen.add(description())
+    (folder / "class1/4.png").rename(folder / "class1/9.png")
+    seen.add(description())
+    (folder / "class1").rename(folder / "aclass1")
+    seen.add(description())
+    assert len(seen) == 4
+
+
+def test_labels_are_put_in_the_order_of_other_classes(folder):
+    pytest.importorskip("torchvision")
+    for memory in (1, 0):
+        data = DataConfig(str(folder), holdout=2, memory=memory).load()[0]
+        other = data.relabelled(("x", "class1", "class0"))
+        assert other.classes == ("x", "class1", "class0")
+        assert torch.equal(other.labels, 2 - data.labels)
+        assert torch.equal(other.take(slice(1, 3)).labels, other.labels[1:3])
+    assert [other[i][1] for i in range(len(other))] == other.labels.tolist()
+
+
+def test_a_pointer_in_the_place_of_an_image_is_named(folder):
+    pytest.importorskip("torchvision")
+    (folder / "class1/0.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=r"0\.png \(is a pointer of Git LFS"):
+        image_folder(folder)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from toolkit import ranks
 
-from atop_fast import build_classifier, build_purifier, load_model, save_model
+from atop_fast import build_classifier, build_purifier, load_defense, load_model, save_model
 from atop_fast.cli import main
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.evaluation.protocols import Entry
@@ -41,8 +41,9 @@ TINY = {
     "evaluation": {"protocol": "quick", "eps": 0.2, "draws": 2, "selection_draws": 2, "diagnostics": False},
 }
 FILES = [
-    *("classifier.safetensors", "discriminator.safetensors", "evaluate_finetuned", "evaluate_pretrained"),
-    *("finetuned.safetensors", "metrics.jsonl", "pretrained.safetensors", "report.html", "report.json", "run.json"),
+    *("classifier.safetensors", "defense.safetensors", "discriminator.safetensors", "evaluate_finetuned"),
+    *("evaluate_pretrained", "finetuned.safetensors", "metrics.jsonl", "pretrained.safetensors", "report.html"),
+    *("report.json", "run.json"),
 ]
 
 
@@ -129,6 +130,13 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     assert "finetuned" in Path("run/report.html").read_text()
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line["training"] for line in lines] == ["classifier"] * 2 + ["pretrain"] * 2 + ["finetune"]
+    defense = load_defense("run/defense.safetensors")
+    assert repr(defense.transform) == repr(load_recipe("tiny.yaml").transform.build())
+    assert defense.metadata["classes"] == ["class0", "class1"]
+    assert defense.metadata["recipe"]["finetune"]["epochs"] == 1
+    for part, name, kind in (("purifier", "finetuned", "purifier"), ("classifier", "classifier", "classifier")):
+        own = load_model(f"run/{name}.safetensors", kind).state_dict()
+        assert all(torch.equal(own[key], value) for key, value in getattr(defense, part).state_dict().items())
     weights = [load_model(f"run/{name}.safetensors", "purifier").state_dict() for name in ("pretrained", "finetuned")]
     assert not torch.equal(*(state["to_image.weight"] for state in weights))
     # Once more: every stage is finished, and the report is the same.
