@@ -128,7 +128,7 @@ def _reason(path: Path, error: Exception) -> str:
     if (found := identify(path)) is not None:
         return found
     if isinstance(error, pickle.UnpicklingError):
-        objects = re.findall(r"(?:GLOBAL|global:?) ([\w.]+)", str(error))
+        objects = re.findall(r"GLOBAL ([\w.]+)", str(error))
         return f"it holds {objects[0]}" if objects else "it is no file of torch.save, or holds other objects"
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
@@ -180,7 +180,7 @@ def read_state(
         shown = ", ".join(map(repr, list(held)[:10])) if held else type(content).__name__
         several = f"; key={found[0]!r} takes one of its dictionaries {', '.join(map(repr, found))}" if found else ""
         if key is None:
-            expected = f"a state dict, or {{{', '.join(json.dumps(name) + ': ...' for name in keys)}}}"
+            expected = f"a state dict, or {{{json.dumps(keys[0])}: ...}}"
         else:
             expected = f"a checkpoint with a dictionary or tensors {key!r}"
         raise ValueError(message(function, argument, expected, f"{path} (with {shown}{several})"))

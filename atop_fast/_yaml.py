@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -38,9 +39,31 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_fraction(self, node: Any) -> float:
+        above, below = node.value.split("/")
+        if not float(below):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value} divides by zero", node.start_mark)
+        return float(above) / float(below)
 
-def parse_yaml(text: str) -> Any:
-    """The values of a YAML document.
+
+# With 8/255, as radii are written, and with 1e-3 as a number, as in JSON.
+_FRACTION, _FLOAT = r"[0-9]+(\.[0-9]*)?/[0-9]+(\.[0-9]*)?$", r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"
+_Loader.add_implicit_resolver("!fraction", re.compile(_FRACTION), list("0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
+_Loader.add_constructor("!fraction", _Loader.construct_fraction)
+
+
+class _WithoutDates(_Loader):
+    """Dates are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for start, resolvers in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
+def parse_yaml(text: str, dates: bool = True) -> Any:
+    """The values of a YAML document; fractions such as 8/255 are numbers, and dates are text without `dates`.
 
     Raises:
         ValueError: the text is too long, is not YAML, or has tags of Python, aliases, equal keys or deep nesting.
@@ -48,6 +71,6 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS} characters")
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _Loader if dates else _WithoutDates)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

@@ -1,7 +1,8 @@
 """Model files: safetensors whose header names the architecture, so that a file loads without anything else said.
 
-The header's text "atop_fast" is JSON: of a network its kind, name, options, and, of a purifier, the transform under which
-it was trained; of a defence the same of both networks, and the transform; of either "metadata", what else was said.
+The header's text "atop_fast" is JSON: of a network its kind, name, options, and, of a purifier, the transform under
+which it was trained; of a defence the same of both networks, and the transform; of either "metadata", whatever else was
+said of it.
 """
 
 from __future__ import annotations
@@ -112,9 +113,9 @@ def save_defense(path: str | Path, defense: Defense, **metadata: object) -> None
 
     Args:
         path: file to write.
-        defense: its networks are of build_classifier, build_purifier, load_model or load_classifier (not RobustBench's),
-            the classifier perhaps inside Normalised or Resized; a network that was built otherwise needs an attribute
-            `architecture` = (name, options) that says how.
+        defense: its networks are of build_classifier, build_purifier, load_model or load_classifier (not those of
+            RobustBench), the classifier perhaps inside Normalised or Resized; a network that was built otherwise needs
+            an attribute `architecture` = (name, options) that says how.
         metadata: what else the file says, JSON-ready. Commands read `classes`, the names of the classes in their order,
             `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack; name what others need to
             know, too: recipe, commit, data, licence.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -14,7 +16,8 @@ import torch
 
 from . import env as environment
 from ._checks import check_choice, check_device, check_integer, message
-from ._files import writable_folder
+from ._files import claim_folder, describe
+from ._yaml import parse_yaml
 from .bench.command import bench
 from .checkpoints import load_model, read_header, save_defense, save_model
 from .classifiers import build_classifier
@@ -22,6 +25,7 @@ from .config import DataConfig, GivenTransform, TransformConfig
 from .data import Dataset, Files
 from .defense import Defense
 from .demo import DemoConfig, run_demo
+from .distributed import launched
 from .doctor.command import doctor
 from .evaluation import PROTOCOLS, quick_attacks
 from .evaluation import evaluate as run_evaluation
@@ -109,8 +113,8 @@ def classifier(
         seed: key of all randomness.
     """
     place = check_device("classifier", "device", device)
-    folder = writable_folder("classifier", "out", out)
-    train, held_out = (part.to(place) for part in data.load())
+    train, held_out = (part.to(place) for part in data.load(_say))
+    folder = _claim("classifier", out, train, seed, data=data, training=training, width=width)
     shape: dict[str, Any] = {"channels": train.shape[0], "classes": len(train.classes), "width": width}
     with seeded(derive_seed(seed, "classifier")):
         model = build_classifier("small_cnn", **shape).to(place)
@@ -145,8 +149,8 @@ def pretrain(
         seed: key of all randomness.
     """
     place = check_device("pretrain", "device", device)
-    folder = writable_folder("pretrain", "out", out)
-    train = data.load()[0].to(place)
+    train = data.load(_say)[0].to(place)
+    folder = _claim("pretrain", out, train, seed, data=data, transform=transform, training=training, width=width)
     channels = train.shape[0]
     with seeded(derive_seed(seed, "networks")):
         purifier = build_purifier("unet", channels=channels, width=width).to(place)
@@ -173,6 +177,7 @@ def finetune(
     discriminator: str | None = None,
     architecture: str | None = None,
     weights: str | None = None,
+    key: str | None = None,
     out: str = "runs/finetune",
     data: DataConfig = DataConfig(),
     transform: GivenTransform = GivenTransform(),
@@ -190,6 +195,7 @@ def finetune(
         discriminator: discriminator.safetensors of the command pretrain; without it a new one starts.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
+        key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
         out: folder for purifier.safetensors, and for defense.safetensors, which has both networks and the transform; an
             interrupted run in it goes on.
         data: images and their split.
@@ -199,11 +205,14 @@ def finetune(
         seed: key of all randomness.
     """
     place = check_device("finetune", "device", device)
-    folder = writable_folder("finetune", "out", out)
-    system = System(classifier, purifier, None, transform, architecture, weights)
-    model, train = system.load("finetune", data.load()[0])
+    system = System(classifier, purifier, None, transform, architecture, weights, key)
+    model, train = system.load("finetune", data.load(_say)[0])
     defense, train = model.to(place), train.to(place)
     assert isinstance(defense, Defense)
+    networks = {"classifier": classifier, "purifier": purifier, "discriminator": discriminator}
+    weights_of = describe(*defense.state_dict().values())
+    options: dict[str, Any] = {**networks, "weights": weights_of, "transform": repr(defense.transform)}
+    folder = _claim("finetune", out, train, seed, data=data, training=training, **options)
     if discriminator is None:
         with seeded(derive_seed(seed, "networks")):
             judge: torch.nn.Module = SNPatchDiscriminator(**_patches(train.shape[0]))
@@ -235,6 +244,7 @@ def evaluate(
     transform: GivenTransform = GivenTransform(),
     architecture: str | None = None,
     weights: str | None = None,
+    key: str | None = None,
     protocol: str = "quick",
     norm: Literal["Linf", "L2", "L1"] | None = None,
     eps: float | None = None,
@@ -267,6 +277,7 @@ def evaluate(
         transform: the random transform, where no file says it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
+        key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
         protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper or unseen (docs/evaluation.md).
         norm: norm of the threat model; default the protocol's.
         eps: its radius, in units of [0, 1] pixels; default the protocol's.
@@ -293,13 +304,12 @@ def evaluate(
         raise ValueError(message("evaluate", next(iter(options)), "left out for protocols other than quick", protocol))
     if images is not None:
         check_integer("evaluate", "images", images, low=1)
-    part: Dataset | Files = data.load()[1].take(slice(0, plan.images if images is None else images))
-    model, part = System(classifier, purifier, defense, transform, architecture, weights).load("evaluate", part)
+    part: Dataset | Files = data.load(_say)[1].take(slice(0, plan.images if images is None else images))
+    model, part = System(classifier, purifier, defense, transform, architecture, weights, key).load("evaluate", part)
     assert isinstance(part, Dataset)
     model, part = model.to(place), part.to(place)
     name = "defense" if isinstance(model, Defense) else "classifier"
-    if _first():
-        print(f"Evaluating {_named(model)}")
+    _say(f"Evaluating {_named(model)}")
     threat = (plan.norm if norm is None else norm, plan.eps if eps is None else eps)
     report = run_evaluation(
         model,
@@ -351,8 +361,13 @@ class _Parser(jsonargparse.ArgumentParser):
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `atop-fast`: bad input gives one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # A console without UTF-8 gets what it has letters for.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    jsonargparse.set_loader("yaml", _load_option, exceptions=(ValueError,))
     try:
-        args = _with_positional(sys.argv[1:] if args is None else args)
+        args = _with_numbers(_with_positional(sys.argv[1:] if args is None else args))
         jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
@@ -369,6 +384,31 @@ def _fail(error: Any) -> int:
     return 2
 
 
+def _load_option(text: str) -> Any:
+    """A value of the command line or a file of options, which parse_yaml reads; {a, b} and `a:` stay text."""
+    value = parse_yaml(text, dates=False)
+    if isinstance(value, dict) and value and all(v is None for v in value.values()):
+        return text
+    return value
+
+
+def _with_numbers(args: list[str]) -> list[str]:
+    """Fractions as numbers, in options that are radii or steps: --eps 8/255, --training.alpha=2/255."""
+    numbers = []
+    for before, arg in zip(["", *args], args, strict=False):
+        option, equals, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        fraction = re.fullmatch(r"([0-9.]+)/([0-9.]+)", value)
+        if fraction and re.fullmatch(r"--([\w.]+\.)?(eps|alpha)", option):
+            try:
+                number = parse_yaml(value)
+            except ValueError as error:
+                raise ValueError(message("atop-fast", option, "a number", value)) from error
+            numbers.append(f"{option}={number!r}" if equals else repr(number))
+        else:
+            numbers.append(arg)
+    return numbers
+
+
 def _with_positional(args: list[str]) -> list[str]:
     """The PRESET of `train` as the configuration that later options change, and the SUITE of `bench` as an option."""
     if args[:1] not in (["train"], ["bench"]) or len(args) == 1 or args[1].startswith("-"):
@@ -378,15 +418,31 @@ def _with_positional(args: list[str]) -> list[str]:
     return ["train", f"--config={json.dumps(asdict(load_recipe(args[1])))}", *args[2:]]
 
 
+def _claim(function: str, out: str, train: Dataset | Files, seed: int, **options: Any) -> Path:
+    """The folder of this run of a training, and of no other."""
+    folder = Path(out)
+    if _first():
+        header: dict[str, Any] = {}
+        for key, value in options.items():
+            header[key] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        claim_folder(function, folder, {"command": function, **header, "seed": seed, "images": train.description()})
+    return folder
+
+
+def _say(text: str) -> None:
+    if _first():
+        print(text)
+
+
 def _place(function: str, device: str) -> torch.device:
     """The device; under torchrun, every process has a GPU of its own."""
-    own = f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and _ranks() else device
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device
     return check_device(function, "device", own)
 
 
 def _first() -> bool:
     """Whether this process prints: under torchrun, the one of rank 0."""
-    return not _ranks() or os.environ["RANK"] == "0"
+    return not launched() or os.environ["RANK"] == "0"
 
 
 def _named(model: torch.nn.Module) -> str:
@@ -399,11 +455,6 @@ def _named(model: torch.nn.Module) -> str:
 def _about(data: Dataset | Files) -> dict[str, Any]:
     """What files say of the images that a network was trained on."""
     return {"classes": data.classes, "shape": data.shape, "images": data.description()}
-
-
-def _ranks() -> bool:
-    """Whether torchrun started this process."""
-    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def _patches(channels: int) -> dict[str, Any]:

@@ -260,7 +260,7 @@ class Demo:
 
 
 def run_demo(out: str | Path = "runs/demo", config: DemoConfig | None = None, progress: bool = True) -> dict[str, Any]:
-    """Run the demo; writes report.html, report.json, gallery.png, the three models and the fine-tuned defence into `out`.
+    """Run the demo; writes report.html, report.json, gallery.png, three models and the fine-tuned defence into `out`.
 
     Args:
         out: folder of the results, made if needed.

@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import math
 import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,10 @@ from ._checks import message
 # A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
 # a word, and must be longer than the shares of the work may differ: one of an evaluation may take hours longer.
 TIMEOUT = 86400.0
+# Seconds after which a process that waits for others to come says so.
+PATIENCE = 20.0
+# What torchrun tells a process.
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 class Group:
@@ -74,17 +80,43 @@ def _timeout() -> datetime.timedelta:
     return datetime.timedelta(seconds=seconds)
 
 
+def launched() -> bool:
+    """Whether torchrun, or the like, started this process as one of several."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal():
+        raise ValueError(message("process_group", "WORLD_SIZE", "a number of processes, or unset", repr(size)))
+    return int(size) > 1 and os.environ.keys() >= LAUNCHED
+
+
+@contextlib.contextmanager
+def _announced() -> Iterator[None]:
+    """Say for whom this process waits, if what is inside takes long: the variables may be left over from a run."""
+
+    def say() -> None:
+        size, rank, place, port = (os.environ[key] for key in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"))
+        print(
+            f"atop-fast: process {rank} of {size} (RANK and WORLD_SIZE in the environment) waits for the others at "
+            f"{place}:{port}; if there are none, unset WORLD_SIZE",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[Group]:
     """The Group of the caller's process group, or, under torchrun without one, of a new one (gloo; NCCL for GPUs)."""
-    joins = (
-        dist.is_available()
-        and not dist.is_initialized()
-        and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    )
+    joins = dist.is_available() and not dist.is_initialized() and launched()
     if joins:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_timeout())
+        with _announced():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_timeout())
     try:
         yield Group()
     except BaseException:

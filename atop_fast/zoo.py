@@ -115,7 +115,7 @@ class System:
     """What a command is to examine or to train, as its options name it.
 
     Attributes:
-        classifier, architecture, weights: `name_or_path`, `architecture` and `path` of load_classifier.
+        classifier, architecture, weights, key: `name_or_path`, `architecture`, `path` and `key` of load_classifier.
         purifier: a file of save_model; without one the classifier stands alone, or behind the given transform.
         defense: instead of these, `path_or_name` of load_defense.
         transform: what is said of the transform besides.
@@ -127,6 +127,7 @@ class System:
     transform: GivenTransform
     architecture: str | None = None
     weights: str | None = None
+    key: str | None = None
 
     def load(self, function: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
         """The Defense, or the classifier alone, and the data with its labels in the order of the classifier's classes.
@@ -150,23 +151,22 @@ class System:
         shape: dict[str, Any] = {} if self.weights is None else {"num_classes": len(data.classes)}
         if self.architecture is not None:
             shape = {"channels": data.shape[0], "classes": len(data.classes)}
-        model = load_classifier(self.classifier, self.architecture, path=self.weights, **shape)
+        model = load_classifier(self.classifier, self.architecture, path=self.weights, key=self.key, **shape)
         if transform is None:
             return model, data
         return Defense(transform, load_model(self.purifier, "purifier") if self.purifier else None, model), data
 
     def _transform(self, function: str) -> RandomTransform | None:
-        stored = None if self.purifier is None else read_header(self.purifier).get("transform")
+        stored = read_header(self.purifier).get("transform") if self.purifier else None
         transform = self.transform.resolve(function, stored, self.purifier)
-        if self.purifier is not None and transform is None:
+        if self.purifier and transform is None:
             expected = f"given (name and options), as {self.purifier} does not say under which it was trained"
             raise ValueError(message(function, "transform", expected, None))
         return transform
 
     def _defense(self, function: str, name: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
-        others = {"purifier": self.purifier, "architecture": self.architecture, "weights": self.weights}
-        for option, value in others.items():
-            if value is not None:
+        for option in ("purifier", "architecture", "weights", "key"):
+            if value := getattr(self, option):
                 raise ValueError(message(function, option, "left out for a defense, which has all of it", value))
         defense = load_defense(name)
         self.transform.resolve(function, describe_transform(defense.transform), name)

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from atop_fast import RT1, RT2, build_classifier, build_purifier, save_model
+from atop_fast import RT1, RT2, build_classifier, build_purifier, load_model, save_model
 from atop_fast.cli import COMMANDS, main
 from atop_fast.randomness import seeded
 
@@ -72,7 +74,7 @@ def test_the_whole_flow(files, capsys):
     assert report["systems"]["defense"]["clean"]["images"] == 6
     assert "<table>" in (files / "e/report.html").read_text()
     assert sorted(p.name for p in (files / "f").iterdir()) == [
-        *("defense.safetensors", "purifier.safetensors")
+        *("defense.safetensors", "purifier.safetensors", "run.json")
     ]
 
 
@@ -80,11 +82,12 @@ def test_the_whole_flow(files, capsys):
 def test_a_checkpoint_of_torch_can_be_defended(files, command):
     """Its channels and classes are those of the data."""
     with seeded(0):
-        torch.save(build_classifier("small_cnn", channels=1, classes=2).state_dict(), "classifier.pt")
+        state = build_classifier("small_cnn", channels=1, classes=2).state_dict()
+        torch.save({"online": state, "ema": state}, "classifier.pt")
     length = {"finetune": "--training.epochs=1", "doctor": "--images=2", "evaluate": "--images=2"}[command]
     out = {"finetune": "f", "doctor": "findings.json", "evaluate": "e"}[command]
-    systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--purifier=purifier.safetensors"]
-    systems.append("--transform.name=rt2")
+    systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--key=ema"]
+    systems += ["--purifier=purifier.safetensors", "--transform.name=rt2"]
     # What the doctor finds in a network with random weights is a failure.
     with contextlib.suppress(SystemExit) if command == "doctor" else contextlib.nullcontext():
         main([command, *systems, *DATA, length, f"--out={out}", *(["--steps=1"] if command != "finetune" else [])])
@@ -154,7 +157,8 @@ def test_options_come_from_yaml_and_flags(files):
 def test_an_evaluation_by_protocol_with_a_budget_goes_on(files, capsys):
     args = [
         *("evaluate", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", "--out=e", *DATA),
-        *("--transform.name=rt2", "--draws=3", "--selection_draws=2", "--curve=[0, 0.05]", "--interval=bootstrap", "--randomness=fixed"),
+        *("--transform.name=rt2", "--draws=3", "--selection_draws=2", "--curve=[0, 0.05]"),
+        *("--interval=bootstrap", "--randomness=fixed"),
     ]
     main([*args, "--budget=0s"])
     assert "the robust accuracy is an upper bound" in capsys.readouterr().out
@@ -219,7 +223,10 @@ def test_env_prints_owners(capsys):
             "must be a folder with a sub-folder",
         ),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--out=purifier.safetensors"], "a writable folder"),
-        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--transform={name: rt2, patch: 3}"], "divisible by patch=3"),
+        (
+            ["evaluate", "--classifier=classifier.safetensors", *DATA, "--transform={name: rt2, patch: 3}"],
+            "divisible by patch=3",
+        ),
         (["pretrain", *DATA, "--device=cuda:99"], "pretrain: device must be a device of this machine, got 'cuda:99'"),
         (["pretrain", *DATA, "--training.epochs=-1"], "epochs must be an integer and >= 0, got -1"),
         (["demo", "--options.train_images=4900"], "test_images must be an integer and <= 100, got 200"),
@@ -269,3 +276,136 @@ def test_demo_report(tmp_path, capsys):
     assert (tmp_path / "a/gallery.png").read_bytes().startswith(b"\x89PNG")
     assert "finetuned" in capsys.readouterr().out
     assert torch.initial_seed() == 0
+
+
+@pytest.mark.parametrize("command", ["classifier", "pretrain"])
+def test_a_folder_of_another_training_is_refused(files, capsys, command):
+    part = [*DATA, "--training.epochs=0", "--width=4"]
+    main([command, *part, "--out=run"])
+    before = {p.name: p.read_bytes() for p in (files / "run").iterdir()}
+    assert json.loads(before["run.json"])["command"] == command
+    main([command, *part, "--out=run"])
+    capsys.readouterr()
+    assert "belongs to a run with another seed" in fail(capsys, command, *part, "--out=run", "--seed=1")
+    assert "with another training" in fail(capsys, command, *part, "--out=run", "--training.lr=0.5")
+    assert "holds 'class0' and no run.json" in fail(capsys, command, *part, "--out=images")
+    assert {p.name: p.read_bytes() for p in (files / "run").iterdir()} == before
+
+
+def test_fine_tuning_claims_its_folder_for_its_networks(files, capsys):
+    part = ["finetune", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", *DATA, "--out=f"]
+    part += ["--transform.name=rt1", "--training.epochs=0"]
+    main(part)
+    with seeded(1):
+        other = build_purifier("unet", channels=1)
+        save_model("purifier.safetensors", other, "purifier", "unet", channels=1)
+    capsys.readouterr()
+    assert "belongs to a run with another weights" in fail(capsys, *part)
+    assert "holds 'class0' and no run.json" in fail(capsys, *part, "--out=images")
+
+
+def test_radii_are_read_as_fractions(files):
+    part = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
+    main([*part, "--eps", "8/255", "--curve=[0, 4/255]", "--out=a"])
+    main([*part, "--eps=8/255", "--out=8/255"])
+    assert json.loads((files / "8/255/report.json").read_text())["eps"] == 8 / 255
+    (files / "run.yaml").write_text("eps: 8/255\nseed: 3\ncurve: [1e-3, 4/255]\n")
+    main([*part, "--config=run.yaml", "--out=b"])
+    reports = [json.loads((files / f"{out}/report.json").read_text()) for out in "ab"]
+    assert [report["eps"] for report in reports] == [8 / 255, 8 / 255]
+    assert [[point["eps"] for point in report["curve"]] for report in reports] == [[0, 4 / 255], [1e-3, 4 / 255]]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "doctor"])
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_images_are_refused(files, capsys, command, count):
+    error = fail(capsys, command, "--classifier=classifier.safetensors", *DATA, f"--images={count}")
+    assert f"{command}: images must be an integer and >= 1, got {count}" in error
+
+
+def test_equal_keys_in_a_file_of_options_are_refused(files, capsys):
+    for text in ("eps: 0.1\neps: 0.2\n", "data: {source: images, source: other}\n"):
+        (files / "run.yaml").write_text(text)
+        error = fail(capsys, "evaluate", "--classifier=classifier.safetensors", *DATA, "--config=run.yaml")
+        assert "twice" in error
+
+
+def test_every_command_says_its_images(files, capsys):
+    expected = "16 images: class0 class1; 10 train, 6 held out"
+    main(["pretrain", "--out=p", *DATA, "--training.epochs=0", "--width=4"])
+    assert expected in capsys.readouterr().out
+    main(["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"])
+    assert expected in capsys.readouterr().out
+
+
+def test_labels_follow_the_classifier_s_classes(files, capsys):
+    """The same images score the same, whatever the order in which the classifier's file names its classes."""
+    main(["classifier", "--out=c", *DATA, "--training.epochs=30", "--training.batch_size=4", "--training.lr=0.02"])
+    os.rename("images/class0", "images/z")
+    part = ["evaluate", "--classifier=other.safetensors", *DATA, "--steps=1", "--diagnostics=false"]
+    model, shape = load_model("c/classifier.safetensors", "classifier"), {"channels": 1, "classes": 2, "width": 16}
+    for out, classes in (("a", ("z", "class1")), ("b", ("dark", "bright")), ("c2", ("class1", "dark"))):
+        metadata = {"classes": classes}
+        save_model("other.safetensors", model, "classifier", "small_cnn", metadata=metadata, **shape)
+        if out == "c2":
+            capsys.readouterr()
+            assert "images of classes that other.safetensors knows, got 'z'" in fail(capsys, *part, f"--out={out}")
+            continue
+        # The folder's order is class1, z; without names in common it is taken as it is.
+        words = "labels are put in the order" if out == "a" else "classes have other names"
+        with pytest.warns(UserWarning, match=words):
+            main([*part, f"--out={out}", "--images=6"])
+        accuracy = json.loads((files / f"{out}/report.json").read_text())["clean"]["mean"]
+        assert accuracy == (1.0 if out == "a" else 0.0)
+
+
+def run(*args, **environment):
+    command = [sys.executable, "-m", "atop_fast.cli", *args]
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_console_without_utf_8_gets_its_table(files):
+    os.rename("images/class0", "images/caf\u00e9")
+    args = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
+    process = run(*args, PYTHONIOENCODING="ascii", PYTHONWARNINGS="ignore")
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "caf?" in out
+    assert "pgd1_eot" in out
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_others_says_so(files):
+    left_over = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
+    args = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
+    start = time.monotonic()
+    process = run(*args, **left_over, PYTHONWARNINGS="ignore")
+    try:
+        line = next(line for line in process.stderr if "waits for the others" in line)
+    finally:
+        process.kill()
+        process.communicate()
+    assert "process 0 of 2" in line
+    assert "127.0.0.1:29871" in line
+    assert "unset WORLD_SIZE" in line
+    # Python's own start counts, too.
+    assert time.monotonic() - start < 90
+
+
+def test_variables_of_half_a_launch_are_none(files, capsys, monkeypatch):
+    """Without an address there is nobody to wait for, and the table is printed."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    part = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
+    main(part)
+    assert "pgd1_eot" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE must be a number of processes, or unset, got 'two'" in fail(capsys, *part)
+
+
+def test_fractions_that_are_none_are_refused(files, capsys):
+    for value in ("8/0", "1/2/3", "a/255"):
+        assert "eps" in fail(capsys, "evaluate", "--classifier=classifier.safetensors", *DATA, f"--eps={value}")

@@ -378,14 +378,15 @@ def test_command(digits, standard, tmp_path, capsys):
         image.fromarray((255 * x[0]).byte().numpy()).save(tmp_path / "images" / str(int(y)) / f"{i}.png")
     options = {"channels": 1, "classes": 10}
     save_model(tmp_path / "classifier.safetensors", standard, "classifier", "small_cnn", **options)
-    from atop_fast.config import DataConfig, TransformConfig
+    from atop_fast.config import DataConfig, GivenTransform
 
     given = {"out": str(tmp_path / "doctor.json"), "data": DataConfig(str(tmp_path / "images"), None, True, 0)}
     given |= {"images": 16, "steps": 2, "eps": EPS}
-    doctor(str(tmp_path / "classifier.safetensors"), alone=True, **given)
+    doctor(str(tmp_path / "classifier.safetensors"), **given)
     assert "pass  eps_sweep" in capsys.readouterr().out
+    noise = GivenTransform("rt2", mask_ratio=0.0, sigma=0.02)
     with pytest.raises(SystemExit) as stop:
-        doctor(str(tmp_path / "classifier.safetensors"), transform=TransformConfig(mask_ratio=0.0, sigma=0.02), **given)
+        doctor(str(tmp_path / "classifier.safetensors"), transform=noise, **given)
     assert stop.value.code == 1
     status = {f["name"]: f["status"] for f in json.loads((tmp_path / "doctor.json").read_text())}
     assert status["useless_transform"] == "fail"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from atop_fast import build_classifier, load_classifier, save_model
+from atop_fast._files import load_checkpoint
 from atop_fast.classifiers import Normalised, WideResNet, fold_batch_norm
 from atop_fast.randomness import seeded
 from atop_fast.zoo import _autoattack_is_pyautoattack, _with_weights
@@ -360,3 +361,87 @@ def test_timms_models_normalise_inside(tmp_path):
 def test_normalised_names_wrong_numbers(mean, std, pattern):
     with pytest.raises(ValueError, match=f"Normalised: {pattern}"):
         Normalised(nn.Identity(), mean, std)
+
+
+def small():
+    with seeded(0):
+        return randomised(build_classifier("small_resnet")).eval()
+
+
+def averaged(model):
+    return torch.optim.swa_utils.AveragedModel(model).state_dict()
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+WRAPPED = {
+    "compiled": lambda m: prefixed("_orig_mod.", m.state_dict()),
+    "compiled inside": lambda m: {k.replace("conv1", "conv1._orig_mod"): v for k, v in m.state_dict().items()},
+    "parallel": lambda m: torch.nn.DataParallel(m).state_dict(),
+    "compiled and parallel": lambda m: prefixed("module._orig_mod.", m.state_dict()),
+    "averaged": averaged,
+    "averaged parallel": lambda m: averaged(torch.nn.DataParallel(m)),
+    "Lightning": lambda m: {
+        "epoch": 3,
+        "state_dict": prefixed("model.", m.state_dict()) | {"loss.weight": torch.ones(10), "mean": torch.ones(3)},
+    },
+    "an attribute": lambda m: {"state_dict": prefixed("net.backbone.", m.state_dict())},
+    "model": lambda m: {"model": m.state_dict(), "optimizer": {"lr": 0.1}},
+    "net": lambda m: {"net": m.state_dict(), "acc": 93.2},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_what_wrappers_add_is_removed(wrap, tmp_path):
+    model = small()
+    torch.save(WRAPPED[wrap](model), tmp_path / "c.pt")
+    assert torch.equal(logits(load_classifier(tmp_path / "c.pt", "small_resnet")), logits(model))
+
+
+def test_a_key_picks_one_of_several(tmp_path):
+    model, other = small(), small()
+    list(other.parameters())[-1].data[0] += 1
+    held = {"online": model.state_dict(), "target": other.state_dict(), "step": 3}
+    torch.save(held, tmp_path / "two.pt")
+    torch.save(prefixed("student.", held["online"]) | prefixed("teacher.", held["target"]), tmp_path / "flat.pt")
+    for name, keys in (("two.pt", ("online", "target")), ("flat.pt", ("student", "teacher"))):
+        for key, wanted in zip(keys, (model, other), strict=True):
+            loaded = load_classifier(tmp_path / name, "small_resnet", key=key)
+            assert torch.equal(logits(loaded), logits(wanted))
+        with pytest.raises(ValueError, match=f"key='?{keys[0]}"):
+            load_classifier(tmp_path / name, "small_resnet")
+        with pytest.raises(ValueError, match="must be a checkpoint with a dictionary or tensors 'none'"):
+            load_classifier(tmp_path / name, "small_resnet", key="none")
+    with pytest.raises(ValueError, match="load_classifier: key must be None, except for a checkpoint"):
+        load_classifier("Standard", key="online")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("<!DOCTYPE html><html><body>Sign in</body></html>", r"is text \(HTML\)"),
+        ("\n<html lang='en'>", r"is text \(HTML\)"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 45\n", "is a pointer of Git LFS"),
+        ('{"error": "not found \u00e9"}', "is text, beginning with"),
+        ("", "is empty"),
+    ],
+)
+def test_what_stands_in_the_place_of_a_checkpoint_is_named(suffix, content, words, tmp_path):
+    path = tmp_path / f"h.{suffix}"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"h\.{suffix} \({words}"):
+        load_classifier(path, *(["small_resnet"] if suffix == "pt" else []))
+
+
+def test_no_message_advises_to_run_code(tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save({"a": Path("x")}, path)
+    with pytest.raises(ValueError, match=r"c\.pt \(it holds pathlib\S*\)") as error:
+        load_classifier(path, "small_resnet")
+    assert "weights_only" not in str(error.value)
+    with pytest.raises(ValueError, match="a checkpoint of this run") as error:
+        load_checkpoint("fit", path, "")
+    assert "weights_only" not in str(error.value)

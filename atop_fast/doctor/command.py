@@ -25,6 +25,7 @@ def doctor(
     transform: GivenTransform = GivenTransform(),
     architecture: str | None = None,
     weights: str | None = None,
+    key: str | None = None,
     norm: Literal["Linf", "L2"] = "Linf",
     eps: float = 8 / 255,
     steps: int = 10,
@@ -47,6 +48,7 @@ def doctor(
         transform: the random transform, where no file says it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
+        key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
         norm: norm of the threat model.
         eps: its radius, in units of [0, 1] pixels.
         steps: PGD steps.
@@ -57,7 +59,8 @@ def doctor(
     """
     place = check_device("doctor", "device", device)
     check_integer("doctor", "images", images, low=1)
-    model, part = System(classifier, purifier, defense, transform, architecture, weights).load("doctor", data.load()[1])
+    system = System(classifier, purifier, defense, transform, architecture, weights, key)
+    model, part = system.load("doctor", data.load(print)[1])
     assert isinstance(part, Dataset)
     part = part.to(place)
     findings = diagnose(
