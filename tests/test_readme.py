@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from atop_fast import build_classifier, build_purifier, save_model
+from atop_fast import RT2, Defense, build_classifier, build_purifier, save_defense
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,10 +82,8 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/demo").mkdir(parents=True)
     classifier, purifier = {"channels": 1}, {"channels": 1, "width": 4}
-    path = tmp_path / "runs/demo/classifier.safetensors"
-    save_model(path, build_classifier("small_cnn", **classifier), "classifier", "small_cnn", **classifier)
-    path = tmp_path / "runs/demo/finetuned.safetensors"
-    save_model(path, build_purifier("unet", **purifier), "purifier", "unet", **purifier)
+    defense = Defense(RT2(4), build_purifier("unet", **purifier), build_classifier("small_cnn", **classifier))
+    save_defense("runs/demo/defense.safetensors", defense)
     codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(codes) == 2
     for code in codes:
