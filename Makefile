@@ -1,11 +1,15 @@
 # Each target sets up what it needs in .venv (nothing outside this folder) and can be repeated; `make help` lists them.
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 # The reference stack: torch 2.11.0 (CUDA 13.0 build), torchvision 0.26.0, triton 3.6.0.
 CONSTRAINTS ?= constraints.txt
 STAMP  := $(VENV)/.installed
+# The CUDA library only where a GPU is visible: it takes minutes, and nothing else loads it. The wheel holds it anyway.
+BUILD  := $(or $(ATOP_FAST_BUILD),local)
 NATIVE := $(shell find csrc -type f)
 
 .PHONY: help setup demo test test-slow test-all lint bench fuzz faults sanitize docs wheel clean
@@ -28,7 +32,10 @@ $(VENV)/.stack: $(VENV)/.python $(CONSTRAINTS)
 
 $(STAMP): $(VENV)/.stack setup.py pyproject.toml $(NATIVE)
 	@echo "==> $(VENV): atop_fast with its native code"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,track,test,lint,bench]'
+	@mkdir -p build
+	@PATH="$(abspath $(BIN)):$$PATH" ATOP_FAST_BUILD=$(BUILD) $(BIN)/python setup.py -q build_ext --inplace --force 2>&1 \
+	    | tee build/native.log | grep --line-buffered '^atop_fast:' || { tail -n 60 build/native.log; false; }
+	ATOP_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,track,test,lint,bench]'
 	@$(BIN)/python -m atop_fast.env
 	@touch $@
 

@@ -24,7 +24,7 @@ def switch(name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-BUILD = switch("ATOP_FAST_BUILD", ("auto", "cpu", "cuda", "none"))
+BUILD = switch("ATOP_FAST_BUILD", ("auto", "local", "cpu", "cuda", "none"))
 DEBUG = switch("ATOP_FAST_DEBUG", ("0", "1")) == "1"
 
 
@@ -82,6 +82,8 @@ def native_extensions() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     reason = no_cuda(torch.version.cuda, toolkit)
+    if not reason and BUILD == "local" and not torch.cuda.is_available():
+        reason = "no GPU is visible here; ATOP_FAST_BUILD=auto builds it"
     if reason and BUILD == "cuda":
         sys.exit(f"atop_fast: ATOP_FAST_BUILD=cuda cannot be met: {reason}.\n"
                  "Check that torch.version.cuda is not None and that CUDA_HOME is a toolkit with bin/nvcc")  # fmt: skip

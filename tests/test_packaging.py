@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -105,7 +106,7 @@ def test_setup_says_why_nothing_is_built(source):
 def test_setup_refuses_unknown_values(source):
     done = run(sys.executable, "setup.py", "--version", cwd=source, ATOP_FAST_BUILD="fast")
     assert done.returncode != 0
-    assert "ATOP_FAST_BUILD must be one of auto, cpu, cuda, none, got 'fast'" in done.stderr
+    assert "ATOP_FAST_BUILD must be one of auto, local, cpu, cuda, none, got 'fast'" in done.stderr
 
 
 def test_setup_refuses_what_it_cannot_build(source, tmp_path):
@@ -115,6 +116,15 @@ def test_setup_refuses_what_it_cannot_build(source, tmp_path):
     assert "ATOP_FAST_BUILD=cpu cannot be met: no C++ compiler found" in done.stderr
     done = run(sys.executable, "setup.py", "--version", cwd=source, ATOP_FAST_BUILD="auto", **empty)
     assert "building no native code (no C++ compiler found)" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or torch.cuda.is_available(), reason="no compiler, or a GPU")
+def test_setup_for_this_machine_builds_cuda_only_for_a_gpu(source):
+    done = run(sys.executable, "setup.py", "--version", cwd=source, ATOP_FAST_BUILD="local")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("atop_fast: building"))
+    assert line.startswith("atop_fast: building CPU, torch")
+    assert "(no CUDA: " in line
 
 
 def test_kernels_is_no_top_level_module():
