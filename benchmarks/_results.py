@@ -22,6 +22,7 @@ OTHERS = (
     "numerics--cpu",
     "reliability--cpu",
     "restoration--cpu",
+    "suite--cpu-avx2",
     "tests--cuda",
 )
 
