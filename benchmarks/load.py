@@ -77,11 +77,11 @@ def main() -> None:
 
 
 def resident() -> float:
-    """MiB that this process has in memory, after what is free has gone back to the system."""
+    """MiB that this process has in memory without those of files, after what is free has gone back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 2**20
+    pages, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (pages - shared) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
 def leak(name: str, iterations: int) -> dict[str, Any]:
@@ -90,11 +90,13 @@ def leak(name: str, iterations: int) -> dict[str, Any]:
         network = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
     attack = MAKERS[name](Defense(RT2(4, sigma=0.1), None, network))
     calls = iterations // (STEPS if name != "FGSM" else 1)
+    # Held until the end, so that none of them goes between the two counts, and no other takes its id.
+    others = {id(tensor): tensor for tensor in _tensors()}
     sizes = []
     for call in range(calls):
         attack(X, Y)
         if call == calls // 5 or call == calls - 1:
-            sizes.append((resident(), _tensors()))
+            sizes.append((resident(), sum(id(tensor) not in others for tensor in _tensors())))
     return _row(f"{name}, {iterations} iterations", sizes[0], sizes[-1])
 
 
@@ -110,7 +112,7 @@ def long_evaluation(count: int, steps: int) -> dict[str, Any]:
         nonlocal seen
         result = pgd(images, labels, ids)
         if seen <= count // 5 < seen + len(ids) or seen + len(ids) == count:
-            sizes.append((resident(), _tensors()))
+            sizes.append((resident(), len(_tensors())))
         seen += len(ids)
         return result
 
@@ -200,9 +202,9 @@ def _trained(method: str, workers: int, threads: int) -> tuple[Any, dict[str, An
     return history, {key: value.double().numpy() for key, value in classifier.state_dict().items()}
 
 
-def _tensors() -> int:
+def _tensors() -> list[Tensor]:
     # By type: asking some objects of torch for their class warns.
-    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
 
 
 def _row(load: str, first: tuple[float, int], last: tuple[float, int]) -> dict[str, Any]:

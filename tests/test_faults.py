@@ -206,13 +206,14 @@ def test_attacks_leave_no_memory_behind(benchmarks, name):
 
 def test_folded_networks_leave_no_source_behind():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).eval()
-    before = len(linecache.cache)
+    before = set(linecache.cache)
     for _ in range(3):
         folded = fold_batch_norm(model)
     assert folded is not model
     del folded
     gc.collect()
-    assert len(linecache.cache) == before
+    # Of files, a warning may have been shown in between.
+    assert [name for name in linecache.cache.keys() - before if not Path(name).exists()] == []
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -16,7 +16,7 @@ from atop_fast.training import TrainingConfig
 from atop_fast.training.classifier import ClassifierStep
 
 CPU = torch.device("cpu")
-X, Y = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+X, Y = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
 
 
 def network():
