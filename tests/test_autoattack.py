@@ -153,7 +153,7 @@ def test_a_coin_of_090_gets_the_unsound_verdict_of_autoattack(version, expected)
     assert abs(accuracy - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
 
 
-@pytest.mark.parametrize("task", ["standard", "robust"])
+@pytest.mark.parametrize("task", ["standard", pytest.param("robust", marks=pytest.mark.slow)])
 def test_screen_in_bfloat16(task):
     """Within 0.5 points of float32; where networks are not robust, that takes all attacks in the finish."""
     if task == "standard":
@@ -230,7 +230,12 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize(
     ("loader", "norm", "eps"),
-    [("robust", "Linf", 0.24), ("robust", "L2", 2.6), ("standard", "Linf", 0.065), ("standard", "L2", 1.1)],
+    [
+        ("robust", "Linf", 0.24),
+        pytest.param("robust", "L2", 2.6, marks=pytest.mark.slow),
+        pytest.param("standard", "Linf", 0.065, marks=pytest.mark.slow),
+        ("standard", "L2", 1.1),
+    ],
 )
 def test_as_strong_as_the_original(loader, norm, eps):
     package = pytest.importorskip("pyautoattack.autoattack")

@@ -163,7 +163,7 @@ def test_checkpointing_saves_memory():
     assert 0 < peak(net, x) < 0.5 * kept
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(checkpointing):
     net, x, weight = network(4), inputs(16, 24, 2), torch.randn(2, 3, 16, 24)
     expected = gradients(net, net.stages, x, weight)

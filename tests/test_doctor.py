@@ -94,7 +94,7 @@ def test_gradient_of_another_function_fails(digits, standard):
     assert "zero_gradient" not in bad
 
 
-@pytest.mark.parametrize("kind", ["standard", "robust"])
+@pytest.mark.parametrize("kind", ["standard", pytest.param("robust", marks=pytest.mark.slow)])
 def test_useless_random_transform_fails(request, digits, kind):
     defense = Defense(RT2(4, 0.0, 0.02), None, request.getfixturevalue(kind)).eval()
     bad = run(defense, digits[1], max_images=32)

@@ -57,6 +57,7 @@ def test_build_info_and_cpu_features():
     assert module.cpu_features()["level"] in ("baseline", "x86-64-v3", "x86-64-v4")
 
 
+@pytest.mark.slow
 def test_backend_eager_loads_nothing_native():
     done = python("-m", "atop_fast.env", ATOP_FAST_BACKEND="eager")
     assert done.returncode == 0, done.stderr
@@ -64,12 +65,14 @@ def test_backend_eager_loads_nothing_native():
     assert "cpp" not in done.stdout.partition("Missing")[0].partition("Owner")[2]
 
 
+@pytest.mark.slow
 def test_unknown_backend_is_an_error():
     done = python("-c", "import atop_fast", ATOP_FAST_BACKEND="fast")
     assert done.returncode != 0
     assert "ATOP_FAST_BACKEND must be one of 'auto', 'eager', got 'fast'" in done.stderr
 
 
+@pytest.mark.slow
 def test_import_is_light_and_imports_no_kernels():
     done = python("-c", "import atop_fast.ops, sys; print({'triton', 'kernels'} & set(sys.modules))")
     # torch itself may import triton; atop_fast must not.
