@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,17 +54,50 @@ def run(step, images=X, labels=Y, **options):
     return fit("test", step, Feed("test", images, labels, CPU, workers=0), **{"seed": 0, "progress": False, **options})
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "step", "constant"])
 def test_schedules(schedule):
     step = Line(epochs=2, batch_size=3, lr=0.5, schedule=schedule)
     run(step)
     done = torch.arange(8, dtype=torch.float64) / 8
     expected = {
         "cosine": 0.25 * (1 + torch.cos(torch.pi * done)),
+        "linear": 0.5 * (1 - done),
         "step": 0.5 * torch.tensor([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01], dtype=torch.float64),
         "constant": torch.full((8,), 0.5, dtype=torch.float64),
     }[schedule]
     torch.testing.assert_close(torch.tensor(step.rates, dtype=torch.float64), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_cycle_is_torchs(batch):
+    step = Line(epochs=3, batch_size=batch, lr=0.5, schedule="onecycle")
+    run(step)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.5, len(step.rates), pct_start=0.2, anneal_strategy="linear", cycle_momentum=False
+    )
+    for rate in step.rates:
+        assert rate == pytest.approx(theirs.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        theirs.step() if theirs.last_epoch + 1 < len(step.rates) else None
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 5])
+def test_one_cycle_is_finite_and_positive_however_short(updates):
+    step = Line(epochs=1, batch_size=1, lr=0.5, schedule="onecycle", updates=updates)
+    run(step)
+    assert len(step.rates) == updates
+    assert max(step.rates) == 0.5
+    assert min(step.rates) > 0
+
+
+def test_steps_know_how_much_of_the_training_is_done():
+    class Watched(Line):
+        def losses(self, x, y, ids, epoch):
+            return {**super().losses(x, y, ids, epoch), "progress": self.progress}
+
+    history = run(Watched(epochs=4, batch_size=12))
+    assert [entry["progress"] for entry in history] == [0, 0.25, 0.5, 0.75]
 
 
 def test_every_epoch_sees_every_image_once():
@@ -164,6 +198,19 @@ def test_shift_and_mirror():
     assert found.any(0).sum() > 140
     assert torch.equal(shift_and_mirror(x[40:50], 3, ids[40:50], 7), y[40:50])
     assert not torch.equal(shift_and_mirror(x, 3, ids, 8), y)
+    near = shift_and_mirror(x, 3, ids, 7, reach=1)
+    within = [at + 9 * i + j for at in (0, 81) for i in (3, 4, 5) for j in (3, 4, 5)]
+    assert (near[:, None] == possible[within]).flatten(2).all(2).any(1).all()
+
+
+def test_alternating_flips_show_both_sides_in_turn():
+    x, ids = torch.rand(1, 1, 4, 4).expand(100, -1, -1, -1), torch.arange(100)
+    epochs = [shift_and_mirror(x, 3, ids, torch.tensor(epoch), 0, alternating=True) for epoch in range(4)]
+    for earlier, later in pairwise(epochs):
+        assert torch.equal(later, earlier.flip(3))
+    mirrored = (epochs[0] == x.flip(3)).flatten(1).all(1)
+    assert torch.equal(epochs[0][~mirrored], x[~mirrored])
+    assert 30 < mirrored.sum() < 70
 
 
 def train(rank, variables, folder, options):

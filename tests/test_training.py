@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from atop_fast import (
     RT2,
@@ -21,8 +22,9 @@ from atop_fast import (
     train_classifier,
 )
 from atop_fast.purifiers import SNPatchDiscriminator
-from atop_fast.randomness import derive_seed, seeded
-from atop_fast.training import FinetuneStep, PretrainStep
+from atop_fast.randomness import Tag, derive_seed, random_uniform, seeded
+from atop_fast.training import ClassifierStep, Feed, FinetuneStep, PretrainStep, fit
+from atop_fast.training.nfgsm import NFGSM
 
 X = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
@@ -60,6 +62,108 @@ def test_augmentation_changes_what_a_classifier_sees_in_every_epoch():
     (same, again), (moved, otherwise) = losses(False), losses(True)
     assert same == pytest.approx(again, rel=1e-6)
     assert len({round(loss, 5) for loss in (same, moved, otherwise)}) == 3
+
+
+@pytest.mark.parametrize(("momentum", "clip"), [(0.9, None), (0.8, 0.5)])
+def test_sgd_is_torchs(momentum, clip):
+    """Nesterov's momentum, smoothed labels, and no weight decay of biases and norms: a loop in plain PyTorch."""
+    with seeded(0):
+        ours = build_classifier("resnet9", channels=1, classes=4, widths=(16, 16, 16))
+    theirs = copy.deepcopy(ours).train()
+    config = ClassifierConfig(
+        epochs=3, batch_size=12, lr=0.02, schedule="constant", optimizer="sgd", momentum=momentum, weight_decay=0.05,
+        label_smoothing=0.1, clip=clip,
+    )  # fmt: skip
+    train_classifier(ours, X, Y, config=config, **QUIET)
+    matrices = [p for p in theirs.parameters() if p.dim() > 1]
+    others = [p for p in theirs.parameters() if p.dim() == 1]
+    optimizer = torch.optim.SGD(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}],
+        lr=0.02, momentum=momentum, nesterov=True,
+    )  # fmt: skip
+    for _ in range(3):
+        optimizer.zero_grad()
+        log_p = theirs(X).log_softmax(1)
+        (-0.9 * log_p[range(12), Y].mean() - 0.1 * log_p.mean()).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        optimizer.step()
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"optimizer": "adamw"}, "optimizer must be one of 'adam', 'sgd', got 'adamw'"),
+        ({"optimizer": "sgd", "momentum": 1.0}, "momentum must be between 0 and 1, got 1.0"),
+        ({"optimizer": "sgd", "momentum": 0.0}, "momentum must be between 0 and 1, got 0.0"),
+        ({"weight_decay": 0.1}, "weight_decay must be 0 with the optimizer 'adam', got 0.1"),
+        ({"label_smoothing": 1.1}, r"label_smoothing must be finite and in \[0, 1\], got 1.1"),
+        ({"flip": "never"}, "flip must be one of 'random', 'alternating', got 'never'"),
+        ({"shift": -1}, "shift must be an integer and >= 0, got -1"),
+    ],
+)
+def test_wrong_options_of_a_classifiers_training_are_named(options, pattern):
+    with pytest.raises(ValueError, match=f"ClassifierConfig: {pattern}"):
+        ClassifierConfig(**options)
+
+
+@pytest.mark.parametrize("transform", [None, RT2(4, 0.25, sigma=0.1)], ids=["plain", "rt2"])
+def test_adversarial_training_of_a_classifier_is_its_formula(transform):
+    """One update on the images of N-FGSM behind the transform, in plain PyTorch."""
+    _, _, ours = networks()
+    theirs, ids = copy.deepcopy(ours), torch.arange(12)
+    config = ClassifierConfig(lr=0.1, optimizer="sgd", attack="n-fgsm", eps=0.05, noise=1.0)
+    step = ClassifierStep(ours, config, 4, transform)
+    logs = step(X, Y, ids, 2)
+
+    def logits(x, seed, draw):
+        return theirs(x if transform is None else Defense(transform, None, nn.Identity()).purify(x, seed, ids, draw))
+
+    cross_entropy = torch.nn.functional.cross_entropy
+    attack_seed = derive_seed(derive_seed(4, "attack"), 2)
+    start = X + 0.05 * (2 * random_uniform(X.shape[1:], attack_seed, ids, 0, Tag.START) - 1)
+    start = start.clamp(0, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(cross_entropy(logits(start, attack_seed, 0), Y), start)
+    adversarial = (start + 0.05 * gradient.sign()).clamp(0, 1).detach()
+    loss = cross_entropy(logits(adversarial, derive_seed(4, "transform"), 2), Y)
+    loss.backward()
+    assert logs["loss"].item() == pytest.approx(loss.item(), rel=1e-3)
+    assert loss > cross_entropy(logits(X, derive_seed(4, "transform"), 2), Y) + 0.01
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        # The first step of Nesterov's momentum is 1.9 gradients long.
+        torch.testing.assert_close(p, q - 0.19 * q.grad, rtol=1e-2, atol=1e-4)
+
+
+def test_a_run_of_sgd_resumes_to_the_same_bits(tmp_path):
+    def run(path, updates=None):
+        with seeded(0):
+            net = build_classifier("resnet9", channels=1, classes=4, widths=(16, 16, 16))
+        config = ClassifierConfig(
+            epochs=4, batch_size=5, lr=0.1, schedule="onecycle", optimizer="sgd", weight_decay=0.05, augment=True
+        )
+        if updates is not None:
+            step, seen = ClassifierStep.losses, []
+
+            def failing(self, *args):
+                seen.append(1)
+                if len(seen) > updates:
+                    raise KeyboardInterrupt
+                return step(self, *args)
+
+            monkey = pytest.MonkeyPatch()
+            monkey.setattr(ClassifierStep, "losses", failing)
+            with pytest.raises(KeyboardInterrupt):
+                train_classifier(net, X, Y, config=config, checkpoint=path, checkpoint_minutes=0, **QUIET)
+            monkey.undo()
+            return weights(net)
+        train_classifier(net, X, Y, config=config, checkpoint=path, checkpoint_minutes=0, **QUIET)
+        return weights(net)
+
+    whole = run(tmp_path / "whole.pt")
+    run(tmp_path / "cut.pt", updates=7)
+    assert equal(run(tmp_path / "cut.pt"), whole)
 
 
 def test_pretraining_learns_to_restore():
@@ -192,6 +296,95 @@ def test_training_attacks_stay_in_the_ball_and_raise_the_loss(attack):
         assert loss(classifier(adversarial), Y) > loss(classifier(X), Y)
     again = step.attack(X, Y, ids, epoch=2)
     assert torch.equal(again, adversarial) == (attack == "fgsm")
+
+
+def test_n_fgsm_is_its_formula():
+    """Algorithm 1 of de Jorge et al. on the classifier alone, in plain PyTorch."""
+    _, _, classifier = networks()
+    for k, alpha in ((2.0, None), (0.5, 0.03)):
+        attack = NFGSM(classifier, 0.05, alpha, noise=k, seed=5)
+        ids = torch.arange(12)
+        noise = 2 * random_uniform(X.shape[1:], 5, ids, 0, Tag.START) - 1
+        start = (X + k * 0.05 * noise).clamp(0, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(classifier(start), Y), start)
+        expected = (start + (0.05 if alpha is None else alpha) * gradient.sign()).clamp(0, 1).detach()
+        # Where the gradient is almost 0, its sign is that of rounding errors.
+        sure = gradient.abs() > 1e-6
+        result = attack(X, Y, ids)
+        torch.testing.assert_close(result[sure], expected[sure])
+        assert sure.float().mean() > 0.9
+        assert result.min() >= 0
+        assert result.max() <= 1
+        assert torch.equal(attack(X[3:5], Y[3:5], ids[3:5]), result[3:5])
+    assert (NFGSM(classifier, 0.05, noise=2.0)(X, Y) - X).abs().max() > 0.1
+
+
+def test_n_fgsm_trains_through_the_pipeline_with_noise_of_its_own_in_every_epoch():
+    purifier, _, classifier = networks()
+    config = FinetuneConfig(attack="n-fgsm", eps=0.05, noise=1.5, gan_weight=0)
+    step = FinetuneStep(Defense(RT, purifier, classifier), None, config, seed=0)
+    ids = torch.arange(12)
+    first, second = (step.attack(X, Y, ids, epoch) for epoch in (1, 2))
+    assert torch.equal(first, step.attack(X, Y, ids, 1))
+    assert not torch.equal(first, second)
+    assert 0.05 < (first - X).abs().max() <= 2.5 * 0.05 + 1e-6
+    with pytest.raises(ValueError, match="FinetuneConfig: norm must be one of 'Linf', got 'L2'"):
+        FinetuneConfig(attack="n-fgsm", norm="L2")
+
+
+@pytest.mark.parametrize("clean_weight", [0.0, 0.7])
+@pytest.mark.parametrize("target", ["clean", "adversarial"])
+def test_an_update_of_fine_tuning_is_adams_on_the_formula(clean_weight, target):
+    """L1 with its weight of the moment, cross-entropy on attacked and on clean images: one update in plain PyTorch."""
+    purifier, _, classifier = networks()
+    torch.nn.init.normal_(purifier.to_image.weight, std=0.1)
+    theirs = copy.deepcopy(purifier).train()
+    config = FinetuneConfig(
+        attack="n-fgsm", eps=0.05, gan_weight=0, ce_weight=1.3, clean_weight=clean_weight, l1_weight=0.9, l1_final=0.1,
+        target=target, lr=1e-3, attacked="classifier",
+    )  # fmt: skip
+    step = FinetuneStep(Defense(RT, purifier, classifier), None, config, seed=3)
+    step.progress.fill_(0.25)
+    ids = torch.arange(12)
+    adversarial = step.attack(X, Y, ids, 7)
+    logs = step(X, Y, ids, 7)
+
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    seed, cross_entropy = derive_seed(3, "transform"), torch.nn.functional.cross_entropy
+    l1, ce = [], []
+    for x in (adversarial, X) if clean_weight else (adversarial,):
+        purified = theirs(RT(x, seed, ids, 7))
+        wanted = X if target == "clean" else x
+        l1.append((purified - (2 * wanted - 1)).abs().mean())
+        ce.append(cross_entropy(classifier((purified + 1) / 2), Y))
+    loss = 0.7 * sum(l1) / len(l1) + 1.3 * ce[0] + (clean_weight * ce[1] if clean_weight else 0)
+    loss.backward()
+    optimizer.step()
+    assert logs["l1"].item() == pytest.approx(sum(l1).item() / len(l1), rel=1e-5)
+    assert logs["ce"].item() == pytest.approx(ce[0].item(), rel=1e-5)
+    assert ("clean_ce" in logs) == ("clean_accuracy" in logs) == (clean_weight > 0)
+    for name, value in purifier.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_the_l1_weight_changes_linearly_over_the_updates():
+    seen = []
+
+    class Watched(FinetuneStep):
+        def losses(self, *args):
+            seen.append(float(self.l1_weight()))
+            return super().losses(*args)
+
+    purifier, _, classifier = networks()
+    config = FinetuneConfig(epochs=2, batch_size=6, gan_weight=0, attacked="classifier", l1_weight=1.0, l1_final=0.2)
+    fit(
+        "test",
+        Watched(Defense(RT, purifier, classifier), None, config, 0),
+        Feed("test", X, Y, X.device),
+        seed=0,
+        **QUIET,
+    )
+    assert seen == pytest.approx([1.0, 0.8, 0.6, 0.4])
 
 
 def test_a_share_of_the_images_is_attacked_another_one_in_every_epoch():

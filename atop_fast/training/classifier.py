@@ -1,7 +1,8 @@
-"""Standard training of a classifier on clean images."""
+"""Training of a classifier, on clean images or on adversarial ones."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,44 @@ from torch import Tensor, nn
 
 from .._checks import check_fits, message
 from ..attacks import frozen
+from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_bits
+from ..transforms import RT1, RandomTransform
 from .config import ClassifierConfig
 from .engine import History, fit
 from .feed import Feed, Images
+from .nfgsm import NFGSM
 from .single import watched
-from .step import Logs, Step
+from .step import Logs, Step, run_attack
 
 
 class ClassifierStep(Step):
-    """Minimise the cross-entropy to the labels, smoothed if so asked.
+    """Minimise the cross-entropy to the labels, smoothed if so asked, of clean images or of those of an attack.
 
     Args:
-        classifier, config, seed: see train_classifier.
+        classifier, config, seed, transform: see train_classifier.
     """
 
     config: ClassifierConfig
 
-    def __init__(self, classifier: nn.Module, config: ClassifierConfig, seed: int) -> None:
+    def __init__(
+        self, classifier: nn.Module, config: ClassifierConfig, seed: int, transform: RandomTransform | None = None
+    ) -> None:
         super().__init__({"classifier": classifier}, config, betas=(0.9, 0.999))
         self.classifier, self.seed = classifier, derive_seed(seed, "augment")
+        # What is not masked and has no noise is the image, bit for bit up to its range.
+        self.pipeline = Defense(RT1(1, 0.0) if transform is None else transform, None, classifier)
+        self.plain = transform is None
+        self.transform_seed, self.attack_seed = derive_seed(seed, "transform"), derive_seed(seed, "attack")
+        self.attack_key = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.attacker: NFGSM | None = None
+        if config.attack == "n-fgsm":
+            precision = "float32" if config.precision == "tf32" else config.precision
+            self.attacker = NFGSM(self.pipeline, config.eps, config.alpha, config.noise, precision=precision)
+
+    def prepare(self, epoch: int) -> Hashable:
+        self.attack_key.fill_(derive_seed(self.attack_seed, epoch))
+        return None
 
     def optimizer(self, module: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
         if self.config.optimizer == "adam":
@@ -42,15 +61,16 @@ class ClassifierStep(Step):
         ]
         # torch takes no group without parameters.
         groups = [group for group in groups if group["params"]]
-        momentum = self.config.momentum
-        return torch.optim.SGD(groups, lr=self.rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+        return torch.optim.SGD(groups, lr=self.rate, momentum=self.config.momentum, nesterov=True, fused=True)
 
     def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
         if self.config.augment:
             alternating = self.config.flip == "alternating"
             x = shift_and_mirror(x, self.seed, ids, epoch, self.config.shift, alternating)
+        if self.attacker is not None:
+            x = run_attack(self.attacker, self.attack_key, x, y, ids)
         with self.autocast():
-            logits = self.classifier(x).float()
+            logits = self._logits(x, ids, epoch).float()
         loss = F.cross_entropy(logits, y, label_smoothing=self.config.label_smoothing)
         self.update(loss, "classifier")
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
@@ -59,8 +79,11 @@ class ClassifierStep(Step):
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
         """The accuracy."""
         with self.autocast():
-            logits = self.classifier(x)
+            logits = self._logits(x, ids, 0)
         return {"accuracy": (logits.argmax(dim=1) == y).float().mean()}
+
+    def _logits(self, x: Tensor, ids: Tensor, epoch: int | Tensor) -> Tensor:
+        return self.classifier(x) if self.plain else self.pipeline(x, self.transform_seed, ids, epoch)
 
 
 def train_classifier(
@@ -68,6 +91,7 @@ def train_classifier(
     images: Images,
     labels: Tensor | None = None,
     *,
+    transform: RandomTransform | None = None,
     config: ClassifierConfig | None = None,
     seed: int = 0,
     workers: int = 4,
@@ -84,8 +108,10 @@ def train_classifier(
         classifier: maps images (B, C, H, W) in [0, 1] to logits.
         images, labels, workers: see Feed.
         held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
+        transform: a random transform in front of the classifier, in training and in the evaluations within it; masked
+            pixels are grey. None trains on the images as they are.
         config: ClassifierConfig.
-        seed: key of the data order and of the augmentation.
+        seed: key of the data order, of the augmentation, and of the transform and the attack, if there are any.
         checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
@@ -96,7 +122,7 @@ def train_classifier(
             or batches of which batch norm has no statistics; see fit, too.
     """
     config = config or ClassifierConfig()
-    step = ClassifierStep(classifier, config, seed)
+    step = ClassifierStep(classifier, config, seed, transform)
     feed = Feed("train_classifier", images, labels, step.device, workers)
     first = feed.first()
     tests = None if held_out is None else Feed("train_classifier", *held_out, step.device)
@@ -117,6 +143,7 @@ def train_classifier(
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
         tensorboard=tensorboard,
+        fingerprint="" if transform is None else repr(transform),
         progress=progress,
     )
 

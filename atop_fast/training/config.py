@@ -8,7 +8,7 @@ from .._checks import check_choice, check_integer, check_number, message
 from ..attacks import NORMS
 from ..precision import PRECISIONS as NETWORK_PRECISIONS
 
-ATTACKS = ("fgsm", "fgsm-rs", "pgd", "apgd")
+ATTACKS = ("fgsm", "fgsm-rs", "n-fgsm", "pgd", "apgd")
 ATTACKED = ("pipeline", "classifier")
 AVERAGES = ("none", "ema", "median")
 PRECISIONS = (*NETWORK_PRECISIONS, "tf32")
@@ -83,7 +83,7 @@ class ClassifierConfig(TrainingConfig):
     Attributes:
         optimizer: "adam", or "sgd" with Nesterov's momentum, which generalises better on photographs and needs another
             `lr` (0.1 to 0.4 for residual networks).
-        momentum: of "sgd".
+        momentum: of "sgd", above 0 and below 1.
         weight_decay: of "sgd": this times a weight is added to its gradient; biases and batch norms have none.
         label_smoothing: share s of the target that all classes have in common: 1 - s + s / classes for the label and
             s / classes for each other class (Szegedy et al., CVPR 2016).
@@ -91,6 +91,9 @@ class ClassifierConfig(TrainingConfig):
         shift: see augment.
         flip: which images `augment` mirrors: each with probability 1/2 in every epoch ("random"), or every second epoch
             from a random start, so that an image and its mirror image come in turn ("alternating": Jordan, 2024).
+        attack: "none", or "n-fgsm" for adversarial training: the classifier sees the images of NFGSM on itself in place
+            of the clean ones, both behind the random transform, if train_classifier is given one.
+        eps, alpha, noise: of "n-fgsm", as in FinetuneConfig.
     """
 
     lr: float = 2e-3
@@ -101,19 +104,29 @@ class ClassifierConfig(TrainingConfig):
     augment: bool = False
     shift: int = 4
     flip: str = "random"
+    attack: str = "none"
+    eps: float = 8 / 255
+    alpha: float | None = None
+    noise: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
         check_choice(name, "optimizer", self.optimizer, list(OPTIMIZERS))
-        if not check_number(name, "momentum", self.momentum, low=0, high=1) < 1:
-            raise ValueError(message(name, "momentum", "below 1", self.momentum))
+        # Without momentum there is no Nesterov's, and torch's fused SGD crashes.
+        if not 0 < check_number(name, "momentum", self.momentum) < 1:
+            raise ValueError(message(name, "momentum", "between 0 and 1", self.momentum))
         check_number(name, "weight_decay", self.weight_decay, low=0)
         if self.optimizer == "adam" and self.weight_decay:
             raise ValueError(message(name, "weight_decay", "0 with the optimizer 'adam'", self.weight_decay))
         check_number(name, "label_smoothing", self.label_smoothing, low=0, high=1)
         check_integer(name, "shift", self.shift, low=0)
         check_choice(name, "flip", self.flip, list(FLIPS))
+        check_choice(name, "attack", self.attack, ["none", "n-fgsm"])
+        check_number(name, "eps", self.eps, low=0)
+        if self.alpha is not None:
+            check_number(name, "alpha", self.alpha, low=0)
+        check_number(name, "noise", self.noise, low=0)
 
 
 @dataclass(frozen=True)
@@ -136,12 +149,19 @@ class FinetuneConfig(PretrainConfig):
     """Options of finetune, in addition to those of PretrainConfig.
 
     Attributes:
-        ce_weight: lambda, the weight of the classification loss.
-        ce_from_epoch: first epoch (from 0) with the classification loss.
-        attack: one of "fgsm", "fgsm-rs" (from a random start, with alpha 1.25 eps: Wong et al., ICLR 2020), "pgd" (from
-            a random start) and "apgd" (APGD-CE).
+        ce_weight: lambda, the weight of the classification loss, which is the cross-entropy on the attacked images.
+        clean_weight: weight of the cross-entropy on the clean images, which then pass through the pipeline, too, under
+            the same draws: also the L1 loss is the mean over both. 0 leaves them out.
+        ce_from_epoch: first epoch (from 0) with the classification loss, and that on clean images.
+        l1_weight: weight of the L1 loss.
+        l1_final: what that has become at the end of the training, falling (or rising) linearly over the updates; None
+            keeps it.
+        attack: one of "fgsm", "fgsm-rs" (from a random start, with alpha 1.25 eps: Wong et al., ICLR 2020), "n-fgsm"
+            (from noise larger than the ball, unprojected: de Jorge et al., NeurIPS 2022; only with norm "Linf"), "pgd"
+            (from a random start) and "apgd" (APGD-CE).
         steps: of "pgd" and "apgd".
-        alpha: step size of "fgsm-rs" and "pgd", in units of [0, 1] pixels; None takes the attack's own.
+        alpha: step size of "fgsm-rs", "n-fgsm" and "pgd", in units of [0, 1] pixels; None takes the attack's own.
+        noise: of "n-fgsm": k, the reach of its noise in units of eps.
         attacked: what the training attack sees: "pipeline" (transform, purifier and classifier, exact gradients) or
             "classifier" (the classifier alone, as in AToP's public code).
         adversarial_share: share of the images that are attacked, chosen anew in every epoch; the others stay clean.
@@ -151,10 +171,14 @@ class FinetuneConfig(PretrainConfig):
     """
 
     ce_weight: float = 0.1
+    clean_weight: float = 0.0
     ce_from_epoch: int = 0
+    l1_weight: float = 1.0
+    l1_final: float | None = None
     attack: str = "fgsm"
     steps: int = 10
     alpha: float | None = None
+    noise: float = 2.0
     attacked: str = "pipeline"
     adversarial_share: float = 1.0
     target: str = "clean"
@@ -166,6 +190,11 @@ class FinetuneConfig(PretrainConfig):
         super().__post_init__()
         name = type(self).__name__
         check_number(name, "ce_weight", self.ce_weight, low=0)
+        check_number(name, "clean_weight", self.clean_weight, low=0)
+        check_number(name, "l1_weight", self.l1_weight, low=0)
+        if self.l1_final is not None:
+            check_number(name, "l1_final", self.l1_final, low=0)
+        check_number(name, "noise", self.noise, low=0)
         check_integer(name, "ce_from_epoch", self.ce_from_epoch, low=0)
         check_choice(name, "attack", self.attack, list(ATTACKS))
         check_integer(name, "steps", self.steps, low=1)
@@ -174,6 +203,6 @@ class FinetuneConfig(PretrainConfig):
         check_choice(name, "attacked", self.attacked, list(ATTACKED))
         check_number(name, "adversarial_share", self.adversarial_share, low=0, high=1)
         check_choice(name, "target", self.target, list(TARGETS))
-        check_choice(name, "norm", self.norm, list(NORMS))
+        check_choice(name, "norm", self.norm, list(NORMS) if self.attack != "n-fgsm" else ["Linf"])
         check_number(name, "eps", self.eps, low=0)
         check_integer(name, "eot_iter", self.eot_iter, low=1)

@@ -190,6 +190,7 @@ class _Training:
     def _update(self, x: Tensor, y: Tensor, ids: Tensor, whole: int) -> None:
         self.rate = self.config.lr * _factor(self.config.schedule, self.done, self.total)
         self.step.set_rate(self.rate)
+        self.step.progress.fill_(self.done / self.total)
         share = len(ids) / whole if whole > self.group.rank else 0.0
         logs = self.step(x, y, ids, self.epoch, share)
         values = torch.stack([value.double() * share for value in logs.values()])

@@ -1,10 +1,12 @@
 """One update of the networks: AToP's losses, and what all trainings share.
 
     pre-training   L = gan * L_G(D(g(t(x)))) + |g(t(x)) - x|_1
-    fine-tuning    L = gan * L_G(D(g(t(x')))) + |g(t(x')) - target|_1 + lambda * CE(f(g(t(x'))), y)
+    fine-tuning    L = gan * L_G(D(g(t(x')))) + l1 * |g(t(x')) - target|_1 + lambda * CE(f(g(t(x'))), y)
+                       + clean * CE(f(g(t(x))), y)
 
 with x' an adversarial image, the target x' or x, the classifier f frozen, and D the hinge-loss discriminator. Of a
-purifier with a method `stages` (DeepFillV2) every stage has the L1 term.
+purifier with a method `stages` (DeepFillV2) every stage has the L1 term. With the last term, the first two are means
+over x' and x.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from ..randomness import Tag, derive_seed, random_uniform
 from ..transforms import RandomTransform
 from .capture import CudaRecorder, Logs, Replayed
 from .config import FinetuneConfig, PretrainConfig, TrainingConfig
+from .nfgsm import NFGSM
 from .single import watched
 
 
@@ -75,6 +78,8 @@ class Step:
                 module.to(memory_format=torch.channels_last)
         self.rate, self.share = (torch.full((), v, dtype=torch.float32, device=self.device) for v in (config.lr, 1.0))
         self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
+        # The share of all updates that are done, for weights of losses that change over a training.
+        self.progress = torch.zeros((), dtype=torch.float32, device=self.device)
         self.optimizers = {name: self.optimizer(module, betas) for name, module in self.modules.items()}
         scaled = self.dtype is torch.float16
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
@@ -218,6 +223,7 @@ class PretrainStep(Step):
         outputs = tuple(output.float() for output in outputs)
         loss = torch.stack([F.l1_loss(output, wanted) for output in outputs]).sum()
         purified, logs = outputs[-1], {"l1": loss}
+        loss = self.l1_weight() * loss
         if self.discriminator is not None:
             mask = corrupted[:, -1:].detach()
             with record_function("discriminator"):
@@ -228,6 +234,10 @@ class PretrainStep(Step):
                 logs["gan"] = generator_loss(self._scores(purified, mask))
             loss = loss + self.config.gan_weight * logs["gan"]
         return (self.transform.assemble(purified, corrupted) + 1) / 2, loss, logs
+
+    def l1_weight(self) -> float | Tensor:
+        """The weight of the L1 loss in this update."""
+        return 1.0
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
@@ -300,26 +310,33 @@ class FinetuneStep(PretrainStep):
         with record_function("attack"):
             adversarial = self.attack(x, y, ids, epoch)
         target = adversarial if self.config.target == "adversarial" else x
+        clean = self.config.clean_weight > 0
+        if clean:
+            adversarial, target, ids = torch.cat((adversarial, x)), torch.cat((target, x)), torch.cat((ids, ids))
         image, loss, logs = self.restore(adversarial, target, ids, epoch)
         with record_function("losses"):
             with self.autocast():
-                logits = self.classifier(image).float()
+                logits, *others = self.classifier(image).float().split(len(y))
             logs["ce"] = F.cross_entropy(logits, y)
+            judgement = self.config.ce_weight * logs["ce"]
+            if clean:
+                logs["clean_ce"] = F.cross_entropy(others[0], y)
+                judgement = judgement + self.config.clean_weight * logs["clean_ce"]
         if self.judged:
-            loss = loss + self.config.ce_weight * logs["ce"]
+            loss = loss + judgement
         self.update(loss, "purifier")
-        return {**logs, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
+        logs["accuracy"] = _accuracy(logits, y)
+        return {**logs, "clean_accuracy": _accuracy(others[0], y)} if clean else logs
+
+    def l1_weight(self) -> float | Tensor:
+        first, last = self.config.l1_weight, self.config.l1_final
+        return first if last is None else first + (last - first) * self.progress
 
     def attack(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int | Tensor) -> Tensor:
         """The images of an epoch, the one in hand or any: adversarial ones, and, by adversarial_share, clean ones."""
         if isinstance(epoch, int):
             self.prepare(epoch)
-        # Not a call of the attack, which checks values and so waits for a GPU.
-        with self.attacker.prepared() as estimator:
-            estimator.seed = self.attack_key
-            adversarial = self.attacker.run(estimator, x, y, ids, None)
-        # Measured once. As many rows as the purifier's own pass has must do, too.
-        self.attacker.max_batch = max(estimator.rows, -(-len(x) // ROWS) * ROWS)
+        adversarial = run_attack(self.attacker, self.attack_key, x, y, ids)
         share = self.config.adversarial_share
         if share == 1:
             return adversarial
@@ -335,7 +352,7 @@ class FinetuneStep(PretrainStep):
         for name, images in (("clean", x), ("robust", attack(x, y, ids))):
             with torch.no_grad(), frozen(self.pipeline), self.autocast():
                 logits = self.pipeline(images, self.seed, ids, 0)
-            accuracy[name] = (logits.argmax(dim=1) == y).float().mean()
+            accuracy[name] = _accuracy(logits, y)
         return accuracy
 
     def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
@@ -352,6 +369,8 @@ class FinetuneStep(PretrainStep):
             model, options["gradient"] = Defense(self.transform, None, self.classifier), "blind"
         if config.attack == "fgsm":
             return FGSM(model, config.norm, config.eps, **options)
+        if config.attack == "n-fgsm":
+            return NFGSM(model, config.eps, config.alpha, config.noise, **options)
         if config.attack == "apgd":
             return APGD(model, config.norm, config.eps, config.steps, **options)
         alpha, steps = config.alpha, config.steps
@@ -364,6 +383,23 @@ class FinetuneStep(PretrainStep):
         super().check(images)
         with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
             return self.pipeline(images[:1], draws=0).shape[1]
+
+
+def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+    """The attack's images under a seed, int64 (), that a captured graph reads anew.
+
+    Not a call of the attack, which checks values and so waits for a GPU.
+    """
+    with attack.prepared() as estimator:
+        estimator.seed = seed
+        adversarial = attack.run(estimator, x, y, ids, None)
+    # Measured once. As many rows as the network's own pass has must do, too.
+    attack.max_batch = max(estimator.rows, -(-len(x) // ROWS) * ROWS)
+    return adversarial
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(dim=1) == y).float().mean()
 
 
 @contextlib.contextmanager

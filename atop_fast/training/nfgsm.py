@@ -1,0 +1,55 @@
+"""N-FGSM (de Jorge et al., NeurIPS 2022): the attack of one-step adversarial training that does not overfit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_number
+from ..attacks import PGD
+from ..attacks.base import MAX_LENGTH
+from ..attacks.gradient import GradientEstimator
+from ..attacks.network import Model
+from ..attacks.pgd import random_start
+from ..attacks.queue import State
+
+
+class NFGSM(PGD):
+    """One signed step from noise that is larger than the ball, and no projection onto it.
+
+        s = clip(x + n),  n uniform in [-noise eps, noise eps],      x' = clip(s + alpha sign(gradient at s))
+
+    each clipped to [0, 1] alone (de Jorge et al., 2022, algorithm 1). Its images lie up to noise eps + alpha from x: it
+    is for training, and no attack within a threat model.
+
+    Args:
+        model, eps, options: see PGD; the norm is "Linf".
+        alpha: size of the step; None takes eps, as the paper does.
+        noise: k of the paper, the reach of the noise in units of eps.
+    """
+
+    norms = ("Linf",)
+    summed = True
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        alpha: float | None = None,
+        noise: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, "Linf", eps, eps if alpha is None else alpha, steps=1, **options)
+        self.noise = check_number("NFGSM", "noise", noise, low=0, high=MAX_LENGTH)
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        if start is None:
+            start = random_start("Linf", images, self.noise * self.eps, estimator.seed, ids)
+        return super().begin(estimator, images, labels, ids, start)
+
+    def _moved(self, state: State, gradient: Tensor) -> Tensor:
+        return (state["x"] + self.alpha * torch.nan_to_num(gradient).sign()).clamp_(0, 1)
