@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from atop_fast import (
     PGD,
@@ -30,8 +33,12 @@ from atop_fast import (
     save_model,
 )
 from atop_fast.checkpoints import read_header
+from atop_fast.classifiers import fold_batch_norm
+from atop_fast.ops.conv3x3 import FrozenConv3x3
+from atop_fast.ops.frozen_conv import FrozenConv
 from atop_fast.purifiers import PURIFIERS, GatedUNet, MaskedAutoencoder, mae
 from atop_fast.randomness import seeded
+from atop_fast.training import PretrainStep
 
 X = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -48,10 +55,29 @@ def test_unet_starts_as_a_contrast_of_its_input():
     torch.testing.assert_close(GatedUNet(1, 4)(z), 1.02 * torch.tanh(2 * z[:, :1]))
 
 
-def test_unet_channels_last_agrees():
+def test_shuffled_unet_is_the_unet_on_unshuffled_images():
+    """The network on s x s times the channels, built from the other's parts."""
     with seeded(0):
-        net = GatedUNet(3, 8)
-        nn.init.normal_(net.to_image.weight)
+        net = GatedUNet(2, 8, blocks=1, shuffle=2)
+        nn.init.normal_(net.to_image.weight, std=0.1)
+    z = torch.randn(3, 4, 16, 24)
+    plain = GatedUNet(8, 8, blocks=1)
+    plain.down0.conv = nn.Conv2d(16, 16, 3, padding=1)
+    plain.load_state_dict(net.state_dict())
+    # 16 channels as [image, two more]: what the plain network adds to is its first 8, here those of 2z's pixels.
+    inner = F.pixel_unshuffle(z, 2)
+    plain.down0.register_forward_pre_hook(lambda module, args: (inner,))
+    y = plain(torch.cat((inner[:, :8], torch.zeros(3, 2, 8, 12)), 1))
+    torch.testing.assert_close(net(z), F.pixel_shuffle(y, 2))
+    with pytest.raises(ValueError, match=r"divisible by 8, got \(1, 4, 12, 16\)"):
+        net(torch.rand(1, 4, 12, 16))
+
+
+@pytest.mark.parametrize("shuffle", [1, 2])
+def test_unet_channels_last_agrees(shuffle):
+    with seeded(0):
+        net = GatedUNet(3, 8, shuffle=shuffle)
+        nn.init.normal_(net.to_image.weight, std=0.05)
     z = torch.randn(2, 5, 16, 16)
     y = copy.deepcopy(net).to(memory_format=torch.channels_last)(z.to(memory_format=torch.channels_last))
     torch.testing.assert_close(y, net(z), rtol=1e-4, atol=1e-5)
@@ -62,6 +88,41 @@ def test_unet_gradients_reach_every_parameter():
     nn.init.normal_(net.to_image.weight)
     net(torch.randn(2, 3, 16, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_first_updates_of_wide_unets_are_as_large_as_those_of_narrow_ones():
+    """And not in proportion to the width, which took large networks into tanh's saturation."""
+
+    def change(width):
+        with seeded(0):
+            net = GatedUNet(1, width)
+        step = PretrainStep(RT2(4, sigma=0.1), net.train(), None, PretrainConfig(gan_weight=0, lr=1e-3), 0)
+        labels = torch.zeros(4, dtype=torch.int64)
+        for _ in range(3):
+            step(X, labels, torch.arange(4), 0)
+        z = RT2(4, sigma=0.1)(X)
+        with torch.no_grad():
+            return ((net(z) / 1.02).atanh() - 2 * z[:, :1]).abs().mean().item()
+
+    narrow, wide = change(8), change(48)
+    assert narrow > 0
+    assert wide < 2 * narrow
+
+
+def test_unets_of_earlier_files_keep_their_gain(tmp_path):
+    net = GatedUNet(1, 24)
+    nn.init.normal_(net.to_image.weight)
+    earlier = {name: value for name, value in net.state_dict().items() if name != "gain"}
+    loaded = GatedUNet(1, 24)
+    loaded.load_state_dict(earlier)
+    assert net.gain == 4
+    assert loaded.gain == 8
+    path = tmp_path / "earlier.safetensors"
+    header = {"kind": "purifier", "name": "unet", "options": {"channels": 1, "width": 24}}
+    save_file(earlier, path, {"atop_fast": json.dumps(header)})
+    z = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(load_model(path, "purifier")(z), loaded(z))
 
 
 def test_unet_grows_and_starts_as_the_one_without_blocks():
@@ -188,6 +249,64 @@ def test_image_resnet_follows_its_formula():
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_resnet9_follows_its_formula():
+    with seeded(0):
+        net = build_classifier("resnet9", channels=2, classes=7, widths=(8, 6, 10)).eval()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.normal_(module.weight)
+                nn.init.uniform_(module.bias)
+    state = net.state_dict()
+
+    def conv(h, name):
+        return F.conv2d(h, state[f"{name}.weight"], padding=1)
+
+    def norm(h, name):
+        return F.batch_norm(h, *(state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")))
+
+    def pair(h, name):
+        inner = F.relu(norm(conv(h, f"{name}.conv1"), f"{name}.bn1"))
+        return h + F.relu(norm(conv(inner, f"{name}.conv2"), f"{name}.bn2"))
+
+    def pooled(h, name):
+        return F.relu(norm(F.max_pool2d(conv(h, f"{name}.conv"), 2), f"{name}.bn"))
+
+    x = torch.rand(3, 2, 16, 24)
+    h = F.relu(norm(conv(2 * x - 1, "conv"), "bn"))
+    assert h.shape == (3, 4, 16, 24)
+    h = pair(pooled(h, "layer1.0"), "layer1.1")
+    h = pooled(h, "layer2")
+    assert h.shape == (3, 6, 4, 6)
+    h = pair(pooled(h, "layer3.0"), "layer3.1")
+    assert h.shape == (3, 10, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), F.linear(h.mean((2, 3)), state["linear.weight"], state["linear.bias"]))
+
+
+def test_resnet9_is_as_large_and_as_costly_as_its_docstring_says():
+    net = build_classifier("resnet9")
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 1.6
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.rand(1, 3, 32, 32))
+    assert round(counter.get_total_flops() / 1e9, 2) == 0.19
+
+
+def test_resnet9_under_attack_has_prepared_convolutions():
+    """All but the first, which has too few channels for them, and is a FrozenConv."""
+    with seeded(0):
+        net = build_classifier("resnet9", widths=(32, 32, 32))
+        for _ in range(3):
+            net(torch.rand(8, 3, 32, 32))
+    frozen = fold_batch_norm(net.eval())
+    kinds = [type(module) for module in frozen.modules()]
+    assert (kinds.count(FrozenConv3x3), kinds.count(FrozenConv), kinds.count(nn.Conv2d)) == (7, 1, 0)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), net(x), rtol=1e-3, atol=1e-4)
+
+
 def test_resnet18_equals_pyautoattacks(monkeypatch):
     """Another's network with the same parameters gives the same logits."""
     pyautoattack = pytest.importorskip("pyautoattack")
@@ -204,7 +323,7 @@ def test_resnet18_equals_pyautoattacks(monkeypatch):
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("name", ["small_cnn", "small_resnet"])
+@pytest.mark.parametrize("name", ["small_cnn", "small_resnet", "resnet9"])
 def test_classifier_files_round_trip(name, tmp_path):
     net = build_classifier(name, channels=2).eval()
     save_model(tmp_path / "c.safetensors", net, "classifier", name, channels=2)

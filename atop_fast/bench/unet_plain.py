@@ -34,6 +34,7 @@ class PlainUNet(nn.Module):
         self.up1 = Gated(6 * w, w)
         self.up0 = Gated(2 * w, w)
         self.to_image = nn.Conv2d(w, channels, 3, padding=1)
+        self.register_buffer("gain", torch.tensor(96.0 / w))
 
         def residual(width: int, dilations: tuple[int, ...] = (1,)) -> nn.Sequential:
             return nn.Sequential(*(Residual(width, dilations[i % len(dilations)]) for i in range(blocks)))
@@ -48,4 +49,4 @@ class PlainUNet(nn.Module):
         m = self.middle(self.middle_blocks(self.down2(d1)))
         u1 = self.up1_blocks(self.up1(torch.cat((F.interpolate(m, scale_factor=2.0), d1), dim=1)))
         u0 = self.up0_blocks(self.up0(torch.cat((F.interpolate(u1, scale_factor=2.0), d0), dim=1)))
-        return (1.02 * torch.tanh(2 * x[:, : self.channels] + 8 * self.to_image(u0)),)
+        return (1.02 * torch.tanh(2 * x[:, : self.channels] + self.gain * self.to_image(u0)),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,12 +35,15 @@ class ResidualGatedBlock(nn.Module):
 class GatedUNet(nn.Module):
     """Purifier of gated convolutions: two levels down, a dilated middle, two levels up with skip connections.
 
-        output = 1.02 tanh(2 * masked image + 8 u),  u the last convolution's output
+        output = 1.02 tanh(2 * masked image + gain u),  u the last convolution's output, gain = 96 / width
 
     The network learns a correction to the masked image, and its range is slightly wider than that of images: an L1
     loss then has its optimum at finite u. With a range that ends at -1, training on mostly black images can push every
-    pixel into saturation there, from where it does not return. Networks of a million parameters and more have been seen
-    to end there all the same within their first updates: give their trainings clip=1.0.
+    pixel into saturation there, from where it does not return.
+
+    An update of Adam changes every weight by about the learning rate, so that u changes by an amount proportional to
+    the channels that it is a sum of: the gain makes the first updates of wide networks as large as those of narrow
+    ones. The other convolutions begin with He's weights, for which features keep their size from layer to layer.
 
     Args:
         channels: channels C of the images.
@@ -49,54 +54,75 @@ class GatedUNet(nn.Module):
             and 4.9 with width=48, blocks=2.
         checkpointing: keep only the input of every block for the backward pass and compute it again there: less
             memory, more time, the same result.
+        shuffle: s; with s > 1 the network works at 1/s of the images' height and width, on s^2 times their channels,
+            into which a pixel-unshuffle puts the s x s pixels of a place, and from which the output is shuffled back
+            (Shi et al., CVPR 2016): 1/s^2 of the time at the same width.
     """
 
-    def __init__(self, channels: int = 3, width: int = 12, blocks: int = 0, checkpointing: bool = False) -> None:
+    gain: Tensor
+
+    def __init__(
+        self, channels: int = 3, width: int = 12, blocks: int = 0, checkpointing: bool = False, shuffle: int = 1
+    ) -> None:
         super().__init__()
         check_integer("GatedUNet", "channels", channels, low=1)
         check_integer("GatedUNet", "width", width, low=1)
         check_integer("GatedUNet", "blocks", blocks, low=0)
+        check_integer("GatedUNet", "shuffle", shuffle, low=1)
         self.checkpointing = checkpointing
         w = width
-        self.channels = channels
-        self.down0 = GatedConv(channels + 2, w)
+        self.channels, self.shuffle = channels, shuffle
+        self.down0 = GatedConv((channels + 2) * shuffle**2, w)
         self.down1 = GatedConv(w, 2 * w, stride=2)
         self.down2 = GatedConv(2 * w, 4 * w, stride=2)
         self.middle = nn.Sequential(GatedConv(4 * w, 4 * w, dilation=2), GatedConv(4 * w, 4 * w))
         self.up1 = GatedConv(6 * w, w)
         self.up0 = GatedConv(2 * w, w)
-        self.to_image = nn.Conv2d(w, channels, 3, padding=1)
+        self.to_image = nn.Conv2d(w, channels * shuffle**2, 3, padding=1)
         nn.init.zeros_(self.to_image.weight)
         nn.init.zeros_(self.to_image.bias)  # type: ignore[arg-type]
 
         def residual(width: int, dilations: tuple[int, ...] = (1,)) -> nn.ModuleList:
             return nn.ModuleList(ResidualGatedBlock(width, dilations[i % len(dilations)]) for i in range(blocks))
 
+        # In the files: those of version 0, which had none, were trained with a gain of 8 at any width.
+        self.register_buffer("gain", torch.tensor(96.0 / w))
         self.down0_blocks, self.down1_blocks = residual(w), residual(2 * w)
         self.middle_blocks = residual(4 * w, (1, 2, 4))
         self.up1_blocks, self.up0_blocks = residual(w), residual(w)
+        for module in self.modules():
+            if isinstance(module, GatedConv):
+                nn.init.kaiming_uniform_(module.conv.weight, nonlinearity="relu")
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        state.setdefault(f"{prefix}gain", torch.tensor(8.0))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x: Tensor) -> Tensor:
         """Restore images.
 
         Args:
-            x: (B, channels + 2, H, W) = [masked image in [-1, 1], ones, mask]; H and W divisible by 4.
+            x: (B, channels + 2, H, W) = [masked image in [-1, 1], ones, mask]; H and W divisible by 4 shuffle.
 
         Returns:
             Images (B, channels, H, W) in (-1.02, 1.02).
 
         Raises:
-            ValueError: another number of channels, or a height or width not divisible by 4.
+            ValueError: another number of channels, or a height or width that is not so divisible.
         """
-        if x.dim() != 4 or x.shape[1] != self.channels + 2 or x.shape[2] % 4 or x.shape[3] % 4:
-            expected = f"of shape (B, {self.channels + 2}, H, W) with H and W divisible by 4"
+        unit = 4 * self.shuffle
+        if x.dim() != 4 or x.shape[1] != self.channels + 2 or x.shape[2] % unit or x.shape[3] % unit:
+            expected = f"of shape (B, {self.channels + 2}, H, W) with H and W divisible by {unit}"
             raise ValueError(message("GatedUNet", "x", expected, tuple(x.shape)))
-        d0 = self._run(self.down0_blocks, self.down0(x))
+        shuffled = x if self.shuffle == 1 else F.pixel_unshuffle(x, self.shuffle)
+        d0 = self._run(self.down0_blocks, self.down0(shuffled))
         d1 = self._run(self.down1_blocks, self.down1(d0))
         m = self.middle(self._run(self.middle_blocks, self.down2(d1)))
         u1 = self._run(self.up1_blocks, self.up1(torch.cat((F.interpolate(m, scale_factor=2.0), d1), dim=1)))
         u0 = self._run(self.up0_blocks, self.up0(torch.cat((F.interpolate(u1, scale_factor=2.0), d0), dim=1)))
-        return 1.02 * torch.tanh(2 * x[:, : self.channels] + 8 * self.to_image(u0))
+        u = self.to_image(u0)
+        u = u if self.shuffle == 1 else F.pixel_shuffle(u, self.shuffle)
+        return 1.02 * torch.tanh(2 * x[:, : self.channels] + self.gain * u)
 
     def _run(self, blocks: nn.ModuleList, h: Tensor) -> Tensor:
         """The blocks in turn, each with its input alone kept for the backward pass if so asked."""
