@@ -68,8 +68,9 @@ def train(
 ) -> None:
     """From images to a report by a preset; `atop-fast train PRESET [options]`, see docs/training.md.
 
-    PRESET is cifar10-native-rt2, cifar10-rt1, cifar10-rt2, cifar10-rt3, cifar100-rt2, imagenette-rt1, imagenette-rt2 or
-    imagenette-rt3, or the path of a YAML file; options replace what it says.
+    PRESET is cifar10-native-rt1, cifar10-native-rt2, cifar10-native-rt2-at, cifar10-native-rt3, cifar10-rt1,
+    cifar10-rt2, cifar10-rt3, cifar100-rt2, imagenette-rt1, imagenette-rt2 or imagenette-rt3, or the path of a YAML
+    file; options replace what it says.
 
     Args:
         out: folder of the models, the report and what a stopped run goes on from.

@@ -2,7 +2,8 @@
 
     <out>/run.json                    which run it is: recipe, seed, images
     <out>/classifier.safetensors      the classifier, given or trained
-    <out>/pretrained.safetensors      the purifier trained on clean images, and its discriminator.safetensors
+    <out>/pretrained.safetensors      the purifier trained on clean images
+    <out>/discriminator.safetensors   its discriminator, where a GAN term has a weight
     <out>/finetuned.safetensors       the purifier trained on adversarial images
     <out>/defense.safetensors         the classifier, the fine-tuned purifier and the transform: see load_defense
     <out>/evaluate_<which>/           the evaluation of both purifiers, each with a report of its own
@@ -186,7 +187,11 @@ class _Pipeline:
         """The classifier that the other stages leave as it is."""
         source = self.recipe.classifier
 
+        # A classifier that is trained on adversarial images meets them as the defence will, behind the transform.
+        transform = None if source.training.attack == "none" else self.transform
+
         def train(classifier: nn.Module, **options: Any) -> None:
+            options["transform"] = transform
             train_classifier(self._at_its_size(classifier), *self.train.training(), **options)
 
         def make() -> None:
@@ -198,16 +203,17 @@ class _Pipeline:
         return self._at_its_size(self._load("classifier", "classifier"))
 
     def pretrain(self) -> None:
-        """Train the purifier and its discriminator on clean images."""
+        """Train the purifier and its discriminator, if there is one, on clean images."""
 
-        def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
+        def train(purifier: nn.Module, judge: nn.Module | None = None, **options: Any) -> None:
             pretrain(purifier, self.transform, self.train.training()[0], discriminator=judge, **options)
 
         def make() -> None:
-            networks = (self.networks["purifier"].module, self.networks["discriminator"].module)
-            self._train("pretrain", self.recipe.pretrain, train, networks)
+            kinds = [kind for kind in ("purifier", "discriminator") if kind in self.networks]
+            self._train("pretrain", self.recipe.pretrain, train, tuple(self.networks[kind].module for kind in kinds))
             # The stage is finished with its last file.
-            self._save("discriminator", "discriminator")
+            if "discriminator" in self.networks:
+                self._save("discriminator", "discriminator")
             self._save("pretrained", "purifier")
 
         self._stage("pretrain", make, "pretrained")
@@ -215,14 +221,14 @@ class _Pipeline:
     def finetune(self, classifier: nn.Module) -> None:
         """Train the pre-trained purifier on adversarial images."""
 
-        def train(purifier: nn.Module, judge: nn.Module, **options: Any) -> None:
+        def train(purifier: nn.Module, judge: nn.Module | None = None, **options: Any) -> None:
             defense = Defense(self.transform, purifier, classifier)
             finetune(defense, *self.train.training(), discriminator=judge, **options)
 
         def make() -> None:
             purifier = self._load("pretrained", "purifier")
-            networks = (purifier, self._load("discriminator", "discriminator"))
-            self._train("finetune", self.recipe.finetune, train, networks)
+            judges = [self._load(kind, kind) for kind in ("discriminator",) if kind in self.networks]
+            self._train("finetune", self.recipe.finetune, train, (purifier, *judges))
             self.networks["purifier"].module = purifier
             self._save("finetuned", "purifier")
 
@@ -328,12 +334,13 @@ class _Pipeline:
         sources: dict[str, tuple[str, dict[str, Any], Callable[..., nn.Module]]] = {
             "classifier": (source.name, {**shape, **source.options}, build_classifier),
             "purifier": (recipe.purifier.name, recipe.purifier.options, build_purifier),
-            "discriminator": (
+        }
+        if recipe.pretrain.gan_weight or recipe.finetune.gan_weight:
+            sources["discriminator"] = (
                 recipe.discriminator.name,
                 recipe.discriminator.options,
                 lambda name, **options: DISCRIMINATORS[name](**options),
-            ),
-        }
+            )
         if source.path is not None and source.path.endswith(".safetensors"):
             path, header = source.path, read_header(source.path)
             sources["classifier"] = (header["name"], header["options"], lambda *_, **__: load_model(path, "classifier"))
@@ -352,16 +359,16 @@ class _Pipeline:
 
     def _check(self) -> None:
         """Raise before anything is written if the networks do not fit the images or one another."""
-        classifier, purifier, judge = (
-            self.networks[kind].module for kind in ("classifier", "purifier", "discriminator")
-        )
+        classifier, purifier = (self.networks[kind].module for kind in ("classifier", "purifier"))
+        judge = self.networks["discriminator"].module if "discriminator" in self.networks else None
         classifier, count = self._at_its_size(classifier), len(self.train.classes)
         image = self.train.take(slice(0, 1)).floats().images
         PretrainStep(self.transform, purifier, judge, self.recipe.pretrain, self.seed).check(image)
         defense = Defense(self.transform, purifier, classifier)
         with torch.no_grad(), frozen(defense), frozen(judge), check_fits("run_recipe", "images", image):
             purified = defense.purify(image, draws=0)
-            judge(purified, purified[:, :1])
+            if judge is not None:
+                judge(purified, purified[:, :1])
             classifier(image)
             classes = classifier(purified).shape[1]
         if classes < count:

@@ -20,6 +20,7 @@ OTHERS = (
     "load--cpu",
     "loaded--cpu-avx2",
     "numerics--cpu",
+    "pilot--cpu-avx2",
     "reliability--cpu",
     "restoration--cpu",
     "suite--cpu-avx2",

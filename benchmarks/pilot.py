@@ -24,7 +24,16 @@ from atop_fast.training import PretrainConfig
 
 UNET = {"width": 24, "blocks": 1}
 # The decisive ones first.
-NOISE = [(0.06, 0.25), (0.25, 0.25), (0.03, 0.25), (0.1, 0.25), (0.06, 0.125), (0.03, 0.125), (0.1, 0.125), (0.25, 0.125)]
+NOISE = [
+    (0.06, 0.25),
+    (0.25, 0.25),
+    (0.03, 0.25),
+    (0.1, 0.25),
+    (0.06, 0.125),
+    (0.03, 0.125),
+    (0.1, 0.125),
+    (0.25, 0.125),
+]
 FORMS: list[dict[str, int]] = [{"width": 40, "blocks": 1, "shuffle": 2}, {"width": 16, "blocks": 2}]
 BATCH = 32
 DRAWS = 4

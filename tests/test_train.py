@@ -30,14 +30,15 @@ PUBLISHED = [
     *("cifar10-rt1", "cifar10-rt2", "cifar10-rt3", "cifar100-rt2"),
     *("imagenette-rt1", "imagenette-rt2", "imagenette-rt3"),
 ]
+NATIVE = ["cifar10-native-rt1", "cifar10-native-rt2", "cifar10-native-rt2-at", "cifar10-native-rt3"]
 TINY = {
     "base": "cifar10-native-rt2",
     "data": {"source": "images", "holdout": 8},
-    "classifier": {"name": "small_cnn", "training": {"epochs": 2, "batch_size": 8}},
+    "classifier": {"name": "small_cnn", "training": {"epochs": 2, "batch_size": 8, "lr": 0.05, "evaluate_every": 0}},
     "purifier": {"options": {"width": 4}},
     "discriminator": {"options": {"width": 4, "depth": 2}},
-    "pretrain": {"epochs": 2, "batch_size": 8},
-    "finetune": {"epochs": 2, "batch_size": 8, "eps": 0.2, "evaluate_every": 2},
+    "pretrain": {"epochs": 2, "batch_size": 8, "gan_weight": 0.005},
+    "finetune": {"epochs": 2, "batch_size": 8, "eps": 0.2, "evaluate_every": 2, "gan_weight": 0.005},
     "evaluation": {"protocol": "quick", "eps": 0.2, "draws": 2, "selection_draws": 2, "diagnostics": False},
 }
 FILES = [
@@ -78,7 +79,7 @@ def fail(capsys, *args):
 
 
 def test_presets_are_the_documented_ones():
-    assert preset_names() == sorted([*PUBLISHED, "cifar10-native-rt2"])
+    assert preset_names() == sorted([*PUBLISHED, *NATIVE])
     for name in preset_names():
         text = importlib.resources.files("atop_fast").joinpath(f"presets/{name}.yaml").read_text("utf-8")
         assert text.startswith("# ")
@@ -86,7 +87,7 @@ def test_presets_are_the_documented_ones():
         assert "slips" in text or "otherwise than in the public" in " ".join(text.split("# ")).lower()
 
 
-@pytest.mark.parametrize("name", sorted([*PUBLISHED, "cifar10-native-rt2"]))
+@pytest.mark.parametrize("name", sorted([*PUBLISHED, *NATIVE]))
 def test_every_preset_builds_its_networks(name):
     recipe = load_recipe(name)
     with torch.device("meta"):
@@ -97,8 +98,9 @@ def test_every_preset_builds_its_networks(name):
     side = recipe.transform.size or recipe.data.size or 32
     corrupted = transform(torch.rand(1, 3, *2 * (recipe.data.size or 32,)))
     assert corrupted.shape == (4 if name.endswith("rt3") else 1, 5, side, side)
-    if name == "cifar10-native-rt2":
-        assert 1e6 < sum(p.numel() for p in purifier.parameters()) < 5e6
+    if name in NATIVE:
+        assert 8e5 < sum(p.numel() for p in purifier.parameters()) < 1e6
+        assert recipe.pretrain.gan_weight == recipe.finetune.gan_weight == 0
     assert PROTOCOLS[recipe.evaluation.protocol].eps == recipe.finetune.eps == 8 / 255
 
 
@@ -150,6 +152,23 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     assert "another finetune, purifier" in error
     assert "holds 'class0' and no run.json" in fail(capsys, "train", "tiny.yaml", "--out=images")
     assert Path("run/report.json").read_text() == text
+
+
+def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_adversarially(tiny):
+    recipe = load_recipe("tiny.yaml")
+    run_recipe(replace(recipe, pretrain=replace(recipe.pretrain, gan_weight=0.0)), "one", progress=False)
+    assert Path("one/discriminator.safetensors").exists()
+    without = {
+        "pretrain": replace(recipe.pretrain, gan_weight=0.0),
+        "finetune": replace(recipe.finetune, gan_weight=0.0),
+    }
+    run_recipe(replace(recipe, **without), "none", progress=False)
+    assert sorted(path.name for path in Path("none").iterdir()) == [f for f in FILES if "discriminator" not in f]
+    training = replace(recipe.classifier.training, attack="n-fgsm", eps=0.1)
+    adversarial = replace(recipe.classifier, training=training)
+    run_recipe(replace(recipe, classifier=adversarial, **without), "at", progress=False)
+    losses = [read_metrics(Path(out) / "metrics.jsonl")[0]["loss"] for out in ("none", "at")]
+    assert losses[1] > losses[0]
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])
@@ -281,7 +300,7 @@ def test_killed_runs_and_two_processes_end_with_the_report_of_one(files):
         ("finetune: [", "load_recipe: preset must be a readable recipe, got bad.yaml (while parsing"),
         ("", "got bad.yaml (it holds no keys)"),
         ("base: bad.yaml", "got bad.yaml (its base is itself)"),
-        ("base: cifar11", "must be the path of a YAML file, or one of 'cifar10-native-rt2'"),
+        ("base: cifar11", "must be the path of a YAML file, or one of 'cifar10-native-rt1'"),
     ],
 )
 def test_a_bad_recipe_names_file_and_key(tmp_path, monkeypatch, capsys, change, pattern):
@@ -294,7 +313,7 @@ def test_a_bad_recipe_names_file_and_key(tmp_path, monkeypatch, capsys, change, 
 @pytest.mark.parametrize(
     ("args", "pattern"),
     [
-        (["cifar11"], "load_recipe: preset must be the path of a YAML file, or one of 'cifar10-native-rt2'"),
+        (["cifar11"], "load_recipe: preset must be the path of a YAML file, or one of 'cifar10-native-rt1'"),
         (["none.yaml"], "load_recipe: preset must be a readable recipe, got none.yaml"),
         (["tiny.yaml", "--finetune.epochs=x"], "finetune.epochs"),
         (["tiny.yaml", "--finetun.epochs=2"], "--finetun.epochs"),
