@@ -306,8 +306,8 @@ def test_the_report_escapes_what_it_is_given(tmp_path):
     assert "<script" not in html
     assert html.count("&lt;script&gt;") >= 5
     assert "Diagnostics" in html
-    # The curve and a strip for each row of the gallery.
-    assert len(re.findall(r'src="data:image/png;base64,iVBOR', html)) == 1 + 4
+    # The curves against eps and tries, and a strip for each row of the gallery.
+    assert len(re.findall(r'src="data:image/png;base64,iVBOR', html)) == 2 + 4
     assert html.count("<tr><td>11</td>") == 1
     assert "Not verdicts" in html
     data = json.loads((tmp_path / "run/report.json").read_text())
@@ -320,6 +320,7 @@ def test_the_report_escapes_what_it_is_given(tmp_path):
         "attacks",
         "emulated",
         "eight_bit",
+        "resubmission",
         "passes",
         "seconds",
         "protocol",

@@ -3,6 +3,7 @@
 from .evaluate import evaluate
 from .judge import FixedRandomness
 from .protocols import PROTOCOLS, Protocol, quick_attacks
+from .resubmission import resubmission_curve, survival
 from .summary import Report
 from .verdict import Verdict, bootstrap_interval, emulated_verdicts, wilson_interval
 
@@ -16,5 +17,7 @@ __all__ = [
     "emulated_verdicts",
     "evaluate",
     "quick_attacks",
+    "resubmission_curve",
+    "survival",
     "wilson_interval",
 ]

@@ -122,8 +122,10 @@ def write_evaluation(
         **report,
     }
     curve = _base64(curve_picture(report["curve"])) if report["curve"] else None
+    tries = _base64(resubmission_picture(report["resubmission"])) if report["draws"] > 1 else None
     strips = [(name, _base64(_strip(images))) for name, images in rows]
-    page = _page(title=f"atop_fast evaluation: {title}", data=data, details=report, curve=curve, strips=strips)
+    pictures = {"curve": curve, "tries": tries, "strips": strips}
+    page = _page(title=f"atop_fast evaluation: {title}", data=data, details=report, **pictures)
     write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
     write_text(folder / "report.html", page)
 
@@ -154,6 +156,26 @@ def curve_picture(points: Sequence[Mapping[str, Any]]) -> bytes:
     axis.fill_between(radii, low, high, alpha=0.25, color="#4878a8", linewidth=0)
     axis.plot(radii, [point["mean"] for point in points], "o-", color="#4878a8")
     axis.set(xlabel="eps", ylabel="accuracy of one draw", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    return _png(figure)
+
+
+def resubmission_picture(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """A PNG of accuracy, with its interval, against the number of tries; see resubmission_curve."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for (name, points), color in zip(curves.items(), ("#8aa06b", "#4878a8"), strict=False):
+        tries = [point["tries"] for point in points]
+        low, high = zip(*(point["accuracy_ci"] for point in points), strict=True)
+        axis.fill_between(tries, low, high, alpha=0.25, color=color, linewidth=0)
+        axis.plot(tries, [point["accuracy"] for point in points], ".-", color=color, label=name)
+    axis.set(xlabel="tries", ylabel="images that survive them all", ylim=(0, 1))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
     axis.grid(alpha=0.3)
     return _png(figure)
 
@@ -194,7 +216,7 @@ def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     tables = [("Robust accuracy", data["systems"]), *([("Findings", data["findings"])] if "findings" in data else [])]
     # Sections without their values are left out.
-    keys = ("details", "curve", "strips", "notes", "picture", "picture_caption", "curves")
+    keys = ("details", "curve", "tries", "strips", "notes", "picture", "picture_caption", "curves")
     given = {key: values.get(key) for key in keys}
     return environment.from_string(template).render(title=title, data=data, tables=tables, measures=MEASURES, **given)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .report import versions
+from .resubmission import resubmission_curve
 from .runs import Run
 from .verdict import Verdict, emulated_verdicts
 
@@ -33,6 +34,8 @@ class Report:
         attacks: verdict on each attack's candidates; an image that an attack did not get to (budget, or fooled already
             in a protocol that stops there) keeps the candidate chosen so far.
         eight_bit: verdict on the chosen candidates rounded to 8 bits, under the draws of `robust`.
+        resubmission: for "clean" and "robust" the accuracy against an attacker who may try M times, M = 1 .. K; see
+            resubmission_curve.
         emulated: what AutoAttack's rules would say, unsound for random defences: see emulated_verdicts.
         headline: which of them the protocol's source reports, or None.
         complete: whether every attack got to every image; if not, `robust` is an upper bound on the robust accuracy.
@@ -51,6 +54,7 @@ class Report:
     robust: Verdict
     attacks: dict[str, Verdict]
     eight_bit: Verdict
+    resubmission: dict[str, list[dict[str, Any]]]
     emulated: dict[str, Any]
     headline: str | None
     complete: bool
@@ -125,16 +129,18 @@ def summarise(
 
     verdicts = [verdict(p) for p in predictions]
     robust = _pick(predictions, chosen)
+    stands = {CLEAN: right[0], "robust": robust == labels[:, None]}
     return Report(
         clean=verdicts[0],
         robust=verdict(robust),
         attacks=dict(zip(attacks, verdicts[1:], strict=True)),
         eight_bit=verdict(rounded),
+        resubmission={name: resubmission_curve(v, interval, settings["seed"]) for name, v in stands.items()},
         emulated=emulated_verdicts(torch.stack(right)),
         headline=headline,
         complete=complete,
         curve=[_point(run, radius, predictions[0], verdict) for radius in radii],
-        samples=_samples(run, labels, names, chosen, right[0], robust == labels[:, None]),
+        samples=_samples(run, labels, names, chosen, right[0], stands["robust"]),
         **_costs(run, names),
         settings=settings,
         diagnostics=[dict(finding) for finding in diagnostics],

@@ -103,15 +103,23 @@ def bootstrap_interval(values: Tensor, seed: int = 0, resamples: int = 1000, lev
     check_number("bootstrap_interval", "level", level, low=0, high=1)
     if values.dim() != 1 or not len(values):
         raise ValueError(message("bootstrap_interval", "values", "of shape (n,), not empty", tuple(values.shape)))
+    return bootstrap_intervals(values[:, None], seed, resamples, level)[0]
+
+
+def bootstrap_intervals(values: Tensor, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> list[Interval]:
+    """bootstrap_interval of each column of `values` (n, m), whose rows are resampled together."""
     values, key = values.double().cpu(), derive_seed(seed, "bootstrap")
-    means = []
+    count, means = len(values), []
     # A part of the resamples at a time bounds the memory at some 2**22 random numbers.
-    for part in torch.arange(resamples).split(max(1, 2**22 // len(values))):
-        index = (random_uniform((len(values),), key, part, 0, Tag.ORDER).double() * len(values)).long()
-        means.append(values[index].mean(dim=1))
+    for part in torch.arange(resamples).split(max(1, 2**22 // count)):
+        index = (random_uniform((count,), key, part, 0, Tag.ORDER).double() * count).long()
+        # How often each resample has each row.
+        times = values.new_zeros(len(part), count)
+        times.scatter_add_(1, index, torch.ones_like(times))
+        means.append(times @ values / count)
     tail = (1 - level) / 2
-    low, high = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return low, high
+    bounds = torch.cat(means).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return [(low, high) for low, high in bounds.T.tolist()]
 
 
 def emulated_verdicts(correct: Tensor, draws: int = 20) -> dict[str, Any]:
