@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 from atop_fast import RT2, ClassifierConfig, Defense, build_classifier, mnist5k, train_classifier
-from atop_fast.attacks import APGD, APGDT
+from atop_fast.attacks import APGD, APGDT, counted_passes
 from atop_fast.attacks.apgd import _windows
 from atop_fast.randomness import seeded
 
@@ -140,3 +143,69 @@ def test_wrong_input_is_named(trained):
         APGD(model, rho=2)
     with pytest.raises(ValueError, match="APGDT: target_classes must be an integer and >= 1, got 0"):
         APGDT(model, target_classes=0)
+
+
+@pytest.mark.parametrize("norm", list(EPS))
+def test_malt_order_is_its_formula_in_float64(trained, norm):
+    _, x, y = trained
+    x, y = x[:6], y[:6] % 10
+    with seeded(3):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 40), nn.Tanh(), nn.Linear(40, 130)).eval()
+    attack = APGDT(model, norm, EPS[norm], order="malt")
+    ids = torch.arange(6)
+    with attack.prepared() as estimator:
+        logits = estimator.logits(x, ids, 0 * ids).mean(dim=1)
+        found = attack._nearest_classes(estimator, logits, x, y, ids)
+    exact = copy.deepcopy(model).double()
+    order = {"Linf": 1, "L2": 2, "L1": torch.inf}[norm]
+    for row in range(6):
+        image = x[row : row + 1].double()
+        z = exact(image)[0].detach()
+        jacobian = torch.func.jacrev(lambda v: exact(v)[0])(image).flatten(1)
+        slopes = torch.linalg.vector_norm(jacobian[y[row]] - jacobian, order, dim=1).detach()
+        distance = (z[y[row]] - z) / slopes
+        others = [t for t in z.argsort(descending=True).tolist() if t != y[row]][:100]
+        expected = sorted(others, key=lambda t: float(distance[t]))
+        assert found.shape == (6, 100)
+        assert set(found[row].tolist()) == set(others)
+        # In float32, neighbours may change places where they are all but as far.
+        torch.testing.assert_close(distance[found[row]], distance[expected], rtol=1e-4, atol=1e-6)
+
+
+def test_malt_of_a_defense_belongs_to_the_sample_and_counts_its_passes(trained):
+    model, x, y = trained
+    defense, ids = Defense(RT2(4, sigma=0.05), None, model), torch.arange(16)
+    attack = APGDT(defense, eps=0.1, steps=2, target_classes=2, eot_iter=2, order="malt")
+    with counted_passes() as passes:
+        whole = attack(x[:16], y[:16], ids)
+    # Nine classes each, two draws; then two targets of three evaluations.
+    assert passes.backward == 16 * 2 * (9 + 2 * 3)
+    order = torch.randperm(16)
+    parts = [attack(x[part], y[part], ids[part]) for part in order.split(5)]
+    assert torch.equal(torch.cat(parts), whole[order])
+
+
+def test_malt_changes_the_order_alone_where_all_classes_are_targets(trained):
+    model, x, _ = trained
+    x, ids = x[:16], torch.arange(16)
+    with torch.no_grad():
+        logits = model(x)
+    y = logits.argmax(dim=1)
+    # The candidate is the one of the largest loss over all targets, whichever comes first.
+    plain, malt = (APGDT(model, eps=0.06, steps=4, order=order) for order in ("logits", "malt"))
+    assert torch.equal(plain(x, y), malt(x, y))
+    with malt.prepared() as estimator:
+        nearest = malt._nearest_classes(estimator, logits, x, y, ids)
+    ranked = logits.argsort(dim=1, descending=True)[:, 1:]
+    assert torch.equal(nearest.sort(dim=1).values, ranked.sort(dim=1).values)
+    assert not torch.equal(nearest, ranked)
+    with pytest.raises(ValueError, match="APGDT: order must be one of 'logits', 'malt', got 'l1'"):
+        APGDT(model, order="l1")
+
+
+def test_malt_without_slopes_has_its_targets_all_the_same():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    nn.init.zeros_(model[1].weight)
+    x, y = torch.rand(3, 1, 3, 4), torch.tensor([0, 1, 2])
+    adversarial = APGDT(model, eps=0.1, steps=2, order="malt")(x, y)
+    assert distance(adversarial - x, "Linf").amax() <= 0.1 + 1e-6

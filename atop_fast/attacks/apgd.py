@@ -14,12 +14,15 @@ from torch import Tensor
 from .._checks import check_choice, check_integer, check_number
 from ..ops import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1, random_normal
 from ..randomness import Tag, random_uniform
-from .base import NORMS, Attack, better_candidate, initial_state, norm_l2, per_image
+from .base import NORMS, Attack, better_candidate, check_classes, initial_state, norm_l2, per_image
 from .gradient import Estimate, GradientEstimator
 from .network import Model
 from .queue import State, run_queue
 
 MOMENTUM = 0.75
+# MALT: how many classes are looked at, and how many of them, over all images, at a time.
+CANDIDATES = 100
+PAIRS = 256
 
 
 class APGD(Attack):
@@ -190,11 +193,18 @@ class APGDT(APGD):
 
         loss = -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2),   z_1 >= z_2 >= ... the sorted logits
 
-    The target classes of an image are those that follow the most likely one at the image itself. Where there are fewer
-    than four classes, the loss is the plain difference z_t - z_y.
+    With order="logits" the target classes of an image are those that follow the most likely one at the image itself.
+    With order="malt" they are the nearest ones by the network's linearisation there (Melamed et al., NeurIPS 2024):
+
+        those of the least (z_y - z_t) / |grad_x (z_y - z_t)|,  t among the 100 largest logits besides y
+
+    in the norm that is dual to the attack's: L1 for Linf, as in the paper, L2 for L2, and Linf for L1. That takes a
+    forward and a backward pass for each of these classes, with as many draws as a step has. Where there are fewer than
+    four classes, the loss is the plain difference z_t - z_y.
 
     Args:
         target_classes: how many; at most the number of classes less one.
+        order: "logits" or "malt". With ten classes and nine targets it changes nothing but their order.
         model, norm, eps, steps, options: see APGD; every target takes `steps` iterations, from the same random start.
     """
 
@@ -205,9 +215,11 @@ class APGDT(APGD):
         eps: float = 8 / 255,
         steps: int = 100,
         target_classes: int = 9,
+        order: str = "logits",
         **options: Any,
     ) -> None:
         super().__init__(model, norm, eps, steps, loss="dlr", **options)
+        self.order = check_choice("APGDT", "order", order, ("logits", "malt"))
         self.target_classes = check_integer("APGDT", "target_classes", target_classes, low=1)
 
     def search(
@@ -217,10 +229,35 @@ class APGDT(APGD):
         classes = clean.shape[1]
         # One copy for each call: the number of classes belongs to the call.
         this = copy.copy(self)
-        this.rounds = min(self.target_classes, classes - 1)
         estimator.loss = "dlr" if classes > 3 else "margin"
-        order = clean.argsort(dim=1, descending=True, stable=True)[:, 1 : this.rounds + 1]
+        if self.order == "malt":
+            order = self._nearest_classes(estimator, clean, images, labels, ids)
+        else:
+            order = clean.argsort(dim=1, descending=True, stable=True)[:, 1:]
+        order = order[:, : self.target_classes]
+        this.rounds = order.shape[1]
         return run_queue(this, estimator, images, labels, ids, start, {"order": order})
+
+    def _nearest_classes(
+        self, estimator: GradientEstimator, logits: Tensor, images: Tensor, labels: Tensor, ids: Tensor
+    ) -> Tensor:
+        """The classes besides y of the CANDIDATES largest logits (B, K), the nearest first, (B, up to CANDIDATES)."""
+        check_classes("APGDT", labels, logits.shape[1])
+        own_first = logits.scatter(1, labels[:, None], torch.inf)
+        classes = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : CANDIDATES + 1]
+        order = {"Linf": 1, "L2": 2, "L1": torch.inf}[self.norm]
+        distances = torch.empty(classes.shape, dtype=torch.float32, device=images.device)
+        # Pairs of an image and a class, some images' worth at a time.
+        for part in torch.arange(classes.numel(), device=images.device).split(PAIRS):
+            rows, columns = part // classes.shape[1], part % classes.shape[1]
+            ahead = (labels[rows], ids[rows], torch.zeros_like(rows), classes[rows, columns])
+            gradient, loss, _ = estimator(images[rows], *ahead, loss="margin")
+            assert gradient is not None
+            slope = torch.linalg.vector_norm(gradient.flatten(1).float(), order, dim=1)
+            # Without a slope a class is out of reach.
+            distance = torch.where(slope > 0, -loss / slope, torch.inf)
+            distances[rows, columns] = distance.masked_fill(distance.isnan(), torch.inf)
+        return classes.gather(1, distances.argsort(dim=1, stable=True))
 
     def targets(self, state: State, now: State) -> Tensor | None:
         return state["order"].gather(1, now["round"][:, None])[:, 0]
