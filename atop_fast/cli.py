@@ -258,6 +258,8 @@ def evaluate(
     interval: Literal["wilson", "bootstrap"] = "wilson",
     curve: tuple[float, ...] = (),
     diagnostics: bool = True,
+    trace: str | None = None,
+    tensorboard: bool = False,
     budget: str | None = None,
     batch_size: int = 100,
     images: int | None = None,
@@ -291,6 +293,8 @@ def evaluate(
         interval: of the means: wilson or bootstrap.
         curve: radii of a curve of accuracy against eps, such as [0, 0.05, 0.1].
         diagnostics: examine the model as the command doctor does, for the report.
+        trace: file of JSON lines with loss, accuracy and passes after each step of every attack.
+        tensorboard: write the same to `out`/tensorboard; needs the extra atop-fast[track].
         budget: time after which no further attack starts, such as 90s, 10m or 2h.
         batch_size: images attacked together.
         images: how many held-out images; default as many as the protocol names, or all.
@@ -330,6 +334,8 @@ def evaluate(
         interval=interval,
         curve=curve,
         diagnostics=None if diagnostics else (),
+        trace=trace,
+        tensorboard=Path(out) / "tensorboard" if tensorboard else None,
         title=name,
     ).to_dict()
     if not _first():

@@ -10,6 +10,7 @@ from .network import Model, frozen, prepared
 from .pgd import FGSM, MIFGSM, PGD
 from .square import Square
 from .stadv import StAdv
+from .trace import TraceStep
 
 __all__ = [
     "APGD",
@@ -29,6 +30,7 @@ __all__ = [
     "Passes",
     "Square",
     "StAdv",
+    "TraceStep",
     "counted_passes",
     "draw_logits",
     "frozen",

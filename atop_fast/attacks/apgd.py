@@ -97,6 +97,7 @@ class APGD(Attack):
         now = tables.at(state["t"])
         self._move(state, now)
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], self.targets(state, now))
+        self.observe(estimate.loss, estimate.correct)
         self._keep_candidate(state, estimate, now)
         self._keep_best(state, estimate, now)
         self._adapt(state, now)
@@ -236,7 +237,7 @@ class APGDT(APGD):
             order = clean.argsort(dim=1, descending=True, stable=True)[:, 1:]
         order = order[:, : self.target_classes]
         this.rounds = order.shape[1]
-        return run_queue(this, estimator, images, labels, ids, start, {"order": order})
+        return run_queue(this, estimator, images, labels, ids, start, {"order": order}, self.trace)
 
     def _nearest_classes(
         self, estimator: GradientEstimator, logits: Tensor, images: Tensor, labels: Tensor, ids: Tensor

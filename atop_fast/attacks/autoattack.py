@@ -19,6 +19,7 @@ from .fab import FAB
 from .gradient import draw_logits
 from .network import Model, frozen
 from .square import Square
+from .trace import Callback
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -54,6 +55,7 @@ class AutoAttack:
             version's number of draws.
         max_batch: see Attack.
         progress: show a progress bar, and print the accuracy after every attack.
+        callback: see Attack; a TraceStep has the name of its attack in the ensemble.
 
     Attributes:
         accuracy: after a run, {"clean": ..., attack: accuracy after it}, each from single draws.
@@ -77,6 +79,7 @@ class AutoAttack:
         eot_iter: int | None = None,
         max_batch: int | None = None,
         progress: bool = False,
+        callback: Callback | None = None,
     ) -> None:
         name = "AutoAttack"
         self.model = model
@@ -98,7 +101,7 @@ class AutoAttack:
         default = 20 if version == "rand" else 1
         self.eot_iter = default if eot_iter is None else check_integer(name, "eot_iter", eot_iter, low=1)
         self.max_batch = None if max_batch is None else check_integer(name, "max_batch", max_batch, low=1)
-        self.progress = bool(progress)
+        self.progress, self.callback = bool(progress), callback
         self.accuracy: dict[str, float] = {}
 
     def build(self, attack: str, precision: str | None = None) -> Attack:
@@ -111,6 +114,7 @@ class AutoAttack:
             "precision": precision or self.precision,
             "max_batch": self.max_batch,
             "eot_iter": self.eot_iter,
+            "callback": _named(self.callback, self._title(attack, precision)),
         }
         # AutoAttack's own settings for L1.
         sparse = self.norm == "L1" and self.version in ("standard", "custom")
@@ -157,11 +161,14 @@ class AutoAttack:
                     right = self._right(candidates, y[left], ids[left], attack, bs)
                     result[left[~right]] = candidates[~right]
                     robust[left[~right]] = False
-                title = attack if precision == self.precision else f"{attack} ({precision})"
+                title = self._title(attack, precision)
                 self.accuracy[title] = _share(robust)
                 if self.progress:
                     tqdm.write(f"{name}: robust accuracy after {title}: {self.accuracy[title]:.4f}")
         return result
+
+    def _title(self, attack: str, precision: str | None) -> str:
+        return attack if precision in (None, self.precision) else f"{attack} ({precision})"
 
     def _right(self, x: Tensor, y: Tensor, ids: Tensor, name: str, bs: int) -> Tensor:
         """Whether one draw of the caller's own model, in float32, is right, bool (N,)."""
@@ -174,8 +181,13 @@ class AutoAttack:
         return torch.cat([*parts, torch.zeros(0, dtype=torch.bool, device=x.device)])
 
     def __repr__(self) -> str:
-        hidden = ("model", "progress", "accuracy")
+        hidden = ("model", "progress", "accuracy", "callback")
         return f"AutoAttack({', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k not in hidden)})"
+
+
+def _named(callback: Callback | None, name: str) -> Callback | None:
+    """The callback, called with steps of this attack's name."""
+    return None if callback is None else lambda step: callback(step._replace(attack=name))
 
 
 def _share(robust: Tensor) -> float:

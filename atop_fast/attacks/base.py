@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -17,6 +18,7 @@ from ..randomness import check_keys, derive_seed
 from .gradient import GRADIENT_MODES, GradientEstimator
 from .network import Model, prepared
 from .queue import State, run_queue
+from .trace import Callback, Trace
 
 NORMS = ("Linf", "L2", "L1")
 # No image is so far from another; squares of lengths beyond would overflow.
@@ -34,6 +36,8 @@ class Attack(ABC):
         eot_iter, gradient, max_batch, precision, substitute: see GradientEstimator (`gradient` is its mode).
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
+        callback: called with a TraceStep after each step; it makes the attack wait for a GPU in each. A CUDA graph
+            cannot hold an attack with one.
         seed: key of the attack's randomness and draws.
 
     The model's mode, buffers and requires_grad flags are left as they were, also after an error.
@@ -42,6 +46,8 @@ class Attack(ABC):
     norms: ClassVar[tuple[str, ...]] = ("Linf", "L2")
     loss: str = "ce"
     restarts: int = 1
+    # That of one call, in a copy of the attack.
+    trace: Trace | None = None
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class Attack(ABC):
         early_stop: bool = False,
         precision: str = "float32",
         substitute: Callable[[Tensor], Tensor] | None = None,
+        callback: Callback | None = None,
     ) -> None:
         name = type(self).__name__
         self.model = model
@@ -68,7 +75,9 @@ class Attack(ABC):
         self.precision = check_choice(name, "precision", precision, list(PRECISIONS))
         self.seed = check_integer(name, "seed", seed, low=-(2**63), high=2**63 - 1)
         self.max_batch = None if max_batch is None else check_integer(name, "max_batch", max_batch, low=1)
-        self.early_stop, self.substitute = bool(early_stop), substitute
+        self.early_stop, self.substitute, self.callback = bool(early_stop), substitute, callback
+        if callback is not None and not callable(callback):
+            raise TypeError(message(name, "callback", "a callable or None", type(callback).__name__))
         if gradient != "exact" and not isinstance(model, Defense):
             raise TypeError(f"{name}: gradient {gradient!r} needs a Defense, got {type(model).__name__}")
         if self.early_stop and isinstance(model, Defense):
@@ -105,7 +114,20 @@ class Attack(ABC):
             return images.clone()
         warn_if_slow(name, images.device, self.precision)
         with self.prepared() as estimator:
-            return self.run(estimator, images, labels, ids, start)
+            return self._traced(estimator).run(estimator, images, labels, ids, start)
+
+    def _traced(self, estimator: GradientEstimator) -> Attack:
+        """The attack itself, or, with a callback, a copy that traces one call."""
+        if self.callback is None:
+            return self
+        this = copy.copy(self)
+        this.trace = Trace(self.callback, type(self).__name__, estimator.passes)
+        return this
+
+    def observe(self, loss: Tensor, correct: Tensor) -> None:
+        """Tell the trace, if there is one, what a step saw: loss and share of right draws of every row, (B,)."""
+        if self.trace is not None:
+            self.trace.seen = (loss, correct)
 
     @contextlib.contextmanager
     def prepared(self) -> Iterator[GradientEstimator]:
@@ -139,12 +161,16 @@ class Attack(ABC):
         if self.restarts == 1:
             return best
         judge = self.judge(estimator)
+        judge.passes = estimator.passes
         correct, loss = self.rank(judge, best, images, labels, ids)
         for restart in range(1, self.restarts):
             rows = correct.nonzero()[:, 0]
             if not len(rows):
                 break
             again = self.estimator(estimator.model)
+            again.passes = estimator.passes
+            if self.trace is not None:
+                self.trace.restart = restart
             again.seed = derive_seed(self.seed, "restart", restart)
             images_left, labels_left, ids_left = images[rows], labels[rows], ids[rows]
             begun = self.restart_from(again.seed, images_left, ids_left)
@@ -160,7 +186,7 @@ class Attack(ABC):
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
         """One run over the images."""
-        return run_queue(self, estimator, images, labels, ids, start)
+        return run_queue(self, estimator, images, labels, ids, start, trace=self.trace)
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         """The estimator, of draws that no search sees, by which candidates are ranked."""
@@ -191,10 +217,10 @@ class Attack(ABC):
 
     @abstractmethod
     def step(self, estimator: GradientEstimator, state: State) -> None:
-        """One iteration, see queue.Program."""
+        """One iteration, see queue.Program; calls `observe` once."""
 
     def __repr__(self) -> str:
-        options: dict[str, Any] = {k: v for k, v in vars(self).items() if k != "model"}
+        options: dict[str, Any] = {k: v for k, v in vars(self).items() if k not in ("model", "callback", "trace")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
 

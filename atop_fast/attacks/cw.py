@@ -99,6 +99,7 @@ class CW(Attack):
         assert estimate.gradient is not None
         distance = (x - x0).square().flatten(1).sum(dim=1)
         adversarial = (estimate.correct < 0.5) & (estimate.loss >= self.kappa)
+        self.observe(estimate.loss, (state["distance"].isinf() & ~adversarial).float())
         closer = adversarial & (distance < state["distance"]) & (distance <= self.eps**2)
 
         pull = per_image(c * (estimate.loss <= self.kappa))

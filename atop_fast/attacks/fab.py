@@ -103,12 +103,14 @@ class FAB(Attack):
         number = (t // self.steps).clamp_max(classes - 1)
         target = state["targets"].gather(1, number[:, None])[:, 0]
         x = torch.where(per_image(t % self.steps == 0), state["start"], state["x"])
-        moved = self._moved(x, x0, *estimator(x, labels, ids, 2 * t, target)[:2])
+        gradient, gap, _ = estimator(x, labels, ids, 2 * t, target)
+        moved = self._moved(x, x0, gradient, gap)
         fooled = estimator.evaluate(moved, labels, ids, 2 * t + 1).correct < 0.5
         norm = self._norm(moved - x0).flatten()
         nearer = fooled & (norm <= self.eps) & (norm < state["norm"]) & ~state["done"]
         state["best"] = torch.where(per_image(nearer), moved, state["best"])
         state["norm"] = torch.where(nearer, norm, state["norm"])
+        self.observe(gap, state["norm"].isinf().float())
         back = torch.where(per_image(fooled), x0 + (moved - x0) * self.beta, moved)
         state["x"] = torch.where(per_image(state["done"]), state["x"], back)
         state["t"] = t = t + ~state["done"]

@@ -92,6 +92,7 @@ class PGD(Attack):
     def step(self, estimator: GradientEstimator, state: State) -> None:
         # The sign and the direction of a sum over draws are those of the mean.
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], summed=self.summed)
+        self.observe(estimate.loss, estimate.correct)
         if self.early_stop:
             state["done"] |= estimate.correct == 0
         assert estimate.gradient is not None

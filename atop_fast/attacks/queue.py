@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .gradient import ROWS, GradientEstimator
+from .trace import Trace
 
 State = dict[str, Tensor]
 # Images in the batch at a time. More of them cost tiny networks fewer calls, and nothing else: passes have sizes of
@@ -42,10 +43,12 @@ def run_queue(
     ids: Tensor,
     start: Tensor | None = None,
     given: State | None = None,
+    trace: Trace | None = None,
 ) -> Tensor:
     """Run the program over all images; what "best" holds for each when it is done, (N, C, H, W).
 
-    `given` are further tensors (N, ...) of which each row's state gets its part.
+    `given` are further tensors (N, ...) of which each row's state gets its part. `trace` is told of
+    every iteration.
 
     The batch always has a multiple of 8 rows. When the queue is empty it shrinks.
     """
@@ -57,21 +60,33 @@ def run_queue(
         state = program.begin(estimator, images[index], labels[index], ids[index], begun)
         return state | {key: value[index] for key, value in (given or {}).items()}
 
+    def step() -> None:
+        if trace is None:
+            program.step(estimator, state)
+            return
+        t, alive = state["t"].clone(), ~state["done"]
+        # In a batch that never shrinks, copies fill up the last rows.
+        alive[len(images) :] = False
+        program.step(estimator, state)
+        trace.take(t, alive, state["t"], state["done"], waiting < len(images))
+
     state = begin(torch.arange(slots, device=images.device).clamp_(max=len(images) - 1))
+    waiting = slots
+    if trace is not None:
+        trace.begin(len(images))
     length = program.length()
     if length is not None and len(images) <= slots:
         # All are done at the same time: nothing waits for a GPU, so that a CUDA graph may hold it all.
         for _ in range(length):
-            program.step(estimator, state)
+            step()
         return state["best"][: len(images)]
     results = images.clone()
     # Which image is in which slot; a slot without an image holds a copy that is done.
     owner = [slot if slot < len(images) else -1 for slot in range(slots)]
     state["done"][len(images) :] = True
-    waiting = slots
     while any(number >= 0 for number in owner):
         for _ in range(STEPS.get(kind, STEPS_ON_GPU)):
-            program.step(estimator, state)
+            step()
         done = [slot for slot in state["done"].nonzero()[:, 0].tolist() if owner[slot] >= 0]
         if not done:
             continue

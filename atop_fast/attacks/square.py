@@ -120,6 +120,7 @@ class Square(Attack):
             loss = torch.where(kept, new, loss)
         state["x"] = state["best"] = x
         state["loss"] = loss
+        self.observe(loss, (loss <= 0).float())
         state["t"] = torch.where(state["done"], state["t"], state["t"] + QUERIES)
         state["done"] = state["done"] | (state["t"] >= self.steps) | (loss > enough)
 

@@ -71,6 +71,7 @@ class StAdv(Attack):
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"])
+        self.observe(estimate.loss, estimate.correct)
         if self.early_stop:
             state["done"] |= estimate.correct == 0
         assert estimate.gradient is not None

@@ -27,11 +27,13 @@ from ..defense import Defense
 from ..distributed import process_group
 from ..doctor import check_contract, diagnose
 from ..randomness import derive_seed, seeded
+from ..training.metrics import summary_writer
 from .judge import Judge, eight_bit, fixed_randomness, full_precision
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
 from .runs import Run, Unit
 from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarise
+from .tracing import TraceFile, trace_line, traced, write_scalars
 from .verdict import INTERVALS
 
 NORMS = ("Linf", "L2", "L1")
@@ -61,6 +63,8 @@ def evaluate(
     diagnostics: Sequence[Mapping[str, Any]] | None = None,
     title: str = "evaluate",
     progress: bool = True,
+    trace: str | Path | None = None,
+    tensorboard: str | Path | None = None,
 ) -> Report:
     """Attack a model and judge it on draws that neither an attack nor the choice of candidates has seen.
 
@@ -92,6 +96,10 @@ def evaluate(
         diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}; by default,
             and if there is a report (`out`), those of atop_fast.doctor on at most 64 of the images.
         title, progress: name of the model in the report, and of the progress bar with the time left.
+        trace: file of JSON lines: loss, accuracy and passes after each step of every attack of this library, as
+            TraceStep has them, with the attack's name and the first image of its batch. Lines of a batch are added when
+            it is done; a run that goes on keeps those it has, as far as it was traced. The report shows their curve.
+        tensorboard: folder for the same as scalars of TensorBoard; needs the extra atop-fast[track].
 
     Under torchrun, or with an initialised process group, every process attacks its share of the images and returns the
     same Report; rank 0 writes it.
@@ -113,6 +121,9 @@ def evaluate(
     radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
     deadline = None if budget is None else start + parse_budget(budget)
     transform = repr(model.transform) if isinstance(model, Defense) else None
+    if tensorboard is not None:
+        # A package that is missing should not be found missing after an hour.
+        summary_writer()
     if randomness == "fixed":
         if attacks is not None and not callable(attacks):
             expected = "a function from the model to its attacks for randomness='fixed'"
@@ -145,13 +156,20 @@ def evaluate(
         if diagnostics is None:
             diagnostics = [] if out is None else _diagnostics(Path(out), model, x, y, threat, seed)
         cascade = attacks is None and plan.cascade and judge.deterministic
-        work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, passes)
+        names = list(named)
+        tracing = trace is not None or tensorboard is not None
+        file = None if trace is None else _trace_file(Path(trace), run, names)
+        work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
         with frozen(model):
             work.all(title, progress and group.rank == 0)
         run.share()
+        if file is not None:
+            file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
         labels = y.cpu()
         report = summarise(run, labels, list(work.attacks), radii, settings, interval, cascade, headline, diagnostics)
+        if tensorboard is not None and group.rank == 0:
+            write_scalars(Path(tensorboard), report.trace)
         if out is not None and group.rank == 0:
             ids, candidates = work.shown(report)
             with frozen(model):
@@ -188,6 +206,8 @@ class _Work:
     cascade: bool
     deadline: float | None
     passes: Passes
+    tracing: bool
+    trace_file: TraceFile | None
 
     def __post_init__(self) -> None:
         self.attacks = [name for name in self.named if not name.startswith(curve_name(""))]
@@ -234,6 +254,8 @@ class _Work:
                 todo = todo[size:]
                 rate = unit.seconds / len(part)
                 self.run.add(unit)
+                if self.trace_file is not None:
+                    self.trace_file.add(unit.trace)
                 self.bar.update(len(part))
                 if not self.bar.disable and (remark := self.queueing.remark()):
                     tqdm.write(f"{self.bar.desc}: {remark}", file=sys.stderr)
@@ -263,7 +285,8 @@ class _Work:
         start, index = time.monotonic(), ids.to(self.x.device)
         before = replace(self.passes)
         x, labels = self.x[index], self.y[index]
-        candidates = x if name == CLEAN else self._attack(name, x, labels, index)
+        steps: list[dict[str, Any]] = []
+        candidates = x if name == CLEAN else self._attack(name, x, labels, index, steps)
         # The passes of another library's attack cannot be seen.
         seen = name == CLEAN or self.passes != before
         if name in (CLEAN, *self.attacks):
@@ -273,7 +296,7 @@ class _Work:
             values = {"predictions": self.judge.predictions(name, candidates, labels, index)}
         values["distance"] = self.threat.distance(candidates - x).cpu()
         cost = (time.monotonic() - start, *(self._since(before) if seen else (None, None)))
-        return Unit(name, ids, values, candidates.float().cpu() if name in self.attacks else None, *cost)
+        return Unit(name, ids, values, candidates.float().cpu() if name in self.attacks else None, *cost, tuple(steps))
 
     def _images(self, name: str, ids: Tensor) -> Tensor:
         return self.x[ids.to(self.x.device)].float().cpu() if name == CLEAN else self.run.images(name, ids)
@@ -281,11 +304,14 @@ class _Work:
     def _since(self, before: Passes) -> tuple[int, int]:
         return self.passes.forward - before.forward, self.passes.backward - before.backward
 
-    def _attack(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
-        attack = self.named[name]
+    def _attack(self, name: str, x: Tensor, labels: Tensor, ids: Tensor, steps: list[dict[str, Any]]) -> Tensor:
+        """The attack's candidates; if attacks are traced, its steps are added to `steps`."""
+        attack, first = self.named[name], int(ids[0])
+        if self.tracing:
+            attack = traced(attack, lambda step: steps.append(trace_line(name, first, step)))
         # Those of this library key their own randomness, and need not keep other threads from torch's generators.
         own = isinstance(attack, KeyedAttack)
-        seed = derive_seed(self.judge.seed, "attack", name, int(ids[0]))
+        seed = derive_seed(self.judge.seed, "attack", name, first)
         with contextlib.nullcontext() if own else seeded(seed, x.device):
             candidates = attack(x, labels, ids).detach()
         argument = f"attacks[{name!r}]"
@@ -326,6 +352,13 @@ def parse_budget(budget: float | str, function: str = "evaluate") -> float:
             return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]  # type: ignore[index]
         raise ValueError(message(function, "budget", 'seconds, or text such as "90s", "10m" or "2h"', repr(budget)))
     return check_number(function, "budget", budget, low=0)
+
+
+def _trace_file(path: Path, run: Run, names: Sequence[str]) -> TraceFile | None:
+    """The file of rank 0, with the lines of what is done already; all ranks fail if it does."""
+    files: list[TraceFile] = []
+    run.agree(lambda: files.append(TraceFile(path, run.trace(names))) if run.group.rank == 0 else None)
+    return files[0] if files else None
 
 
 def _diagnostics(folder: Path, model: Model, x: Tensor, y: Tensor, threat: _Threat, seed: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._files import write_atomic, write_text
+from .tracing import trace_picture
 
 # A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict().
 Verdicts = Mapping[str, Mapping[str, Any]]
@@ -124,7 +125,8 @@ def write_evaluation(
     curve = _base64(curve_picture(report["curve"])) if report["curve"] else None
     tries = _base64(resubmission_picture(report["resubmission"])) if report["draws"] > 1 else None
     strips = [(name, _base64(_strip(images))) for name, images in rows]
-    pictures = {"curve": curve, "tries": tries, "strips": strips}
+    trace = _base64(trace_picture(report["trace"])) if report["trace"] else None
+    pictures = {"curve": curve, "tries": tries, "trace": trace, "strips": strips}
     page = _page(title=f"atop_fast evaluation: {title}", data=data, details=report, **pictures)
     write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
     write_text(folder / "report.html", page)
@@ -216,7 +218,7 @@ def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     tables = [("Robust accuracy", data["systems"]), *([("Findings", data["findings"])] if "findings" in data else [])]
     # Sections without their values are left out.
-    keys = ("details", "curve", "tries", "strips", "notes", "picture", "picture_caption", "curves")
+    keys = ("details", "curve", "tries", "trace", "strips", "notes", "picture", "picture_caption", "curves")
     given = {key: values.get(key) for key in keys}
     return environment.from_string(template).render(title=title, data=data, tables=tables, measures=MEASURES, **given)
 

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor
 from .._checks import message
 from .._files import claim_folder, remove_leftovers, writable_folder, write_atomic
 from ..distributed import Group
+from .tracing import check_line
 
 FORMAT = 1
 
@@ -42,6 +43,7 @@ class Unit:
         values: name -> tensor (n, ...): small results.
         images: the candidates (n, C, H, W), or the shard that holds them; None where they are not kept.
         seconds, forward, backward: what it took; the passes are counted in images, None where they cannot be.
+        trace: the steps of its attack, if they were traced; see tracing.trace_line.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Unit:
     seconds: float
     forward: int | None
     backward: int | None
+    trace: tuple[dict[str, Any], ...] = ()
 
 
 class Run:
@@ -71,14 +74,14 @@ class Run:
         self.units: list[Unit] = []
         self.tables: dict[str, dict[str, Tensor]] = {}
         self._own: list[Unit] = []
-        self._agree(lambda: _open_folder(folder, header) if folder and group.rank == 0 else None)
+        self.agree(lambda: _open_folder(folder, header) if folder and group.rank == 0 else None)
         if any(other != header for other in group.gather(header)):
             expected = "the same model, data and settings in every process"
             raise ValueError(message("evaluate", "model, x, y", expected, "differences between the ranks"))
         if folder is not None:
             self._log = folder / ("log.jsonl" if group.rank == 0 else f"log-{group.rank}.jsonl")
             # Nobody adds to a log before all have read them.
-            self._agree(lambda: self._read(folder))
+            self.agree(lambda: self._read(folder))
             _cut_torn_line(self._log)
 
     def done(self, name: str) -> Tensor:
@@ -113,7 +116,12 @@ class Run:
                     self._take(unit)
         self._own = []
 
-    def _agree(self, work: Callable[[], object]) -> None:
+    def trace(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """The steps of all units of these names, in the order of names and images."""
+        units = sorted((unit for unit in self.units if unit.trace), key=lambda unit: int(unit.ids[0]))
+        return [step for name in names for unit in units if unit.name == name for step in unit.trace]
+
+    def agree(self, work: Callable[[], object]) -> None:
         """Do something in every process; if it fails in one, raise its ValueError in all."""
         problem = None
         try:
@@ -153,6 +161,7 @@ class Run:
             "seconds": unit.seconds,
             "forward": unit.forward,
             "backward": unit.backward,
+            **({"trace": unit.trace} if unit.trace else {}),
         }
         with open(self._log, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -175,6 +184,7 @@ def _read_log(path: Path) -> Iterator[dict[str, Any]]:
             if Path(record["shard"]).name != record["shard"]:
                 raise ValueError("its shard is in another folder")
             [record[key] for key in ("name", "crc32", "seconds", "forward", "backward")]
+            record["trace"] = tuple(check_line(step) for step in record.get("trace", ()))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             given = f"{path}, damaged in line {number} ({error})"
             raise ValueError(message("evaluate", "out", "a run folder with whole logs", given)) from error
@@ -202,7 +212,7 @@ def _read_shard(folder: Path, record: dict[str, Any], count: int) -> Unit:
         raise ValueError(message("evaluate", "out", "a run folder with whole shards", f"{path} ({error})")) from error
     values = {k.removeprefix("values."): v for k, v in tensors.items() if k.startswith("values.")}
     passes = (record["seconds"], record["forward"], record["backward"])
-    return Unit(record["name"], tensors["ids"], values, path, *passes)
+    return Unit(record["name"], tensors["ids"], values, path, *passes, record["trace"])
 
 
 def _load(path: Path, images: bool = True) -> dict[str, Tensor]:

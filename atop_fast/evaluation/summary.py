@@ -12,6 +12,7 @@ from torch import Tensor
 from .report import versions
 from .resubmission import resubmission_curve
 from .runs import Run
+from .tracing import mean_trace
 from .verdict import Verdict, emulated_verdicts
 
 CLEAN = "clean"
@@ -45,6 +46,8 @@ class Report:
         passes: attack -> images through the model "forward" and "backward", verdicts included (None: not counted), and
             how many "images" it attacked.
         seconds: the same of the time, summed over processes, and "total".
+        trace: loss, accuracy and passes after each step of every attack, if they were traced: see evaluate and
+            tracing.mean_trace.
         settings: protocol, norm, eps, seed, draws, selection_draws, randomness, transform (of a Defense), images.
         diagnostics: {"name", "status", "reason"} and perhaps "numbers", as given or as atop_fast.doctor found them.
         versions: of atop_fast and torch.
@@ -62,6 +65,7 @@ class Report:
     samples: list[dict[str, Any]]
     passes: dict[str, dict[str, int | None]]
     seconds: dict[str, float]
+    trace: list[dict[str, Any]]
     settings: dict[str, Any]
     diagnostics: list[dict[str, Any]]
     versions: dict[str, str]
@@ -142,6 +146,7 @@ def summarise(
         curve=[_point(run, radius, predictions[0], verdict) for radius in radii],
         samples=_samples(run, labels, names, chosen, right[0], stands["robust"]),
         **_costs(run, names),
+        trace=mean_trace(run.trace([*attacks, *map(curve_name, radii)])),
         settings=settings,
         diagnostics=[dict(finding) for finding in diagnostics],
         versions=versions(),

@@ -1,0 +1,179 @@
+"""Traces of an evaluation: which unit's attack took which step, in a file, in TensorBoard and in a picture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._checks import message
+from .._files import remove_leftovers, writable_folder, write_text
+from ..attacks import Attack, AutoAttack, TraceStep
+from ..training.metrics import summary_writer
+
+Line = dict[str, Any]
+# What names a line: a unit, by its attack and its first image, and one of the unit's steps.
+PLACE = {"attack": str, "first": int, "part": str, "restart": int, "step": int}
+BEGINNING = '{"attack": "'
+NUMBERS = ("images", "accuracy", "forward", "backward")
+
+
+def traced(attack: Any, callback: Callable[[TraceStep], object]) -> Any:
+    """A copy of an attack of this library that calls back, besides its own callback; any other attack as it is."""
+    if not isinstance(attack, (Attack, AutoAttack)):
+        return attack
+    this, own = copy.copy(attack), attack.callback
+
+    def both(step: TraceStep) -> None:
+        if own is not None:
+            own(step)
+        callback(step)
+
+    this.callback = both
+    return this
+
+
+def trace_line(name: str, first: int, step: TraceStep) -> Line:
+    """The line of a step of the attack `name` on the unit whose first image is `first`."""
+    values = step._asdict()
+    return {"attack": name, "first": first, "part": values.pop("attack"), **values}
+
+
+def check_line(line: Any) -> Line:
+    """A line as trace_line makes it; ValueError for anything else."""
+    whole = (
+        isinstance(line, dict)
+        and all(type(line.get(key)) is kind for key, kind in PLACE.items())
+        and all(type(line.get(key)) in (int, float) for key in NUMBERS)
+        and type(line.get("loss", "")) in (int, float, type(None))
+    )
+    if not whole:
+        raise ValueError("not a step of an attack")
+    return dict(line)
+
+
+class TraceFile:
+    """A file of JSON lines, one for each step of every finished unit.
+
+    While the run goes on, rank 0 adds the lines of the units that it finishes; in the end it writes those of all.
+
+    Args:
+        path: the file; an earlier trace is replaced, anything else refused.
+        lines: of the units that are done already.
+
+    Raises:
+        ValueError: `path` is no trace, or its folder cannot be written.
+    """
+
+    def __init__(self, path: Path, lines: Iterable[Line]) -> None:
+        self.path = path
+        writable_folder("evaluate", "trace", path.parent)
+        if path.exists():
+            try:
+                *whole, torn = path.read_text(encoding="utf-8").split("\n")
+                for line in whole:
+                    check_line(json.loads(line))
+                # A process that was killed leaves its last line unfinished.
+                if not torn.startswith(BEGINNING[: len(torn)]):
+                    raise ValueError("not a step of an attack")
+            except (OSError, ValueError, RecursionError) as error:
+                expected = "a new file, or the trace of an evaluation"
+                raise ValueError(message("evaluate", "trace", expected, f"{path} ({error})")) from error
+        remove_leftovers(path.parent, path.stem)
+        self.write(lines)
+
+    def add(self, lines: Iterable[Line]) -> None:
+        """Append the lines of a unit."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_text(lines))
+
+    def write(self, lines: Iterable[Line]) -> None:
+        """Replace all lines."""
+        write_text(self.path, _text(lines))
+
+
+def _text(lines: Iterable[Line]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def mean_trace(lines: Iterable[Line]) -> list[Line]:
+    """The units of every attack together, step by step.
+
+    A unit that ended before the others counts with its last line. Loss and accuracy are means over images, passes are
+    sums; lines have no "first". The loss of a step is None if no unit has one.
+    """
+    runs: dict[tuple[Any, ...], dict[int, list[Line]]] = {}
+    for line in lines:
+        run = runs.setdefault((line["attack"], line["part"], line["restart"]), {})
+        run.setdefault(line["first"], []).append(line)
+    found = []
+    for (attack, part, restart), units in runs.items():
+        place = {"attack": attack, "part": part, "restart": restart}
+        for step in sorted({line["step"] for unit in units.values() for line in unit}):
+            now = [past[-1] for unit in units.values() if (past := [line for line in unit if line["step"] <= step])]
+            found.append({**place, "step": step, **_together(now)})
+    return found
+
+
+def _together(lines: Sequence[Line]) -> Line:
+    sums = {key: sum(line[key] for line in lines) for key in ("images", "forward", "backward")}
+    known = [(line["loss"], line["images"]) for line in lines if line["loss"] is not None]
+    loss = sum(value * images for value, images in known) / sum(images for _, images in known) if known else None
+    accuracy = sum(line["accuracy"] * line["images"] for line in lines) / sums["images"]
+    return {"images": sums["images"], "loss": loss, "accuracy": accuracy, **sums}
+
+
+def write_scalars(folder: Path, trace: Sequence[Line]) -> None:
+    """Write loss, accuracy and passes of a mean_trace as scalars of TensorBoard, to a folder for every run."""
+    writers: dict[str, Any] = {}
+    for line in trace:
+        title = "-".join([line["attack"], *([line["part"]] if _composite(trace, line["attack"]) else [])])
+        if line["restart"]:
+            title += f"-restart{line['restart']}"
+        if title not in writers:
+            # What an earlier evaluation left there is not shown.
+            name = re.sub(r"[^\w.@-]", "_", title).lstrip(".")
+            writers[title] = summary_writer()(str(folder / name), purge_step=0)
+        for key in ("loss", "accuracy", "forward", "backward"):
+            if line[key] is not None:
+                writers[title].add_scalar(key, line[key], line["step"])
+    for writer in writers.values():
+        writer.close()
+
+
+def _composite(trace: Sequence[Line], attack: str) -> bool:
+    return len({line["part"] for line in trace if line["attack"] == attack}) > 1
+
+
+def trace_picture(trace: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG of accuracy and loss of a mean_trace against passes, forward and backward, for an image."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from .report import _png
+
+    runs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for line in trace:
+        runs.setdefault((line["attack"], line["part"], line["restart"]), []).append(line)
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    colors: dict[str, str] = {}
+    left, right = axes = figure.subplots(1, 2)
+    for (attack, _, _), lines in runs.items():
+        label = None if attack in colors else attack
+        color = colors.setdefault(attack, f"C{len(colors) % 10}")
+        passes = [(line["forward"] + line["backward"]) / line["images"] for line in lines]
+        left.plot(passes, [line["accuracy"] for line in lines], ".-", markersize=3, color=color, label=label)
+        right.plot(passes, [line["loss"] for line in lines], ".-", markersize=3, color=color)
+    left.set(ylabel="accuracy of the attack's own draws", ylim=(0, 1))
+    right.set(ylabel="loss")
+    legend = left.legend(fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    for axis in axes:
+        axis.set_xlabel("passes for an image")
+        axis.grid(alpha=0.3)
+    return _png(figure)
