@@ -8,11 +8,16 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Images this far outside of [0, 1] are rounded, not wrong.
+ROUNDING = 1e-6
 
 
 def message(function: str, argument: str, expected: str, given: object) -> str:
@@ -35,7 +40,10 @@ def check_float_tensor(function: str, argument: str, value: Any) -> Tensor:
 
 
 def check_images(function: str, argument: str, value: Any, *, finite: bool = True) -> Tensor:
-    """Raise unless `value` is float images (B, C, H, W) in [0, 1]; `finite` reads the values, which waits for a GPU."""
+    """Raise unless `value` is float images (B, C, H, W) in [0, 1]; `finite` reads the values, which waits for a GPU.
+
+    Returns the images; those that rounding put up to 1e-6 outside of [0, 1] as a clamped copy.
+    """
     check_float_tensor(function, argument, value)
     if value.dim() != 4:
         raise ValueError(message(function, argument, "images of shape (B, C, H, W)", tuple(value.shape)))
@@ -43,8 +51,10 @@ def check_images(function: str, argument: str, value: Any, *, finite: bool = Tru
         low, high = (v.item() for v in value.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(message(function, argument, "finite", "NaN or infinity"))
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError(message(function, argument, "in [0, 1]", f"values in [{low:.9g}, {high:.9g}]"))
         if low < 0 or high > 1:
-            raise ValueError(message(function, argument, "in [0, 1]", f"values in [{low:.4g}, {high:.4g}]"))
+            return value.clamp(0, 1)
     return value
 
 
@@ -66,6 +76,38 @@ def check_labels(function: str, argument: str, value: Any, images: Tensor) -> Te
     if value.numel() and int(value.min()) < 0:
         raise ValueError(message(function, argument, "class indices >= 0", int(value.min())))
     return value
+
+
+def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, argument: str = "labels") -> Tensor:
+    """Raise unless `value`, a model's output for `rows` images, is logits (rows, classes >= 2) with a class each label.
+
+    `largest_label` is that of the labels, the argument `argument`; it is a number, so that nothing waits for a GPU.
+    """
+    if not isinstance(value, Tensor):
+        expected = "a callable with logits of shape (B, classes), a tensor (wrap it: lambda x: model(x)[0] or .logits)"
+        raise TypeError(message(function, "model", expected, type(value).__name__))
+    shape = tuple(value.shape)
+    if len(shape) != 2 or shape[0] != rows or shape[1] < 2:
+        expected = "a callable with logits of shape (B, classes)"
+        if shape in ((rows,), (rows, 1)):
+            one = "z" if len(shape) == 2 else "z[:, None]"
+            expected += f" of two classes or more (for one logit {one} return torch.cat((-{one}, {one}), 1))"
+        raise ValueError(message(function, "model", expected, f"{shape} for {rows} images"))
+    if largest_label >= shape[1]:
+        expected = f"class indices below the model's {shape[1]} logits"
+        raise ValueError(message(function, argument, expected, largest_label))
+    return value
+
+
+def check_radius(function: str, norm: str, eps: Any, *, high: float = math.inf) -> float:
+    """Raise unless `eps` is a radius in [0, high]; warn of one in Linf that reaches every image."""
+    radius = check_number(function, "eps", eps, low=0, high=high)
+    if norm == "Linf" and radius > 1:
+        warnings.warn(
+            f"{function}: eps {radius:.6g} is above 1, the whole range of pixels in [0, 1]: write 8 / 255, not 8",
+            stacklevel=3,
+        )
+    return radius
 
 
 def check_number(function: str, argument: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
@@ -108,14 +150,29 @@ def check_device(function: str, argument: str, name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def check_fits(function: str, argument: str, images: Tensor) -> Iterator[None]:
-    """Turn a RuntimeError of the networks inside, such as another number of channels, into a ValueError."""
+def check_fits(function: str, argument: str, images: Tensor, model: object = None) -> Iterator[None]:
+    """Turn a RuntimeError of the networks inside, such as another number of channels, into a ValueError.
+
+    With the `model`, images of another dtype than its own are a TypeError.
+    """
     try:
         yield
     except RuntimeError as error:
+        check_same_dtype(function, argument, images, model, error)
         reason = str(error).partition("\n")[0]
         given = f"{tuple(images.shape[1:])} ({reason})"
         raise ValueError(message(function, argument, "images that the networks take", given)) from error
+
+
+def check_same_dtype(function: str, argument: str, images: Tensor, model: Any, error: RuntimeError) -> None:
+    """Raise TypeError if the model's `error` is that images and weights are of two floating-point types."""
+    found = {name.lower() for name in re.findall(r"(?i)\b(bfloat16|double|float|half)(?=\b|tensor)", str(error))}
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    own = {p.dtype for p in parameters if p.is_floating_point()}
+    if len(found) > 1 and own != {images.dtype}:
+        expected = "of the dtype in which the model computes (convert one of them: x.float(), model.float())"
+        reason = str(error).partition("\n")[0]
+        raise TypeError(message(function, argument, expected, f"{images.dtype} ({reason})")) from error
 
 
 def _interval(low: float, high: float) -> str:

@@ -13,6 +13,14 @@ from .randomness import check_keys
 from .transforms import RandomTransform, describe_transform
 
 
+def refuse_wrapped(function: str, model: object) -> None:
+    """Raise TypeError for a Defense in DataParallel, DDP or torch.compile, which would lose its draws' keys."""
+    inner = getattr(model, "module", getattr(model, "_orig_mod", None))
+    if isinstance(inner, Defense) and not isinstance(model, Defense):
+        expected = "a Defense itself (give model.module, or compile its networks; torchrun shares out the images)"
+        raise TypeError(message(function, "model", expected, f"a {type(model).__name__} around one"))
+
+
 class Defense(nn.Module):
     """images in [0, 1] -> transform -> purifier -> classifier -> logits.
 

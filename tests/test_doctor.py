@@ -349,7 +349,7 @@ def test_repeats_and_is_json(digits, standard):
     ("change", "expected"),
     [
         ({"model": 3}, "model must be a callable"),
-        ({"model": lambda x: x}, "model must be a callable to logits"),
+        ({"model": lambda x: x}, "model must be a callable with logits of shape"),
         ({"model": nn.Conv2d(3, 3, 1)}, "x must be images that the networks take"),
         ({"x": torch.zeros(4, 8)}, "x must be images of shape"),
         ({"x": torch.zeros(0, 1, 16, 16), "y": torch.zeros(0, dtype=torch.int64)}, "x must be at least one"),

@@ -41,7 +41,7 @@ class APGD(Attack):
     Args:
         model, norm, eps, eot_iter, gradient, seed, max_batch, early_stop, precision, substitute: see Attack.
         steps: iterations; there is one evaluation more.
-        loss: "ce", "margin" or "dlr", see atop_fast.ops.attack_loss.
+        loss: "ce", "margin" or "dlr", see GradientEstimator.
         restarts: runs from further random points, of the images that some draw still classifies correctly.
         rho: share of the steps since the last checkpoint in which the loss must rise.
         shrink_eps: for L1, spend 3/10 of the steps in the ball of radius 3 eps, 3/10 in 2 eps and the rest in eps, as
@@ -90,10 +90,11 @@ class APGD(Attack):
         state |= {"start": start, "best": images.clone(), "reduced": torch.ones_like(state["done"])}
         names = ("eta", "loss_best", "loss_at_check", "loss_last", "rises", "candidate_loss", "sparsity", "share")
         state |= {name: numbers.clone() for name in names}
+        state["eta"] = state["eta"].to(images.dtype)
         return state | {"candidate_correct": numbers + 2}
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
-        tables = self._tables(state["x"].device)
+        tables = self._tables(state["x"])
         now = tables.at(state["t"])
         self._move(state, now)
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], self.targets(state, now))
@@ -112,8 +113,8 @@ class APGD(Attack):
         """The target classes (B,) of a targeted loss."""
         return None
 
-    def _tables(self, device: torch.device) -> _Tables:
-        return _tables(self.steps, self.norm, self.eps, self.shrink_eps, self.rounds, device)
+    def _tables(self, x: Tensor) -> _Tables:
+        return _tables(self.steps, self.norm, self.eps, self.shrink_eps, self.rounds, x.device, x.dtype)
 
     def _move(self, state: State, now: State) -> None:
         """The next iterate; at the first evaluation of a stage, its start."""
@@ -125,7 +126,7 @@ class APGD(Attack):
             begun = torch.where(per_image(now["anew"]), state["start"], project_l1(state["x_best"], x0, eps))
         else:
             # The step from a stage's start has no momentum.
-            momentum = torch.where(now["second"], 1.0, MOMENTUM)
+            momentum = torch.where(now["second"], 1.0, MOMENTUM).to(x.dtype)
             step = apgd_step_linf if self.norm == "Linf" else apgd_step_l2
             moved = step(x, state["x_previous"], gradient, x0, state["eta"], self.eps, momentum)
             begun = state["start"]
@@ -227,10 +228,8 @@ class APGDT(APGD):
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
         clean = estimator.logits(images, ids, torch.zeros_like(labels)).mean(dim=1)
-        classes = clean.shape[1]
         # One copy for each call: the number of classes belongs to the call.
         this = copy.copy(self)
-        estimator.loss = "dlr" if classes > 3 else "margin"
         if self.order == "malt":
             order = self._nearest_classes(estimator, clean, images, labels, ids)
         else:
@@ -243,7 +242,6 @@ class APGDT(APGD):
         self, estimator: GradientEstimator, logits: Tensor, images: Tensor, labels: Tensor, ids: Tensor
     ) -> Tensor:
         """The classes besides y of the CANDIDATES largest logits (B, K), the nearest first, (B, up to CANDIDATES)."""
-        check_classes("APGDT", labels, logits.shape[1])
         own_first = logits.scatter(1, labels[:, None], torch.inf)
         classes = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : CANDIDATES + 1]
         order = {"Linf": 1, "L2": 2, "L1": torch.inf}[self.norm]
@@ -288,7 +286,9 @@ class _Tables:
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, device: torch.device) -> _Tables:
+def _tables(
+    steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, device: torch.device, dtype: torch.dtype
+) -> _Tables:
     stages = _stages(eps, steps, shrink_eps)
     rows = []
     for number in range(rounds):
@@ -297,7 +297,7 @@ def _tables(steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, de
             for i in range(length + 1):
                 head = (radius, i == 0, i == 1, i == 0 and stage == 0, shrink_eps, stage == len(stages) - 1)
                 rows.append((*head, i in windows, windows.get(i, 0), number))
-    kinds = (torch.float32, *(torch.bool,) * 6, torch.float32, torch.int64)
+    kinds = (dtype, *(torch.bool,) * 6, torch.float32, torch.int64)
     columns = zip(zip(*rows, strict=True), kinds, strict=True)
     return _Tables(*(torch.tensor(column, dtype=dtype, device=device) for column, dtype in columns))
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_number, message
-from ..defense import Defense
+from .._checks import check_choice, check_images, check_integer, check_labels, check_logits, check_radius, message
+from ..defense import Defense, refuse_wrapped
 from ..precision import PRECISIONS
 from ..randomness import check_keys, derive_seed
 from .apgd import APGD, APGDT
@@ -82,8 +82,9 @@ class AutoAttack:
         callback: Callback | None = None,
     ) -> None:
         name = "AutoAttack"
+        refuse_wrapped(name, model)
         self.model = model
-        self.norm, self.eps = check_choice(name, "norm", norm, NORMS), check_number(name, "eps", eps, low=0)
+        self.norm, self.eps = check_choice(name, "norm", norm, NORMS), check_radius(name, norm, eps)
         self.version = check_choice(name, "version", version, list(VERSIONS))
         if (attacks_to_run is not None) != (version == "custom"):
             raise ValueError(
@@ -143,7 +144,7 @@ class AutoAttack:
 
     def _evaluate(self, x: Tensor, y: Tensor, sample_ids: Tensor | None, bs: int) -> Tensor:
         name = "AutoAttack"
-        check_images(name, "x", x)
+        x = check_images(name, "x", x)
         check_labels(name, "y", y, x)
         check_integer(name, "bs", bs, low=1)
         ids, _ = check_keys(name, len(x), x.device, self.seed, sample_ids, 0)
@@ -152,6 +153,9 @@ class AutoAttack:
         if self.precision != "float32":
             plan += [(attack, "float32") for attack in self.finish]
         with frozen(self.model):
+            if len(x):
+                logits = draw_logits(self.model, x[:1], self.seed, ids[:1], range(1), bs, name)[:, 0]
+                check_logits(name, logits, 1, int(y.max()), "y")
             robust = self._right(result, y, ids, "clean", bs)
             self.accuracy = {"clean": _share(robust)}
             for attack, precision in tqdm(plan, desc=name, disable=not self.progress):

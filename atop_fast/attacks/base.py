@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_number, message
-from ..defense import Defense
+from .._checks import check_choice, check_images, check_integer, check_labels, check_radius, message
+from ..defense import Defense, refuse_wrapped
 from ..precision import PRECISIONS, warn_if_slow
 from ..randomness import check_keys, derive_seed
 from .gradient import GRADIENT_MODES, GradientEstimator
@@ -66,9 +66,10 @@ class Attack(ABC):
         callback: Callback | None = None,
     ) -> None:
         name = type(self).__name__
+        refuse_wrapped(name, model)
         self.model = model
         self.norm = check_choice(name, "norm", norm, self.norms)
-        self.eps = check_number(name, "eps", eps, low=0, high=MAX_LENGTH)
+        self.eps = check_radius(name, norm, eps, high=MAX_LENGTH)
         self.steps = check_integer(name, "steps", steps, low=1)
         self.eot_iter = check_integer(name, "eot_iter", eot_iter, low=1)
         self.gradient = check_choice(name, "gradient", gradient, GRADIENT_MODES)
@@ -102,18 +103,20 @@ class Attack(ABC):
             TypeError, ValueError: naming the argument that is wrong.
         """
         name = type(self).__name__
-        check_images(name, "images", images)
+        images = check_images(name, "images", images)
         check_labels(name, "labels", labels, images)
-        if start is not None and check_images(name, "start", start).shape != images.shape:
-            raise ValueError(
-                message(name, "start", f"of the shape of images {tuple(images.shape)}", tuple(start.shape))
-            )
+        if start is not None:
+            start = check_images(name, "start", start)
+            if start.shape != images.shape:
+                expected = f"of the shape of images {tuple(images.shape)}"
+                raise ValueError(message(name, "start", expected, tuple(start.shape)))
         ids, _ = check_keys(name, len(images), images.device, self.seed, sample_ids, 0)
         images = images.detach()
         if not len(images):
             return images.clone()
         warn_if_slow(name, images.device, self.precision)
         with self.prepared() as estimator:
+            estimator.largest_label = int(labels.max())
             return self._traced(estimator).run(estimator, images, labels, ids, start)
 
     def _traced(self, estimator: GradientEstimator) -> Attack:
@@ -138,7 +141,7 @@ class Attack(ABC):
 
     def estimator(self, network: Model) -> GradientEstimator:
         """The estimator of one call."""
-        return GradientEstimator(
+        estimator = GradientEstimator(
             network,
             self.gradient,
             self.eot_iter,
@@ -148,6 +151,8 @@ class Attack(ABC):
             self.substitute,
             self.seed,
         )
+        estimator.function = type(self).__name__
+        return estimator
 
     def run(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
@@ -240,12 +245,6 @@ def initial_state(images: Tensor, labels: Tensor, ids: Tensor, x: Tensor) -> Sta
 def better_candidate(correct: Tensor, loss: Tensor, than_correct: Tensor, than_loss: Tensor) -> Tensor:
     """Whether a candidate is classified correctly in fewer draws, or in as many with a larger loss."""
     return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
-
-
-def check_classes(function: str, labels: Tensor, classes: int) -> None:
-    """Raise unless all labels are classes; waits for a GPU."""
-    if int(labels.max()) >= classes:
-        raise ValueError(message(function, "labels", f"classes in [0, {classes})", int(labels.max())))
 
 
 def per_image(values: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number, message
+from .._checks import check_integer, check_number
 from ..ops import hyperplane_step, random_normal
 from ..randomness import Tag, random_uniform
-from .base import Attack, check_classes, initial_state, per_image
+from .base import Attack, initial_state, per_image
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
@@ -87,9 +87,6 @@ class FAB(Attack):
         state = initial_state(images, labels, ids, images)
         state["start"] = images if start is None else start
         logits = estimator.logits(images, ids, state["t"])
-        if logits.shape[2] < 2:
-            raise ValueError(message("FAB", "model", "a classifier of two or more classes", logits.shape[2]))
-        check_classes("FAB", labels, logits.shape[2])
         correct = (logits.argmax(dim=2) == labels[:, None]).float().mean(dim=1)
         own_first = logits.mean(dim=1).scatter(1, labels[:, None], torch.inf)
         state["targets"] = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : 1 + self.target_classes]

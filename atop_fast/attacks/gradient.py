@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_choice, check_integer
+from .._checks import check_choice, check_integer, check_logits, check_same_dtype
 from .._memory import halved
 from ..defense import Defense
 from ..ops import AttackLoss, attack_loss, resize
@@ -81,7 +82,8 @@ class GradientEstimator:
         max_batch: most rows of one pass, at least 8 and rounded down to a multiple of it; by default as many as save
             about 1 GiB for the backward pass. A pass that does not fit into memory is halved, and so are those after
             it, with a warning; only of a model with randomness of its own are the draws then others.
-        loss: "ce", "margin" or "dlr", see atop_fast.ops.attack_loss.
+        loss: "ce", "margin" or "dlr", see atop_fast.ops.attack_loss. Where the model has too few classes for dlr (3,
+            with targets 4), the margin takes its place, without targets with a warning.
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
             float32.
         substitute: differentiable map from images to what it stands for, the purified images; the identity by default.
@@ -113,10 +115,12 @@ class GradientEstimator:
         self.model, self.mode, self.loss, self.seed = model, mode, loss, seed
         self.precision, self.substitute = precision, substitute
         self.eot_iter = 1 if mode == "blind" else eot_iter
+        # For errors: whose call it is, and the largest of its labels.
+        self.function, self.largest_label = name, 0
         self.passes = _COUNTER.get() or Passes()
         # 0: not known yet.
         self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
-        self._calls = 0
+        self._calls, self._warned = 0, False
 
     def __call__(
         self,
@@ -184,7 +188,7 @@ class GradientEstimator:
         with torch.enable_grad(), self._autocast(x):
             logits = self._forward(leaf, part, ids, first_draws).float()
         rivals = None if targets is None else part.take(targets)
-        result = attack_loss(logits.detach(), part.take(labels), loss or self.loss, rivals)
+        result = attack_loss(logits.detach(), part.take(labels), self._loss(loss, logits, targets), rivals)
         # Confident networks have gradients near the smallest numbers, with which CPUs compute slowly and which float16
         # does not have: the backward pass gets rows of size 1. Powers of two change no bits.
         largest = result.gradient.abs().amax(dim=1).nan_to_num(1.0).clamp(2.0**-100, 2.0**100)
@@ -206,9 +210,20 @@ class GradientEstimator:
         logits = self.logits(x, ids, t)
         n = logits.shape[1]
         repeated = None if targets is None else targets.repeat_interleave(n)
-        result = attack_loss(logits.flatten(0, 1), labels.repeat_interleave(n), loss or self.loss, repeated)
+        logits = logits.flatten(0, 1)
+        result = attack_loss(logits, labels.repeat_interleave(n), self._loss(loss, logits, targets), repeated)
         means = (v.float().view(-1, n).mean(dim=1) for v in (result.losses, result.correct))
         return Estimate(None, *means)
+
+    def _loss(self, loss: str | None, logits: Tensor, targets: Tensor | None) -> str:
+        """The loss of a call: where there are too few classes for dlr, the margin, its numerator."""
+        loss, needed, classes = loss or self.loss, 3 if targets is None else 4, logits.shape[1]
+        if loss != "dlr" or classes >= needed:
+            return loss
+        if targets is None and not self._warned:
+            warnings.warn(f"{self.function}: loss is 'margin', as 'dlr' needs 3 classes, got {classes}", stacklevel=2)
+            self._warned = True
+        return "margin"
 
     def logits(self, x: Tensor, ids: Tensor, t: Tensor) -> Tensor:
         """Logits (B, eot_iter, classes), float32, no gradients, of the draws that a call with t uses."""
@@ -264,6 +279,14 @@ class GradientEstimator:
 
     def _forward(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         self.passes.forward += len(x)
+        try:
+            logits = self._output(x, part, ids, first_draws)
+        except RuntimeError as error:
+            check_same_dtype(self.function, "images", x, self.model, error)
+            raise
+        return check_logits(self.function, logits, len(x), self.largest_label)
+
+    def _output(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         if not isinstance(self.model, Defense):
             self._calls += 1
             with seeded(derive_seed(self.seed, "call", self._calls), x.device):
@@ -342,13 +365,22 @@ class _Pass:
             row += size
 
 
-def draw_logits(model: Model, x: Tensor, seed: int, sample_ids: Tensor, draws: range, max_batch: int = 1024) -> Tensor:
+def draw_logits(
+    model: Model,
+    x: Tensor,
+    seed: int,
+    sample_ids: Tensor,
+    draws: range,
+    max_batch: int = 1024,
+    function: str = "draw_logits",
+) -> Tensor:
     """Logits (B, draws, classes), float32, of images x (B, C, H, W) under the given draws; no gradients.
 
     The draws of a Defense are keyed by (seed, sample id, draw). Those of another callable are repeated calls, for which
-    torch's generator is seeded by (seed, first sample id, first draw) and afterwards restored.
+    torch's generator is seeded by (seed, first sample id, first draw) and afterwards restored. Errors name `function`.
     """
     if not isinstance(model, Defense) and len(x):
         seed = derive_seed(seed, int(sample_ids[0]), draws.start)
     estimator = GradientEstimator(model, eot_iter=len(draws), max_batch=max_batch, seed=seed)
+    estimator.function = function
     return estimator._logits(x, sample_ids, torch.full_like(sample_ids, draws.start))

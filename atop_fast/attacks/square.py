@@ -15,7 +15,7 @@ from ..defense import Defense
 from ..ops import project_l1
 from ..ops.square import OP_BUMP, OP_LINF
 from ..randomness import Tag, derive_seed, random_bits
-from .base import Attack, check_classes, initial_state, norm_l2, per_image, project_l2
+from .base import Attack, initial_state, norm_l2, per_image, project_l2
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
@@ -128,8 +128,6 @@ class Square(Attack):
         """The margin, (B,), averaged over the draws; as estimator.evaluate, in fewer ops."""
         logits = estimator.logits(x, ids, t)
         own = labels[:, None, None].expand(-1, logits.shape[1], 1)
-        if not labels.is_cuda:
-            check_classes("Square", labels, logits.shape[2])
         return (logits.scatter(2, own, -torch.inf).amax(dim=2) - logits.gather(2, own)[..., 0]).mean(dim=1)
 
     def _start(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    ROUNDING,
     check_choice,
     check_fits,
     check_images,
     check_integer,
     check_labels,
+    check_logits,
     check_not_empty,
-    check_number,
+    check_radius,
     message,
 )
-from ..defense import Defense
+from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, permutation
 from . import contract, masking
 from ._probe import Finding, Model, Probe, untouched
@@ -108,10 +110,13 @@ def _run(
 ) -> list[Finding]:
     if not callable(model):
         raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
+    refuse_wrapped(function, model)
     check_not_empty(function, "x", check_images(function, "x", x, finite=False))
+    if x.numel() and x.min() >= -ROUNDING and x.max() <= 1 + ROUNDING:
+        x = x.clamp(0, 1)
     check_labels(function, "y", y, x)
     check_choice(function, "norm", norm, ("Linf", "L2"))
-    if check_number(function, "eps", eps, low=0) == 0:
+    if check_radius(function, norm, eps) == 0:
         raise ValueError(message(function, "eps", "> 0", eps))
     check_integer(function, "steps", steps, low=1)
     check_integer(function, "max_images", max_images, low=1)
@@ -148,12 +153,6 @@ def _chosen(model: Model, names: Sequence[str]) -> dict[str, Callable[[Probe], F
 
 def _check_model(function: str, probe: Probe) -> None:
     """Raise ValueError unless the model maps the images to (B, classes >= 2), with every label among the classes."""
-    with torch.no_grad(), check_fits(function, "x", probe.x):
-        logits = probe.logits(probe.x)
-    shape = tuple(logits.shape)
-    if len(shape) != 2 or shape[0] != len(probe.x) or shape[1] < 2:
-        expected = f"a callable to logits ({len(probe.x)}, classes >= 2)"
-        raise ValueError(message(function, "model", expected, f"logits of shape {shape}"))
-    if int(probe.y.max()) >= shape[1]:
-        expected = f"class indices below the model's {shape[1]} logits"
-        raise ValueError(message(function, "y", expected, int(probe.y.max())))
+    with torch.no_grad(), check_fits(function, "x", probe.x, probe.model):
+        output = probe.output(probe.x)
+    check_logits(function, output, len(probe.x), int(probe.y.max()), "y")

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._flags import holding
 from ..attacks import PGD
 from ..defense import Defense
 from ..ops import attack_loss
-from ..randomness import derive_seed
+from ..randomness import derive_seed, seeded
 
 Status = Literal["pass", "warn", "fail"]
 Model = Callable[..., Tensor]
@@ -89,11 +90,15 @@ class Probe:
 
         The images are self.x, changed or not, unless their ids are given.
         """
+        return self.output(x, draw, purpose, ids).float()
+
+    def output(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Any:
+        """What the model returns; logits, if it keeps the contract. See `logits`."""
         seed = derive_seed(self.seed, purpose)
         if isinstance(self.model, Defense):
-            return self.model(x, seed, self.ids if ids is None else ids, draw).float()
+            return self.model(x, seed, self.ids if ids is None else ids, draw)
         seed_generators(derive_seed(seed, draw), x.device)
-        return self.model(x).float()
+        return self.model(x)
 
     def gradient(
         self, x: Tensor, loss: str = "ce", draw: int = 0, count: int | None = None
@@ -237,27 +242,22 @@ def untouched(model: object, device: torch.device, evaluation: bool = True) -> I
     """Leave a model and torch's generators exactly as they were, also after an error.
 
     Inside, parameters ask for no gradient, and with `evaluation` every module is in evaluation mode. Restored are
-    modes, requires_grad, the buffers with their contents, and torch's generators of the CPU and of `device`.
+    modes, requires_grad, the buffers with their contents, and torch's generators of the CPU and of `device`, for which
+    threads take turns.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    training, requires_grad = [m.training for m in modules], [p.requires_grad for p in parameters]
+    flags = [(p, "requires_grad", False) for p in parameters]
+    flags += [(m, "training", m.training and not evaluation) for m in modules]
     buffers = [{k: (b, None if b is None else b.clone()) for k, b in m._buffers.items()} for m in modules]
     try:
-        for p in parameters:
-            p.requires_grad_(False)
-        for m in modules if evaluation else ():
-            m.training = False
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with holding(flags), seeded(0, device):
             yield
     finally:
-        for m, mode, kept in zip(modules, training, buffers, strict=True):
-            m.training = mode
+        for m, kept in zip(modules, buffers, strict=True):
             # A module may have written into a buffer, or put another tensor in its place.
             for k, (b, contents) in kept.items():
                 m._buffers[k] = b
                 if contents is not None:
                     with torch.no_grad():
                         b.copy_(contents)
-        for p, was in zip(parameters, requires_grad, strict=True):
-            p.requires_grad_(was)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_fits, check_integer, message
+from .._checks import check_fits, check_integer, check_logits, message
 from .._flags import holding
 from ..attacks import GradientEstimator, Model, draw_logits
-from ..defense import Defense
+from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, seeded
 from ..transforms import RandomTransform
 
@@ -34,10 +34,11 @@ class Judge:
         draws, selection_draws: numbers of draws; both become 1 for a deterministic model.
         max_batch: most images in one forward pass; None: as many as the attacks would take, found out by trial().
 
-    Logits are computed in float32: no autocast, no TF32, on the model as it is.
+    Logits are computed in float32, of float64 images in float64: no autocast, no TF32, on the model as it is.
     """
 
     def __init__(self, model: Model, seed: int, draws: int, selection_draws: int, max_batch: int | None = None) -> None:
+        refuse_wrapped("evaluate", model)
         self.model, self.seed = model, check_integer("evaluate", "seed", seed)
         self.draws = check_integer("evaluate", "draws", draws, low=1)
         self.selection_draws = check_integer("evaluate", "selection_draws", selection_draws, low=1)
@@ -49,20 +50,21 @@ class Judge:
         ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")
         key = (seed, ids[:1], 0) if isinstance(self.model, Defense) else ()
         # A model that does not fit its images should fail here, not after an hour.
-        with check_fits("evaluate", "x", x), full_precision(x.device):
+        first = judged(x[:1])
+        with check_fits("evaluate", "x", first, self.model), full_precision(x.device):
             with torch.no_grad(), seeded(seed, x.device):
-                shape = tuple(self.model(x[:1].float(), *key).shape)
-            if len(shape) != 2:
-                raise ValueError(message("evaluate", "model", "a callable with logits of shape (B, classes)", shape))
+                output = self.model(first, *key)
+            check_logits("evaluate", output, 1, int(labels.max()), "y")
             if self.max_batch is None:
                 estimator = GradientEstimator(self.model, seed=seed)
-                estimator.logits(x[:1].float(), ids[:1], ids[:1])
+                estimator.function = "evaluate"
+                estimator.logits(first, ids[:1], ids[:1])
                 self.max_batch = estimator.forward_rows
             # Most random models give themselves away at a few images.
-            for first, last in ((0, 8), (8, TRIAL_IMAGES)):
-                if len(part := ids[first:last]):
+            for begin, end in ((0, 8), (8, TRIAL_IMAGES)):
+                if len(part := ids[begin:end]):
                     logits = self.logits(x[part], part, seed, 3)
-                    _check_logits(logits, labels, "clean", part)
+                    _check_finite(logits, "clean", part)
                     if not (logits == logits[:, :1]).all():
                         return False
         return True
@@ -80,7 +82,7 @@ class Judge:
             "loss" (B,), float32: right selection draws and mean cross-entropy over them. On the CPU.
         """
         logits = self.logits(x, ids, derive_seed(self.seed, "selection"), self.selection_draws)
-        _check_logits(logits, labels, name, ids)
+        _check_finite(logits, name, ids)
         target = labels[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(dim=1)
         correct = (logits.argmax(dim=2) == target).sum(dim=1, dtype=torch.int32)
@@ -91,13 +93,18 @@ class Judge:
     def predictions(self, name: str, x: Tensor, labels: Tensor, ids: Tensor) -> Tensor:
         """Classes (B, draws) of the images x under the verdict's draws of candidates `name`, on the CPU."""
         logits = self.logits(x, ids, derive_seed(self.seed, "verdict", name), self.draws)
-        _check_logits(logits, labels, name, ids)
+        _check_finite(logits, name, ids)
         return _pack(logits)
 
     def logits(self, x: Tensor, ids: Tensor, key: int, draws: int) -> Tensor:
         """Logits (B, draws, classes), float32, of images x (B, C, H, W) under the draws 0 .. draws - 1 of `key`."""
         with full_precision(x.device):
-            return draw_logits(self.model, x.float(), key, ids, range(draws), self.max_batch or 1024)
+            return draw_logits(self.model, judged(x), key, ids, range(draws), self.max_batch or 1024, "evaluate")
+
+
+def judged(x: Tensor) -> Tensor:
+    """Images in the dtype in which they are judged: float32, or float64 as they are."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class FixedRandomness(RandomTransform):
@@ -178,11 +185,8 @@ def _pack(logits: Tensor) -> Tensor:
     return logits.argmax(dim=2).to(dtype).cpu()
 
 
-def _check_logits(logits: Tensor, labels: Tensor, name: str, ids: Tensor) -> None:
-    """Raise unless the logits (B, draws, classes) of the candidates `name` of the samples `ids` are usable."""
-    if int(labels.max()) >= logits.shape[2]:
-        expected = f"class indices below the model's {logits.shape[2]} logits"
-        raise ValueError(message("evaluate", "y", expected, int(labels.max())))
+def _check_finite(logits: Tensor, name: str, ids: Tensor) -> None:
+    """Raise unless the logits (B, draws, classes) of the candidates `name` of the samples `ids` are finite."""
     if not (finite := torch.isfinite(logits).flatten(1).all(dim=1)).all():
         wrong = ids[~finite]
         given = f"NaN or infinity for {len(wrong)} of {len(ids)} images {name!r}, the first of them x[{int(wrong[0])}]"
