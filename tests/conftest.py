@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toolkit import nvcc
@@ -16,8 +19,10 @@ HAS_GPU = torch.cuda.is_available()
 # Read when @triton.jit runs, so it must be set before any kernel is imported.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# Several workers (pytest -n) have as many threads as there are processors each: those that wait must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Several workers (pytest -n) share the processors. What depends on threads sets their number itself.
+if (WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 FLOORS = Path(__file__).parent / "floors.json"
 # Bytes that a GPU must have for what is marked both gpu and slow.
@@ -114,7 +119,32 @@ def _below_floor(config: pytest.Config) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    """All generators that other packages draw from; what ran before decides nothing."""
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_networks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a network of its module, or of models.py, in another mode or with other weights."""
+    import models
+
+    loaded = [load() for load in vars(models).values() if hasattr(load, "cache_info") and load.cache_info().currsize]
+    values = [*vars(request.module).values(), *loaded]
+    networks = [value for value in values if isinstance(value, torch.nn.Module)]
+    before = _state(networks)
+    yield
+    assert _state(networks) == before, "a network that other tests share was changed"
+
+
+def _state(networks: list[torch.nn.Module]) -> list[tuple[Any, ...]]:
+    """The flags of all modules and parameters, and how often the values of each were written."""
+    modules = [module for network in networks for module in network.modules()]
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    return [(id(module), module.training) for module in modules] + [
+        (id(parameter), parameter.requires_grad, parameter._version) for parameter in parameters
+    ]
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from atop_fast.randomness import seeded
 with seeded(0):
     CLASSIFIER = build_classifier("small_cnn", channels=1).eval()
     PURIFIER = build_purifier("unet", channels=1, width=4).eval()
-DEFENSE = Defense(RT2(4, sigma=0.1), PURIFIER, CLASSIFIER)
+# In evaluation mode: torchattacks puts a model back into its own mode with all of its parts.
+DEFENSE = Defense(RT2(4, sigma=0.1), PURIFIER, CLASSIFIER).eval()
 X = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(1))
 Y = torch.tensor([0, 1, 2, 3, 4, 5])
 
