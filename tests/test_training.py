@@ -521,3 +521,15 @@ def test_deepcopied_purifiers_train_alike():
         finetune(Defense(RT, copied, classifier), X, Y, config=config, **QUIET)
         results.append(weights(copied))
     assert equal(*results)
+
+
+@pytest.mark.parametrize(("channels", "laid_out"), [(4, False), (8, True)])
+def test_narrow_strided_convolutions_stay_contiguous(channels, laid_out):
+    """oneDNN's weight gradient of them writes beyond its memory in channels_last, and the process dies later."""
+    convolution = nn.Conv2d(channels, 8, 1, stride=2)
+    network = nn.Sequential(nn.Conv2d(3, channels, 3), convolution, nn.Flatten(), nn.LazyLinear(2))
+    network(torch.rand(1, 3, 8, 8))
+    ClassifierStep(network, ClassifierConfig(), 0)
+    weight = network[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == laid_out
+    assert weight.is_contiguous() != laid_out

@@ -75,7 +75,8 @@ class Step:
         self.dtype = PRECISIONS.get(config.precision)
         if _registry.owner("gated", self.device.type) != "eager":
             for module in self.modules.values():
-                module.to(memory_format=torch.channels_last)
+                if not _breaks_channels_last(module, self.device):
+                    module.to(memory_format=torch.channels_last)
         self.rate, self.share = (torch.full((), v, dtype=torch.float32, device=self.device) for v in (config.lr, 1.0))
         self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
         # The share of all updates that are done, for weights of losses that change over a training.
@@ -396,6 +397,16 @@ def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) 
     # Measured once. As many rows as the network's own pass has must do, too.
     attack.max_batch = max(estimator.rows, -(-len(x) // ROWS) * ROWS)
     return adversarial
+
+
+def _breaks_channels_last(module: nn.Module, device: torch.device) -> bool:
+    """Whether oneDNN would write beyond its memory: weight gradients of strided 1x1 convolutions of 6 channels or fewer.
+
+    Seen with torch 2.11 on CPUs without AVX-512, in channels_last alone.
+    """
+    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
+    narrow = (m for m in convolutions if m.in_channels < 8 and tuple(m.kernel_size) == (1, 1))
+    return device.type == "cpu" and any(max(m.stride) > 1 for m in narrow)
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
