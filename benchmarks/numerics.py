@@ -92,6 +92,8 @@ def exact(z: Tensor, label: int, kind: str) -> tuple[Tensor, Tensor]:
         return rest.log1p() + (z[rows, greatest] - z[:, label]), gradient
     order = z.argsort(dim=1, descending=True, stable=True)
     other = torch.where(order[:, 0] == label, order[:, 1], order[:, 0])
+    if kind.startswith("pm"):
+        return _log_odds(z, label, other, kind)
     losses, gradient = z[rows, other] - z[:, label], torch.zeros_like(z)
     gradient[:, label] = -1
     gradient[rows, other] = 1
@@ -101,6 +103,18 @@ def exact(z: Tensor, label: int, kind: str) -> tuple[Tensor, Tensor]:
         gradient[rows, order[:, 0]] -= losses / width
         gradient[rows, order[:, 2]] += losses / width
     return losses, gradient
+
+
+def _log_odds(z: Tensor, label: int, other: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """log A - log B of docs/math.md#attack_loss, each of them from its own greatest logit."""
+    rows, weight = torch.arange(len(z)), 2.0 if kind == "pm" else 1.0
+    sums = []
+    for member, has_rest in ((other, kind != "pm-other"), (torch.full_like(other, label), kind != "pm-label")):
+        factors = torch.full_like(z, float(has_rest))
+        factors[rows, label] = factors[rows, other] = 0
+        factors[rows, member] = weight
+        sums.append(torch.where(factors > 0, z + factors.log(), -torch.inf))
+    return sums[0].logsumexp(dim=1) - sums[1].logsumexp(dim=1), sums[0].softmax(dim=1) - sums[1].softmax(dim=1)
 
 
 def strength(count: int = 256) -> list[dict[str, Any]]:

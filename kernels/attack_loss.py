@@ -79,6 +79,59 @@ def _ranked(b_z, o_class, b_y, b_target, b_first, b_i1, b_rest, KIND: tl.constex
 
 
 @triton.jit
+def _odds(b_z, o_class, b_y, b_other, KIND: tl.constexpr):
+    """pm and its parts as log A - log B, see csrc/math/attack_loss.h."""
+    IN_A: tl.constexpr = KIND != 5
+    IN_B: tl.constexpr = KIND != 4
+    WEIGHT: tl.constexpr = 2.0 if KIND == 3 else 1.0
+    b_one = tl.full(b_y.shape, 1.0, b_z.dtype)
+    is_y, is_other = o_class == b_y[:, None], o_class == b_other[:, None]
+    b_third = tl.max(tl.where(is_y | is_other, float("-inf"), b_z), axis=1)
+    b_z_y, b_z_o = _pick(b_z, o_class, b_y), _pick(b_z, o_class, b_other)
+    if KIND == 5:
+        b_z_y = tl.where(b_y == b_other, float("-inf"), b_z_y)
+    b_top_a, b_top_b = b_z_o, b_z_y
+    b_unit_a, b_unit_b, b_e_o, b_e_y = b_one * 0.0, b_one * 0.0, b_one, b_one
+    if IN_A:
+        b_top_a = tl.where(b_third > b_z_o, b_third, b_z_o)
+        b_unit = b_top_a
+        b_e_o, _ = exp_and_expm1(b_z_o - b_top_a)
+    if IN_B:
+        b_top_b = tl.where(b_third > b_z_y, b_third, b_z_y)
+        b_unit = b_top_b
+        b_e_y, _ = exp_and_expm1(b_z_y - b_top_b)
+    if IN_A and IN_B:
+        b_unit = tl.where(b_top_a < b_top_b, b_top_a, b_top_b)
+    if IN_A:
+        b_unit_a, _ = exp_and_expm1(b_unit - b_top_a)
+    if IN_B:
+        b_unit_b, _ = exp_and_expm1(b_unit - b_top_b)
+    b_e, _ = exp_and_expm1(b_z - b_unit[:, None])
+    b_e = tl.where(is_y | is_other, 0.0, b_e)
+    b_rest = tl.sum(b_e, axis=1)
+    b_a, b_b = WEIGHT * b_e_o + b_rest * b_unit_a, WEIGHT * b_e_y + b_rest * b_unit_b
+    b_log_a = log1p((WEIGHT * b_e_o - 1.0) + b_rest * b_unit_a)
+    b_log_b = log1p((WEIGHT * b_e_y - 1.0) + b_rest * b_unit_b)
+    b_loss = (b_top_a - b_top_b) + (b_log_a - b_log_b)
+    if IN_A and IN_B:
+        # A - B = 2 (e_o - e_y), as A and B may be nearly equal.
+        is_above = b_z_y > b_z_o
+        _, b_gap = exp_and_expm1(tl.where(is_above, b_z_o - b_z_y, b_z_y - b_z_o))
+        b_difference = -WEIGHT * b_gap * tl.where(is_above, b_unit_a * b_e_y, b_unit_b * b_e_o)
+        b_at_rest = _divide(tl.where(is_above, b_difference, -b_difference), b_a * b_b)
+        b_growth = log1p(_divide(b_difference, tl.where(is_above, b_a, b_b) * (b_unit_a * b_unit_b)))
+        is_near = (b_unit_a > 9.5367431640625e-07) & (b_unit_b > 9.5367431640625e-07)
+        b_loss = tl.where(is_near, tl.where(is_above, -b_growth, b_growth), b_loss)
+    elif IN_A:
+        b_at_rest = _divide(b_unit_a, b_a)
+    else:
+        b_at_rest = -_divide(b_unit_b, b_b)
+    b_move = tl.where(is_y, -_divide(WEIGHT * b_e_y, b_b)[:, None], 0.0)
+    b_move += tl.where(is_other, _divide(WEIGHT * b_e_o, b_a)[:, None], 0.0)
+    return b_loss, (b_e * b_at_rest[:, None] + b_move).to(b_z.dtype)
+
+
+@triton.jit
 def attack_loss_kernel(
     logits,  # [B, K]
     labels,  # [B]
@@ -107,14 +160,24 @@ def attack_loss_kernel(
     b_first, b_i1, b_rest = _take(b_z, o_class)
     if KIND == 0:
         b_loss, b_gradient = _cross_entropy(b_z, o_class, b_y, b_first)
+    elif KIND == 4 or (KIND > 2 and targets is None):
+        # Not from the ranks: with nothing but -inf beside the first they would name its class once more.
+        is_y = o_class == b_y[:, None]
+        b_others = tl.where(is_y, float("-inf"), b_z)
+        is_greatest = (b_others == tl.max(b_others, axis=1)[:, None]) & (is_y == 0)
+        b_other = tl.min(tl.where(is_greatest, o_class, 2147483647), axis=1)
+        b_loss, b_gradient = _odds(b_z, o_class, b_y, b_other, KIND)
     elif targets is None:
         b_loss, b_gradient = _ranked(b_z, o_class, b_y, b_y, b_first, b_i1, b_rest, KIND, False)
     else:
         b_target = tl.load(targets + o_row, is_row, other=0)
         is_broken = is_broken | (b_target < 0) | (b_target >= K)
-        b_loss, b_gradient = _ranked(b_z, o_class, b_y, b_target, b_first, b_i1, b_rest, KIND, True)
+        if KIND > 2:
+            b_loss, b_gradient = _odds(b_z, o_class, b_y, b_target, KIND)
+        else:
+            b_loss, b_gradient = _ranked(b_z, o_class, b_y, b_target, b_first, b_i1, b_rest, KIND, True)
     b_loss = tl.where(is_broken | (b_nan < K), float("nan"), b_loss)
-    # Not finite for the ranked losses, NaN for the cross-entropy.
+    # NaN for the cross-entropy, not finite for the other losses.
     is_lost = b_loss != b_loss if KIND == 0 else b_loss - b_loss != 0.0
     b_gradient = tl.where(is_lost[:, None], float("nan"), b_gradient)
     is_right = (tl.where(b_nan < K, b_nan, b_i1) == b_y) & (is_broken == 0)

@@ -88,6 +88,8 @@ CASES = {
     "attack_loss margin": ("attack_loss.attack_loss_kernel", f"{LOSS} =1 =1024", BLOCK, ("fp32",)),
     "attack_loss dlr": ("attack_loss.attack_loss_kernel", f"{LOSS} =2 =16", MIN_BLOCK, ("fp32",)),
     "attack_loss targets": ("attack_loss.attack_loss_kernel", f"{TARGETED} =2 =1024", BLOCK, ("fp32",)),
+    "attack_loss pm": ("attack_loss.attack_loss_kernel", f"{LOSS} =3 =1024", BLOCK, ("fp32",)),
+    "attack_loss pm targets": ("attack_loss.attack_loss_kernel", f"{TARGETED} =3 =16", MIN_BLOCK, ("fp32",)),
     "attack_loss most classes": ("attack_loss.attack_loss_kernel", f"{TARGETED} =2 =4096", MAX_CLASSES, ("fp32",)),
     # The scores, a share of pasted weights, and their gradient, at 32 x 32 places.
     "diagonals": (

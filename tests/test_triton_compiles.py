@@ -35,6 +35,8 @@ MAX_REGISTERS = {
     "attack_loss margin": 48,
     "attack_loss dlr": 48,
     "attack_loss targets": 72,
+    "attack_loss pm": 56,
+    "attack_loss pm targets": 56,
     "attack_loss most classes": 144,
     "diagonals": 64,
     "diagonals four": 64,

@@ -18,7 +18,7 @@ attack_loss = importlib.import_module("atop_fast.ops.attack_loss")
 
 def attack_loss_cases(device: str) -> Iterator[Case]:
     """Losses and gradients of a batch; ours is the public function, in the backend that the dispatcher calls."""
-    for loss, targeted in (("ce", False), ("margin", False), ("dlr", False), ("dlr", True)):
+    for loss, targeted in (("ce", False), ("margin", False), ("dlr", False), ("dlr", True), ("pm", False)):
         for classes in (10, 100, 1000):
             z = torch.randn(512, classes, device=device)
             labels, targets = torch.randint(classes, (2, 512), device=device)

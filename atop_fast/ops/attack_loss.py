@@ -14,9 +14,13 @@ from ._registry import LIBRARY, NAMESPACE, define
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The number of a loss in the op's argument `kind` is its place here.
-LOSSES = ("ce", "margin", "dlr")
-CE, MARGIN, DLR = range(3)
+LOSSES = ("ce", "margin", "dlr", "pm", "pm-label", "pm-other")
+CE, MARGIN, DLR, PM, PM_LABEL, PM_OTHER = range(6)
+# The losses of the label alone, which know no target.
+UNTARGETED = (CE, PM_LABEL)
 MAX_CLASSES = 2**31 - 1
+# Above this ratio of two sums the logarithm of their quotient comes from their difference.
+NEAR = 2.0**-20
 
 
 class AttackLoss(NamedTuple):
@@ -38,11 +42,28 @@ def formula(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -
         other = torch.where(order[:, 0] == labels, ranked[:, 1], ranked[:, 0])
     else:
         other = z[rows, targets.long()]
+    if kind >= PM:
+        target = torch.where(order[:, 0] == labels, order[:, 1], order[:, 0]) if targets is None else targets.long()
+        return _log_odds(z, labels[:, None], target[:, None], kind)
     difference = other - z[rows, labels]
     if kind == MARGIN:
         return difference
     low = ranked[:, 2] if targets is None else (ranked[:, 2] + ranked[:, 3]) / 2
     return difference / (ranked[:, 0] - low + 1e-12)
+
+
+def _log_odds(z: Tensor, y: Tensor, other: Tensor, kind: int) -> Tensor:
+    """The logarithms of A and B of the derivation, and their difference."""
+    e = (z - z.amax(dim=1, keepdim=True).detach()).exp()
+    e_y, e_o, without_y = e.gather(1, y), e.gather(1, other), e.scatter(1, y, 0)
+    if kind == PM_LABEL:
+        a, b = without_y.sum(dim=1, keepdim=True), e_y
+    elif kind == PM_OTHER:
+        a, b = e_o, e.scatter(1, other, 0).sum(dim=1, keepdim=True)
+    else:
+        rest = without_y.scatter(1, other, 0).sum(dim=1, keepdim=True)
+        a, b = 2 * e_o + rest, 2 * e_y + rest
+    return (a.log() - b.log())[:, 0]
 
 
 def reference(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +78,7 @@ def reference(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int)
         unusable = losses.isnan()
     else:
         target = None if targets is None else targets.clamp(0, z.shape[1] - 1)[:, None]
-        losses, gradient = _ranked(z, y, target, kind)
+        losses, gradient = _ranked(z, y, target, kind) if kind < PM else _odds(z, y, target, kind)
         losses = losses.masked_fill(broken | z.isnan().any(dim=1), torch.nan)
         unusable = ~losses.isfinite()
     return losses, gradient.masked_fill(unusable[:, None], torch.nan), (z.argmax(dim=1) == labels) & ~broken
@@ -91,6 +112,38 @@ def _ranked(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Ten
     for place, move in moves:
         gradient = gradient.scatter_add(1, place, move)
     return losses[:, 0], gradient
+
+
+def _odds(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
+    """pm and its parts: the logarithm of A / B, each of the sums in a unit of its own (docs/math.md#attack_loss)."""
+    order = z.argsort(dim=1, descending=True, stable=True)
+    other = torch.where(order[:, :1] == y, order[:, 1:2], order[:, :1]) if target is None else target
+    in_a, in_b, weight = kind != PM_OTHER, kind != PM_LABEL, 2 if kind == PM else 1
+    rest = z.scatter(1, y, -torch.inf).scatter(1, other, -torch.inf)
+    third, z_o, z_y = rest.amax(dim=1, keepdim=True), z.gather(1, other), z.gather(1, y)
+    if kind == PM_OTHER:
+        z_y = z_y.masked_fill(y == other, -torch.inf)
+    top_a = torch.maximum(third, z_o) if in_a else z_o
+    top_b = torch.maximum(third, z_y) if in_b else z_y
+    unit = torch.minimum(top_a, top_b) if in_a and in_b else (top_a if in_a else top_b)
+    zero, one = torch.zeros_like(z_o), torch.ones_like(z_o)
+    unit_a, e_o = ((unit - top_a).exp(), (z_o - top_a).exp()) if in_a else (zero, one)
+    unit_b, e_y = ((unit - top_b).exp(), (z_y - top_b).exp()) if in_b else (zero, one)
+    e = (z - unit).exp().scatter(1, y, 0).scatter(1, other, 0)
+    r = e.sum(dim=1, keepdim=True)
+    a, b = weight * e_o + r * unit_a, weight * e_y + r * unit_b
+    log_a, log_b = ((weight * e_o - 1) + r * unit_a).log1p(), ((weight * e_y - 1) + r * unit_b).log1p()
+    losses = (top_a - top_b) + (log_a - log_b)
+    if kind == PM:
+        # A - B = 2 (e_o - e_y), as A and B may be nearly equal.
+        is_above, gap = z_y > z_o, -(z_y - z_o).abs().neg().expm1()
+        difference = weight * gap * torch.where(is_above, unit_a * e_y, unit_b * e_o)
+        slope = torch.where(is_above, difference, -difference) / (a * b)
+        growth = (difference / torch.where(is_above, a * (unit_a * unit_b), b * (unit_a * unit_b))).log1p()
+        losses = torch.where(torch.minimum(unit_a, unit_b) > NEAR, torch.where(is_above, -growth, growth), losses)
+    else:
+        slope = unit_a / a if in_a else -unit_b / b
+    return losses[:, 0], (e * slope).scatter_add(1, y, -weight * e_y / b).scatter_add(1, other, weight * e_o / a)
 
 
 OP = define(
@@ -138,13 +191,21 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tenso
         \mathrm{margin} = z_o - z_y \qquad
         \mathrm{dlr} = \frac{z_o - z_y}{z_{\pi_1} - z_{\pi_3} + 10^{-12}}
 
-    and with targets the denominator of dlr is :math:`z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2 + 10^{-12}`.
+    and with targets the denominator of dlr is :math:`z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2 + 10^{-12}`. With p the
+    softmax of z, the probability margin :math:`P = p_o - p_y` and its two parts are taken as log-odds, which rise with
+    them and keep the direction of their gradients where the softmax saturates:
+
+    .. math::
+
+        \mathrm{pm} = \log \frac{1 + P}{1 - P} \qquad
+        \textrm{pm-label} = \log \frac{1 - p_y}{p_y} \qquad
+        \textrm{pm-other} = \log \frac{p_o}{1 - p_o}
 
     Args:
-        logits: (B, K), float32, float64, bfloat16 or float16. margin needs 2 classes, dlr 3, and 4 with targets.
+        logits: (B, K), float32, float64, bfloat16 or float16. ce needs 1 class, dlr 3, and 4 with targets; others 2.
         labels: The true classes, int64 (B,) in [0, K).
-        loss: "ce", "margin" or "dlr".
-        targets: The classes to reach, int64 (B,) in [0, K), for margin and dlr.
+        loss: "ce", "margin", "dlr", "pm", "pm-label" or "pm-other".
+        targets: The classes to reach, int64 (B,) in [0, K), for all but ce and pm-label.
 
     Returns:
         losses (B,); gradient (B, K), of each loss in its own logits (that of the sum: nothing is divided by B); correct
@@ -152,21 +213,24 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tenso
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or class is not as described, `loss` is none of the three, or "ce" has targets.
+        ValueError: If a shape, device or class is not as described, `loss` is none of these, or "ce" or "pm-label" has
+            targets.
 
     Notes:
         The gradient of ce at the label is minus the sum of the other probabilities, and its loss a log1p: both keep
         their relative accuracy for confident predictions (margins up to 80 in float32). The gradient of dlr flows
-        through the sorted logits too. Equal logits rank by class, the lowest first; argmax takes NaN for the greatest,
-        as torch.argmax does. A NaN among the logits makes the loss NaN. Where the loss is NaN, and in margin and dlr
-        infinite, so is the sample's gradient NaN. Classes are checked on the CPU and outside of torch.compile only:
-        elsewhere that would wait for the device, and a label or target that is no class gives NaN and not correct.
-        `losses` is differentiable once in `logits`; `gradient` is a constant.
+        through the sorted logits too. P itself is tanh(pm / 2); the gradients of pm and of its parts do not underflow
+        at any margin between the label and the other class. Equal logits rank by class, the lowest first; argmax takes
+        NaN for the greatest, as torch.argmax does. A NaN among the logits makes the loss NaN. Where the loss is NaN,
+        and in all but ce infinite, so is the sample's gradient NaN. Classes are checked on the CPU and outside of
+        torch.compile only: elsewhere that would wait for the device, and a label or target that is no class gives NaN
+        and not correct. `losses` is differentiable once in `logits`; `gradient` is a constant.
 
     Reference:
         Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks, S&P 2017 (margin); Croce & Hein,
         Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks, ICML 2020,
-        equations 6 and 7 (dlr).
+        equations 6 and 7 (dlr); Xie et al., Towards Million-Scale Adversarial Robustness Evaluation With Stronger
+        Individual Attacks, CVPR 2025 (pm).
 
     Example:
         >>> losses, gradient, correct = atop_fast.ops.attack_loss(torch.randn(8, 10), torch.arange(8), loss="dlr")
@@ -191,11 +255,11 @@ def check_arguments(function: str, logits: Tensor, labels: Tensor, targets: Tens
     """Raise unless the op takes the arguments; the classes themselves are not looked at."""
     if check_tensor(function, "logits", logits).dtype not in DTYPES:
         raise TypeError(message(function, "logits", "a float32, float64, bfloat16 or float16 tensor", logits.dtype))
-    if kind not in (CE, MARGIN, DLR):
-        raise ValueError(message(function, "kind", "0, 1 or 2", kind))
-    if targets is not None and kind == CE:
-        raise ValueError(message(function, "targets", "None for the cross-entropy", "a tensor"))
-    least = (1, 2, 3 if targets is None else 4)[kind]
+    if kind not in range(len(LOSSES)):
+        raise ValueError(message(function, "kind", f"in [0, {len(LOSSES)})", kind))
+    if targets is not None and kind in UNTARGETED:
+        raise ValueError(message(function, "targets", "None for a loss of the label alone", "a tensor"))
+    least = (1, 2, 3 if targets is None else 4, 2, 2, 2)[kind]
     if logits.dim() != 2 or not least <= logits.shape[1] <= MAX_CLASSES:
         expected = f"of shape (B, K) with {least} <= K < 2**31"
         raise ValueError(message(function, "logits", expected, tuple(logits.shape)))

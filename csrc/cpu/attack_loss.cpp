@@ -252,6 +252,35 @@ struct Lanes {
   }
 };
 
+// The N greatest logits of each sample of a tile; leaves the last piece of the classes in it.
+template <typename T, typename C, int N>
+ATOP_HD void rank(Tile<T, C>& tile, Lanes<C, N>& top, const T* logits, int64_t samples, int64_t classes) {
+  for (int64_t k = 0; k < classes; k += tile.kPiece) {
+    const int64_t n = std::min(tile.kPiece, classes - k);
+    tile.read(logits, samples, classes, k, n);
+    for (int64_t i = 0; i < n; ++i) top.insert(tile.z[i], static_cast<int32_t>(k + i));
+  }
+}
+
+template <typename C, int N>
+ATOP_HD math::Greatest<C, N> greatest_of_lane(const Lanes<C, N>& top, int64_t l) {
+  math::Greatest<C, N> greatest;
+  for (int i = 0; i < N; ++i) greatest.value[i] = top.value[i][l], greatest.index[i] = top.index[i][l];
+  return greatest;
+}
+
+// What the loss of sample l says, but for NaN among its logits.
+template <typename T, typename C, int N>
+ATOP_HD void judge(const Rows<T>& rows, const Lanes<C, N>& top, int64_t row, int64_t l, int64_t y, C loss) {
+  const T* z = rows.logits + row * rows.classes;
+  rows.losses[row] = loss;
+  rows.correct[row] = top.index[0][l] == y;
+  if (top.odd[l] != C(0) && has_nan(z, rows.classes)) {
+    rows.losses[row] = NAN;
+    rows.correct[row] = is_argmax(z, rows.classes, y);
+  }
+}
+
 template <typename T, typename C, int N>
 ATOP_CLONES void ranked(Rows<T> rows) {
   using Loss = math::Ranked<C, N>;
@@ -262,11 +291,7 @@ ATOP_CLONES void ranked(Rows<T> rows) {
     const int64_t samples = std::min(kLanes, rows.count - first);
     const T* logits = rows.logits + first * classes;
     Lanes<C, N> top;
-    for (int64_t k = 0; k < classes; k += tile.kPiece) {
-      const int64_t n = std::min(tile.kPiece, classes - k);
-      tile.read(logits, samples, classes, k, n);
-      for (int64_t i = 0; i < n; ++i) top.insert(tile.z[i], static_cast<int32_t>(k + i));
-    }
+    rank(tile, top, logits, samples, classes);
     const Classes y(rows.labels + first, samples, classes);
     const Classes target(rows.targets ? rows.targets + first : nullptr, samples, classes);
     C z_y[kLanes] = {}, z_target[kLanes] = {}, loss[kLanes], move[kMoves][kLanes];
@@ -275,9 +300,7 @@ ATOP_CLONES void ranked(Rows<T> rows) {
     for (int64_t l = 0; l < samples; ++l) z_target[l] = load(logits[l * classes + target.index[l]]);
     const int32_t none = rows.targets ? 0 : -1;
     for (int64_t l = 0; l < kLanes; ++l) {
-      math::Greatest<C, N> greatest;
-      for (int i = 0; i < N; ++i) greatest.value[i] = top.value[i][l], greatest.index[i] = top.index[i][l];
-      const Loss result(greatest, y.index[l], z_y[l], target.index[l] | none, z_target[l]);
+      const Loss result(greatest_of_lane(top, l), y.index[l], z_y[l], target.index[l] | none, z_target[l]);
       loss[l] = result.loss;
       for (int i = 0; i < kMoves; ++i) move[i][l] = result.move[i], index[i][l] = result.index[i];
     }
@@ -285,15 +308,77 @@ ATOP_CLONES void ranked(Rows<T> rows) {
     fill(gradient, samples * classes, C(0));
     for (int64_t l = 0; l < samples; ++l) {
       C* const g = gradient + l * classes;
-      rows.losses[first + l] = loss[l];
-      rows.correct[first + l] = top.index[0][l] == y.index[l];
-      const bool nan = top.odd[l] != C(0) && has_nan(logits + l * classes, classes);
-      if (nan) {
-        rows.losses[first + l] = NAN;
-        rows.correct[first + l] = is_argmax(logits + l * classes, classes, y.index[l]);
-      }
+      judge(rows, top, first + l, l, y.index[l], loss[l]);
       if (math::is_finite(rows.losses[first + l])) {
         for (int i = 0; i < kMoves; ++i) g[index[i][l]] += move[i][l];
+      } else {
+        fill(g, classes, C(NAN));
+      }
+      if (y.broken[l] || target.broken[l]) rows.mark_broken(first + l);
+    }
+  }
+}
+
+// pm and its parts: the ranks first, then the exponentials, which the gradient keeps until all of them are added up.
+template <typename T, typename C>
+ATOP_CLONES void odds(Rows<T> rows, int kind) {
+  Tile<T, C> tile;
+  const int64_t classes = rows.classes;
+  for (int64_t first = 0; first < rows.count; first += kLanes) {
+    const int64_t samples = std::min(kLanes, rows.count - first);
+    const T* logits = rows.logits + first * classes;
+    Lanes<C, 3> top;
+    rank(tile, top, logits, samples, classes);
+    const Classes y(rows.labels + first, samples, classes);
+    const Classes target(rows.targets ? rows.targets + first : nullptr, samples, classes);
+    C z_y[kLanes] = {}, z_other[kLanes] = {}, z_third[kLanes] = {}, unit[kLanes] = {}, rest[kLanes];
+    int32_t other[kLanes] = {};
+    for (int64_t l = 0; l < samples; ++l) {
+      const auto greatest = greatest_of_lane(top, l);
+      // Slots beside a single logit above -inf may name its class once more.
+      int32_t rival = greatest.index[2];
+      for (int i = 1; i >= 0; --i) rival = greatest.index[i] == y.index[l] ? rival : greatest.index[i];
+      other[l] = rows.targets ? target.index[l] : rival;
+      z_y[l] = load(logits[l * classes + y.index[l]]);
+      z_other[l] = load(logits[l * classes + other[l]]);
+      z_third[l] = math::third_of(greatest, y.index[l], other[l]);
+      unit[l] = math::Odds<C>(kind, z_y[l], z_other[l], z_third[l], y.index[l] == other[l]).unit;
+    }
+    C* const gradient = rows.gradient + first * classes;
+    fill(rest, kLanes, C(0));
+    for (int64_t k = 0; k < classes; k += tile.kPiece) {
+      const int64_t n = std::min(tile.kPiece, classes - k);
+      if (classes > tile.kPiece) tile.read(logits, samples, classes, k, n);
+      // Sums of a few terms each, added up in pairs: one of all of them would lose digits.
+      constexpr int64_t kSums = 8;
+      C part[kSums][kLanes] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        const auto c = static_cast<int32_t>(k + i);
+        for (int64_t l = 0; l < kLanes; ++l) {
+          const C e = math::Exp<C>(tile.z[i][l] - unit[l]).exp();
+          tile.z[i][l] = c == y.index[l] || c == other[l] ? C(0) : e;
+          part[i % kSums][l] += tile.z[i][l];
+        }
+      }
+      for (int64_t half = kSums / 2; half; half /= 2) {
+        for (int64_t j = 0; j < half; ++j) {
+          for (int64_t l = 0; l < kLanes; ++l) part[j][l] += part[j + half][l];
+        }
+      }
+      for (int64_t l = 0; l < kLanes; ++l) rest[l] += part[0][l];
+      for (int64_t l = 0; l < samples; ++l) {
+        for (int64_t i = 0; i < n; ++i) gradient[l * classes + k + i] = tile.z[i][l];
+      }
+    }
+    for (int64_t l = 0; l < samples; ++l) {
+      C* const g = gradient + l * classes;
+      math::Odds<C> result(kind, z_y[l], z_other[l], z_third[l], y.index[l] == other[l]);
+      result.finish(rest[l]);
+      judge(rows, top, first + l, l, y.index[l], result.loss);
+      if (math::is_finite(rows.losses[first + l])) {
+        for (int64_t k = 0; k < classes; ++k) g[k] *= result.at_rest;
+        g[y.index[l]] += result.at_y;
+        g[other[l]] += result.at_other;
       } else {
         fill(g, classes, C(NAN));
       }
@@ -313,6 +398,8 @@ void run(const Rows<T>& rows, int kind) {
     }
   } else if (kind == math::kMargin) {
     ranked<T, C, 2>(rows);
+  } else if (kind >= math::kPm) {
+    odds<T, C>(rows, kind);
   } else if (rows.targets) {
     ranked<T, C, 4>(rows);
   } else {

@@ -107,6 +107,41 @@ __global__ void __launch_bounds__(kThreads)
   correct[sample] = !broken && row.argmax() == y;
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    launch_odds_kernel(const T* __restrict__ logits,         // [batch, classes]
+                       const int64_t* __restrict__ labels,   // [batch]
+                       const int64_t* __restrict__ targets,  // [batch] or null
+                       typename Compute<T>::type* __restrict__ losses, typename Compute<T>::type* __restrict__ gradient,
+                       bool* __restrict__ correct, int64_t batch, int classes, int kind) {
+  using C = typename Compute<T>::type;
+  const int64_t sample = thread_index() / kWarp;
+  if (sample >= batch) return;
+  const Row<T, 3> row(logits + sample * classes, classes);
+  const int64_t y = labels[sample];
+  int64_t other = row.top.index[0] == y ? row.top.index[1] : row.top.index[0];
+  if (targets) other = targets[sample];
+  const bool broken = !math::is_class(y, classes) || (targets && !math::is_class(other, classes));
+  const bool usable = !broken && !row.has_nan() && math::is_class(other, classes);
+  const C z_y = usable ? load(row.z[y]) : C(NAN), z_other = usable ? load(row.z[other]) : C(NAN);
+  math::Odds<C> odds(kind, z_y, z_other, math::third_of(row.top, int32_t(y), int32_t(other)), y == other);
+  C rest = 0;
+  for (int j = row.lane; j < classes; j += kWarp) {
+    if (j != y && j != other) rest += math::Exp<C>(load(row.z[j]) - odds.unit).exp();
+  }
+  for (int distance = kWarp / 2; distance; distance /= 2) rest += from_lane(rest, distance);
+  odds.finish(rest);
+  const bool lost = !math::is_finite(odds.loss);
+  for (int j = row.lane; j < classes; j += kWarp) {
+    const C e = j == y || j == other ? C(0) : math::Exp<C>(load(row.z[j]) - odds.unit).exp();
+    const C g = (e * odds.at_rest + (j == y ? odds.at_y : C(0))) + (j == other ? odds.at_other : C(0));
+    gradient[sample * classes + j] = lost ? C(NAN) : g;
+  }
+  if (row.lane) return;
+  losses[sample] = odds.loss;
+  correct[sample] = !broken && row.argmax() == y;
+}
+
 }  // namespace
 
 template <typename T>
@@ -122,6 +157,9 @@ const char* launch_attack_loss(const T* logits, const int64_t* labels, const int
   } else if (kind == math::kMargin) {
     launch_ranked_kernel<T, 2>
         <<<blocks, kThreads, 0, cuda_stream>>>(logits, labels, targets, losses, gradient, correct, batch, k);
+  } else if (kind >= math::kPm) {
+    launch_odds_kernel<T>
+        <<<blocks, kThreads, 0, cuda_stream>>>(logits, labels, targets, losses, gradient, correct, batch, k, kind);
   } else if (targets) {
     launch_ranked_kernel<T, 4>
         <<<blocks, kThreads, 0, cuda_stream>>>(logits, labels, targets, losses, gradient, correct, batch, k);

@@ -4,6 +4,8 @@
 //   ce      log sum_j exp(z_j) - z_y
 //   margin  z_o - z_y                                     o the greatest logit but y's, or the target
 //   dlr     (z_o - z_y) / (z_1st - low + 1e-12)           low = z_3rd, or (z_3rd + z_4th) / 2 with a target
+//   pm      log (1 + P) / (1 - P),  P = p_o - p_y         p the softmax of z
+//   pm-label  log (1 - p_y) / p_y,   pm-other  log p_o / (1 - p_o)
 
 #include <cmath>
 #include <cstdint>
@@ -12,7 +14,7 @@
 
 namespace atop::math {
 
-constexpr int kCrossEntropy = 0, kMargin = 1, kDlr = 2;
+constexpr int kCrossEntropy = 0, kMargin = 1, kDlr = 2, kPm = 3, kPmLabel = 4, kPmOther = 5;
 
 ATOP_HD bool is_class(int64_t label, int64_t classes) {
   return label >= 0 && label < classes;
@@ -93,6 +95,63 @@ struct Ranked {
     }
     move[0] = -slope;
     move[1] = slope;
+  }
+};
+
+// The greatest logit but those of y and `other`, among the three greatest.
+template <typename T>
+ATOP_HD T third_of(const Greatest<T, 3>& top, int32_t y, int32_t other) {
+  T third = -static_cast<T>(INFINITY);
+  for (int i = 2; i >= 0; --i) third = top.index[i] == y || top.index[i] == other ? third : top.value[i];
+  return third;
+}
+
+// pm and its parts are log A - log B, with e_j = exp(z_j) and the sum R of the e_j of all but y and o:
+//
+//   pm        A = 2 e_o + R     B = 2 e_y + R
+//   pm-label  A = e_o + R       B = e_y
+//   pm-other  A = e_o           B = e_y + R
+//
+// Each of A, B and R has a unit of its own, so that neither overflows nor vanishes beside another. Where A / B is above
+// kNear, its logarithm comes from their difference.
+constexpr double kNear = 0x1p-20;
+
+template <typename T>
+struct Odds {
+  bool in_a, in_b;  // whether R is
+  T weight, z_y, z_o, top_a, top_b;
+  T unit;                           // R is the sum of exp(z_j - unit)
+  T loss, at_y, at_other, at_rest;  // at_rest is multiplied by exp(z_j - unit)
+
+  ATOP_HD Odds(int kind, T label, T other, T third, bool is_same)
+      : in_a(kind != kPmOther), in_b(kind != kPmLabel), weight(kind == kPm ? T(2) : T(1)), z_o(other) {
+    // p_o is in 1 - p_o only once.
+    z_y = is_same && kind == kPmOther ? -static_cast<T>(INFINITY) : label;
+    top_a = in_a && third > z_o ? third : z_o;
+    top_b = in_b && third > z_y ? third : z_y;
+    const T smaller = top_a < top_b ? top_a : top_b;
+    unit = in_a && in_b ? smaller : (in_a ? top_a : top_b);
+  }
+
+  ATOP_HD void finish(T rest) {
+    const T one = T(1), unit_a = in_a ? Exp<T>(unit - top_a).exp() : T(0),
+            unit_b = in_b ? Exp<T>(unit - top_b).exp() : T(0);
+    const T e_o = in_a ? Exp<T>(z_o - top_a).exp() : one, e_y = in_b ? Exp<T>(z_y - top_b).exp() : one;
+    const T a = weight * e_o + rest * unit_a, b = weight * e_y + rest * unit_b;
+    const T log_a = log1p_of((weight * e_o - one) + rest * unit_a),
+            log_b = log1p_of((weight * e_y - one) + rest * unit_b);
+    loss = (top_a - top_b) + (log_a - log_b);
+    at_other = weight * e_o / a;
+    at_y = -(weight * e_y / b);
+    // A - B = 2 (e_o - e_y), as A and B may be nearly equal.
+    const bool is_above = z_y > z_o;
+    const T gap = -Exp<T>(is_above ? z_o - z_y : z_y - z_o).expm1();
+    const T difference = weight * gap * (is_above ? unit_a * e_y : unit_b * e_o), slope = difference / (a * b);
+    if (unit_a > T(kNear) && unit_b > T(kNear)) {
+      const T growth = log1p_of(difference / ((is_above ? a : b) * (unit_a * unit_b)));
+      loss = is_above ? -growth : growth;
+    }
+    at_rest = in_a && in_b ? (is_above ? slope : -slope) : (in_a ? unit_a / a : -(unit_b / b));
   }
 };
 

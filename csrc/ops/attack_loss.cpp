@@ -22,9 +22,10 @@ void check_classes_of(const char* argument, const Tensor& t, const Tensor& logit
 void check_arguments(const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& targets, int64_t kind) {
   ATOP_CHECK(is_float(logits.scalar_type()), kFunction, "logits", "a float32, float64, bfloat16 or float16 tensor",
              dtype_text(logits.scalar_type()));
-  ATOP_CHECK(kind >= math::kCrossEntropy && kind <= math::kDlr, kFunction, "kind", "0, 1 or 2", text(kind));
-  ATOP_CHECK(!(targets && kind == math::kCrossEntropy), kFunction, "targets", "None for the cross-entropy", "a tensor");
-  const int64_t least = kind == math::kDlr ? (targets ? 4 : 3) : kind + 1;
+  ATOP_CHECK(kind >= math::kCrossEntropy && kind <= math::kPmOther, kFunction, "kind", "in [0, 6)", text(kind));
+  const bool has_other = kind != math::kCrossEntropy && kind != math::kPmLabel;
+  ATOP_CHECK(!(targets && !has_other), kFunction, "targets", "None for a loss of the label alone", "a tensor");
+  const int64_t least = kind == math::kDlr ? (targets ? 4 : 3) : (kind == math::kCrossEntropy ? 1 : 2);
   ATOP_CHECK(logits.dim() == 2 && logits.size(1) >= least && logits.size(1) <= INT32_MAX, kFunction, "logits",
              text("of shape (B, K) with ", least, " <= K < 2**31"), shape_text(logits));
   check_classes_of("labels", labels, logits);

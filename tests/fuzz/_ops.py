@@ -71,11 +71,11 @@ def project(draw, name):
 
 @of("attack_loss")
 def attack_loss(draw, name):
-    dtype, batch, kind = dtype_of(draw), draw(st.integers(0, 40)), draw(st.integers(0, 2))
+    dtype, batch, kind = dtype_of(draw), draw(st.integers(0, 40)), draw(st.integers(0, 5))
     classes = draw(st.sampled_from((1, 2, 3, 4, 5, 8, 10, 16, 17, 33, 100, 1000)))
     # The op itself takes labels that are no class.
     low, high = draw(st.sampled_from([(0, classes - 1), (-1, classes), I64]))
-    targets = None if kind == 0 else draw(optional(integers((batch,), low, high)))
+    targets = None if kind in (0, 4) else draw(optional(integers((batch,), low, high)))
     return draw(tensors((batch, classes), dtype)), draw(integers((batch,), low, high)), targets, kind
 
 

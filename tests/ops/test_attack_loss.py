@@ -40,12 +40,21 @@ def sample_with_targets(shape, dtype):
     return z, labels, (labels + torch.randint(1, shape[1], shape[:1], device=DEVICE)) % shape[1]
 
 
+def sample_with_likely_targets(shape, dtype):
+    """Neither y nor t is so unlikely that pm is a small difference of large logarithms in its plain formula."""
+    z, labels, targets = sample_with_targets(shape, dtype)
+    likely = torch.zeros_like(z).scatter(1, labels[:, None], 3.0).scatter(1, targets[:, None], 2.0)
+    return z / 2 + likely, labels, targets
+
+
 def spec(kind, has_targets=False):
     return harness.Spec(
         name="attack_loss",
         call=call if has_targets else lambda z, labels, kind: call(z, labels, None, kind),
         formula=spec_module.formula if has_targets else lambda z, y, kind: spec_module.formula(z, y, None, kind),
-        sample=sample_with_targets if has_targets else sample,
+        sample=(sample_with_likely_targets if kind == spec_module.PM else sample_with_targets)
+        if has_targets
+        else sample,
         dtypes=DTYPES,
         shapes=SHAPES,
         exact=False,
@@ -59,6 +68,11 @@ SPECS = {
     "dlr": spec(spec_module.DLR),
     "margin_targets": spec(spec_module.MARGIN, has_targets=True),
     "dlr_targets": spec(spec_module.DLR, has_targets=True),
+    "pm": spec(spec_module.PM),
+    "pm-label": spec(spec_module.PM_LABEL),
+    "pm-other": spec(spec_module.PM_OTHER),
+    "pm_targets": spec(spec_module.PM, has_targets=True),
+    "pm-other_targets": spec(spec_module.PM_OTHER, has_targets=True),
 }
 
 
@@ -102,13 +116,13 @@ def test_matches_formula_for_16_bits(backend, name, dtype, shape):
     check(backend, name, dtype, shape)
 
 
-@cases(name=("ce", "margin", "dlr"))
+@cases(name=("ce", "margin", "dlr", "pm", "pm-label", "pm-other"))
 def test_fewest_classes(backend, name):
-    fewest = {"ce": 1, "margin": 2, "dlr": 3}[name]
+    fewest = {"ce": 1, "dlr": 3}.get(name, 2)
     harness.check_forward(SPECS[name], backend, SPECS[name].sample((20, fewest), torch.float32))
 
 
-@cases(name=("ce", "dlr_targets"), layout=harness.LAYOUTS)
+@cases(name=("ce", "dlr_targets", "pm_targets"), layout=harness.LAYOUTS)
 def test_layouts(backend, name, layout):
     z, labels, targets = sample_with_targets((33, 10), torch.float32)
     tensors = harness.in_layout(z, layout), *(t[:, None].expand(-1, 2)[:, 0] for t in (labels, targets))
@@ -152,6 +166,89 @@ def test_cross_entropy_is_relatively_accurate_for_confident_predictions(backend,
             for actual, wanted in ((losses, rest), (gradient, expected)):
                 error = ((actual.double() - wanted) / wanted).abs().max().item()
                 assert error <= 16 * torch.finfo(dtype).eps
+
+
+def probability_margins(z, labels, others, loss):
+    """What pm and its parts are the log-odds of, and the gradients, in float64, of probabilities as a user has them."""
+    p = z.softmax(dim=1)
+    p_y, p_o = (p.gather(1, classes[:, None])[:, 0] for classes in (labels, others))
+    values = {"pm": p_o - p_y, "pm-label": -p_y, "pm-other": p_o}[loss]
+    (gradient,) = torch.autograd.grad(values.sum(), z)
+    odds = {"pm": ((1 + values) / (1 - values)).log(), "pm-label": -(-values).logit(), "pm-other": values.logit()}
+    return odds[loss].detach(), gradient
+
+
+def greatest_other(z, labels):
+    return z.detach().scatter(1, labels[:, None], -math.inf).argmax(dim=1)
+
+
+@cases(name=("pm", "pm-label", "pm-other", "pm_targets", "pm-other_targets"), classes=(2, 10, 100))
+def test_pm_is_the_log_odds_of_the_probability_margin(backend, name, classes):
+    """The value is its log-odds, and the gradient has the direction of its own."""
+    z, labels, targets = sample_with_targets((50, classes), torch.float64)
+    loss, _, has_targets = name.partition("_")
+    others = targets if has_targets else greatest_other(z, labels)
+    losses, gradient, _ = run(backend, name, (z, labels, targets))
+    expected, wanted = probability_margins(z.requires_grad_(), labels, others, loss)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
+    if loss == "pm":
+        p = z.detach().softmax(dim=1)
+        margin = (p.gather(1, others[:, None]) - p.gather(1, labels[:, None]))[:, 0]
+        torch.testing.assert_close((losses / 2).tanh(), margin)
+    unit = [g / g.abs().amax(dim=1, keepdim=True) for g in (gradient, wanted)]
+    torch.testing.assert_close(*unit, rtol=1e-9, atol=1e-9)
+
+
+@cases(name=("pm", "pm-label", "pm-other", "pm_targets", "pm-other_targets"), dtype=(torch.float32, torch.float64))
+def test_pm_keeps_its_direction_at_any_margin(backend, name, dtype):
+    """Logits of up to a million, where no softmax has a gradient, and those of a twentieth of a unit."""
+    loss, _, has_targets = name.partition("_")
+    spread = torch.randn(40, 10, dtype=torch.float64, device=DEVICE).sort(dim=1)[0]
+    size = torch.logspace(-1.3, 6, 40, dtype=torch.float64, device=DEVICE)
+    z = (spread * size[:, None]).float().double()
+    for label, target in ((9, 8), (8, 9), (9, 7), (0, 5)):
+        labels, targets = (torch.full((40,), value, device=DEVICE) for value in (label, target))
+        others = targets if has_targets else greatest_other(z, labels)
+        losses, gradient, _ = run(backend, name, (z.to(dtype), labels, targets))
+        rows = torch.arange(40)
+        # Log A and log B of the derivation, each from its own greatest logit.
+        sets = {"pm": (2.0, True, True), "pm-label": (1.0, True, False), "pm-other": (1.0, False, True)}
+        weight, in_a, in_b = sets[loss]
+        sums = []
+        for member, has_rest in ((others, in_a), (labels, in_b)):
+            factors = torch.full_like(z, float(has_rest))
+            factors[rows, labels] = factors[rows, others] = 0
+            factors[rows, member] = weight
+            sums.append(torch.where(factors > 0, z + factors.log(), -math.inf))
+        expected = sums[0].softmax(dim=1) - sums[1].softmax(dim=1)
+        tolerance = 64 * torch.finfo(dtype).eps
+        torch.testing.assert_close(gradient.double(), expected, rtol=tolerance, atol=tolerance)
+        wanted = sums[0].logsumexp(dim=1) - sums[1].logsumexp(dim=1)
+        torch.testing.assert_close(losses.double(), wanted, rtol=tolerance, atol=tolerance)
+        if not has_targets:
+            assert (gradient.abs().amax(dim=1) > 0.19).all()
+
+
+@cases(classes=(3, 10, 1001))
+def test_pm_is_relatively_accurate_where_both_classes_are_unlikely(backend, classes):
+    """P is the difference of nearly equal numbers beside 1, and so is every gradient but two."""
+    z = torch.zeros(30, classes, device=DEVICE)
+    z[:, 2], z[:, 0], z[:, 1] = 6, -torch.arange(30) / 4, 1e-3 - torch.arange(30) / 4
+    labels, targets = (
+        torch.zeros(30, dtype=torch.int64, device=DEVICE),
+        torch.ones(30, dtype=torch.int64, device=DEVICE),
+    )
+    for y, t, sign in ((labels, targets, 1), (targets, labels, -1)):
+        losses, gradient, _ = run(backend, "pm_targets", (z, y, t))
+        e = (z.double() - 6).exp()
+        total, a, b = e.sum(dim=1), (e.sum(dim=1) + e[:, 1] - e[:, 0]), (e.sum(dim=1) + e[:, 0] - e[:, 1])
+        difference = e[:, 0] * (z[:, 1].double() - z[:, 0].double()).expm1()
+        wanted = e * (-2 * sign * difference / (a * b))[:, None]
+        wanted[:, 0], wanted[:, 1] = -2 * sign * e[:, 0] / b, 2 * sign * e[:, 1] / a
+        if sign < 0:
+            wanted[:, 0], wanted[:, 1] = 2 * e[:, 0] / b, -2 * e[:, 1] / a
+        for actual, expected in ((losses, 2 * sign * (difference / total).atanh()), (gradient, wanted)):
+            assert ((actual.double() - expected) / expected).abs().max().item() <= 32 * torch.finfo(torch.float32).eps
 
 
 @cases(name=tuple(SPECS))
@@ -249,7 +346,7 @@ def test_gradient_is_a_constant(backend):
     assert (losses.requires_grad, gradient.requires_grad, correct.requires_grad) == (True, False, False)
 
 
-@cases(name=("ce", "margin", "dlr_targets"), layout=("contiguous", "sliced"), requires_grad=(False, True))
+@cases(name=("ce", "margin", "dlr_targets", "pm"), layout=("contiguous", "sliced"), requires_grad=(False, True))
 def test_opcheck(backend, name, layout, requires_grad):
     z, *rest = SPECS[name].sample((4, 5), torch.bfloat16 if layout == "sliced" else torch.float32)
     leaf = harness.in_layout(z, layout).detach().requires_grad_(requires_grad)
@@ -274,7 +371,9 @@ BAD = [
     ({"labels": Y.int()}, TypeError, "labels must be an int64 tensor, got torch.int32"),
     ({"labels": Y[:1]}, ValueError, r"labels must be of shape \(2,\), got \(1,\)"),
     ({"targets": Y[None], "loss": "margin"}, ValueError, r"targets must be of shape \(2,\), got \(1, 2\)"),
-    ({"targets": Y}, ValueError, "targets must be None for the cross-entropy, got a tensor"),
+    ({"targets": Y}, ValueError, "targets must be None for a loss of the label alone, got a tensor"),
+    ({"targets": Y, "loss": "pm-label"}, ValueError, "targets must be None for a loss of the label alone, got a ten"),
+    ({"logits": Z[:, :1], "loss": "pm"}, ValueError, r"with 2 <= K < 2\*\*31, got \(2, 1\)"),
 ]
 
 
@@ -292,7 +391,8 @@ def test_bad_input(backend, bad):
 
 
 def test_wrong_loss():
-    with pytest.raises(ValueError, match="attack_loss: loss must be one of 'ce', 'margin', 'dlr', got 'cw'"):
+    losses = "'ce', 'margin', 'dlr', 'pm', 'pm-label', 'pm-other'"
+    with pytest.raises(ValueError, match=f"attack_loss: loss must be one of {losses}, got 'cw'"):
         ops.attack_loss(Z, Y, "cw")
     with pytest.raises(TypeError, match=r"attack_loss: labels must be a torch.Tensor, got list"):
         ops.attack_loss(Z, [0, 0])
