@@ -11,7 +11,7 @@ if is_command():
 # isort: split
 
 from . import attacks, doctor, evaluation, ops, purifiers, training, transforms
-from .attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PGD, AutoAttack, Square, StAdv
+from .attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PGD, PMA, AutoAttack, Square, StAdv
 from .checkpoints import list_defenses, load_defense, load_model, save_defense, save_model
 from .classifiers import build_classifier
 from .data import Dataset, image_folder, load_data, mnist5k
@@ -36,6 +36,7 @@ __all__ = [
     "FGSM",
     "MIFGSM",
     "PGD",
+    "PMA",
     "RT1",
     "RT2",
     "RT3",

@@ -137,7 +137,7 @@ def test_stuck_gradients_leave_valid_images(trained):
 
 def test_wrong_input_is_named(trained):
     model, _, _ = trained
-    with pytest.raises(ValueError, match="APGD: loss must be one of 'ce', 'margin', 'dlr', got 'kl'"):
+    with pytest.raises(ValueError, match="APGD: loss must be one of 'ce', 'margin', 'dlr', 'pm', got 'kl'"):
         APGD(model, loss="kl")
     with pytest.raises(ValueError, match=r"APGD: rho must be finite and in \[0, 1\], got 2"):
         APGD(model, rho=2)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import FGSM, PGD, RT2, Defense, build_classifier, build_purifier
-from atop_fast.attacks import APGD, APGDT, CW, FAB, MIFGSM, AutoAttack, Square, StAdv
+from atop_fast.attacks import APGD, APGDT, CW, FAB, MIFGSM, PMA, AutoAttack, Square, StAdv
 from atop_fast.randomness import seeded
 
 # Importing and using the other packages warns of their own matters.
@@ -72,6 +72,7 @@ OURS = {
     "FGSM": (FGSM, ("Linf", "L2"), 0.4),
     "PGD": (partial(PGD, steps=8), ("Linf", "L2"), 0.9),
     "MIFGSM": (partial(MIFGSM, steps=8), ("Linf",), 0.9),
+    "PMA": (partial(PMA, steps=8), ("Linf", "L2"), 0.9),
     "APGD": (partial(APGD, steps=8), ("Linf", "L2"), 0.9),
     "APGDT": (partial(APGDT, steps=8, target_classes=2), ("Linf", "L2"), 0.9),
     "FAB": (partial(FAB, steps=8, target_classes=2), ("Linf", "L2"), 0.9),

@@ -8,6 +8,7 @@ from .fab import FAB
 from .gradient import GRADIENT_MODES, Estimate, GradientEstimator, Passes, counted_passes, draw_logits
 from .network import Model, frozen, prepared
 from .pgd import FGSM, MIFGSM, PGD
+from .pma import PMA
 from .square import Square
 from .stadv import StAdv
 from .trace import TraceStep
@@ -22,6 +23,7 @@ __all__ = [
     "MIFGSM",
     "NORMS",
     "PGD",
+    "PMA",
     "Attack",
     "AutoAttack",
     "Estimate",

@@ -41,7 +41,7 @@ class APGD(Attack):
     Args:
         model, norm, eps, eot_iter, gradient, seed, max_batch, early_stop, precision, substitute: see Attack.
         steps: iterations; there is one evaluation more.
-        loss: "ce", "margin" or "dlr", see GradientEstimator.
+        loss: "ce", "margin", "dlr" or "pm", see GradientEstimator.
         restarts: runs from further random points, of the images that some draw still classifies correctly.
         rho: share of the steps since the last checkpoint in which the loss must rise.
         shrink_eps: for L1, spend 3/10 of the steps in the ball of radius 3 eps, 3/10 in 2 eps and the rest in eps, as
@@ -69,7 +69,7 @@ class APGD(Attack):
     ) -> None:
         super().__init__(model, norm, eps, steps=steps, **options)
         name = type(self).__name__
-        self.loss = check_choice(name, "loss", loss, ("ce", "margin", "dlr"))
+        self.loss = check_choice(name, "loss", loss, ("ce", "margin", "dlr", "pm"))
         self.restarts = check_integer(name, "restarts", restarts, low=1)
         self.rho = check_number(name, "rho", rho, low=0, high=1)
         self.shrink_eps = bool(shrink_eps) and norm == "L1"

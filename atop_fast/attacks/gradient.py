@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -82,8 +82,8 @@ class GradientEstimator:
         max_batch: most rows of one pass, at least 8 and rounded down to a multiple of it; by default as many as save
             about 1 GiB for the backward pass. A pass that does not fit into memory is halved, and so are those after
             it, with a warning; only of a model with randomness of its own are the draws then others.
-        loss: "ce", "margin" or "dlr", see atop_fast.ops.attack_loss. Where the model has too few classes for dlr (3,
-            with targets 4), the margin takes its place, without targets with a warning.
+        loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss. Where the model has too few classes for dlr
+            (3, with targets 4), the margin takes its place, without targets with a warning.
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
             float32.
         substitute: differentiable map from images to what it stands for, the purified images; the identity by default.
@@ -129,8 +129,9 @@ class GradientEstimator:
         ids: Tensor,
         t: Tensor,
         targets: Tensor | None = None,
-        loss: str | None = None,
+        loss: str | Sequence[str] | None = None,
         summed: bool = True,
+        which: Tensor | None = None,
     ) -> Estimate:
         """Loss and gradient.
 
@@ -139,9 +140,10 @@ class GradientEstimator:
             labels, ids: classes and sample ids, int64 (B,).
             t: int64 (B,); row b uses the draws t[b] * eot_iter .. t[b] * eot_iter + eot_iter - 1.
             targets: int64 (B,), the other class of a targeted loss.
-            loss: another loss than the estimator's.
+            loss: another loss than the estimator's; or several, of which each row has the one that `which` says.
             summed: False for those to whom the gradient's scale does not matter: they get the sum over the draws, or,
                 where one pass holds all draws, their gradients (eot_iter, B, C, H, W), which the step ops add up.
+            which: int64 (B,), places in `loss`.
         """
         self._measure(x)
         first_draws = t * self.eot_iter
@@ -149,7 +151,7 @@ class GradientEstimator:
         sums = x.new_zeros((2, len(x)), dtype=torch.float32)
 
         def differentiated(part: _Pass) -> tuple[Tensor, AttackLoss]:
-            return self._differentiated(part, x, labels, ids, first_draws, targets, loss)
+            return self._differentiated(part, x, labels, ids, first_draws, targets, loss, which)
 
         for part, (gradient, result) in self._passes(x, differentiated, graph=True):
             if not summed and self.eot_iter > 1 and part.count == self.eot_iter * len(x):
@@ -181,14 +183,20 @@ class GradientEstimator:
         ids: Tensor,
         first_draws: Tensor,
         targets: Tensor | None,
-        loss: str | None,
+        loss: str | Sequence[str] | None,
+        which: Tensor | None,
     ) -> tuple[Tensor, AttackLoss]:
         """One pass forward and backward: the gradients and losses of its rows."""
         leaf = part.take(x).detach().requires_grad_()
         with torch.enable_grad(), self._autocast(x):
             logits = self._forward(leaf, part, ids, first_draws).float()
         rivals = None if targets is None else part.take(targets)
-        result = attack_loss(logits.detach(), part.take(labels), self._loss(loss, logits, targets), rivals)
+        if which is None:
+            assert loss is None or isinstance(loss, str)
+            result = attack_loss(logits.detach(), part.take(labels), self._loss(loss, logits, targets), rivals)
+        else:
+            assert loss is not None
+            result = _chosen(logits.detach(), part.take(labels), rivals, loss, part.take(which))
         # Confident networks have gradients near the smallest numbers, with which CPUs compute slowly and which float16
         # does not have: the backward pass gets rows of size 1. Powers of two change no bits.
         largest = result.gradient.abs().amax(dim=1).nan_to_num(1.0).clamp(2.0**-100, 2.0**100)
@@ -363,6 +371,17 @@ class _Pass:
             size = min(self.count - row, self.batch - sample)
             yield slice(row, row + size), slice(sample, sample + size)
             row += size
+
+
+def _chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[str], which: Tensor) -> AttackLoss:
+    """Each row's loss of several."""
+    results = [attack_loss(z, labels, loss, None if loss in ("ce", "pm-label") else targets) for loss in losses]
+    values, gradient, correct = results[0]
+    for place, other in enumerate(results[1:], 1):
+        is_other = which == place
+        values = torch.where(is_other, other.losses, values)
+        gradient = torch.where(is_other[:, None], other.gradient, gradient)
+    return AttackLoss(values, gradient, correct)
 
 
 def draw_logits(

@@ -1,0 +1,188 @@
+"""The probability margin attack (Xie et al., CVPR 2025)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_integer
+from ..ops import pgd_step_l1, pgd_step_l2, pgd_step_linf, project_l1, random_normal
+from ..randomness import Tag, derive_seed
+from .base import NORMS, Attack, better_candidate, initial_state, per_image
+from .gradient import Estimate, GradientEstimator
+from .network import Model
+from .pgd import random_start
+from .queue import State, run_queue
+
+# What a row may climb on at a step; its number is the place here.
+PARTS = ("pm", "pm-label", "pm-other")
+MARGIN, LABEL, OTHER = range(3)
+# Share of the entries that a step in L1 moves, at the start of a half and at its end.
+SHARES = (0.1, 0.01)
+
+
+class PMA(Attack):
+    """Probability Margin Attack: signed or normalised steps on P = max_{k != y} p_k - p_y, p the softmax.
+
+    Two runs from random starts. The first step of each goes down on -p_y, the others of the first half up on -p_y in
+    one run and on max_{k != y} p_k in the other, those of the second half up on P. In both halves of N / 2 steps the
+    step size falls from 2 eps to 0:
+
+        x <- P(x + alpha_i dir(g)),   alpha_i = eps (1 + cos(pi (i - 1) / (N / 2))),   i = 0 .. N / 2, and then anew
+
+    The gradients are those of the log-odds of P, p_y and p_k (atop_fast.ops.attack_loss), which have the directions of
+    the paper's and do not vanish with confident predictions.
+
+    The candidate of an image is the iterate that fewest draws classify correctly, ties broken by the larger loss, of
+    the second halves alone.
+
+    Args:
+        model, norm, eps, eot_iter, gradient, seed, max_batch, early_stop, precision, substitute: see Attack.
+        steps: N, of each run; there is one evaluation more.
+        restarts: pairs of runs from further random points, of the images that some draw still classifies correctly.
+        target_classes: 0 for the two runs above; n for n runs, each towards one of the n classes that follow the most
+            likely one at the image itself: the first half climbs on p_t, the second on p_t - p_y.
+
+    Departures from the original: an image's random starts are functions of (seed, sample id); a class that ties is the
+    lowest; L2 and L1, which the paper does not have. A step in L1 moves the largest tenth of the gradient's entries,
+    falling to a hundredth within each half.
+    """
+
+    norms = NORMS
+    loss = "pm"
+    # How often the schedule is gone through.
+    rounds = 2
+
+    def __init__(
+        self,
+        model: Model,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 100,
+        restarts: int = 1,
+        target_classes: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, norm, eps, steps=steps, **options)
+        self.restarts = check_integer("PMA", "restarts", restarts, low=1)
+        self.target_classes = check_integer("PMA", "target_classes", target_classes, low=0)
+
+    def search(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        if not self.target_classes:
+            return super().search(estimator, images, labels, ids, start)
+        clean = estimator.logits(images, ids, torch.zeros_like(labels)).mean(dim=1)
+        # One copy for each call: the number of classes belongs to the call.
+        this = copy.copy(self)
+        this.rounds = min(self.target_classes, clean.shape[1] - 1)
+        order = clean.argsort(dim=1, descending=True, stable=True)[:, 1 : this.rounds + 1]
+        return run_queue(this, estimator, images, labels, ids, start, {"order": order}, self.trace)
+
+    def length(self) -> int | None:
+        return None if self.early_stop else self.rounds * (self.steps + 1)
+
+    def begin(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> State:
+        if start is None:
+            start = self._random_start(images, estimator.seed, ids)
+        again = self._random_start(images, derive_seed(estimator.seed, "round"), ids)
+        state = initial_state(images, labels, ids, start.clone())
+        loss = torch.full(labels.shape, -torch.inf, device=labels.device)
+        return state | {
+            "best": images.clone(),
+            "start": start,
+            "again": again,
+            "candidate_correct": torch.full_like(loss, 2.0),
+            "candidate_loss": loss,
+        }
+
+    def step(self, estimator: GradientEstimator, state: State) -> None:
+        tables = _tables(self.steps, self.rounds, bool(self.target_classes), state["x"].device)
+        now = tables.at(state["t"])
+        begun = torch.where(per_image(now["is_odd"]), state["again"], state["start"])
+        x = torch.where(per_image(now["is_first"]), begun, state["x"])
+        estimate = self._estimate(estimator, state, x, now)
+        self.observe(estimate.loss, estimate.correct)
+        self._keep_candidate(state, x, estimate, now)
+        if self.early_stop:
+            state["done"] |= estimate.correct == 0
+        assert estimate.gradient is not None
+        state["x"] = self._moved(x, estimate.gradient, state["x0"], now)
+        state["t"] += ~state["done"]
+        state["done"] |= state["t"] >= tables.length
+        # The index must stay inside of the tables for rows that nobody has fetched yet.
+        state["t"].clamp_(max=tables.length - 1)
+
+    def _estimate(self, estimator: GradientEstimator, state: State, x: Tensor, now: State) -> Estimate:
+        targets = state["order"].gather(1, now["round"][:, None])[:, 0] if "order" in state else None
+        return estimator(
+            x, state["labels"], state["ids"], state["t"], targets, loss=PARTS, which=now["part"], summed=False
+        )
+
+    def _keep_candidate(self, state: State, x: Tensor, estimate: Estimate, now: State) -> None:
+        # The losses of the first half are other ones.
+        loss = torch.where(now["part"] == MARGIN, estimate.loss, -torch.inf)
+        better = better_candidate(estimate.correct, loss, state["candidate_correct"], state["candidate_loss"])
+        better &= ~state["done"]
+        state["best"] = torch.where(per_image(better), x, state["best"])
+        state["candidate_correct"] = torch.where(better, estimate.correct, state["candidate_correct"])
+        state["candidate_loss"] = torch.where(better, loss, state["candidate_loss"])
+
+    def _moved(self, x: Tensor, gradient: Tensor, x0: Tensor, now: State) -> Tensor:
+        alpha = (self.eps * now["alpha"]).to(x.dtype)
+        if self.norm == "L1":
+            count = (now["share"] * x[0].numel()).long().clamp(min=1)
+            return pgd_step_l1(x, gradient, x0, alpha, self.eps, count)
+        step = pgd_step_linf if self.norm == "Linf" else pgd_step_l2
+        return step(x, gradient, x0, alpha, self.eps)
+
+    def _random_start(self, images: Tensor, seed: int | Tensor, ids: Tensor) -> Tensor:
+        """A random point of the ball, clipped to [0, 1]; keyed by (seed, id)."""
+        if self.norm != "L1":
+            return random_start(self.norm, images, self.eps, seed, ids)
+        direction = random_normal(images.shape[1:], seed, ids, 0, Tag.START).to(images.dtype)
+        return project_l1(images + direction, images, self.eps)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What happens at each evaluation of a row, (length,): the schedule of all rounds."""
+
+    is_first: Tensor  # the evaluation of the round's start
+    is_odd: Tensor  # of an odd round
+    part: Tensor  # what the step after it climbs on, a place in PARTS
+    alpha: Tensor  # length of that step, in units of eps; below 0 downwards
+    share: Tensor  # of the entries that it moves in L1
+    round: Tensor
+
+    @property
+    def length(self) -> int:
+        return len(self.alpha)
+
+    def at(self, t: Tensor) -> State:
+        """The entries of rows at t (B,)."""
+        return {name: values[t] for name, values in vars(self).items()}
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(steps: int, rounds: int, targeted: bool, device: torch.device) -> _Tables:
+    half, rows = steps / 2, []
+    for number in range(rounds):
+        first_part = OTHER if targeted or number % 2 else LABEL
+        for i in range(steps + 1):
+            part = LABEL if i == 0 and i < steps else (first_part if i < half else MARGIN)
+            turn = (i - 1) / half if i <= half else (i - half - 1) / half
+            size = 1 + math.cos(math.pi * turn)
+            share = SHARES[1] + (SHARES[0] - SHARES[1]) * size / 2
+            rows.append((i == 0, number % 2 == 1, part, -size if i == 0 else size, share, number))
+    kinds = (torch.bool, torch.bool, torch.int64, torch.float32, torch.float32, torch.int64)
+    columns = zip(zip(*rows, strict=True), kinds, strict=True)
+    return _Tables(*(torch.tensor(column, dtype=dtype, device=device) for column, dtype in columns))
