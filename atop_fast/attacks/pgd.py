@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._checks import check_choice, check_integer, check_number
 from ..ops import pgd_step_l2, pgd_step_linf, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
 from .base import MAX_LENGTH, Attack, initial_state, norm_l2, per_image, project_l2
@@ -15,32 +16,39 @@ from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
 
+SCHEDULES = ("constant", "cosine")
+
 
 class PGD(Attack):
     """Projected gradient ascent on the cross-entropy.
 
         Linf: x <- clip(x + alpha sign(g), x0 +- eps)        L2: x <- project(x + alpha g / |g|_2, ball of radius eps)
 
-    each clipped to [0, 1], with g the GradientEstimator's gradient (Madry et al., 2018, equation 2).
+    each clipped to [0, 1], with g the GradientEstimator's gradient (Madry et al., 2018, equation 2). With momentum
+    the step goes along m instead of g (Dong et al., 2018, equation 6), with m = 0 at the start:
+
+        m <- momentum m + g / mean|g|
+
+    With a random model, momentum averages over the draws of all steps so far: one draw a step and many steps then do
+    better than many draws a step (docs/attacks.md).
 
     Args:
         model, norm, eps: see Attack; norm "Linf" or "L2".
-        alpha: step size in the unit of eps; default 2.5 * eps / steps.
+        alpha: step size in the unit of eps; default 2.5 * eps / steps, and eps for the cosine.
         steps: gradient steps.
+        momentum: 0 for none; 0.9 is recommended for random models.
+        schedule: of the step sizes: "constant", or "cosine" for alpha (1 + cos(pi t / steps)) / 2 at step t = 0, 1, ...
         restarts: runs; all but the first are of the images that some of `selection_draws` draws, which no attack step
             has seen, still classifies correctly. The candidate of an image is the one that is classified correctly in
             the fewest of them, ties broken by the larger mean cross-entropy.
         random_start: start from a uniformly random point of the ball instead of the image; restarts always do.
         eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
-        early_stop: see Attack. In Linf an iterate that comes back also ends an image: what follows would only repeat
-            iterates that were classified correctly.
+        early_stop: see Attack. In Linf with constant steps and no momentum an iterate that comes back also ends an
+            image: what follows would only repeat iterates that were classified correctly.
         selection_draws: draws of the choice among restarts; with early_stop one, as all are the same.
 
     Called as Attack says.
     """
-
-    # Whether the gradient is needed as one tensor.
-    summed = False
 
     def __init__(
         self,
@@ -55,11 +63,16 @@ class PGD(Attack):
         gradient: str = "exact",
         selection_draws: int = 8,
         seed: int = 0,
+        momentum: float = 0.0,
+        schedule: str = "constant",
         **options: Any,
     ) -> None:
         super().__init__(model, norm, eps, steps=steps, eot_iter=eot_iter, gradient=gradient, seed=seed, **options)
         name = type(self).__name__
-        alpha = 2.5 * self.eps / self.steps if alpha is None else alpha
+        self.momentum = check_number(name, "momentum", momentum, low=0)
+        self.schedule = check_choice(name, "schedule", schedule, SCHEDULES)
+        if alpha is None:
+            alpha = 2.5 * self.eps / self.steps if schedule == "constant" else self.eps
         self.alpha = check_number(name, "alpha", alpha, low=0, high=2.5 * MAX_LENGTH)
         self.restarts = check_integer(name, "restarts", restarts, low=1)
         self.selection_draws = check_integer(name, "selection_draws", selection_draws, low=1)
@@ -85,13 +98,15 @@ class PGD(Attack):
         else:
             x = images.clone()
         state = initial_state(images, labels, ids, x)
-        if self.early_stop and self.norm == "Linf":
+        if self.momentum:
+            state["momentum"] = torch.zeros_like(images)
+        elif self.early_stop and self.norm == "Linf" and self.schedule == "constant":
             state["earlier"] = x.clone()
         return state
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
         # The sign and the direction of a sum over draws are those of the mean.
-        estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], summed=self.summed)
+        estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], summed=self.momentum > 0)
         self.observe(estimate.loss, estimate.correct)
         if self.early_stop:
             state["done"] |= estimate.correct == 0
@@ -104,8 +119,17 @@ class PGD(Attack):
             self._end_cycles(state)
 
     def _moved(self, state: State, gradient: Tensor) -> Tensor:
+        if self.momentum:
+            gradient = torch.nan_to_num(gradient)
+            scale = per_image(gradient.flatten(1).abs().mean(dim=1)).clamp_min(1e-30)
+            gradient = state["momentum"] = self.momentum * state["momentum"] + gradient / scale
         step = pgd_step_linf if self.norm == "Linf" else pgd_step_l2
-        return step(state["x"], gradient, state["x0"], self.alpha, self.eps)
+        return step(state["x"], gradient, state["x0"], self._step_size(state), self.eps)
+
+    def _step_size(self, state: State) -> float | Tensor:
+        if self.schedule == "constant":
+            return self.alpha
+        return self.alpha / 2 * (1 + torch.cos(state["t"].to(state["x"].dtype) * (math.pi / self.steps)))
 
     def _end_cycles(self, state: State) -> None:
         """End images whose iterate equals that of step 2^k, the latest power of two (Brent's cycle detection, 1980)."""
@@ -135,7 +159,6 @@ class MIFGSM(PGD):
     """
 
     norms = ("Linf",)
-    summed = True
 
     def __init__(
         self,
@@ -147,24 +170,9 @@ class MIFGSM(PGD):
         decay: float = 1.0,
         **options: Any,
     ) -> None:
-        super().__init__(model, norm, eps, alpha, steps, random_start=False, **options)
+        decay = check_number("MIFGSM", "decay", decay, low=0)
+        super().__init__(model, norm, eps, alpha, steps, random_start=False, momentum=decay, **options)
         self.alpha = self.eps / self.steps if alpha is None else self.alpha
-        self.decay = check_number("MIFGSM", "decay", decay, low=0)
-
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
-        state = super().begin(estimator, images, labels, ids, start)
-        # An iterate that comes back is no cycle, as the momentum is another.
-        state.pop("earlier", None)
-        state["momentum"] = torch.zeros_like(images)
-        return state
-
-    def _moved(self, state: State, gradient: Tensor) -> Tensor:
-        gradient = torch.nan_to_num(gradient)
-        scale = per_image(gradient.flatten(1).abs().mean(dim=1)).clamp_min(1e-30)
-        state["momentum"] = self.decay * state["momentum"] + gradient / scale
-        return super()._moved(state, state["momentum"])
 
 
 def random_start(norm: str, images: Tensor, eps: float, seed: int | Tensor, ids: Tensor) -> Tensor:
