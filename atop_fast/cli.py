@@ -281,7 +281,8 @@ def evaluate(
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
-        protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper or unseen (docs/evaluation.md).
+        protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen, eot-fast or fast
+            (docs/evaluation.md).
         norm: norm of the threat model; default the protocol's.
         eps: its radius, in units of [0, 1] pixels; default the protocol's.
         steps: PGD steps of the protocol quick; default 20.

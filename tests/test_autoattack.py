@@ -11,7 +11,7 @@ from small_task import places, trained_classifier
 from torch import nn
 
 from atop_fast import RT2, Defense
-from atop_fast.attacks import AutoAttack
+from atop_fast.attacks import AutoAttack, counted_passes
 from atop_fast.attacks.autoattack import NAMES, VERSIONS
 
 EPS = {"Linf": 0.07, "L2": 0.8, "L1": 4.5}
@@ -50,6 +50,9 @@ def test_versions():
     assert settings("rand") == [("APGD", "ce", 1, 20, False), ("APGD", "dlr", 1, 20, False)]
     assert settings("rand", eot_iter=3) == [("APGD", "ce", 1, 3, False), ("APGD", "dlr", 1, 3, False)]
     assert settings("custom", attacks_to_run=("square", "apgd-dlr")) == [square, dlr]
+    pma = ("PMA", "pm", 1, 1, True)
+    assert settings("fast") == [pma, targeted]
+    assert settings("fast", complete=True) == [pma, targeted, ce, fab, square]
 
 
 def test_defaults_are_those_of_the_original():
@@ -200,7 +203,8 @@ def test_no_images_and_progress(capsys):
     [
         ({"norm": "L0"}, "AutoAttack: norm must be one of 'Linf', 'L2', 'L1', got 'L0'"),
         ({"eps": -1.0}, "AutoAttack: eps must be finite and >= 0, got -1.0"),
-        ({"version": "quick"}, "AutoAttack: version must be one of 'standard', 'plus', 'rand', 'custom', got 'quick'"),
+        ({"version": "quick"}, "AutoAttack: version must be one of 'standard', 'plus', 'rand', 'fast', 'custom', got"),
+        ({"complete": True}, "AutoAttack: complete must be False for all versions but 'fast', got True"),
         ({"version": "custom"}, "AutoAttack: attacks_to_run must be given with version 'custom', and only then, got"),
         ({"attacks_to_run": ("square",)}, "AutoAttack: attacks_to_run must be given with version 'custom'"),
         ({"version": "custom", "attacks_to_run": ("fab",)}, "attacks_to_run must be one of 'apgd-ce', .*'fab'"),
@@ -226,6 +230,23 @@ def test_wrong_arguments_are_named():
         attack().run_standard_evaluation(X, Y[:3])
     with pytest.raises((TypeError, ValueError), match="AutoAttack: sample_ids must"):
         attack()(X, Y, sample_ids=torch.arange(3))
+
+
+@pytest.mark.parametrize(("loader", "norm", "eps"), [("robust", "Linf", 0.24), ("standard", "L2", 1.1)])
+def test_fast_leaves_as_much_as_standard_in_fewer_passes(loader, norm, eps):
+    model, data = getattr(models, f"{loader}_mnist")(), models.mnist()
+    x, y = data.images[:64], data.labels[:64]
+    left, passes = [], []
+    for version, options in (("standard", {}), ("fast", {}), ("fast", {"complete": True})):
+        whole = AutoAttack(model, norm, eps, version, steps=20, queries=200, **options)
+        with counted_passes() as counted:
+            adversarial = whole(x, y)
+        left.append(int(right(model, adversarial, y).sum()))
+        passes.append(counted.forward + counted.backward)
+    assert 5 < left[0] < 60
+    assert left[1] <= left[0] + 2
+    assert left[2] <= left[1]
+    assert passes[1] < passes[0]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ def test_pgd_protocols_run_with_their_settings(name, monkeypatch):
     assert report.passes["short"]["backward"] == 8 * 3 * expected[2]
 
 
+def test_eot_fast_takes_400_passes_an_image():
+    (attack,) = build_attacks(PROTOCOLS["eot-fast"], DEFENSE, "Linf", 0.1, 0).values()
+    assert (attack.steps, attack.eot_iter, attack.momentum, attack.schedule) == (400, 1, 0.9, "cosine")
+
+
 @pytest.mark.parametrize("name", PROTOCOLS)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_every_protocol_can_be_built(name, deterministic):

@@ -55,6 +55,7 @@ def _apgd(loss: str, **options: Any) -> Entry:
 _RAND = {"apgd_ce": _apgd("ce", eot_iter=20), "apgd_dlr": _apgd("dlr", eot_iter=20)}
 _CROCE = "Croce and Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse attacks, ICML 2020"
 _LEE = "Lee and Kim, Robust evaluation of diffusion-based adversarial purification, ICCV 2023"
+_XIE = "Xie et al., Towards million-scale adversarial robustness evaluation with stronger individual attacks, CVPR 2025"
 _ATOP = "Lin et al., Adversarial training on purification, ICLR 2024"
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -96,6 +97,15 @@ PROTOCOLS: dict[str, Protocol] = {
         _ATOP + "; Xiao et al., Spatially transformed adversarial examples, ICLR 2018",
         norm="L2",
         eps=0.5,
+    ),
+    "eot-fast": Protocol(
+        {"pgd400": Entry("PGD", {"steps": 400, "momentum": 0.9, "schedule": "cosine"})},
+        "Athalye et al., ICML 2018; Dong et al., CVPR 2018: one draw a step, averaged by momentum over 400 steps",
+    ),
+    "fast": Protocol(
+        {"pma": Entry("PMA", {"steps": 100}), "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 9})},
+        _XIE + " (PMA+)",
+        cascade=True,
     ),
 }  # fmt: skip
 
