@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mnist, standard_mnist
 
 from atop_fast import RT2, Defense
 from atop_fast.attacks import APGD, APGDT, FAB, MIFGSM, PGD, Square, counted_passes, draw_logits
 from atop_fast.randomness import derive_seed
-from tests.models import mnist, standard_mnist
 
 RESTARTS, COUNT = 4, 24
 IDS = torch.arange(COUNT) * 3

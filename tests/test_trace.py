@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
+import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from models import mnist, standard_mnist
+from toolkit import ranks
 
 from atop_fast import RT2, Defense, evaluate
 from atop_fast.attacks import (
@@ -27,7 +32,6 @@ from atop_fast.attacks import (
 )
 from atop_fast.evaluation import quick_attacks
 from atop_fast.evaluation.tracing import mean_trace
-from tests.models import mnist, standard_mnist
 
 COUNT = 12
 IDS = torch.arange(COUNT) * 7
@@ -283,3 +287,27 @@ def test_a_callback_of_the_callers_is_called_too(digits):
     with torch.no_grad():
         assert steps[0].accuracy >= steps[-1].accuracy
         assert math.isfinite(F.cross_entropy(standard_mnist()(x), y))
+
+
+def one_of_two(number: int, variables: dict[str, str], folder: str) -> None:
+    """One process of an evaluation, as torchrun would start it."""
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    report = run(Path(folder) / "trace.jsonl", Path(folder) / "run")
+    (Path(folder) / f"rank{number}.json").write_text(json.dumps(report.trace))
+
+
+@pytest.mark.slow
+def test_two_processes_tell_what_one_tells(tmp_path):
+    whole = run(tmp_path / "whole.jsonl")
+    arguments = [(number, variables, str(tmp_path)) for number, variables in enumerate(ranks(2))]
+    # As in test_evaluate_runs.py.
+    spawn = multiprocessing.get_context("forkserver")
+    processes = [spawn.Process(target=one_of_two, args=args, daemon=True) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert lines(tmp_path / "trace.jsonl") == lines(tmp_path / "whole.jsonl")
+    assert all(json.loads((tmp_path / f"rank{number}.json").read_text()) == whole.trace for number in range(2))

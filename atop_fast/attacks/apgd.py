@@ -236,7 +236,7 @@ class APGDT(APGD):
             order = clean.argsort(dim=1, descending=True, stable=True)[:, 1:]
         order = order[:, : self.target_classes]
         this.rounds = order.shape[1]
-        return run_queue(this, estimator, images, labels, ids, start, {"order": order}, self.trace)
+        return run_queue(this, estimator, images, labels, ids, start, {"order": order})
 
     def _nearest_classes(
         self, estimator: GradientEstimator, logits: Tensor, images: Tensor, labels: Tensor, ids: Tensor

@@ -191,7 +191,7 @@ class Attack(ABC):
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
         """One run over the images."""
-        return run_queue(self, estimator, images, labels, ids, start, trace=self.trace)
+        return run_queue(self, estimator, images, labels, ids, start)
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         """The estimator, of draws that no search sees, by which candidates are ranked."""

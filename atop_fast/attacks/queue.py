@@ -43,12 +43,11 @@ def run_queue(
     ids: Tensor,
     start: Tensor | None = None,
     given: State | None = None,
-    trace: Trace | None = None,
 ) -> Tensor:
     """Run the program over all images; what "best" holds for each when it is done, (N, C, H, W).
 
-    `given` are further tensors (N, ...) of which each row's state gets its part. `trace` is told of
-    every iteration.
+    `given` are further tensors (N, ...) of which each row's state gets its part. An attack's
+    trace, if there is one, is told of every iteration.
 
     The batch always has a multiple of 8 rows. When the queue is empty it shrinks.
     """
@@ -59,6 +58,8 @@ def run_queue(
         begun = None if start is None else start[index]
         state = program.begin(estimator, images[index], labels[index], ids[index], begun)
         return state | {key: value[index] for key, value in (given or {}).items()}
+
+    trace: Trace | None = getattr(program, "trace", None)
 
     def step() -> None:
         if trace is None:
