@@ -9,6 +9,7 @@ again, so that a stopped call goes on, and a better classifier can judge them la
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -81,19 +82,25 @@ def main() -> None:
 
 
 def file_name(options: dict[str, int], sigma: float, ratio: float) -> str:
-    form = "-".join(f"{key}{value}" for key, value in options.items())
-    return f"{form}-sigma{sigma:g}-mask{ratio:g}.safetensors"
+    return f"{form_name(options)}-sigma{sigma:g}-mask{ratio:g}.safetensors"
+
+
+def form_name(options: dict[str, int]) -> str:
+    return "-".join(f"{key}{value}" for key, value in options.items())
 
 
 def config(updates: int) -> PretrainConfig:
     return PretrainConfig(
-        epochs=1000, updates=updates, batch_size=BATCH, lr=2e-3, schedule="onecycle", gan_weight=0, average="ema",
-        ema_decay=0.99,
+        epochs=1000, updates=updates, batch_size=BATCH, lr=2e-3, schedule="onecycle", gan_weight=0, betas=(0.5, 0.95),
+        average="ema", ema_decay=0.99,
     )  # fmt: skip
 
 
 def make(path: Path, options: dict[str, int], sigma: float, ratio: float, train: Tensor, seconds: float) -> None:
-    """Pre-train a purifier for about so many seconds of this thread, and write it with what it took."""
+    """Pre-train a purifier for about so many seconds of this thread, and write it with what it took.
+
+    How many updates these are is measured once for every form, so that the pilots of one differ in nothing else.
+    """
     if path.exists():
         return
     transform = RT2(4, ratio, sigma=sigma)
@@ -105,13 +112,18 @@ def make(path: Path, options: dict[str, int], sigma: float, ratio: float, train:
         pretrain(purifier, transform, train, config=config(updates), progress=False)
         return purifier, time.thread_time() - start
 
-    # The first updates of a process take longer than the others.
-    trained(2)
-    _, trial = trained(12)
-    purifier, spent = trained(max(1, int(seconds * 12 / trial)))
+    planned = path.parent / "updates.json"
+    plan = json.loads(planned.read_text()) if planned.exists() else {}
+    form = form_name(options)
+    if form not in plan:
+        # What a call spends besides its updates goes out of the difference.
+        few, more = trained(2)[1], trained(22)[1]
+        plan[form] = round(seconds * 20 / (more - few))
+        planned.write_text(json.dumps(plan) + "\n")
+    purifier, spent = trained(plan[form])
+    path.with_suffix(".txt").write_text(f"{spent:.1f} {plan[form]}\n")
     save_model(path, purifier, "purifier", "unet", **options)
-    print(path.name, f"{spent:.0f} s, {int(seconds * 12 / trial)} updates", flush=True)
-    path.with_suffix(".txt").write_text(f"{spent:.1f} {int(seconds * 12 / trial)}\n")
+    print(path.name, f"{spent:.0f} s, {plan[form]} updates", flush=True)
 
 
 @torch.no_grad()
