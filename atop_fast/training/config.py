@@ -131,17 +131,24 @@ class ClassifierConfig(TrainingConfig):
 
 @dataclass(frozen=True)
 class PretrainConfig(TrainingConfig):
-    """Options of pretrain, in addition to those of TrainingConfig; Adam's betas are (0.5, 0.999).
+    """Options of pretrain, in addition to those of TrainingConfig.
 
     Attributes:
         gan_weight: weight of the adversarial GAN term; 0 trains without a discriminator.
+        betas: of Adam. With (b1, b2), the update after a gradient far longer than the earlier ones is up to
+            (1 - b1) / sqrt(1 - b2) learning rates long: 16 with the values of GANs, which throws large networks out of
+            their training, and 2.2 with (0.5, 0.95).
     """
 
     gan_weight: float = 0.01
+    betas: tuple[float, float] = (0.5, 0.999)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number(type(self).__name__, "gan_weight", self.gan_weight, low=0)
+        name = type(self).__name__
+        check_number(name, "gan_weight", self.gan_weight, low=0)
+        if len(self.betas) != 2 or not all(0 <= check_number(name, "betas", beta) < 1 for beta in self.betas):
+            raise ValueError(message(name, "betas", "two numbers in [0, 1)", self.betas))
 
 
 @dataclass(frozen=True)

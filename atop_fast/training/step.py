@@ -204,7 +204,7 @@ class PretrainStep(Step):
         modules = {"purifier": purifier}
         if discriminator is not None and config.gan_weight:
             modules["discriminator"] = discriminator
-        super().__init__(modules, config, betas=(0.5, 0.999))
+        super().__init__(modules, config, betas=config.betas)
         self.transform, self.purifier, self.discriminator = transform, purifier, modules.get("discriminator")
         self.seed = derive_seed(seed, "transform")
 
