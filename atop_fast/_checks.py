@@ -10,7 +10,7 @@ import math
 import numbers
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,8 +84,13 @@ def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, a
     `largest_label` is that of the labels, the argument `argument`; it is a number, so that nothing waits for a GPU.
     """
     if not isinstance(value, Tensor):
-        expected = "a callable with logits of shape (B, classes), a tensor (wrap it: lambda x: model(x)[0] or .logits)"
-        raise TypeError(message(function, "model", expected, type(value).__name__))
+        given, way = type(value).__name__, ".logits"
+        if isinstance(value, Mapping):
+            given, way = f"{given} with {sorted(map(str, value))}", "['logits']"
+        elif isinstance(value, (tuple, list)):
+            given, way = f"{given} of {len(value)}", "[0]"
+        expected = f"{function}: model must return logits (B, classes), got"
+        raise TypeError(f"{expected} {given}; wrap it: lambda x: model(x){way}")
     shape = tuple(value.shape)
     if len(shape) != 2 or shape[0] != rows or shape[1] < 2:
         expected = "a callable with logits of shape (B, classes)"

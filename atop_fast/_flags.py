@@ -5,33 +5,79 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class _Held(NamedTuple):
+    thing: Any  # kept alive, so that its id is no other object's
+    blocks: int
+    before: Any
+    released: bool = False  # before all blocks have ended, see put_back
+
 
 _LOCK = threading.Lock()
-# By object and attribute: how many blocks hold it, and what it was before the first of them.
-_HELD: dict[tuple[int, str], tuple[int, Any]] = {}
+# By the object's id and the attribute: how many blocks hold it, and what it was before the first of them.
+_HELD: dict[tuple[int, str], _Held] = {}
 
 
 @contextlib.contextmanager
 def holding(flags: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
     """Set attributes, (object, name, value), inside the block; the last block that holds one puts it back.
 
-    Blocks may be nested, and overlap in several threads, which then must want the same value.
+    Blocks may be nested, and overlap in several threads, which then must want the same value. All are read before one
+    is set: an object may show the flag of another. After an error, here or in the block, everything is put back.
     """
-    mine: list[tuple[Any, str]] = []
+    mine: list[tuple[int, str]] = []
     try:
         with _LOCK:
+            wanted = []
             for thing, name, value in flags:
-                count, before = _HELD.get((id(thing), name), (0, getattr(thing, name)))
-                _HELD[id(thing), name] = (count + 1, before)
-                mine.append((thing, name))
-                setattr(thing, name, value)
+                key = (id(thing), name)
+                held = _HELD.get(key) or _Held(thing, 0, getattr(thing, name))
+                _HELD[key] = held._replace(blocks=held.blocks + 1)
+                mine.append(key)
+                if not held.released:
+                    wanted.append((thing, name, value))
+            for flag in wanted:
+                _set(*flag)
         yield
     finally:
         with _LOCK:
-            for thing, name in mine:
-                count, before = _HELD.pop((id(thing), name))
-                if count > 1:
-                    _HELD[id(thing), name] = (count - 1, before)
-                else:
-                    setattr(thing, name, before)
+            _release(mine)
+
+
+def put_back(flags: Iterable[tuple[Any, str]]) -> None:
+    """Put held attributes, (object, name), back ahead of time, for all who hold them, and until all have ended."""
+    with _LOCK:
+        for thing, name in flags:
+            if (held := _HELD.get((id(thing), name))) is not None:
+                _set(thing, name, held.before)
+                _HELD[id(thing), name] = held._replace(released=True)
+
+
+def _release(keys: list[tuple[int, str]]) -> None:
+    failure: Exception | None = None
+    for key in reversed(keys):
+        held = _HELD.pop(key)
+        if held.blocks > 1:
+            _HELD[key] = held._replace(blocks=held.blocks - 1)
+            continue
+        try:
+            _set(held.thing, key[1], held.before)
+        except Exception as error:  # one that cannot be put back must not keep the others from it
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _set(thing: Any, name: str, value: Any) -> None:
+    # What is right is left alone: some objects refuse to be set.
+    if getattr(thing, name) == value:
+        return
+    # The flags of tensors made in inference mode can be set there alone.
+    inside = isinstance(thing, Tensor) and thing.is_inference()
+    with torch.inference_mode() if inside else contextlib.nullcontext():
+        setattr(thing, name, value)

@@ -21,8 +21,10 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ._checks import message
+from ._plain import is_plain, reads_nothing_that_changes
 from .ops.conv3x3 import FrozenConv3x3
 from .ops.frozen_conv import FrozenConv
+from .randomness import watched_generators
 
 # A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would
 # bake it in.
@@ -38,6 +40,7 @@ _LAYERS = (
     nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Upsample, nn.Dropout, nn.Dropout2d,
     nn.LayerNorm, nn.GroupNorm, nn.Sequential, nn.ModuleList, nn.ModuleDict,
 )  # fmt: skip
+_FORWARDS = {kind: kind.forward for kind in _LAYERS}
 # This package's own networks have no state or randomness, but check shapes, which no trace survives.
 _OWN = tuple(f"{__package__}.{name}" for name in ("purifiers.", "classifiers.", "_transformer"))
 
@@ -82,9 +85,11 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
         A module with the outputs of `model` up to rounding, in evaluation mode and without parameter gradients. It does
         not follow later changes of `model`.
 
-        `model` itself is returned where the copy might compute something else: in training mode, with hooks, or where
-        it does not consist of well-known deterministic layers and functions alone. This package's own networks that
-        cannot be traced, the purifiers and the vision transformer, are laid out without folding.
+        `model` itself is returned where the copy might compute something else: in training mode, with hooks,
+        parametrisations or patched methods, where its code reads what may change or draws random numbers, or where it
+        does not consist of well-known deterministic layers and functions alone. This package's own networks that
+        cannot be traced, the purifiers and the vision transformer, are laid out without folding. Only a deep copy is
+        traced: nothing of `model`, and no generator of random numbers, changes.
 
     Raises:
         TypeError: `model` is no module.
@@ -94,12 +99,17 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("fold_batch_norm", "model", "a torch.nn.Module", type(model).__name__))
-    if any(m.training or _hooked(m) for m in model.modules()):
+    if not _is_rewritable(model):
         return model
-    graph = _traced(model)
+    try:
+        copied = copy.deepcopy(model)
+    except Exception:  # of what it holds, anything may refuse to be copied
+        return model
+    graph = _traced(copied)
     if graph is None:
-        return _laid_out(model, dtype) if _stateless(model) else model
-    layers: dict[str, Any] = dict(model.named_modules())
+        # Of the model itself: a trace that failed may have left something in the copy.
+        return _arranged(copy.deepcopy(model), dtype) if _stateless(model) else model
+    layers: dict[str, Any] = dict(copied.named_modules())
     uses = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in list(graph.nodes):
         if _folds(node, layers, uses):
@@ -110,10 +120,10 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     if dtype is None:
         _fuse(graph, layers)
     for target in {node.target for node in graph.nodes if node.op == "call_module"}:
-        layers[target] = _laid_out(layers[target], dtype)
+        layers[target] = _arranged(layers[target], dtype)
     root = {node.target: layers[node.target] for node in graph.nodes if node.op == "call_module"}
     attributes = [node.target for node in graph.nodes if node.op == "get_attr"]
-    root |= {name: operator.attrgetter(name)(model).detach().clone() for name in attributes}
+    root |= {name: operator.attrgetter(name)(copied).detach() for name in attributes}
     folded = fx.GraphModule(root, graph, type(model).__name__).eval()
     weakref.finalize(folded, _forget, folded.forward.__code__.co_filename)
     return folded
@@ -125,31 +135,32 @@ def _forget(file: str) -> None:
     fx.graph_module._loader.eval_cache.pop(file, None)
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether other code runs when `module` is called."""
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hooks)
+def _is_rewritable(model: nn.Module) -> bool:
+    """Whether the model consists of layers whose code is known, and of modules whose code may be traced."""
+    modules = list(model.modules())
+    if any(getattr(m, "training", True) or not is_plain(m) for m in modules):
+        return False
+    others = [m for m in modules if not type(m).__module__.startswith(_OWN)]
+    if any(type(m) in _LAYERS and type(m).forward is not _FORWARDS[type(m)] for m in others):
+        return False
+    return reads_nothing_that_changes(m for m in others if type(m) not in _LAYERS)
 
 
-def _traced(model: nn.Module) -> fx.Graph | None:
-    """The model's graph, or None where it may not be rewritten."""
-    attributes = dict(vars(model))
-    try:
-        with _TRACING:
-            graph, again = (_Tracer().trace(model) for _ in range(2))
-    except Exception:  # tracing runs the caller's code on symbols, which may fail in any way
+def _traced(copied: nn.Module) -> fx.Graph | None:
+    """The graph of a copy of the model, or None where it may not be rewritten."""
+    before = _state(copied)
+    graphs = []
+    with watched_generators() as generators:
+        # The graphs differ in what changes from call to call, and in what depends on whether there will be a gradient.
+        for mode in (False, True):
+            try:
+                with _TRACING, torch.set_grad_enabled(mode):
+                    graphs.append(_Tracer().trace(copied))
+            except Exception:  # tracing runs the model's code on symbols, which may fail in any way
+                return None
+    if generators.drawn or _state(copied) != before or str(graphs[0]) != str(graphs[1]):
         return None
-    finally:
-        # State of the model's own, and tensors that it makes anew in every call, random ones perhaps: the tracer leaves
-        # them here.
-        changed = [name for name, value in vars(model).items() if attributes.get(name) is not value]
-        for name in changed:
-            del vars(model)[name]
-        if changed:
-            vars(model).update(attributes)
-    # The graphs differ in numbers that change from call to call.
-    if changed or str(graph) != str(again):
-        return None
+    graph, model = graphs[0], copied
     layers = dict(model.named_modules())
     for node in graph.nodes:
         known = {
@@ -163,6 +174,16 @@ def _traced(model: nn.Module) -> fx.Graph | None:
         if not known:
             return None
     return graph if sum(node.op == "placeholder" for node in graph.nodes) == 1 else None
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What a trace of a model without state leaves as it is: attributes, by identity, and versions of tensors."""
+    state = list[Any]()
+    for module in model.modules():
+        state += [(name, id(value)) for name, value in vars(module).items()]
+        for table in (module._parameters, module._buffers, module._modules):
+            state += [(name, id(value), getattr(value, "_version", 0)) for name, value in table.items()]
+    return state
 
 
 def _stateless(model: nn.Module) -> bool:
@@ -248,11 +269,11 @@ def _is_relu(node: fx.Node, layers: dict[str, Any]) -> bool:
     return node.target in {F.relu, torch.relu} or (node.op, node.target) == ("call_method", "relu")
 
 
-def _laid_out(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy for frozen passes: in channels_last, and with prepared weights."""
+def _arranged(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A network, changed for frozen passes: in channels_last, and with prepared weights."""
     if isinstance(model, FrozenConv3x3 | FrozenConv):
         return model
-    model = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
+    model = model.requires_grad_(False).to(memory_format=torch.channels_last)
     for name, layer in list(model.named_modules()):
         if dtype is not None and isinstance(layer, nn.Conv2d | nn.Linear):
             layer.to(dtype)

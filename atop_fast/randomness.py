@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -154,15 +157,68 @@ def _on(device: torch.device, value: int | Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's generators inside the block and restore those of the CPU and of `device` afterwards.
+    """Seed the global generators inside the block and restore them afterwards: torch's, Python's and numpy's.
 
-    Threads take turns: a block waits until no other thread is in one.
+    Of torch, those of the CPU and of `device`. Threads take turns: a block waits until no other thread is in one.
     """
     on_gpu = device is not None and device.type == "cuda"
     with _GENERATORS, torch.random.fork_rng(devices=[device] if on_gpu else []):
+        ours, theirs = random.getstate(), np.random.get_state()
         # Not torch.manual_seed: it seeds those of all GPUs, and without one it formats a stack trace for later.
         torch.default_generator.manual_seed(seed)
         if on_gpu:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed & _MASK32)
+        try:
+            yield
+        finally:
+            random.setstate(ours)
+            np.random.set_state(theirs)
+
+
+@dataclass
+class Draws:
+    """Whether somebody drew."""
+
+    drawn: bool = False
+
+
+@contextlib.contextmanager
+def watched_generators() -> Iterator[Draws]:
+    """Find out whether the block draws from a global generator, of torch, Python or numpy; it is put back afterwards.
+
+    What is yielded tells it after the block. While a CUDA graph is captured, the GPU's generators are left out.
+    """
+    result = Draws()
+    with _GENERATORS:
+        on_gpu = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+        cpu, gpus = torch.get_rng_state(), torch.cuda.get_rng_state_all() if on_gpu else []
+        ours, theirs = random.getstate(), np.random.get_state()
+        try:
+            yield result
+        finally:
+            # Not by ops of torch, which somebody may be recording.
+            if _bytes(cpu) != _bytes(torch.get_rng_state()):
+                result.drawn = True
+                torch.set_rng_state(cpu)
+            now = torch.cuda.get_rng_state_all() if on_gpu else []
+            if list(map(_bytes, gpus)) != list(map(_bytes, now)):
+                result.drawn = True
+                torch.cuda.set_rng_state_all(gpus)
+            if ours != random.getstate():
+                result.drawn = True
+                random.setstate(ours)
+            if _words(theirs) != _words(np.random.get_state()):
+                result.drawn = True
+                np.random.set_state(theirs)
+
+
+def _bytes(state: Tensor) -> bytes:
+    return state.numpy().tobytes()
+
+
+def _words(state: Any) -> tuple[Any, ...]:
+    """The state of numpy's generator, to be compared."""
+    return (state[1].tobytes(), *state[2:])

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import check_choice, check_images, check_integer, check_labels, check_radius, message
 from ..defense import Defense, refuse_wrapped
 from ..precision import PRECISIONS, warn_if_slow
-from ..randomness import check_keys, derive_seed
+from ..randomness import Tag, check_keys, derive_seed, random_uniform
 from .gradient import GRADIENT_MODES, GradientEstimator
-from .network import Model, prepared
+from .network import WORTHWHILE, Model, Probe, prepared
 from .queue import State, run_queue
 from .trace import Callback, Trace
 
@@ -114,10 +114,15 @@ class Attack(ABC):
         images = images.detach()
         if not len(images):
             return images.clone()
+        _check_has_gradients(name, self.model)
         warn_if_slow(name, images.device, self.precision)
-        with self.prepared() as estimator:
-            estimator.largest_label = int(labels.max())
-            return self._traced(estimator).run(estimator, images, labels, ids, start)
+        # There are no gradients in inference mode, nor of the tensors that were made there.
+        with torch.inference_mode(False):
+            images, labels, ids = (t.clone() if t.is_inference() else t for t in (images, labels, ids))
+            start = start.clone() if start is not None and start.is_inference() else start
+            with self.prepared(images, ids) as estimator:
+                estimator.largest_label = int(labels.max())
+                return self._traced(estimator).run(estimator, images, labels, ids, start)
 
     def _traced(self, estimator: GradientEstimator) -> Attack:
         """The attack itself, or, with a callback, a copy that traces one call."""
@@ -133,11 +138,26 @@ class Attack(ABC):
             self.trace.seen = (loss, correct)
 
     @contextlib.contextmanager
-    def prepared(self) -> Iterator[GradientEstimator]:
-        """The estimator over the network as attacks call it; inside the block there are no gradients."""
-        passes = self.steps * self.eot_iter
-        with prepared(self.model, PRECISIONS[self.precision], passes) as network, torch.no_grad():
+    def prepared(self, images: Tensor | None = None, ids: Tensor | None = None) -> Iterator[GradientEstimator]:
+        """The estimator over the network as attacks call it; inside the block there are no gradients.
+
+        With the images (B, C, H, W) and their sample ids, int64 (B,), a network that stands in for the model is first
+        compared with it: at the first image, and at a random point of the ball around it.
+        """
+        passes, probe = self.steps * self.eot_iter, None
+        if images is not None and ids is not None and images.numel() and passes >= WORTHWHILE:
+            near = self._ball(images[:1], ids[:1])
+            probe = Probe(torch.cat((images[:1], near)), torch.cat((ids[:1], ids[:1])))
+        with prepared(self.model, PRECISIONS[self.precision], passes, probe) as network, torch.no_grad():
             yield self.estimator(network)
+
+    def _ball(self, images: Tensor, ids: Tensor) -> Tensor:
+        """A random point of the ball around each image, clipped to [0, 1]."""
+        noise = random_uniform(images.shape[1:], derive_seed(self.seed, "probe"), ids, 0, Tag.START).to(images.dtype)
+        noise = 2 * noise - 1
+        order = {"L2": 2, "L1": 1}.get(self.norm, torch.inf)
+        size = torch.linalg.vector_norm(noise.flatten(1), order, dim=1)
+        return (images + self.eps * noise / per_image(size)).clamp(0, 1)
 
     def estimator(self, network: Model) -> GradientEstimator:
         """The estimator of one call."""
@@ -245,6 +265,13 @@ def initial_state(images: Tensor, labels: Tensor, ids: Tensor, x: Tensor) -> Sta
 def better_candidate(correct: Tensor, loss: Tensor, than_correct: Tensor, than_loss: Tensor) -> Tensor:
     """Whether a candidate is classified correctly in fewer draws, or in as many with a larger loss."""
     return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
+
+
+def _check_has_gradients(function: str, model: Model) -> None:
+    """Raise if the model was made in inference mode."""
+    if isinstance(model, nn.Module) and any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
+        expected = "made outside of torch.inference_mode(), or a copy.deepcopy() made there"
+        raise ValueError(message(function, "model", expected, "parameters or buffers that can have no gradients"))
 
 
 def per_image(values: Tensor) -> Tensor:

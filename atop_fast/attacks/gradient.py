@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_choice, check_integer, check_logits, check_same_dtype
+from .._checks import check_choice, check_integer, check_logits, check_same_dtype, message
+from .._flags import put_back
 from .._memory import halved
 from ..defense import Defense
 from ..ops import AttackLoss, attack_loss, resize
 from ..precision import PRECISIONS
-from ..randomness import derive_seed, seeded
-from .network import Model
+from ..randomness import Draws, derive_seed, seeded, watched_generators
+from .contract import accumulated, is_a_chain
+from .network import Model, is_copy
 
 GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
 # Networks run on a multiple of this many rows: convolutions and matrix products then round each row in the same way
@@ -27,6 +29,8 @@ GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
 ROWS = 8
 # What the pass with gradients may save for the backward pass, unless a caller says how many rows it may have.
 MEMORY = 1 << 30
+# Rows of a pass of a model whose memory cannot be measured.
+UNMEASURED_ROWS = 64
 # More rows than this make a pass no faster.
 MOST_ROWS = 1024
 T = TypeVar("T")
@@ -70,10 +74,12 @@ class GradientEstimator:
     The draws are folded into the batch, in passes whose size is set by memory and not by their number; the graph of a
     pass is gone before the next. Gradients are summed draw by draw, in their order, whatever the passes are.
 
+    The model gets copies of the images: it may write into what it is given. Its errors are passed on as they are.
+
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits. The draws of a Defense are keyed
-            by (seed, sample id, draw). Those of another callable are repeated calls, for which torch's generator is
-            seeded and afterwards restored.
+            by (seed, sample id, draw). Those of another callable, and of a Defense whose networks draw, are repeated
+            calls, for which the generators of torch, Python and numpy are seeded and afterwards restored.
         mode: "exact" differentiates transform, purifier and classifier; "checkpointed" does the same, computing the
             purifier and the classifier twice instead of keeping both graphs; "bpda" takes the derivative of transform
             and purifier from `substitute` (Athalye et al., 2018); "blind" attacks the classifier alone. The last three
@@ -90,7 +96,8 @@ class GradientEstimator:
         seed: key of the draws, an int or an int64 scalar tensor.
 
     Raises:
-        TypeError: a mode that needs a Defense for a model that is none.
+        TypeError: a mode that needs a Defense for a model that is none; a model that does not return a tensor.
+        ValueError: a model whose logits are not of shape (B, classes), or have no gradient.
     """
 
     def __init__(
@@ -112,6 +119,9 @@ class GradientEstimator:
             check_integer(name, "max_batch", max_batch, low=1)
         if mode != "exact" and not isinstance(model, Defense):
             raise TypeError(f"{name}: mode {mode!r} needs a Defense, got {type(model).__name__}")
+        if mode in ("checkpointed", "bpda") and not is_a_chain(model):
+            expected = f"a Defense without hooks and with the forward of Defense, for gradient {mode!r}"
+            raise TypeError(message(name, "model", expected, type(model).__name__))
         self.model, self.mode, self.loss, self.seed = model, mode, loss, seed
         self.precision, self.substitute = precision, substitute
         self.eot_iter = 1 if mode == "blind" else eot_iter
@@ -121,6 +131,11 @@ class GradientEstimator:
         # 0: not known yet.
         self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
         self._calls, self._warned = 0, False
+        self._known = is_copy(model)
+        # Of a Defense: whether it was looked at, and whether it draws from the global generators.
+        self._watched = self._random = False
+        # See _recovers.
+        self._thawed = self._accumulates = False
 
     def __call__(
         self,
@@ -201,9 +216,45 @@ class GradientEstimator:
         # does not have: the backward pass gets rows of size 1. Powers of two change no bits.
         largest = result.gradient.abs().amax(dim=1).nan_to_num(1.0).clamp(2.0**-100, 2.0**100)
         size = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
-        (gradient,) = torch.autograd.grad(logits, leaf, result.gradient / size[:, None])
+        try:
+            gradient = self._gradient(logits, leaf, result.gradient / size[:, None])
+        except RuntimeError as error:
+            if not self._recovers(error):
+                raise
+            return self._differentiated(part, x, labels, ids, first_draws, targets, loss)
         self.passes.backward += len(leaf)
         return gradient * size.to(gradient.dtype)[:, None, None, None], result
+
+    def _gradient(self, logits: Tensor, leaf: Tensor, upstream: Tensor) -> Tensor:
+        gradient = None
+        if logits.requires_grad and self._accumulates:
+            gradient = accumulated(logits, leaf, upstream, self.model)
+        elif logits.requires_grad:
+            (gradient,) = torch.autograd.grad(logits, leaf, upstream, allow_unused=True)
+        if gradient is None:
+            given = (
+                "logits that do not depend on them for autograd (detach, argmax, no_grad); Square needs no gradient, "
+                "and gradient='bpda' takes one in the place of a Defense's transform and purifier"
+            )
+            raise ValueError(message(self.function, "model", "differentiable with respect to its images", given))
+        return gradient
+
+    def _recovers(self, error: RuntimeError) -> bool:
+        """Whether the pass that ended in the error may be repeated in a way that suits functions that compute again.
+
+        Those that do it over parameters need the gradients of parameters, which are frozen; torch's reentrant
+        checkpoints need gradients to be accumulated.
+        """
+        if not isinstance(self.model, nn.Module):
+            return False
+        if "does not require grad" in str(error) and not self._thawed:
+            self._thawed = True
+            put_back((p, "requires_grad") for p in self.model.parameters())
+            return True
+        if "use_reentrant" in str(error) and not self._accumulates:
+            self._accumulates = True
+            return True
+        return False
 
     def evaluate(
         self,
@@ -243,7 +294,8 @@ class GradientEstimator:
             self._measure(x)
 
         def forward(part: _Pass) -> Tensor:
-            return self._forward(part.take(x), part, ids, first_draws)[: part.count].float()
+            # Copied: a model may return the same memory in every call.
+            return self._forward(part.take(x), part, ids, first_draws)[: part.count].float().clone()
 
         with torch.no_grad(), self._autocast(x):
             parts = [logits for _, logits in self._passes(x, forward, graph=False)]
@@ -266,7 +318,7 @@ class GradientEstimator:
         """
         batch, count = len(x), self.eot_iter * len(x)
         # A model with randomness of its own gets one draw a pass.
-        span = count if isinstance(self.model, Defense) else batch
+        span = count if isinstance(self.model, Defense) and not self._random else batch
         # A network's rows are filled up; another callable may mind.
         multiple = ROWS if isinstance(self.model, nn.Module) else 1
         first = 0
@@ -274,7 +326,8 @@ class GradientEstimator:
             most = self._rows if graph else self.forward_rows
             part = _Pass(first, min(most, span - first % span), batch, multiple, x.device)
             try:
-                result = work(part)
+                with self._watching() as generators:
+                    result = work(part)
             except (RuntimeError, MemoryError) as error:
                 most = halved("GradientEstimator", "rows", part.size, error, ROWS)
                 if graph:
@@ -282,37 +335,64 @@ class GradientEstimator:
                 else:
                     self._forward_rows = most
                 continue
+            if self._draws(generators):
+                span = batch
+                continue
             yield part, result
             first += part.count
 
     def _forward(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         self.passes.forward += len(x)
         try:
-            logits = self._output(x, part, ids, first_draws)
+            with self._seeded(x.device):
+                logits = self._called(self._given(x), part, ids, first_draws)
         except RuntimeError as error:
             check_same_dtype(self.function, "images", x, self.model, error)
             raise
         return check_logits(self.function, logits, len(x), self.largest_label)
 
-    def _output(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
+    def _given(self, x: Tensor) -> Tensor:
+        """What a network gets: it may write into it."""
+        return x if self._known else x.clone()
+
+    def _called(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         if not isinstance(self.model, Defense):
-            self._calls += 1
-            with seeded(derive_seed(self.seed, "call", self._calls), x.device):
-                return self.model(x)
+            return self.model(x)
         if self.mode == "blind":
             return self.model.classifier(x)
         key = (self.seed, part.take(ids), part.take(first_draws) + part.draws)
         if self.mode == "exact" or not x.requires_grad:
             return self.model(x, *key)
+        purify, classifier, given = self.model.purify, self.model.classifier, self._given
         if self.mode == "checkpointed":
-            purified = checkpoint(self.model.purify, x, *key, use_reentrant=False)
-            return checkpoint(self.model.classifier, purified, use_reentrant=False)
-        purified = self.model.purify(x.detach(), *key).detach()
+            # What is computed again must find its inputs as they were.
+            purified = checkpoint(lambda t: purify(given(t), *key), x, use_reentrant=False)
+            return checkpoint(lambda t: classifier(given(t)), purified, use_reentrant=False)
+        purified = purify(given(x.detach()), *key).detach()
         stand_in = x if self.substitute is None else self.substitute(x)
         # A transform may have resized the images; then the "identity" is the resize alone.
         if stand_in.shape != purified.shape:
             stand_in = resize(stand_in, (purified.shape[2], purified.shape[3]))
-        return self.model.classifier(purified + (stand_in - stand_in.detach()))
+        return classifier(purified + (stand_in - stand_in.detach()))
+
+    def _seeded(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """The global generators seeded for one call of a model that may draw from them."""
+        if self._known or isinstance(self.seed, Tensor) or (isinstance(self.model, Defense) and not self._random):
+            return contextlib.nullcontext()
+        self._calls += 1
+        return seeded(derive_seed(self.seed, "call", self._calls), device)
+
+    def _watching(self) -> contextlib.AbstractContextManager[Draws | None]:
+        """A look at whether a Defense draws from the global generators, during its first call."""
+        watch = isinstance(self.model, Defense) and not self._known and not self._watched
+        return watched_generators() if watch else contextlib.nullcontext()
+
+    def _draws(self, generators: Draws | None) -> bool:
+        """Whether that call drew, unseeded, and so does not count."""
+        if generators is None:
+            return False
+        self._watched, self._random = True, generators.drawn
+        return self._random
 
     def _autocast(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
         dtype = PRECISIONS[self.precision]
@@ -338,11 +418,19 @@ class GradientEstimator:
 
         part = _Pass(0, ROWS, 1, ROWS, x.device)
         zero = torch.zeros(1, dtype=torch.int64, device=x.device)
-        leaf = part.take(x[:1]).detach().requires_grad_()
+        most = UNMEASURED_ROWS
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        with torch.enable_grad(), hooks, self._autocast(x):
-            self._forward(leaf, part, zero, zero)
-        most = MEMORY * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
+        with torch.inference_mode(False), self._watching() as generators:
+            leaf = part.take(x[:1]).detach().requires_grad_()
+            try:
+                with torch.enable_grad(), hooks, self._autocast(x):
+                    self._forward(leaf, part, zero, zero)
+                most = MEMORY * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
+            except RuntimeError as error:
+                # Those of torch.func do not go with hooks.
+                if "saved tensor hooks" not in str(error):
+                    raise
+        self._draws(generators)
         self._rows = max(ROWS, min(MOST_ROWS, most) // ROWS * ROWS)
         # Without a graph, several times as many rows fit.
         self._forward_rows = min(self.forward_rows, 4 * self._rows)

@@ -3,53 +3,211 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._flags import holding
+from .._plain import is_plain
 from ..defense import Defense
 from ..folding import fold_batch_norm
+from ..randomness import watched_generators
 
 Model = Callable[..., Tensor]
 # Folding a network takes as long as some of its passes. How many images there are must not matter: rounding would
 # depend on it.
 WORTHWHILE = 8
+# What the outputs and gradients of a copy may differ by, relative to their norms. Measured: docs/reliability.md.
+TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-3, 3e-2)}
+# Copies that stand in for models: they draw no random numbers, and write into nothing that they get.
+_PACKAGE = __name__.partition(".")[0]
+_COPIES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Models of which a copy has turned out to be another network.
+_UNLIKE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_SAID: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+class Probe(NamedTuple):
+    """Where a copy must agree with its model."""
+
+    x: Tensor  # (B, C, H, W), in [0, 1]
+    ids: Tensor  # int64 (B,): sample ids, for the draws of a Defense
 
 
 @contextlib.contextmanager
-def prepared(model: Model, dtype: torch.dtype | None = None, passes: int = WORTHWHILE) -> Iterator[Model]:
+def prepared(
+    model: Model, dtype: torch.dtype | None = None, passes: int = WORTHWHILE, probe: Probe | None = None
+) -> Iterator[Model]:
     """The model as attacks call it: frozen inside the block, and folded where that is exact and worth its time.
 
     Args:
         model: a Defense, or any callable from images to logits.
         dtype: the type in which an autocast will run it: weights are cast here once instead of in every pass.
         passes: how often each image will go through it, about.
+        probe: images at which logits and input gradients of the copy must be the model's, up to rounding; else the
+            model itself is yielded, with a warning, now and later. None: the copy is not tried out.
 
     Yields:
         A module or callable that returns what `model` returns in evaluation mode, up to rounding. Parameters get no
         gradients. Mode, buffers and requires_grad flags of `model` are restored afterwards, also after an error.
     """
     with frozen(model):
-        if passes < WORTHWHILE:
-            network = model
-        elif type(model) is Defense:
-            purifier = None if model.purifier is None else fold_batch_norm(model.purifier, dtype)
-            network = Defense(model.transform, purifier, fold_batch_norm(model.classifier, dtype)).eval()
-        else:
-            network = fold_batch_norm(model, dtype) if isinstance(model, nn.Module) else model
+        network = model
+        if isinstance(model, nn.Module) and passes >= WORTHWHILE and model not in _UNLIKE:
+            network = _copied(model, dtype)
+            # Rounding in lower precision would hide much: what is compared is the copy in the model's own.
+            exact = network if dtype is None or network is model or probe is None else _copied(model, None)
+            # While a CUDA graph is captured, nothing can be looked at.
+            seen = probe is not None and not (probe.x.is_cuda and torch.cuda.is_current_stream_capturing())
+            if exact is not model and probe is not None and seen and not agrees(model, exact, probe):
+                network = model
         yield network
+
+
+def is_copy(network: object) -> bool:
+    """Whether prepared() made all of this network, so that it neither draws nor writes into its input."""
+    return isinstance(network, nn.Module) and network in _COPIES
+
+
+def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A copy for fast passes, or the model itself."""
+    if type(model) is not Defense:
+        network, known = fold_batch_norm(model, dtype), True
+    elif not is_plain(model) or model.training:
+        return model
+    else:
+        parts = [model.classifier] if model.purifier is None else [model.classifier, model.purifier]
+        folded = [fold_batch_norm(part, dtype) for part in parts]
+        if all(a is b for a, b in zip(parts, folded, strict=True)):
+            return model
+        network = Defense(model.transform, folded[1] if model.purifier is not None else None, folded[0]).eval()
+        ours = type(model.transform).__module__.startswith(f"{_PACKAGE}.")
+        known = ours and not any(a is b for a, b in zip(parts, folded, strict=True))
+    if known and network is not model:
+        _COPIES.add(network)
+    return network
+
+
+def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
+    """Whether the network computes what the model does at the probe; if not, that is said, and remembered."""
+    with watched_generators() as generators:
+        try:
+            expected = _response(model, probe)
+        except Exception:  # the model's own error is the attack's to raise
+            return False
+        try:
+            given = _response(network, probe)
+        except Exception:  # whatever the copy does, the model does not do it
+            given = None
+    if not generators.drawn and given is not None and _are_close(given, expected):
+        return True
+    if expected[0].isfinite().all():
+        _UNLIKE.add(model)
+        name = type(model).__name__
+        _say_once(
+            model,
+            f"a faster copy of the model {name} computes something else than {name}, which is attacked as it is; "
+            "please report it, with the model",
+        )
+    return False
+
+
+def _response(network: nn.Module, probe: Probe) -> tuple[Tensor, Tensor | None]:
+    """Logits, and the input gradient of a fixed combination of them, if there is one."""
+    leaf = probe.x.clone().requires_grad_()
+    key = (0, probe.ids, 0) if isinstance(network, Defense) else ()
+    with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):
+        logits = network(leaf.clone(), *key)
+        weights = (2.4 * torch.arange(logits.shape[-1], device=leaf.device)).cos()
+        total = (logits * weights.to(logits.dtype)).sum()
+    if not total.requires_grad:
+        return logits, None
+    return logits.detach(), torch.autograd.grad(total, leaf, allow_unused=True)[0]
+
+
+def _are_close(given: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tensor | None]) -> bool:
+    if given[0].shape != expected[0].shape or given[0].dtype != expected[0].dtype:
+        return False
+    if (given[1] is None) != (expected[1] is None):
+        return False
+    # Networks in 16 bits have no rounding that could be told from an error.
+    tolerances = TOLERANCES.get(expected[0].dtype)
+    if tolerances is None:
+        return False
+    for one, other, tolerance in zip(given, expected, tolerances, strict=True):
+        if one is None or other is None:
+            continue
+        a, b = one.flatten(1).double(), other.flatten(1).double()
+        # What all logits have in common says nothing, but is rounded, too.
+        size = (b - b.mean(dim=1, keepdim=True)).norm(dim=1) + 1e-2 * b.norm(dim=1)
+        if not bool(((a - b).norm(dim=1) <= tolerance * size + 1e-30).all()):
+            return False
+    return True
 
 
 @contextlib.contextmanager
 def frozen(*models: object) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside the block; both restored afterwards, also after an error.
 
-    Where several blocks share a network, nested or in threads, the last one restores it.
+    A module in training mode below one in evaluation mode was left so on purpose, as dropout that is to draw: it keeps
+    its mode, with a warning, and its buffers are restored. Where several blocks share a network, nested or in threads,
+    the last one restores it.
     """
     found = [model for model in models if isinstance(model, nn.Module)]
-    modules = ((m, "training", False) for model in found for m in model.modules())
-    parameters = ((p, "requires_grad", False) for model in found for p in model.parameters())
-    with holding((*modules, *parameters)):
-        yield
+    flags: list[tuple[object, str, object]] = []
+    buffers: list[tuple[Tensor, Tensor]] = []
+    for model in found:
+        evaluated, training = _modes(model)
+        if training:
+            some = ", ".join(list(training)[:5]) + (" ..." if len(training) > 5 else "")
+            _say_once(
+                model,
+                f"{type(model).__name__} is in evaluation mode, but these of its modules are in training mode, and "
+                f"stay so: {some}; call eval() on the model if that is not meant",
+            )
+        flags += [(module, "training", False) for module in evaluated]
+        flags += [(p, "requires_grad", False) for p in model.parameters() if p.is_leaf]
+        buffers += [(b, b.clone()) for module in training.values() for b in module.buffers(recurse=False)]
+    try:
+        with holding(flags):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _modes(model: nn.Module) -> tuple[list[nn.Module], dict[str, nn.Module]]:
+    """The modules that belong into evaluation mode, and, by name, those that were left in training mode on purpose."""
+    evaluated: list[nn.Module] = []
+    training: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def visit(name: str, module: nn.Module, on_purpose: bool) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        # Frozen TorchScript has no mode.
+        mode = getattr(module, "training", None)
+        if mode and on_purpose:
+            training[name] = module
+        # A module of torch.compile shows the flag of the one in it.
+        elif mode is not None and "_orig_mod" not in module._modules:
+            evaluated.append(module)
+        for part, child in module.named_children():
+            visit(f"{name}.{part}".lstrip("."), child, on_purpose if mode else mode is not None)
+
+    visit("", model, False)
+    return evaluated, training
+
+
+def _say_once(model: nn.Module, text: str) -> None:
+    """Warn, once of every model."""
+    said = _SAID.setdefault(model, set())
+    if text not in said:
+        said.add(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)

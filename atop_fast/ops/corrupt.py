@@ -111,8 +111,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], passes: Tensor) -> None:
     ctx.save_for_backward(blocks, *((passes,) if ctx.saved else (x, *key)))
 
 
-def _gradient(ctx: Any, dy: Tensor) -> Tensor:
-    blocks, *kept = ctx.saved_tensors
+def _gradient(ctx: Any, dy: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
+    blocks, *kept = saved
     passes = kept[0] if ctx.saved else OP_PASSES(kept[0], blocks, *kept[1:], ctx.patch, ctx.copies, ctx.size)
     if tuple(ctx.size) == tuple(ctx.shape[2:]):
         return OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, ctx.dtype)
@@ -127,7 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    return _gradient(ctx, dy), *(None,) * 10
+    return _gradient(ctx, dy, ctx.saved_tensors), *(None,) * 10
 
 
 torch.library.register_autograd(f"{NAMESPACE}::corrupt", _backward, setup_context=_setup_context, lib=LIBRARY)
@@ -146,10 +146,12 @@ class _Corrupt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        # Read before autograd is left: a checkpoint computes them again, with gradients.
+        saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _gradient(ctx, dy), None
+            return _gradient(ctx, dy, saved), None
         with torch._C._AutoDispatchBelowAutograd():
-            return _gradient(ctx, dy), None
+            return _gradient(ctx, dy, saved), None
 
 
 def corrupt(

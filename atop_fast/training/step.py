@@ -25,6 +25,7 @@ from .._flags import holding
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
 from ..attacks.gradient import ROWS
+from ..attacks.network import Probe, agrees
 from ..defense import Defense, restored
 from ..distributed import Group
 from ..folding import fold_batch_norm
@@ -294,6 +295,7 @@ class FinetuneStep(PretrainStep):
         if defense.purifier is None:
             raise ValueError(message("finetune", "defense", "a Defense with a purifier", "one without"))
         super().__init__(defense.transform, defense.purifier, discriminator, config, seed)
+        self.given = defense.classifier
         self.classifier = fold_batch_norm(defense.classifier, self.dtype)
         self.pipeline = Defense(defense.transform, defense.purifier, self.classifier)
         self.attack_seed = derive_seed(seed, "attack")
@@ -383,7 +385,20 @@ class FinetuneStep(PretrainStep):
         """As PretrainStep.check; how many classes the classifier has."""
         super().check(images)
         with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
-            return self.pipeline(images[:1], draws=0).shape[1]
+            classes = self.pipeline(images[:1], draws=0).shape[1]
+        # The copies are compared here, once: updates may be captured as CUDA graphs, which nothing can look into.
+        ids = torch.zeros(1, dtype=torch.int64, device=images.device)
+        with frozen(self.given):
+            same = self.classifier is self.given or agrees(
+                self.given, fold_batch_norm(self.given), Probe(images[:1], ids)
+            )
+        if not same:
+            self.classifier = self.given
+            self.pipeline = Defense(self.transform, self.purifier, self.given)
+            self.attacker = self._attacker()
+        with self.attacker.prepared(images[:1], ids):
+            pass
+        return classes
 
 
 def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
@@ -400,9 +415,9 @@ def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) 
 
 
 def _breaks_channels_last(module: nn.Module, device: torch.device) -> bool:
-    """Whether oneDNN would write beyond its memory: weight gradients of strided 1x1 convolutions of 6 channels or fewer.
+    """Whether oneDNN would write beyond its memory: weight gradients of strided 1x1 convolutions of few channels.
 
-    Seen with torch 2.11 on CPUs without AVX-512, in channels_last alone.
+    Seen with torch 2.11 on CPUs without AVX-512, up to six channels, in channels_last alone.
     """
     convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
     narrow = (m for m in convolutions if m.in_channels < 8 and tuple(m.kernel_size) == (1, 1))
