@@ -191,7 +191,7 @@ class AutoAttack:
         """Whether one draw of the caller's own model, in float32, is right, bool (N,)."""
         seed = derive_seed(self.seed, "verdict", name)
         parts = [
-            draw_logits(self.model, x[part], seed, ids[part], range(1), bs)[:, 0].argmax(dim=1) == y[part]
+            draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0].argmax(dim=1) == y[part]
             for part in torch.arange(len(x), device=x.device).split(bs)
             if len(part)
         ]

@@ -285,7 +285,7 @@ class GradientEstimator:
         return "margin"
 
     def logits(self, x: Tensor, ids: Tensor, t: Tensor) -> Tensor:
-        """Logits (B, eot_iter, classes), float32, no gradients, of the draws that a call with t uses."""
+        """Logits (B, eot_iter, classes) of the draws that a call with t uses, float32 or float64; no gradients."""
         return self._logits(x, ids, t * self.eot_iter)
 
     def _logits(self, x: Tensor, ids: Tensor, first_draws: Tensor) -> Tensor:
@@ -294,8 +294,9 @@ class GradientEstimator:
             self._measure(x)
 
         def forward(part: _Pass) -> Tensor:
+            logits = self._forward(part.take(x), part, ids, first_draws)[: part.count]
             # Copied: a model may return the same memory in every call.
-            return self._forward(part.take(x), part, ids, first_draws)[: part.count].float().clone()
+            return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
 
         with torch.no_grad(), self._autocast(x):
             parts = [logits for _, logits in self._passes(x, forward, graph=False)]
@@ -481,7 +482,7 @@ def draw_logits(
     max_batch: int = 1024,
     function: str = "draw_logits",
 ) -> Tensor:
-    """Logits (B, draws, classes), float32, of images x (B, C, H, W) under the given draws; no gradients.
+    """Logits (B, draws, classes), float32 or float64, of images x (B, C, H, W) under the given draws; no gradients.
 
     The draws of a Defense are keyed by (seed, sample id, draw). Those of another callable are repeated calls, for which
     torch's generator is seeded by (seed, first sample id, first draw) and afterwards restored. Errors name `function`.

@@ -247,14 +247,17 @@ def untouched(model: object, device: torch.device, evaluation: bool = True) -> I
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    flags = [(p, "requires_grad", False) for p in parameters]
-    flags += [(m, "training", m.training and not evaluation) for m in modules]
+    training = [m.training for m in modules]
+    flags: list[tuple[object, str, bool]] = [(p, "requires_grad", False) for p in parameters]
+    flags += [(m, "training", False) for m in modules if evaluation]
     buffers = [{k: (b, None if b is None else b.clone()) for k, b in m._buffers.items()} for m in modules]
     try:
         with holding(flags), seeded(0, device):
             yield
     finally:
-        for m, kept in zip(modules, buffers, strict=True):
+        for m, mode, kept in zip(modules, training, buffers, strict=True):
+            if not evaluation:
+                m.training = mode
             # A module may have written into a buffer, or put another tensor in its place.
             for k, (b, contents) in kept.items():
                 m._buffers[k] = b
