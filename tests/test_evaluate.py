@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from atop_fast import RT1, RT2, Defense, build_classifier, evaluate
 from atop_fast.evaluation import FixedRandomness, quick_attacks
 from atop_fast.evaluation.evaluate import parse_budget
 from atop_fast.evaluation.judge import Judge, eight_bit, fixed_randomness, full_precision
+from atop_fast.evaluation.report import format_table
 from atop_fast.randomness import derive_seed
 
 Y = torch.arange(100) % 10
@@ -34,7 +36,8 @@ class Spy(RT2):
 
     def forward(self, x, seed=0, sample_ids=None, draws=0):
         phase = "attack" if torch.is_grad_enabled() else self.phase
-        if int(seed) == derive_seed(0, "trial"):
+        # The proof that an attack's copy is the model has the seed 0.
+        if int(seed) in (0, derive_seed(0, "trial")):
             phase = "trial"
         draws = torch.as_tensor(draws).expand(len(x))
         self.keys[phase] |= {(int(seed), int(i), int(d)) for i, d in zip(sample_ids, draws, strict=True)}
@@ -60,7 +63,7 @@ def spy(monkeypatch):
 
 def test_attack_selection_and_verdict_draws_are_disjoint(spy):
     defense = Defense(spy, None, build_classifier("small_cnn", channels=1))
-    evaluate(defense, X[:4], Y[:4], eps=0.1, draws=5, selection_draws=3, progress=False)
+    evaluate(defense, X[:4], Y[:4], eps=0.1, draws=5, selection_draws=3, diagnostics=(), progress=False)
     attack, selection, verdict, trial = spy.keys.values()
     # PGD-20 with 4 draws a step; FGSM's coincide with those of its first step.
     assert len(attack) == 4 * 4 * 20
@@ -73,7 +76,8 @@ def test_attack_selection_and_verdict_draws_are_disjoint(spy):
 
 
 def test_single_draws_are_kept_apart_too(spy):
-    evaluate(Defense(spy, None, nn.Flatten()), X[:4], Y[:4], draws=1, selection_draws=1, progress=False)
+    defense = Defense(spy, None, nn.Flatten())
+    evaluate(defense, X[:4], Y[:4], draws=1, selection_draws=1, diagnostics=(), progress=False)
     assert len(spy.keys["selection"]) == 4
     assert len(spy.keys["verdict"]) == 4 * 3
     assert not spy.keys["selection"] & spy.keys["verdict"]
@@ -81,7 +85,7 @@ def test_single_draws_are_kept_apart_too(spy):
 
 def test_fixed_randomness_uses_one_draw_of_every_sample(spy):
     defense = Defense(spy, None, build_classifier("small_cnn", channels=1))
-    report = evaluate(defense, X[:6], Y[:6], eps=0.1, randomness="fixed", progress=False)
+    report = evaluate(defense, X[:6], Y[:6], eps=0.1, randomness="fixed", diagnostics=(), progress=False)
     attack, selection, *_ = spy.keys.values()
     assert attack == selection == {(derive_seed(derive_seed(0), "fixed"), i, 0) for i in range(6)}
     assert report.clean.draws == report.robust.draws == 1
@@ -120,7 +124,7 @@ def test_the_choice_takes_the_worst_candidate_of_each_image():
     def ruin(parity):
         return lambda x, y, ids: torch.where(ids[:, None, None, None] % 2 == parity, torch.zeros_like(x), x)
 
-    report = evaluate(nn.Flatten(), X, Y, attacks={"even": ruin(0), "odd": ruin(1)}, progress=False)
+    report = evaluate(nn.Flatten(), X, Y, eps=1, attacks={"even": ruin(0), "odd": ruin(1)}, progress=False)
     # The ten images of class 0 stay right: where all pixels are equal, the first one wins.
     assert (report.clean.mean, report.attacks["even"].mean, report.attacks["odd"].mean) == (1, 0.6, 0.5)
     assert report.robust.mean == pytest.approx(0.1)
@@ -143,7 +147,7 @@ def test_ties_are_broken_by_the_larger_loss():
 
     attacks = {"strong": brighten(1.0), "weak": brighten(0.8)}
     for names in (("strong", "weak"), ("weak", "strong")):
-        report = evaluate(nn.Flatten(), X, Y, attacks={name: attacks[name] for name in names}, progress=False)
+        report = evaluate(nn.Flatten(), X, Y, eps=1, attacks={name: attacks[name] for name in names}, progress=False)
         assert {sample["attack"] for sample in report.samples} == {"strong"}
 
 
@@ -252,14 +256,15 @@ def test_the_curve_falls_to_zero():
 
 
 def test_a_budget_gives_an_upper_bound_and_a_later_call_the_rest(tmp_path, monkeypatch):
-    """By a clock that the attacks alone move."""
-    slow, now = True, [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    """By a clock that the attacks alone move; it is no part of them, which would be others at another time."""
+    state = threading.local()
+    state.slow, state.now = True, 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: state.now)
 
     def attacks(model):
         def wrap(attack):
             def run(x, y, ids):
-                now[0] += 0.02 * len(x) * slow
+                state.now += 0.02 * len(x) * state.slow
                 return attack(x, y, ids)
 
             return run
@@ -267,26 +272,41 @@ def test_a_budget_gives_an_upper_bound_and_a_later_call_the_rest(tmp_path, monke
         return {name: wrap(attack) for name, attack in quick_attacks(model, eps=0.1, steps=3).items()}
 
     def run(budget):
-        options = {**QUIET, "batch_size": 50, "out": tmp_path / "run"}
+        options = {**QUIET, "batch_size": 50, "out": tmp_path / "run", "eps": 0.1}
         return evaluate(DEFENSE, X, Y, attacks=attacks, budget=budget, **options)
+
+    def table():
+        return format_table(json.loads((tmp_path / "run/report.json").read_text())["systems"])
 
     nothing = run(0)
     assert not nothing.complete
-    assert nothing.robust == nothing.clean == nothing.attacks["fgsm"]
+    assert nothing.robust == nothing.clean
+    assert nothing.attacks == {"fgsm": None, "pgd3_eot": None}
+    assert table().splitlines()[2].endswith("0 of 100 attacked  0 of 100 attacked")
+    assert (tmp_path / "run/report.html").read_text().count("0 of 100 attacked") >= 6
     begin = time.monotonic()
     some = run("1.2s")
     # Both attacks need 4 s on all images.
     assert time.monotonic() - begin < 3.5
     assert not some.complete
     assert some.passes["fgsm"]["images"] >= 8
+    # The column is that of the attacked images alone, not of the others' clean accuracy.
+    counts = {name: some.passes.get(name, {"images": 0})["images"] for name in some.attacks}
+    assert {name: verdict.images if verdict else 0 for name, verdict in some.attacks.items()} == counts
+    assert 8 <= counts["fgsm"] < 100
+    assert some.attacks["fgsm"].mean < some.robust.mean < some.clean.mean
+    assert some.diagnostics[-1]["name"] == "budget"
+    said = [some.diagnostics[-1]["reason"], table()]
+    assert all(f"{count} of 100 attacked" in text for count in counts.values() for text in said)
     html = (tmp_path / "run/report.html").read_text()
     assert "upper bound" in html
-    slow = False
+    assert all(f"{count} of 100 attacked" in html for count in counts.values())
+    state.slow = False
     whole = run(None)
     assert whole.complete
     assert whole.robust.mean <= some.robust.mean <= nothing.robust.mean
     assert "upper bound" not in (tmp_path / "run/report.html").read_text()
-    assert whole.samples == evaluate(DEFENSE, X, Y, attacks=attacks, batch_size=50, **QUIET).samples
+    assert whole.samples == evaluate(DEFENSE, X, Y, eps=0.1, attacks=attacks, batch_size=50, **QUIET).samples
 
 
 def test_budgets_are_read():

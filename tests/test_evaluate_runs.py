@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import time
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,18 @@ def images() -> torch.Tensor:
     return x
 
 
+# What attacks call first. No part of them: an attack that changes under its name is another one.
+BEFORE: ContextVar = ContextVar("before")
+
+
 def run(out, batch_size=10, before=lambda ids: None, sigma=0.1, **options):
     """An evaluation whose attacks call `before` first."""
+    BEFORE.set(before)
 
     def attacks(model):
         def wrap(attack):
             def attacked(x, y, ids):
-                before(ids)
+                BEFORE.get()(ids)
                 return attack(x, y, ids)
 
             return attacked
@@ -249,5 +255,5 @@ def test_a_report_holds_the_diagnostics_of_its_model(tmp_path):
 
     # A call that goes on with the run does not examine the model again.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("atop_fast.evaluation.evaluate"), "diagnose", fail)
+        patch.setattr(importlib.import_module("atop_fast.evaluation.findings"), "diagnose", fail)
         assert results(run(tmp_path / "whole", diagnostics=None)) == results(report)

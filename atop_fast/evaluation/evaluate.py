@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_not_empty, check_number, message
-from .._files import write_text
+from .._checks import (
+    check_choice,
+    check_images,
+    check_integer,
+    check_labels,
+    check_not_empty,
+    check_number,
+    check_radius,
+    message,
+)
 from .._memory import halved
 from .._threads import Queueing
 from ..attacks import Attack as KeyedAttack
 from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
 from ..distributed import process_group
-from ..doctor import check_contract, diagnose
 from ..randomness import derive_seed, seeded
 from ..training.metrics import summary_writer
-from .judge import Judge, eight_bit, fixed_randomness, full_precision
+from .findings import NORMS, Threat, examined, is_bound, outside_finding, outside_text
+from .given import checked_candidates, given_attacks
+from .identity import attack_identity, model_identity, shown
+from .judge import Judge, eight_bit, fixed_randomness, full_precision, judged
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
 from .runs import Run, Unit
@@ -36,7 +46,6 @@ from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarise
 from .tracing import TraceFile, trace_line, traced, write_scalars
 from .verdict import INTERVALS
 
-NORMS = ("Linf", "L2", "L1")
 # Under a budget, images of an attack's first unit, from whose time the sizes of the next follow.
 PILOT = 8
 
@@ -73,13 +82,15 @@ def evaluate(
             by (seed, image index, draw), so that its verdict does not depend on `batch_size` beyond rounding; draws of
             another callable are repeated calls, with torch's generators seeded for them and restored. A model whose
             logits do not change from call to call is judged by one draw.
-        x: float images (N, C, H, W) in [0, 1].
+        x: float images (N, C, H, W) in [0, 1], of the dtype in which the model computes; 16 bits are judged in float32.
         y: int64 labels (N,).
         protocol: a name in PROTOCOLS: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen.
         norm, eps: threat model, eps in units of [0, 1] pixels; default the protocol's (Linf, 8/255; unseen: L2, 0.5).
         seed: key of all randomness.
         attacks: instead of the protocol's: name -> attack(images, labels, sample_ids) returning adversarial images, or
-            a function from the model to that, which randomness="fixed" needs: it is called with the fixed model.
+            attack(images, labels), or an attack of torchattacks or ART; or a function from the model to that, which
+            randomness="fixed" needs: it is called with the fixed model. An attack with an attribute `norm` other than
+            the three, such as "flow", declares that its candidates are bound by something else than the ball.
         draws: K, fresh draws of every verdict; default the protocol's (20; bpda-eot: 150).
         selection_draws: draws of the choice among an image's candidates.
         batch_size: images attacked together; half as many, with a warning, from where memory does not hold them.
@@ -89,12 +100,14 @@ def evaluate(
             is their own: to other draws of them).
         budget: seconds, or text such as "90s", "10m", "2h". When it is spent no further attack starts: what was not
             attacked keeps its last candidate, and the result is an upper bound on the robust accuracy (complete=False).
+            The verdict on an attack that was cut is that of the images which it got to.
         randomness: "fresh", or "fixed": each image's mask and noise are the same in attack, choice and verdict, and
             known to the attacker; needs a Defense.
         interval: of the means: "wilson", which is conservative, or "bootstrap" over images.
         curve: radii at which PGD-20 (with 4 draws a gradient) is repeated for the curve of accuracy against eps.
-        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}; by default,
-            and if there is a report (`out`), those of atop_fast.doctor on at most 64 of the images.
+        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}; by default
+            those of atop_fast.doctor, with a warning of what is no pass: with `out` all of its checks on at most 64 of
+            the images, without it those of the contract that take a few passes, on at most 32. () for none.
         title, progress: name of the model in the report, and of the progress bar with the time left.
         trace: file of JSON lines: loss, accuracy and passes after each step of every attack of this library, as
             TraceStep has them, with the attack's name and the first image of its batch. Lines of a batch are added when
@@ -108,16 +121,17 @@ def evaluate(
         TypeError, ValueError: naming the argument that is wrong; `out` of another run or damaged: nothing is changed.
     """
     start = time.monotonic()
-    check_not_empty("evaluate", "x", check_images("evaluate", "x", x))
+    x = check_not_empty("evaluate", "x", check_images("evaluate", "x", x))
     check_labels("evaluate", "y", y, x)
     check_integer("evaluate", "batch_size", batch_size, low=1)
     check_choice("evaluate", "randomness", randomness, ("fresh", "fixed"))
     check_choice("evaluate", "interval", interval, INTERVALS)
     plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
-    threat = _Threat(
+    threat = Threat(
         check_choice("evaluate", "norm", plan.norm if norm is None else norm, NORMS),
-        check_number("evaluate", "eps", plan.eps if eps is None else eps, low=0),
+        plan.eps if eps is None else eps,
     )
+    check_radius("evaluate", threat.norm, threat.eps)
     radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
     deadline = None if budget is None else start + parse_budget(budget)
     transform = repr(model.transform) if isinstance(model, Defense) else None
@@ -150,11 +164,19 @@ def evaluate(
             "images": len(x),
         }
         # An entry says what its attack does; the object may also show how much fits into memory.
-        texts = {name: _text(attack if attacks else plan.attacks.get(name, CURVE)) for name, attack in named.items()}
-        header = {**settings, "attacks": texts, "model": _digest_model(model), "data": _digest("", x, y)}
+        texts = {name: shown(attack if attacks else plan.attacks.get(name, CURVE)) for name, attack in named.items()}
+        header = {**settings, "attacks": texts, "data": _digest(x, y)}
+        if out is not None or group.size > 1:
+            header["model"] = model_identity(model, x)
+            own = named if attacks else {}
+            header |= {
+                f"attacks[{name!r}]": attack_identity(attack, model)
+                for name, attack in own.items()
+                if not name.startswith(curve_name(""))
+            }
         run = Run(len(x), None if out is None else Path(out), header, group)
         if diagnostics is None:
-            diagnostics = [] if out is None else _diagnostics(Path(out), model, x, y, threat, seed)
+            diagnostics = examined(None if out is None else Path(out), model, x, y, threat, seed, group.rank == 0)
         cascade = attacks is None and plan.cascade and judge.deterministic
         names = list(named)
         tracing = trace is not None or tensorboard is not None
@@ -167,6 +189,7 @@ def evaluate(
             file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
         labels = y.cpu()
+        diagnostics = [*diagnostics, *outside_finding(run, work.attacks, x, threat)]
         report = summarise(run, labels, list(work.attacks), radii, settings, interval, cascade, headline, diagnostics)
         if tensorboard is not None and group.rank == 0:
             write_scalars(Path(tensorboard), report.trace)
@@ -180,17 +203,6 @@ def evaluate(
     return report
 
 
-@dataclass(frozen=True)
-class _Threat:
-    norm: str
-    eps: float
-
-    def distance(self, delta: Tensor) -> Tensor:
-        """The norm of every perturbation (B, C, H, W), float32 (B,)."""
-        order = {"Linf": torch.inf, "L2": 2, "L1": 1}[self.norm]
-        return torch.linalg.vector_norm(delta.flatten(1).float(), ord=order, dim=1)
-
-
 @dataclass
 class _Work:
     """The units of one process: its blocks of images, candidate by candidate."""
@@ -201,7 +213,7 @@ class _Work:
     judge: Judge
     run: Run
     named: dict[str, Attack]
-    threat: _Threat
+    threat: Threat
     batch_size: int
     cascade: bool
     deadline: float | None
@@ -210,7 +222,8 @@ class _Work:
     trace_file: TraceFile | None
 
     def __post_init__(self) -> None:
-        self.attacks = [name for name in self.named if not name.startswith(curve_name(""))]
+        self.attacks = {n: attack for n, attack in self.named.items() if not n.startswith(curve_name(""))}
+        self.outside: set[str] = set()
         blocks = torch.arange(len(self.x)).split(self.batch_size)
         self.blocks = blocks[self.run.group.rank :: self.run.group.size]
 
@@ -268,7 +281,8 @@ class _Work:
     def _todo(self, name: str, block: Tensor) -> Tensor:
         todo = ~self.run.done(name)[block]
         if self.cascade and name in self.attacks:
-            correct = choice(self.run, [CLEAN, *self.attacks[: self.attacks.index(name)]])[1]
+            names = list(self.attacks)
+            correct = choice(self.run, [CLEAN, *names[: names.index(name)]])[1]
             todo &= correct[block] > 0
         return block[todo]
 
@@ -295,8 +309,17 @@ class _Work:
             # Points of the curve are not chosen among.
             values = {"predictions": self.judge.predictions(name, candidates, labels, index)}
         values["distance"] = self.threat.distance(candidates - x).cpu()
+        self._warn_outside(name, values["distance"])
         cost = (time.monotonic() - start, *(self._since(before) if seen else (None, None)))
         return Unit(name, ids, values, candidates.float().cpu() if name in self.attacks else None, *cost, tuple(steps))
+
+    def _warn_outside(self, name: str, distance: Tensor) -> None:
+        """Say it at once, and once, if candidates lie outside of the ball: the rest may take hours."""
+        if name not in self.attacks or name in self.outside or not is_bound(self.attacks[name]):
+            return
+        if count := int(self.threat.outside(distance, self.x).sum()):
+            self.outside.add(name)
+            warnings.warn(f"evaluate: {outside_text(name, count, distance, self.threat)}", stacklevel=2)
 
     def _images(self, name: str, ids: Tensor) -> Tensor:
         return self.x[ids.to(self.x.device)].float().cpu() if name == CLEAN else self.run.images(name, ids)
@@ -313,12 +336,7 @@ class _Work:
         own = isinstance(attack, KeyedAttack)
         seed = derive_seed(self.judge.seed, "attack", name, first)
         with contextlib.nullcontext() if own else seeded(seed, x.device):
-            candidates = attack(x, labels, ids).detach()
-        argument = f"attacks[{name!r}]"
-        if candidates.shape != x.shape:
-            expected = f"an attack that returns images of shape {tuple(x.shape)}"
-            raise ValueError(message("evaluate", argument, expected, tuple(candidates.shape)))
-        return check_images("evaluate", argument, candidates)
+            return checked_candidates(name, attack(x, labels, ids), x)
 
     def _round(self) -> None:
         """Judge the chosen candidates, rounded to 8 bits, by the very draws of their verdicts."""
@@ -334,14 +352,15 @@ class _Work:
                 start, before, index = time.monotonic(), replace(self.passes), ids.to(self.x.device)
                 ball = radius if name != CLEAN and self._inside(name, ids) else None
                 rounded = eight_bit(self._images(name, ids).to(self.x.device), self.x[index], ball)
-                predictions = self.judge.predictions(name, rounded.float() / 255, self.y[index], index)
+                images = rounded.to(judged(self.x[:0]).dtype) / 255
+                predictions = self.judge.predictions(name, images, self.y[index], index)
                 cost = (time.monotonic() - start, *self._since(before))
                 self.run.add(Unit(name + EIGHT_BIT, ids, {"predictions": predictions}, rounded.cpu(), *cost))
                 self.bar.update(len(ids))
 
     def _inside(self, name: str, ids: Tensor) -> bool:
         """Whether the candidates lie in the ball: those of StAdv do not, and must not be pulled into it."""
-        return bool((self.run.tables[name]["distance"][ids] <= self.threat.eps + 1e-5).all())
+        return not self.threat.outside(self.run.tables[name]["distance"][ids], self.x).any()
 
 
 def parse_budget(budget: float | str, function: str = "evaluate") -> float:
@@ -361,27 +380,13 @@ def _trace_file(path: Path, run: Run, names: Sequence[str]) -> TraceFile | None:
     return files[0] if files else None
 
 
-def _diagnostics(folder: Path, model: Model, x: Tensor, y: Tensor, threat: _Threat, seed: int) -> list[dict[str, Any]]:
-    """What the doctor finds; kept in the folder for a call that goes on with this run. Equal in every process."""
-    path = folder / "diagnostics.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    if threat.norm == "L1" or threat.eps == 0:
-        # The checks for masking attack in the Linf and L2 balls.
-        findings = check_contract(model, x, y, seed=seed)
-    else:
-        findings = diagnose(model, x, y, norm=threat.norm, eps=threat.eps, seed=seed)
-    found = [asdict(finding) for finding in findings]
-    write_text(path, json.dumps(found, indent=2) + "\n")
-    return found
-
-
 def _gallery(model: Model, x: Tensor, ids: Tensor, candidates: Tensor, seed: int) -> list[tuple[str, Tensor]]:
     """Rows of pictures of the images `ids`: clean, candidate, perturbation, and what the purifier makes of it."""
     if x.shape[1] not in (1, 3):
         return []
     index = ids.to(x.device)
-    clean, candidates = x[index], candidates.to(x.device)
+    clean = x[index]
+    candidates = candidates.to(clean)
     perturbation = candidates - clean
     scale = 2 * perturbation.abs().amax().clamp_min(1e-12)
     rows = [("clean", clean), ("chosen candidate", candidates), ("perturbation, scaled", 0.5 + perturbation / scale)]
@@ -396,34 +401,19 @@ def _attacks(
     attacks: Mapping[str, Attack] | Callable[[Model], Mapping[str, Attack]] | None,
     protocol: Protocol,
     model: Model,
-    threat: _Threat,
+    threat: Threat,
     seed: int,
     deterministic: bool,
     max_batch: int | None,
 ) -> dict[str, Attack]:
     if attacks is None:
         return build_attacks(protocol, model, threat.norm, threat.eps, seed, deterministic, max_batch)
-    named = dict(attacks(model) if callable(attacks) else attacks)
-    for name in named:
-        if name == CLEAN or EIGHT_BIT in name or name.startswith(curve_name("")):
-            expected = f"named otherwise than the clean images, and without {EIGHT_BIT!r} or {curve_name('')!r}"
-            raise ValueError(message("evaluate", "attacks", expected, repr(name)))
-    return named
+    return given_attacks(attacks, model)
 
 
-def _text(value: object) -> str:
-    """What an attack or a model shows of itself, without addresses, which differ from process to process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _digest_model(model: Model) -> str:
-    state = model.state_dict() if isinstance(model, nn.Module) else {}
-    return _digest(_text(model) + " ".join(state), *(v for v in state.values() if isinstance(v, Tensor)))
-
-
-def _digest(text: str, *tensors: Tensor) -> str:
-    """SHA-256 of a text and of tensors' types, shapes and bytes."""
-    digest = hashlib.sha256(text.encode())
+def _digest(*tensors: Tensor) -> str:
+    """SHA-256 of tensors' types, shapes and bytes."""
+    digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

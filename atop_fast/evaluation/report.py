@@ -16,8 +16,8 @@ from torch import Tensor
 from .._files import write_atomic, write_text
 from .tracing import trace_picture
 
-# A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict().
-Verdicts = Mapping[str, Mapping[str, Any]]
+# A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict(), or None where nothing was attacked.
+Verdicts = Mapping[str, Mapping[str, Any] | None]
 MEASURES = (("mean", "mean of draws"), ("majority", "majority vote"), ("worst", "worst of K"))
 # In a line of metrics.jsonl, besides the losses.
 NOT_DRAWN = ("training", "epoch", "updates", "lr", "seconds", "images_per_second")
@@ -28,14 +28,38 @@ def format_table(systems: Mapping[str, Verdicts]) -> str:
     columns = list(next(iter(systems.values())))
     rows = [["system", *columns]]
     for name, verdicts in systems.items():
-        rows.append(
-            [name, *(f"{v['mean']:.3f} [{v['mean_ci'][0]:.2f}, {v['mean_ci'][1]:.2f}]" for v in verdicts.values())]
-        )
-        rows.append(["  majority / worst", *(f"{v['majority']:.3f} / {v['worst']:.3f}" for v in verdicts.values())])
+        images = _images(verdicts)
+        rows.append([name, *(_cell(v, images) for v in verdicts.values())])
+        both = [f"{v['majority']:.3f} / {v['worst']:.3f}" if v else "" for v in verdicts.values()]
+        rows.append(["  majority / worst", *both])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def _images(verdicts: Verdicts) -> int:
+    """How many images a system is evaluated on: an attack that a budget cut has fewer."""
+    return max(v["images"] for v in verdicts.values() if v)
+
+
+def _cell(v: Mapping[str, Any] | None, images: int) -> str:
+    if v is None:
+        return f"0 of {images} attacked"
+    cut = f" ({v['images']} of {images} attacked)" if v["images"] < images else ""
+    return f"{v['mean']:.3f} [{v['mean_ci'][0]:.2f}, {v['mean_ci'][1]:.2f}]{cut}"
+
+
+def _note(systems: Mapping[str, Verdicts]) -> str:
+    """How many images and draws the columns rest on; systems without randomness have one draw."""
+    first = [next(v for v in verdicts.values() if v) for verdicts in systems.values()]
+    names: dict[int, list[str]] = {}
+    for name, v in zip(systems, first, strict=True):
+        names.setdefault(v["draws"], []).append(name)
+    images = f"{max(map(_images, systems.values()))} images, "
+    if len(names) == 1:
+        return f"{images}K = {first[0]['draws']} draws of each."
+    return f"{images}K draws of each: " + "; ".join(f"K = {k} for {', '.join(of)}" for k, of in names.items()) + "."
 
 
 def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> bytes:
@@ -149,12 +173,12 @@ def curve_picture(points: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    points = sorted(points, key=lambda point: point["eps"])
+    points = sorted((point for point in points if "mean" in point), key=lambda point: point["eps"])
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     radii = [point["eps"] for point in points]
-    low, high = zip(*(point["mean_ci"] for point in points), strict=True)
+    low, high = ([point["mean_ci"][end] for point in points] for end in (0, 1))
     axis.fill_between(radii, low, high, alpha=0.25, color="#4878a8", linewidth=0)
     axis.plot(radii, [point["mean"] for point in points], "o-", color="#4878a8")
     axis.set(xlabel="eps", ylabel="accuracy of one draw", ylim=(0, 1))
@@ -216,7 +240,10 @@ def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
 
     template = importlib.resources.files("atop_fast.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    tables = [("Robust accuracy", data["systems"]), *([("Findings", data["findings"])] if "findings" in data else [])]
+    groups = {"Robust accuracy": data["systems"], "Findings": data.get("findings")}
+    tables = [
+        (heading, part, _note(part), max(map(_images, part.values()))) for heading, part in groups.items() if part
+    ]
     # Sections without their values are left out.
     keys = ("details", "curve", "tries", "trace", "strips", "notes", "picture", "picture_caption", "curves")
     given = {key: values.get(key) for key in keys}

@@ -11,6 +11,7 @@ whatever the batch size and the number of processes that made the log or that go
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -28,9 +29,10 @@ from torch import Tensor
 from .._checks import message
 from .._files import claim_folder, remove_leftovers, writable_folder, write_atomic
 from ..distributed import Group
+from .identity import same_model
 from .tracing import check_line
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Run:
         self.tables: dict[str, dict[str, Tensor]] = {}
         self._own: list[Unit] = []
         self.agree(lambda: _open_folder(folder, header) if folder and group.rank == 0 else None)
-        if any(other != header for other in group.gather(header)):
+        if any(_known_by(header, other) != other for other in group.gather(header)):
             expected = "the same model, data and settings in every process"
             raise ValueError(message("evaluate", "model, x, y", expected, "differences between the ranks"))
         if folder is not None:
@@ -172,8 +174,21 @@ class Run:
 
 def _open_folder(folder: Path, header: dict[str, Any]) -> None:
     """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
+    found: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        # What is wrong with it, claim_folder says.
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if isinstance(found, dict):
+        header = _known_by(header, found)
     claim_folder("evaluate", folder, {"format": FORMAT, **header})
     remove_leftovers(writable_folder("evaluate", "out", folder / "shards"))
+
+
+def _known_by(header: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The header with the other's numbers for the model, where these are the model's up to rounding."""
+    if "model" in header and same_model(header["model"], other.get("model")):
+        return {**header, "model": other["model"]}
+    return header
 
 
 def _read_log(path: Path) -> Iterator[dict[str, Any]]:

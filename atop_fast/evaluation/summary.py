@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .findings import budget_finding
 from .report import versions
 from .resubmission import resubmission_curve
 from .runs import Run
@@ -32,15 +33,16 @@ class Report:
     Attributes:
         clean: verdict on the images as they are.
         robust: verdict on each image's chosen candidate, the one that fared worst in the selection draws.
-        attacks: verdict on each attack's candidates; an image that an attack did not get to (budget, or fooled already
-            in a protocol that stops there) keeps the candidate chosen so far.
+        attacks: verdict on each attack's candidates; an image that was fooled already, in a protocol that stops there,
+            keeps the candidate chosen so far. Of an attack that the budget cut it is the verdict on the images that it
+            got to, as `images` of the verdict says; None if it got to none.
         eight_bit: verdict on the chosen candidates rounded to 8 bits, under the draws of `robust`.
         resubmission: for "clean" and "robust" the accuracy against an attacker who may try M times, M = 1 .. K; see
             resubmission_curve.
         emulated: what AutoAttack's rules would say, unsound for random defences: see emulated_verdicts.
         headline: which of them the protocol's source reports, or None.
         complete: whether every attack got to every image; if not, `robust` is an upper bound on the robust accuracy.
-        curve: verdict and "eps" for every radius asked for, and on how many images it was attacked.
+        curve: "eps" of every radius asked for, how many images were "attacked", and the verdict on these, if any.
         samples: for every image its id, label, share of right draws ("clean", "robust"), chosen "attack", and the norm
             of its perturbation ("distance").
         passes: attack -> images through the model "forward" and "backward", verdicts included (None: not counted), and
@@ -55,7 +57,7 @@ class Report:
 
     clean: Verdict
     robust: Verdict
-    attacks: dict[str, Verdict]
+    attacks: dict[str, Verdict | None]
     eight_bit: Verdict
     resubmission: dict[str, list[dict[str, Any]]]
     emulated: dict[str, Any]
@@ -74,7 +76,7 @@ class Report:
         """JSON-ready; the settings stand beside the results."""
         values = {**vars(self), **self.settings}
         del values["settings"]
-        verdicts = {"attacks": {name: v.to_dict() for name, v in self.attacks.items()}}
+        verdicts: dict[str, Any] = {"attacks": {name: v and v.to_dict() for name, v in self.attacks.items()}}
         verdicts |= {name: getattr(self, name).to_dict() for name in ("clean", "robust", "eight_bit")}
         return {**values, **verdicts}
 
@@ -113,7 +115,7 @@ def summarise(
     names = [CLEAN, *attacks]
     predictions = [run.tables[CLEAN]["predictions"]]
     right = [predictions[0] == labels[:, None]]
-    complete = True
+    reached: list[Tensor] = []
     for row, name in enumerate(attacks, start=1):
         chosen, correct = choice(run, names[:row])
         known = run.tables.get(name, {"predictions": predictions[0]})["predictions"]
@@ -121,34 +123,35 @@ def summarise(
         predictions.append(torch.where(done[:, None], known, _pick(predictions, chosen)))
         # A candidate that does not exist cannot fail under the emulated rules.
         right.append((predictions[-1] == labels[:, None]) | ~done[:, None])
-        complete &= bool((done | (correct == 0) if cascade else done).all())
+        reached.append(done | (correct == 0) if cascade else done)
     chosen, _ = choice(run, names)
     rounded = torch.zeros_like(predictions[0])
     for row, name in enumerate(names):
         if (at := chosen == row).any():
             rounded[at] = run.tables[name + EIGHT_BIT]["predictions"][at]
 
-    def verdict(values: Tensor) -> Verdict:
-        return Verdict.from_predictions(values, labels, interval, settings["seed"])
+    def verdict(values: Tensor, rows: Tensor | slice = slice(None)) -> Verdict:
+        return Verdict.from_predictions(values[rows], labels[rows], interval, settings["seed"])
 
-    verdicts = [verdict(p) for p in predictions]
+    verdicts = [verdict(p, rows) if rows.any() else None for p, rows in zip(predictions[1:], reached, strict=True)]
+    counts = {name: int(rows.sum()) for name, rows in zip(attacks, reached, strict=True)}
     robust = _pick(predictions, chosen)
     stands = {CLEAN: right[0], "robust": robust == labels[:, None]}
     return Report(
-        clean=verdicts[0],
+        clean=verdict(predictions[0]),
         robust=verdict(robust),
-        attacks=dict(zip(attacks, verdicts[1:], strict=True)),
+        attacks=dict(zip(attacks, verdicts, strict=True)),
         eight_bit=verdict(rounded),
         resubmission={name: resubmission_curve(v, interval, settings["seed"]) for name, v in stands.items()},
         emulated=emulated_verdicts(torch.stack(right)),
         headline=headline,
-        complete=complete,
-        curve=[_point(run, radius, predictions[0], verdict) for radius in radii],
+        complete=all(count == run.count for count in counts.values()),
+        curve=[_point(run, radius, verdict) for radius in radii],
         samples=_samples(run, labels, names, chosen, right[0], stands["robust"]),
         **_costs(run, names),
         trace=mean_trace(run.trace([*attacks, *map(curve_name, radii)])),
         settings=settings,
-        diagnostics=[dict(finding) for finding in diagnostics],
+        diagnostics=[*map(dict, diagnostics), *budget_finding(counts, run.count)],
         versions=versions(),
     )
 
@@ -158,11 +161,11 @@ def _pick(predictions: Sequence[Tensor], chosen: Tensor) -> Tensor:
     return torch.stack(list(predictions))[chosen, torch.arange(len(chosen))]
 
 
-def _point(run: Run, radius: float, clean: Tensor, verdict: Any) -> dict[str, Any]:
+def _point(run: Run, radius: float, verdict: Any) -> dict[str, Any]:
     name = curve_name(radius)
     done = run.done(name)
-    known = run.tables.get(name, {"predictions": clean})["predictions"]
-    return {"eps": radius, **verdict(torch.where(done[:, None], known, clean)).to_dict(), "attacked": int(done.sum())}
+    found = verdict(run.tables[name]["predictions"], done).to_dict() if done.any() else {}
+    return {"eps": radius, **found, "attacked": int(done.sum())}
 
 
 def _samples(

@@ -1,0 +1,125 @@
+"""What evaluate says about the evaluation itself: the contract, candidates outside of the ball, an ended budget."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._files import write_text
+from ..attacks import GradientEstimator, Model, frozen
+from ..doctor import check_contract, diagnose
+from .judge import full_precision, judged
+from .protocols import Attack
+from .runs import Run
+
+NORMS = ("Linf", "L2", "L1")
+# Checks of the contract that take a few passes: evaluate sets the mode itself, and times itself.
+CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalisation", "zero_gradient")
+IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Threat:
+    """The ball in which candidates are looked for."""
+
+    norm: str
+    eps: float
+
+    def distance(self, delta: Tensor) -> Tensor:
+        """The norm of every perturbation (B, C, H, W), float32 (B,)."""
+        order = {"Linf": torch.inf, "L2": 2, "L1": 1}[self.norm]
+        return torch.linalg.vector_norm(delta.flatten(1).float(), ord=order, dim=1)
+
+    def outside(self, distance: Tensor, x: Tensor) -> Tensor:
+        """Whether candidates at a distance (B,) from images like x (B, C, H, W) lie outside, rounding aside, bool."""
+        size = x[0].numel()
+        rounded = {"Linf": 1, "L2": size**0.5, "L1": size}[self.norm] * max(torch.finfo(x.dtype).eps, 2.0**-23)
+        return distance > self.eps * (1 + 1e-4) + rounded
+
+
+def examined(
+    folder: Path | None, model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int, first: bool
+) -> list[dict[str, Any]]:
+    """What atop_fast.doctor finds, with a warning by the `first` process for what is no pass.
+
+    In a folder it is all of its checks, kept there for a call that goes on with the run; else the cheap ones, on no
+    more images than one pass with gradients holds. Equal in every process.
+    """
+    x, path = judged(x), None if folder is None else folder / "diagnostics.json"
+    if path is not None and path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    elif path is None:
+        try:
+            with frozen(model), full_precision(x.device):
+                estimator, zero = (
+                    GradientEstimator(model, seed=seed),
+                    torch.zeros(1, dtype=torch.int64, device=x.device),
+                )
+                estimator.logits(x[:1], zero, zero)
+                most = min(estimator.rows or IMAGES, IMAGES)
+                findings = check_contract(model, x, y, seed=seed, max_images=most, checks=CHEAP)
+            found = [asdict(finding) for finding in findings]
+        except (RuntimeError, NotImplementedError) as error:
+            # Not every attack needs what the checks do.
+            reason = f"The contract could not be checked: {type(error).__name__}: {error}".partition("\n")[0]
+            found = [_finding("contract", "warn", reason, {})]
+    else:
+        if threat.norm == "L1" or threat.eps == 0:
+            # The checks for masking attack in the Linf and L2 balls.
+            findings = check_contract(model, x, y, seed=seed)
+        else:
+            findings = diagnose(model, x, y, norm=threat.norm, eps=threat.eps, seed=seed)
+        found = [asdict(finding) for finding in findings]
+        write_text(path, json.dumps(found, indent=2) + "\n")
+    for finding in found if first else ():
+        if finding["status"] != "pass":
+            verb = "fails" if finding["status"] == "fail" else "warns"
+            warnings.warn(f"evaluate: the check {finding['name']!r} {verb}: {finding['reason']}", stacklevel=3)
+    return found
+
+
+def is_bound(attack: Attack) -> bool:
+    """Whether candidates must lie in the ball: an attack whose `norm` is another, as StAdv's "flow", says otherwise."""
+    norm = getattr(attack, "norm", None)
+    return not isinstance(norm, str) or norm in NORMS
+
+
+def outside_finding(run: Run, attacks: Mapping[str, Attack], x: Tensor, threat: Threat) -> list[dict[str, Any]]:
+    """A finding that names the attacks with candidates outside of the ball, if there are any."""
+    texts, numbers = [], {}
+    for name, attack in attacks.items():
+        if name not in run.tables or not is_bound(attack):
+            continue
+        distance = run.tables[name]["distance"][run.done(name)]
+        if count := int(threat.outside(distance, x).sum()):
+            numbers[name] = {"outside": count, "candidates": len(distance), "farthest": float(distance.max())}
+            texts.append(outside_text(name, count, distance, threat))
+    return [_finding("ball", "fail", " ".join(texts), numbers)] if texts else []
+
+
+def outside_text(name: str, count: int, distance: Tensor, threat: Threat) -> str:
+    """The sentence on an attack with `count` candidates outside of the ball."""
+    return (
+        f"attacks[{name!r}]: {count} of {len(distance)} candidates lie outside of the {threat.norm} ball of radius "
+        f"{threat.eps:.6g}, the farthest at {float(distance.max()):.6g}, so that accuracies are not those of this "
+        "threat model: give attack and evaluate the same norm and eps, or the attack another attribute `norm`."
+    )
+
+
+def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, Any]]:
+    """A finding that says which attacks the budget cut, if any; `reached`: attack -> images."""
+    cut = [f"{name} {count} of {images} attacked" for name, count in reached.items() if count < images]
+    text = f"The budget ended before every attack had got to every image ({', '.join(cut)}): their columns are of the "
+    text += "attacked images alone, and the robust accuracy is an upper bound."
+    return [_finding("budget", "warn", text, dict(reached))] if cut else []
+
+
+def _finding(name: str, status: str, reason: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name, "status": status, "reason": reason, "numbers": dict(numbers)}

@@ -1,0 +1,293 @@
+"""Input and arguments from which wrong numbers could come in silence: taken as they are meant, or refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from atop_fast import PGD, RT1, RT2, RT3, Defense, build_purifier, evaluate
+from atop_fast.attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, AutoAttack, Square, StAdv
+from atop_fast.doctor import check_contract, diagnose
+from atop_fast.evaluation import PROTOCOLS
+from atop_fast.randomness import seeded
+
+COUNT = 12
+X = torch.rand(COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+QUIET = {"progress": False, "diagnostics": ()}
+# Attack and the norms that it has.
+ATTACKS = {
+    "FGSM": (FGSM, ("Linf", "L2"), {}),
+    "PGD": (PGD, ("Linf", "L2"), {"steps": 3, "restarts": 2}),
+    "MIFGSM": (MIFGSM, ("Linf",), {"steps": 3}),
+    "APGD": (APGD, ("Linf", "L2", "L1"), {"steps": 3, "restarts": 2}),
+    "APGD-dlr": (APGD, ("Linf", "L2", "L1"), {"steps": 3, "loss": "dlr"}),
+    "APGDT": (APGDT, ("Linf", "L2", "L1"), {"steps": 3}),
+    "FAB": (FAB, ("Linf", "L2", "L1"), {"steps": 3, "restarts": 2}),
+    "Square": (Square, ("Linf", "L2", "L1"), {"queries": 9}),
+    "CW": (CW, ("L2",), {"steps": 30, "lr": 0.1, "c": 100.0}),
+    "StAdv": (StAdv, (None,), {"steps": 3}),
+    "AutoAttack": (AutoAttack, ("Linf", "L2", "L1"), {"steps": 3, "queries": 9}),
+}
+CASES = [(name, norm) for name, (_, norms, _) in ATTACKS.items() for norm in norms]
+EPS = {"Linf": 0.1, "L2": 0.8, "L1": 4.0}
+
+
+def network(classes: int = 10, seed: int = 0) -> nn.Module:
+    """Untrained, but with small margins: attacks fool it."""
+    with seeded(seed):
+        layers = (nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, classes))
+        return nn.Sequential(*layers).eval()
+
+
+def labels(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(X).argmax(dim=1)
+
+
+def attack(name, norm, model):
+    kind, _, options = ATTACKS[name]
+    return kind(model, **options, **({} if norm is None else {"norm": norm, "eps": EPS[norm]}))
+
+
+def entry_points(model, x, y):
+    """Whoever is given a model, as calls, by name."""
+    calls = {name: partial(attack(name, norms[0], model), x, y) for name, (_, norms, _) in ATTACKS.items()}
+    calls["evaluate"] = lambda: evaluate(model, x, y, **QUIET)
+    calls["diagnose"] = lambda: diagnose(model, x, y)
+    calls["check_contract"] = lambda: check_contract(model, x, y)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (
+            lambda net, x: net(x)[:, :1],
+            ValueError,
+            r"model must be .* torch.cat\(\(-z, z\), 1\)\), got \(\d+, 1\)",
+        ),
+        (lambda net, x: net(x)[:, 0], ValueError, r"model must be .*for one logit z\[:, None\] .*, got \(\d+,\)"),
+        (
+            lambda net, x: x,
+            ValueError,
+            r"model must be .* logits of shape \(B, classes\), got \(\d+, 1, 8",
+        ),
+        (lambda net, x: net(x)[:1], ValueError, r"model must be .* got \(1, 10\) for|model must be .* for \d+ images"),
+        (lambda net, x: (net(x), None), TypeError, r"model must return logits .* got tuple of 2; wrap it: .*\[0\]"),
+        (
+            lambda net, x: {"logits": net(x)},
+            TypeError,
+            r"model must return logits .* got dict with .*; wrap it",
+        ),
+        (lambda net, x: net(x).numpy(force=True), TypeError, r"model must return logits .* got ndarray; wrap it"),
+    ],
+    ids=["one logit", "no classes", "images", "fewer rows", "tuple", "dict", "numpy"],
+)
+def test_what_is_no_logits_is_refused_by_every_entry_point(model, error, words):
+    net = network()
+    for name, call in entry_points(lambda x: model(net, x), X, labels(net)).items():
+        with pytest.raises(error, match=words) as raised:
+            call()
+        assert str(raised.value).startswith(name.removesuffix("-dlr"))
+
+
+def test_labels_beyond_the_classes_are_refused_by_every_entry_point():
+    net = network()
+    for module in (net, lambda x: net(x)):
+        for call in entry_points(module, X, torch.full((COUNT,), 10)).values():
+            with pytest.raises(ValueError, match=r": (y|labels) must be class indices below .* 10 logits, got 10"):
+                call()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_few_classes_work_in_every_protocol(classes, protocol, monkeypatch):
+    plan = PROTOCOLS[protocol]
+    for entry in plan.attacks.values():
+        for key, most in (("steps", 2), ("queries", 4), ("eot_iter", 2)):
+            if key in entry.options:
+                monkeypatch.setitem(entry.options, key, min(most, entry.options[key]))
+    model = network(classes)
+    defense = Defense(RT2(4, sigma=0.1), None, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "APGD: loss is 'margin'")
+        for subject in (defense, model) if protocol != "bpda-eot" else (defense,):
+            report = evaluate(subject, X, labels(model), protocol=protocol, **QUIET)
+            assert report.complete
+            assert set(report.attacks) == set(plan.attacks)
+
+
+def test_apgd_on_two_classes_says_that_it_takes_the_margin():
+    model = network(2)
+    options = {"eps": 0.1, "steps": 4, "seed": 3}
+    with pytest.warns(UserWarning, match="APGD: loss is 'margin', as 'dlr' needs 3 classes, got 2"):
+        found = APGD(model, loss="dlr", **options)(X, labels(model))
+    assert torch.equal(found, APGD(model, loss="margin", **options)(X, labels(model)))
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_every_attack_takes_double_precision(name, norm):
+    single = network()
+    double, x, y = network().double(), X.double(), labels(single)
+    found = attack(name, norm, double)(x, y)
+    assert found.dtype == torch.float64
+    assert (found != x).any()
+    if norm is not None:
+        distance = torch.linalg.vector_norm((found - x).flatten(1), {"Linf": torch.inf, "L2": 2, "L1": 1}[norm], dim=1)
+        assert distance.max() <= EPS[norm] * (1 + 1e-9)
+    # What single precision finds, but for signs of gradients near 0.
+    other = attack(name, norm, single)(X, y)
+    assert ((found - other).abs() > 1e-3).double().mean() < 0.05
+
+
+@pytest.mark.parametrize("gradient", ["exact", "checkpointed", "bpda", "blind"])
+@pytest.mark.parametrize("transform", [RT1(2), RT2(2), RT3(2)], ids=["RT1", "RT2", "RT3"])
+def test_a_defense_in_double_precision_is_attacked_and_evaluated(transform, gradient):
+    defense = Defense(transform, build_purifier("unet", channels=1, width=4), network()).double()
+    found = PGD(defense, steps=2, eot_iter=2, gradient=gradient)(X.double(), labels(network()))
+    assert found.dtype == torch.float64
+    report = evaluate(defense, X.double(), labels(network()), draws=2, selection_draws=2, **QUIET)
+    assert report.robust.images == COUNT
+
+
+def test_evaluate_judges_double_precision_in_it():
+    """Logits that single precision cannot tell apart."""
+
+    def model(x):
+        z = 1 + 1e-12 * (x.flatten(1) - 0.5)
+        return torch.stack((z[:, 0], z.new_ones(len(z))), dim=1)
+
+    x = torch.full((4, 1, 1, 1), 0.7, dtype=torch.float64)
+    report = evaluate(model, x, torch.zeros(4, dtype=torch.int64), eps=0.1, attacks={"none": lambda x, y: x}, **QUIET)
+    assert report.clean.mean == 1
+    x[:2] = 0.3
+    report = evaluate(model, x, torch.zeros(4, dtype=torch.int64), eps=0.1, attacks={"none": lambda x, y: x}, **QUIET)
+    assert (report.clean.mean, report.eight_bit.mean) == (0.5, 0.5)
+
+
+def test_images_of_another_dtype_than_the_model_are_named():
+    single, double, y = network(), network().double(), labels(network())
+    for model, x in ((single, X.double()), (double, X), (lambda x: double(x), X)):
+        for name, call in entry_points(model, x, y).items():
+            with pytest.raises(TypeError, match=r": (x|images) must be of the dtype in which the model computes .*got"):
+                call()
+            assert name
+
+
+def test_rounding_outside_of_the_range_is_clamped_and_the_caller_keeps_the_images():
+    x = X.clone()
+    x[:, :, :2], x[:, :, 2:4] = 1.0000005, -5e-7
+    kept, y, model = x.clone(), labels(network()), network()
+    for name, norm in CASES:
+        found = attack(name, norm, model)(x, y)
+        assert 0 <= found.min() <= found.max() <= 1, name
+    evaluate(model, x, y, **QUIET)
+    assert {f.name for f in check_contract(model, x, y) if f.status == "fail"} <= {"normalisation"}
+    assert torch.equal(x, kept)
+    with pytest.raises(ValueError, match=r"evaluate: x must be in \[0, 1\], got values in \[.*, 1.000010\d+\]"):
+        evaluate(model, x + 1e-5, y, **QUIET)
+
+
+def test_a_radius_of_more_than_every_image_is_said():
+    model, y = network(), labels(network())
+    for call in (
+        lambda: PGD(model, eps=8),
+        lambda: AutoAttack(model, eps=8),
+        lambda: evaluate(model, X, y, eps=8, attacks={"none": lambda x, y: x}, **QUIET),
+        lambda: diagnose(model, X, y, eps=8, checks=["logits"]),
+    ):
+        with pytest.warns(UserWarning, match="eps 8 is above 1, the whole range of pixels"):
+            call()
+    PGD(model, "L2", eps=8)
+    APGD(model, "L1", eps=8)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_candidates_outside_of_the_ball_are_said(norm):
+    model, y = network(), labels(network())
+    far = {"mine": lambda x, y, ids: (x + torch.where(ids < 5, 0.5, 0.0)[:, None, None, None]).clamp(0, 1)}
+    with pytest.warns(UserWarning, match=rf"attacks\['mine'\]: 5 of 12 candidates lie outside of the {norm} ball"):
+        report = evaluate(model, X, y, norm=norm, eps=1 / 255, attacks=far, **QUIET)
+    (finding,) = report.diagnostics
+    assert (finding["name"], finding["status"]) == ("ball", "fail")
+    assert finding["numbers"]["mine"]["outside"] == 5
+    # Those of this library do not leave their balls, and another threat model can be declared.
+    kinds = [name for name, case in CASES if case == norm and name != "CW"]
+    inside = {name: attack(name, norm, model) for name in kinds}
+    flow = StAdv(model, bound=0.2, steps=2)
+    assert evaluate(model, X, y, norm=norm, eps=EPS[norm], attacks={**inside, "flow": flow}, **QUIET).diagnostics == []
+
+
+class Normalised(nn.Module):
+    """Logits of what comes before a normalisation that was forgotten, or not."""
+
+    def __init__(self, forgotten):
+        super().__init__()
+        self.forgotten = forgotten
+
+    def forward(self, x):
+        z = (x if self.forgotten else (x - 0.5) / 0.5).flatten(1)[:, :10]
+        return z.abs()
+
+
+def test_the_contract_is_checked_without_a_folder_and_can_be_left_out():
+    """A model that wants images in [-1, 1] and gets [0, 1] is right on fewer of them."""
+    x = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = (2 * x - 1).flatten(1)[:, :10].abs().argmax(dim=1)
+    with pytest.warns(UserWarning, match="evaluate: the check 'normalisation' fails: .* it normalises twice, or not"):
+        report = evaluate(Normalised(True), x, y, eps=0.01, progress=False)
+    found = {finding["name"]: finding["status"] for finding in report.diagnostics}
+    assert found["normalisation"] == "fail"
+    assert {"finite", "logits", "determinism", "batch_coupling", "accuracy", "zero_gradient"} <= set(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert evaluate(Normalised(True), x, y, eps=0.01, **QUIET).diagnostics == []
+
+
+@pytest.mark.parametrize(
+    "wrapper", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")], ids=["dp", "compiled"]
+)
+def test_a_wrapped_defense_is_refused(wrapper):
+    wrapped = wrapper(Defense(RT2(4), None, network()))
+    y = labels(network())
+    for call in (
+        lambda: PGD(wrapped),
+        lambda: AutoAttack(wrapped),
+        lambda: evaluate(wrapped, X, y, **QUIET),
+        lambda: diagnose(wrapped, X, y),
+    ):
+        with pytest.raises(TypeError, match=r"model must be a Defense itself .*, got a (DataParallel|OptimizedModule)"):
+            call()
+
+
+def test_a_contract_that_cannot_be_checked_is_said_and_the_evaluation_goes_on():
+    class Undifferentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no gradient here")
+
+    net = network()
+    with pytest.warns(UserWarning, match="the check 'contract' warns: The contract could not be checked: RuntimeError"):
+        report = evaluate(
+            lambda x: net(Undifferentiable.apply(x)),
+            X,
+            labels(net),
+            eps=0.1,
+            attacks=lambda m: {"square": Square(m, eps=0.1, queries=8)},
+            progress=False,
+        )
+    assert report.complete
+
+
+def test_points_of_a_curve_that_a_budget_left_out_have_no_accuracy():
+    model = network()
+    report = evaluate(model, X, labels(model), eps=0.1, curve=(0.0, 0.1), budget=0, **QUIET)
+    assert report.curve == [{"eps": 0.0, "attacked": 0}, {"eps": 0.1, "attacked": 0}]
