@@ -221,7 +221,7 @@ class GradientEstimator:
         except RuntimeError as error:
             if not self._recovers(error):
                 raise
-            return self._differentiated(part, x, labels, ids, first_draws, targets, loss)
+            return self._differentiated(part, x, labels, ids, first_draws, targets, loss, which)
         self.passes.backward += len(leaf)
         return gradient * size.to(gradient.dtype)[:, None, None, None], result
 

@@ -83,7 +83,7 @@ class PMA(Attack):
         this = copy.copy(self)
         this.rounds = min(self.target_classes, clean.shape[1] - 1)
         order = clean.argsort(dim=1, descending=True, stable=True)[:, 1 : this.rounds + 1]
-        return run_queue(this, estimator, images, labels, ids, start, {"order": order}, self.trace)
+        return run_queue(this, estimator, images, labels, ids, start, {"order": order})
 
     def length(self) -> int | None:
         return None if self.early_stop else self.rounds * (self.steps + 1)
