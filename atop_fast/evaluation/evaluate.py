@@ -310,8 +310,9 @@ class _Work:
             values = {"predictions": self.judge.predictions(name, candidates, labels, index)}
         values["distance"] = self.threat.distance(candidates - x).cpu()
         self._warn_outside(name, values["distance"])
-        cost = (time.monotonic() - start, *(self._since(before) if seen else (None, None)))
-        return Unit(name, ids, values, candidates.float().cpu() if name in self.attacks else None, *cost, tuple(steps))
+        images = candidates.float().cpu() if name in self.attacks else None
+        forward, backward = self._since(before) if seen else (None, None)
+        return Unit(name, ids, values, images, time.monotonic() - start, forward, backward, tuple(steps))
 
     def _warn_outside(self, name: str, distance: Tensor) -> None:
         """Say it at once, and once, if candidates lie outside of the ball: the rest may take hours."""

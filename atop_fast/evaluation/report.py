@@ -190,6 +190,7 @@ def resubmission_picture(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
     """A PNG of accuracy, with its interval, against the number of tries; see resubmission_curve."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -200,7 +201,7 @@ def resubmission_picture(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
         axis.fill_between(tries, low, high, alpha=0.25, color=color, linewidth=0)
         axis.plot(tries, [point["accuracy"] for point in points], ".-", color=color, label=name)
     axis.set(xlabel="tries", ylabel="images that survive them all", ylim=(0, 1))
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     axis.grid(alpha=0.3)
     return _png(figure)
