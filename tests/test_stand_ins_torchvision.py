@@ -40,7 +40,6 @@ FAMILIES = [
 COPIED = {
     "alexnet",
     "mnasnet0_5",
-    "mobilenet_v2",
     "resnet18",
     "resnext50_32x4d",
     "vgg11",

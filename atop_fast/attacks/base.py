@@ -147,7 +147,7 @@ class Attack(ABC):
         passes, probe = self.steps * self.eot_iter, None
         if images is not None and ids is not None and images.numel() and passes >= WORTHWHILE:
             near = self._ball(images[:1], ids[:1])
-            probe = Probe(torch.cat((images[:1], near)), torch.cat((ids[:1], ids[:1])))
+            probe = Probe(torch.cat((images[:1], near)), torch.cat((ids[:1], ids[:1])), self.seed)
         with prepared(self.model, PRECISIONS[self.precision], passes, probe) as network, torch.no_grad():
             yield self.estimator(network)
 

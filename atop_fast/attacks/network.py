@@ -35,7 +35,8 @@ class Probe(NamedTuple):
     """Where a copy must agree with its model."""
 
     x: Tensor  # (B, C, H, W), in [0, 1]
-    ids: Tensor  # int64 (B,): sample ids, for the draws of a Defense
+    ids: Tensor  # int64 (B,): sample ids; with the seed, they key the draw of a Defense, number 0
+    seed: int = 0
 
 
 @contextlib.contextmanager
@@ -119,7 +120,7 @@ def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
 def _response(network: nn.Module, probe: Probe) -> tuple[Tensor, Tensor | None]:
     """Logits, and the input gradient of a fixed combination of them, if there is one."""
     leaf = probe.x.clone().requires_grad_()
-    key = (0, probe.ids, 0) if isinstance(network, Defense) else ()
+    key = (probe.seed, probe.ids, 0) if isinstance(network, Defense) else ()
     with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):
         logits = network(leaf.clone(), *key)
         weights = (2.4 * torch.arange(logits.shape[-1], device=leaf.device)).cos()
