@@ -84,7 +84,8 @@ class EvaluationConfig:
     """The evaluation of the defence after pre-training and after fine-tuning.
 
     Attributes:
-        protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper or unseen (docs/evaluation.md).
+        protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen, eot-fast or fast
+            (docs/evaluation.md).
         norm: norm of the threat model; default the protocol's.
         eps: its radius, in units of [0, 1] pixels; default the protocol's.
         images: how many held-out images; default as many as the protocol names, or all.

@@ -84,7 +84,8 @@ def evaluate(
             logits do not change from call to call is judged by one draw.
         x: float images (N, C, H, W) in [0, 1], of the dtype in which the model computes; 16 bits are judged in float32.
         y: int64 labels (N,).
-        protocol: a name in PROTOCOLS: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen.
+        protocol: a name in PROTOCOLS: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen,
+            eot-fast, fast.
         norm, eps: threat model, eps in units of [0, 1] pixels; default the protocol's (Linf, 8/255; unseen: L2, 0.5).
         seed: key of all randomness.
         attacks: instead of the protocol's: name -> attack(images, labels, sample_ids) returning adversarial images, or
