@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Images this far outside of [0, 1] are rounded, not wrong.
+# Images this far outside [0, 1] come from rounding, not from a wrong range.
 ROUNDING = 1e-6
 
 
@@ -42,7 +42,7 @@ def check_float_tensor(function: str, argument: str, value: Any) -> Tensor:
 def check_images(function: str, argument: str, value: Any, *, finite: bool = True) -> Tensor:
     """Raise unless `value` is float images (B, C, H, W) in [0, 1]; `finite` reads the values, which waits for a GPU.
 
-    Returns the images; those that rounding put up to 1e-6 outside of [0, 1] as a clamped copy.
+    Returns the images; if rounding put values up to 1e-6 outside [0, 1], a clamped copy.
     """
     check_float_tensor(function, argument, value)
     if value.dim() != 4:
@@ -79,9 +79,9 @@ def check_labels(function: str, argument: str, value: Any, images: Tensor) -> Te
 
 
 def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, argument: str = "labels") -> Tensor:
-    """Raise unless `value`, a model's output for `rows` images, is logits (rows, classes >= 2) with a class each label.
+    """Raise unless `value`, a model's output for `rows` images, is logits (rows, classes >= 2) that cover every label.
 
-    `largest_label` is that of the labels, the argument `argument`; it is a number, so that nothing waits for a GPU.
+    `largest_label` is the largest value of `argument`; it is a number, so that nothing waits for a GPU.
     """
     if not isinstance(value, Tensor):
         given, way = type(value).__name__, ".logits"
@@ -158,7 +158,7 @@ def check_device(function: str, argument: str, name: str) -> torch.device:
 def check_fits(function: str, argument: str, images: Tensor, model: object = None) -> Iterator[None]:
     """Turn a RuntimeError of the networks inside, such as another number of channels, into a ValueError.
 
-    With the `model`, images of another dtype than its own are a TypeError.
+    If `model` is given, images of another dtype than the model's raise a TypeError.
     """
     try:
         yield
@@ -170,7 +170,7 @@ def check_fits(function: str, argument: str, images: Tensor, model: object = Non
 
 
 def check_same_dtype(function: str, argument: str, images: Tensor, model: Any, error: RuntimeError) -> None:
-    """Raise TypeError if the model's `error` is that images and weights are of two floating-point types."""
+    """Raise TypeError if the model's `error` says that images and weights have different floating-point types."""
     found = {name.lower() for name in re.findall(r"(?i)\b(bfloat16|double|float|half)(?=\b|tensor)", str(error))}
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     own = {p.dtype for p in parameters if p.is_floating_point()}

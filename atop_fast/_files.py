@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from ._checks import message
 
-# What the first bytes of a file say that is found where another one should be.
+# First bytes of files that are not what they should be, and the words for the error.
 SIGNS = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file: `git lfs pull` fetches that"),
     (b"<!doctype html", "is text (HTML), as of a download that failed"),
     (b"<html", "is text (HTML), as of a download that failed"),
 )
-# Errors of file systems that cannot have the names in a folder written to the disk, such as some network mounts.
+# Errors of file systems that cannot sync a folder, such as some network mounts.
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
 
@@ -93,7 +93,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Have the names in a folder written to the disk, where its file system can."""
+    """Sync a folder, if its file system can."""
     try:
         _sync(folder)
     except OSError as error:
@@ -102,7 +102,7 @@ def _sync_names(folder: Path) -> None:
 
 
 def identify(path: Path) -> str | None:
-    """What a file is that is not what its name says: nothing, a pointer of Git LFS or text; None for other bytes."""
+    """Describe a file that does not hold what its name says: empty, a Git LFS pointer or text; None for other bytes."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -152,8 +152,8 @@ def read_state(
     Args:
         function, argument: for errors.
         path: a safetensors file if its name ends in .safetensors, else one of torch.save.
-        keys: names that the state dict may have where the file holds more; it may also be all that it holds.
-        key: the name that it has, given by the caller: of a dictionary, or what stands before the tensors' names.
+        keys: names that the state dict may have if the file holds more; the file may also hold the state dict alone.
+        key: its name if the caller gives one: of a dictionary, or the prefix of the tensors' names.
 
     Raises:
         ValueError: no such file, a damaged one, one with other objects than tensors, numbers and containers of them, or
@@ -205,10 +205,10 @@ def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """A state dict with the names `own` of a network, as far as wrappers' additions hide them.
+    """The state dict without the prefixes that wrappers add to a network's names `own`.
 
-    Such are those of torch.compile, DataParallel, AveragedModel, Lightning's modules and of any other that holds the
-    network as an attribute, perhaps beside others. ValueError if two parts of the state dict could be the network.
+    Wrappers are torch.compile, DataParallel, AveragedModel, Lightning's modules and any module that holds the network
+    as an attribute, perhaps beside others. ValueError if two parts of the state dict could be the network.
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
     own = set(own)

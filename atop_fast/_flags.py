@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 class _Held(NamedTuple):
-    thing: Any  # kept alive, so that its id is no other object's
+    thing: Any  # kept alive, so that no other object gets its id
     blocks: int
     before: Any
     released: bool = False  # before all blocks have ended, see put_back
 
 
 _LOCK = threading.Lock()
-# By the object's id and the attribute: how many blocks hold it, and what it was before the first of them.
+# By the object's id and the attribute: how many blocks hold it, and its value before the first of them.
 _HELD: dict[tuple[int, str], _Held] = {}
 
 
 @contextlib.contextmanager
 def holding(flags: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Set attributes, (object, name, value), inside the block; the last block that holds one puts it back.
+    """Set attributes, (object, name, value), inside the block; the last block that holds one restores it.
 
-    Blocks may be nested, and overlap in several threads, which then must want the same value. All are read before one
-    is set: an object may show the flag of another. After an error, here or in the block, everything is put back.
+    Blocks may be nested, and may overlap in several threads, which must then want the same value. All are read before
+    one is set: an object may show the flag of another. After an error, here or in the block, everything is restored.
     """
     mine: list[tuple[int, str]] = []
     try:
@@ -50,7 +50,7 @@ def holding(flags: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def put_back(flags: Iterable[tuple[Any, str]]) -> None:
-    """Put held attributes, (object, name), back ahead of time, for all who hold them, and until all have ended."""
+    """Restore held attributes, (object, name), early: for all blocks that hold them, until all of these have ended."""
     with _LOCK:
         for thing, name in flags:
             if (held := _HELD.get((id(thing), name))) is not None:
@@ -67,17 +67,17 @@ def _release(keys: list[tuple[int, str]]) -> None:
             continue
         try:
             _set(held.thing, key[1], held.before)
-        except Exception as error:  # one that cannot be put back must not keep the others from it
+        except Exception as error:  # the others are restored all the same
             failure = error
     if failure is not None:
         raise failure
 
 
 def _set(thing: Any, name: str, value: Any) -> None:
-    # What is right is left alone: some objects refuse to be set.
+    # An attribute that is right already is not set: some objects refuse it.
     if getattr(thing, name) == value:
         return
-    # The flags of tensors made in inference mode can be set there alone.
+    # The flags of tensors made in inference mode can be set only in that mode.
     inside = isinstance(thing, Tensor) and thing.is_inference()
     with torch.inference_mode() if inside else contextlib.nullcontext():
         setattr(thing, name, value)

@@ -1,7 +1,7 @@
 """Which modules are plain: a call runs the code of their class alone, which neither reads nor writes what may change.
 
-A network may be traced, and a copy of it stand in for it, only if all of its modules are plain. What cannot be seen
-through counts as not plain.
+A network may be traced, and a copy may replace it, only if all of its modules are plain. A module that cannot be
+analysed completely counts as not plain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
 
-# What runs when a module is called or read; a class that has its own is left alone.
+# Methods that run when a module is called or read; a class that overrides one is not plain.
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Instructions that write outside of the function, enter a context (autocast, no_grad), import or wait.
@@ -47,7 +47,7 @@ def is_plain(module: nn.Module) -> bool:
     tensors = (*module._parameters.values(), *module._buffers.values())
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None):
         return False
-    # What shadows a method of the class.
+    # An attribute of the instance that shadows a method of its class.
     return not any(callable(value) and hasattr(kind, name) for name, value in vars(module).items())
 
 
@@ -95,11 +95,11 @@ class _Reader:
         return isinstance(value, _CONSTANTS) or type(value).__module__.startswith(("torch._ops", "torch.jit._script"))
 
     def allows_attribute(self, module: nn.Module, name: str) -> bool:
-        """The same of what the module, or its class, has under the name."""
+        """The same for the attribute of that name, of the module or of its class."""
         if name in vars(module):
             value = vars(module)[name]
             return name in ("_modules", "_parameters", "_buffers") or isinstance(value, Tensor) or self.allows(value)
-        # All of them: one may call that of its base.
+        # Those of the base classes too: an overriding method may call them.
         kinds = [kind for kind in type(module).__mro__ if name in vars(kind) and not _of_torch(kind)]
         return all(self.allows(vars(kind)[name]) for kind in kinds)
 

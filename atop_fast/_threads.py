@@ -8,25 +8,25 @@ import sys
 import time
 from pathlib import Path
 
-# By these, and only when torch loads it, OpenMP is told how its threads wait; with none of them GNU's spin for
-# milliseconds, and hold a core for which the thread that they wait for may be queueing.
+# OpenMP reads from these how its threads wait, once, when torch loads it. If none is set, GNU's threads spin for
+# milliseconds, and hold a core for which the awaited thread may be queueing.
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# A training or an evaluation looks about as often as this, in seconds; threads that queue for more of their time than
-# the share are worth a word.
+# Seconds between the looks of a training or an evaluation; threads that queue for more than this share of their time
+# cause a message.
 EVERY, SHARE = 10.0, 0.2
 
 
 def wait_asleep() -> None:
     """Have the threads of this process sleep while they wait, unless the environment says how they wait.
 
-    Does nothing once torch is loaded, as OpenMP has read its variables then.
+    Does nothing once torch is loaded, because OpenMP has then read its variables.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in POLICIES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def is_command() -> bool:
-    """Whether this process is a command of this package, no program of a user, and none that measures such programs."""
+    """Whether this process is a command of this package other than `bench`, which measures users' programs."""
     program, command = [*sys.argv, "", ""][:2]
     # While a package is imported for `python -m package.module`, the program's name is -m.
     ours = Path(program).name == "atop-fast" or (program == "-m" and "atop_fast.cli" in sys.orig_argv)
@@ -65,7 +65,7 @@ class Queueing:
         self.since, self.queued = time.monotonic(), seconds_queued()
 
     def remark(self) -> str | None:
-        """One sentence, the first time that the machine is found so loaded that spinning threads are in their way."""
+        """One sentence, the first time that the machine is so loaded that spinning threads delay one another."""
         now = time.monotonic()
         if self.said or now - self.since < self.every or not spinning():
             return None
@@ -84,12 +84,12 @@ class Queueing:
 
 
 def cure() -> str:
-    """What makes a computation faster beside other work."""
+    """The advice for a computation beside other work."""
     return "OMP_WAIT_POLICY=PASSIVE, or a smaller OMP_NUM_THREADS, is faster (docs/ENV.md)"
 
 
 def seconds_queued() -> float | None:
-    """For how long the threads of this process have been ready to run without a core; None where that is not told."""
+    """How long the threads of this process have been ready to run without a core; None if the system does not tell."""
     times = []
     try:
         for task in Path("/proc/self/task").iterdir():

@@ -1,8 +1,8 @@
-"""Model files: safetensors whose header names the architecture, so that a file loads without anything else said.
+"""Model files: safetensors whose header names the architecture, so that a file loads without further options.
 
-The header's text "atop_fast" is JSON: of a network its kind, name, options, and, of a purifier, the transform under
-which it was trained; of a defence the same of both networks, and the transform; of either "metadata", whatever else was
-said of it.
+The header's text "atop_fast" is JSON. For a network it holds kind, name and options, and for a purifier the transform
+under which it was trained; for a defence it holds these for both networks, and the transform. "metadata" holds the
+caller's additions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KINDS: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
     "purifier": PURIFIERS,
     "discriminator": DISCRIMINATORS,
 }
-# Of a module around a classifier: its class, where it has the classifier, and its options.
+# Wrappers of a classifier: the class, the attribute that holds the classifier, and the options.
 WRAPPERS: dict[str, tuple[type[nn.Module], str, Callable[[Any], dict[str, Any]]]] = {
     "normalised": (Normalised, "model", lambda m: {"mean": m.mean.flatten().tolist(), "std": m.std.flatten().tolist()}),
     "resized": (Resized, "classifier", lambda m: {"size": m.size[0]}),
@@ -113,15 +113,15 @@ def save_defense(path: str | Path, defense: Defense, **metadata: object) -> None
 
     Args:
         path: file to write.
-        defense: its networks are of build_classifier, build_purifier, load_model or load_classifier (not those of
+        defense: its networks come from build_classifier, build_purifier, load_model or load_classifier (not those of
             RobustBench), the classifier perhaps inside Normalised or Resized; a network that was built otherwise needs
-            an attribute `architecture` = (name, options) that says how.
-        metadata: what else the file says, JSON-ready. Commands read `classes`, the names of the classes in their order,
-            `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack; name what others need to
-            know, too: recipe, commit, data, licence.
+            an attribute `architecture` = (name, options).
+        metadata: further contents of the file, JSON-ready. Commands read `classes`, the names of the classes in their
+            order, `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack; add what others need
+            to know: recipe, commit, data, licence.
 
     Raises:
-        TypeError, ValueError: naming what cannot be saved so that load_defense restores it.
+        TypeError, ValueError: naming the part that load_defense could not restore.
     """
     if not isinstance(defense, Defense):
         raise TypeError(message("save_defense", "defense", "a Defense", type(defense).__name__))
@@ -202,7 +202,7 @@ def find_defense(function: str, path_or_name: str | Path) -> Path:
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What the file says about itself, see the module: {"kind", "name", "options"} and more; ValueError if nothing."""
+    """The file's header, see the module: {"kind", "name", "options"} and more; ValueError if there is none."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("atop_fast", "null"))
@@ -236,13 +236,13 @@ def _carried() -> dict[str, Path]:
 def _check_class(function: str, argument: str, module: nn.Module, name: str, factory: Callable[..., nn.Module]) -> None:
     """Raise unless the module is of the class that the architecture builds."""
     built = factory.func if isinstance(factory, functools.partial) else factory
-    # A function's class is not known before it is called.
+    # The class that a function returns is not known before the call.
     if isinstance(built, type) and type(module) is not built:
         raise ValueError(message(function, argument, f"a {built.__name__}, which {name!r} is", type(module).__name__))
 
 
 def _check_metadata(function: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata as JSON gives it back; raise if it is not JSON-ready, or what commands read is of another type."""
+    """The metadata after a round trip through JSON; raise if it is not JSON-ready or has wrong types for commands."""
     if not isinstance(metadata, Mapping):
         raise TypeError(message(function, "metadata", "names and values", type(metadata).__name__))
     try:
@@ -332,7 +332,7 @@ def _restore(
 
 
 def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
-    """What builds the architecture `name`: an entry of the registry, or, for classifiers, torchvision or timm."""
+    """The builder of the architecture `name`: an entry of the registry, or, for classifiers, torchvision or timm."""
     if registry is CLASSIFIERS and ":" in name:
         from .zoo import package_factory
 

@@ -370,7 +370,7 @@ class _Parser(jsonargparse.ArgumentParser):
 def main(args: list[str] | None = None) -> None:
     """Entry point of `atop-fast`: bad input gives one line on standard error and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        # A console without UTF-8 gets what it has letters for.
+        # A console without UTF-8 gets replacements for the characters that it lacks.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     jsonargparse.set_loader("yaml", _load_option, exceptions=(ValueError,))
@@ -461,7 +461,7 @@ def _named(model: torch.nn.Module) -> str:
 
 
 def _about(data: Dataset | Files) -> dict[str, Any]:
-    """What files say of the images that a network was trained on."""
+    """The metadata of a file on the images that its network was trained on."""
     return {"classes": data.classes, "shape": data.shape, "images": data.description()}
 
 

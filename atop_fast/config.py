@@ -142,7 +142,7 @@ class GivenTransform:
         """The transform in a file's description, or the given one where there is none; None where neither is.
 
         Raises:
-            ValueError: what is given contradicts the file `source`, or has no name.
+            ValueError: the given options contradict the file `source`, or have no name.
         """
         given = {key: value for key, value in asdict(self).items() if value is not None}
         if stored is None:

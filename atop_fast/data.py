@@ -27,9 +27,9 @@ from .randomness import derive_seed, permutation
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
 # Sub-folders that are parts of the data, in the order of preference, and no classes.
 PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-# Folders that systems leave beside others; so are those whose names begin with a dot.
+# Folders that systems create beside others; names that begin with a dot are hidden, too.
 HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found")
-# Of files that are not read at once, so many are compared by their bytes.
+# Number of files compared by their bytes if the images are not read into memory.
 SAMPLED = 64
 
 
@@ -77,7 +77,7 @@ class Dataset:
         return self.images, self.labels
 
     def description(self) -> str:
-        """What tells whether a run goes on with other data: shapes, and a hash of images, labels and their order."""
+        """Identifies the data for a run that goes on: shapes, and a hash of images, labels and their order."""
         return describe(self.images, self.labels)
 
 
@@ -141,7 +141,7 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         return self, None
 
     def description(self) -> str:
-        """What tells whether a run goes on with other data: a hash of the files' names and sizes and of some files."""
+        """Identifies the data for a run that goes on: a hash of the files' names and sizes and of some files."""
         digest = hashlib.sha256()
         paths = [self.folder.samples[i][0] for i in self.index.tolist()]
         for path in paths:
@@ -202,7 +202,7 @@ def find_parts(path: str | Path) -> dict[str, str]:
         return {}
     expected = "a folder whose sub-folders are classes, or parts such as train and test with classes in them"
     if not _folders(found["train"][0]):
-        # Of one more class, "train" may be another one.
+        # Beside a further class, "train" may be the name of a class.
         if len(folders) > sum(map(len, found.values())):
             return {}
         raise ValueError(message("load_data", "source", expected, f"{path}, whose parts have no sub-folders"))
@@ -238,7 +238,7 @@ def _split(data: Dataset | Files, first: int, seed: int) -> tuple[Tensor, Tensor
 
 
 def _places(data: Dataset | Files, classes: tuple[str, ...]) -> Tensor:
-    """Where each class of the data stands in `classes`."""
+    """The index of each class of the data in `classes`."""
     return torch.tensor([classes.index(name) for name in data.classes], device=data.labels.device)
 
 
@@ -256,7 +256,7 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
 
     Args:
         path: the folder, laid out as torchvision's ImageFolder: <path>/<class>/<name>.jpg (or png, ...). Hidden folders
-            and files are left out. Of a folder with parts such as train and test, name one.
+            and files are left out. If the folder has parts such as train and test, give the path of one.
         size: side in pixels to which the images are resized (antialiased, to 8 bits); None requires equal sizes.
         grayscale: one channel instead of three.
 

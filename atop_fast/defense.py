@@ -88,7 +88,7 @@ class Defense(nn.Module):
 
 
 def restored(function: str, purifier: nn.Module, corrupted: Tensor) -> Tensor:
-    """What a purifier makes of corrupted images; TypeError if it returns more than images."""
+    """The purifier's restoration of corrupted images; TypeError if it returns more than images."""
     images = purifier(corrupted)
     if isinstance(images, (tuple, list, dict)):
         expected = "a module that returns images (B, C, H, W) alone (wrap it: `return self.network(z)[-1]` in forward)"

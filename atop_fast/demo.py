@@ -38,7 +38,7 @@ SYSTEMS = ("classifier", "rt_only", "pretrained", "finetuned")
 # Small networks are enough for digits.
 CLASSIFIER: dict[str, Any] = {"channels": 1, "width": 32}
 PURIFIER: dict[str, Any] = {"channels": 1, "width": 8}
-# The table has every attack by itself: of the choice among their candidates it shows nothing.
+# The table shows each attack by itself, not the choice among their candidates.
 SELECTION_DRAWS = 4
 FINDING = "finetuned_against_classifier_alone"
 NOTES = (

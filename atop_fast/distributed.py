@@ -20,9 +20,9 @@ from ._checks import message
 # A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
 # a word, and must be longer than the shares of the work may differ: one of an evaluation may take hours longer.
 TIMEOUT = 86400.0
-# Seconds after which a process that waits for others to come says so.
+# Seconds after which a process says that it waits for others to join.
 PATIENCE = 20.0
-# What torchrun tells a process.
+# Variables that torchrun sets for each process.
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
@@ -90,7 +90,7 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def _announced() -> Iterator[None]:
-    """Say for whom this process waits, if what is inside takes long: the variables may be left over from a run."""
+    """Say for whom this process waits, if the block takes long: the variables may be left over from a run."""
 
     def say() -> None:
         size, rank, place, port = (os.environ[key] for key in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"))

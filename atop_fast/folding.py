@@ -103,11 +103,11 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
         return model
     try:
         copied = copy.deepcopy(model)
-    except Exception:  # of what it holds, anything may refuse to be copied
+    except Exception:  # any object that it holds may refuse to be copied
         return model
     graph = _traced(copied)
     if graph is None:
-        # Of the model itself: a trace that failed may have left something in the copy.
+        # A new copy: a trace that failed may have changed the first one.
         return _arranged(copy.deepcopy(model), dtype) if _stateless(model) else model
     layers: dict[str, Any] = dict(copied.named_modules())
     uses = [node.target for node in graph.nodes if node.op == "call_module"]
@@ -151,7 +151,7 @@ def _traced(copied: nn.Module) -> fx.Graph | None:
     before = _state(copied)
     graphs = []
     with watched_generators() as generators:
-        # The graphs differ in what changes from call to call, and in what depends on whether there will be a gradient.
+        # The graphs differ if the code depends on the call, or on whether gradients are enabled.
         for mode in (False, True):
             try:
                 with _TRACING, torch.set_grad_enabled(mode):
@@ -177,7 +177,7 @@ def _traced(copied: nn.Module) -> fx.Graph | None:
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """What a trace of a model without state leaves as it is: attributes, by identity, and versions of tensors."""
+    """The state that a trace must leave unchanged: attributes, by identity, and versions of tensors."""
     state = list[Any]()
     for module in model.modules():
         state += [(name, id(value)) for name, value in vars(module).items()]

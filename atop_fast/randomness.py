@@ -159,7 +159,7 @@ def _on(device: torch.device, value: int | Tensor) -> Tensor:
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Seed the global generators inside the block and restore them afterwards: torch's, Python's and numpy's.
 
-    Of torch, those of the CPU and of `device`. Threads take turns: a block waits until no other thread is in one.
+    torch has one for the CPU and one for `device`. Threads take turns: a block waits until no other thread is in one.
     """
     on_gpu = device is not None and device.type == "cuda"
     with _GENERATORS, torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -180,16 +180,16 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 @dataclass
 class Draws:
-    """Whether somebody drew."""
+    """Whether a generator was used."""
 
     drawn: bool = False
 
 
 @contextlib.contextmanager
 def watched_generators() -> Iterator[Draws]:
-    """Find out whether the block draws from a global generator, of torch, Python or numpy; it is put back afterwards.
+    """Find out whether the block draws from a global generator of torch, Python or numpy; it is restored afterwards.
 
-    What is yielded tells it after the block. While a CUDA graph is captured, the GPU's generators are left out.
+    The yielded object tells it after the block. While a CUDA graph is captured, the GPU's generators are left out.
     """
     result = Draws()
     with _GENERATORS:
@@ -199,7 +199,7 @@ def watched_generators() -> Iterator[Draws]:
         try:
             yield result
         finally:
-            # Not by ops of torch, which somebody may be recording.
+            # Compared without ops of torch, because a tracer may be recording them.
             if _bytes(cpu) != _bytes(torch.get_rng_state()):
                 result.drawn = True
                 torch.set_rng_state(cpu)

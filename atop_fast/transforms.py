@@ -263,12 +263,12 @@ TRANSFORMS: dict[str, type[RandomTransform]] = {
     "rt3": RT3,
     "random_resize_pad": RandomResizePad,
 }
-# Sides in pixels beyond this are no image's; a file that asks for them would take the memory of any machine.
+# No image has a longer side in pixels; a file that asks for one would exhaust the memory of any machine.
 MAX_SIDE = 2**14
 
 
 def describe_transform(transform: RandomTransform) -> dict[str, Any]:
-    """What files keep of a transform, JSON-ready: its name in TRANSFORMS and the parameters of its constructor.
+    """A transform's description for files, JSON-ready: its name in TRANSFORMS and its constructor's parameters.
 
     A transform of another class is described by how it prints, which is enough to compare two of them.
     """

@@ -62,9 +62,9 @@ def load_classifier(
 
     - A path that ends in .safetensors: a file of save_model.
     - With `architecture`: the path of a checkpoint of torch.save, such as RobustBench's: a state dict, alone or as
-      {"state_dict": ...} or "model", "net", "model_state_dict". What torch.compile, DataParallel, AveragedModel and
-      Lightning put before the names is removed. Every parameter must fit. Only tensors are read; a file that holds
-      other objects is refused, and no code in it runs.
+      {"state_dict": ...} or "model", "net", "model_state_dict". Prefixes that torch.compile, DataParallel,
+      AveragedModel and Lightning add to the names are removed. Every parameter must fit. Only tensors are
+      read; a file that holds other objects is refused, and no code in it runs.
     - "torchvision:<name>" or "timm:<name>", such as "torchvision:resnet50" or "timm:vit_tiny_patch16_224": the package
       builds the network, and its weights are read from the file `path` as with `architecture` (or as safetensors, if so
       named), or fetched. It is a Normalised, with the mean and standard deviation that the package states for it.
@@ -112,7 +112,7 @@ def load_classifier(
 
 @dataclass(frozen=True)
 class System:
-    """What a command is to examine or to train, as its options name it.
+    """The system that a command examines or trains, as its options name it.
 
     Attributes:
         classifier, architecture, weights, key: `name_or_path`, `architecture`, `path` and `key` of load_classifier.
@@ -210,7 +210,7 @@ def _from_package(
 
 
 def package_factory(name: str) -> Callable[..., nn.Module]:
-    """What builds the network of "torchvision:<name>" or "timm:<name>" without weights, for a file that has these."""
+    """The builder of "torchvision:<name>" or "timm:<name>" without weights, for a file that has them."""
     package, _, model = name.partition(":")
 
     def build(**options: Any) -> nn.Module:

@@ -154,7 +154,7 @@ MUTATIONS = [
 
 
 def layer(mutation: Mutation) -> str:
-    """Which implementation of the op it is in."""
+    """The implementation that the mutation changes."""
     return {"csrc": "C++", "kernels": "Triton"}.get(mutation.file.split("/")[0], "eager")
 
 
@@ -204,7 +204,7 @@ class Scratch:
         found = re.search(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - .*)?$", done.stdout, re.MULTILINE)
         if found and done.returncode in (1, 2):
             return found[1]
-        # A process that a wrong kernel brings down names no test.
+        # A process that a wrong kernel crashes names no test.
         if done.returncode < 0:
             return f"{tests[0]} (killed by signal {-done.returncode})"
         if done.returncode != 0:

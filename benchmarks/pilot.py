@@ -116,7 +116,7 @@ def make(path: Path, options: dict[str, int], sigma: float, ratio: float, train:
     plan = json.loads(planned.read_text()) if planned.exists() else {}
     form = form_name(options)
     if form not in plan:
-        # What a call spends besides its updates goes out of the difference.
+        # The difference cancels the time that a call spends besides its updates.
         few, more = trained(2)[1], trained(22)[1]
         plan[form] = round(seconds * 20 / (more - few))
         planned.write_text(json.dumps(plan) + "\n")

@@ -20,12 +20,12 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Several workers (pytest -n) share the processors. What depends on threads sets their number itself.
+# Several workers (pytest -n) share the processors. Tests that depend on threads set their number themselves.
 if (WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
 FLOORS = Path(__file__).parent / "floors.json"
-# Bytes that a GPU must have for what is marked both gpu and slow.
+# Bytes that a GPU must have for tests marked both gpu and slow.
 LARGE = 64 * 10**9
 COUNTED = ("eager", "cpp", "triton", "cuda", "nvcc")
 executed: Counter[str] = Counter()
@@ -119,7 +119,7 @@ def _below_floor(config: pytest.Config) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """All generators that other packages draw from; what ran before decides nothing."""
+    """Seeds all generators that other packages draw from, so that earlier tests do not matter."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -256,7 +256,7 @@ def test_the_curve_falls_to_zero():
 
 
 def test_a_budget_gives_an_upper_bound_and_a_later_call_the_rest(tmp_path, monkeypatch):
-    """By a clock that the attacks alone move; it is no part of them, which would be others at another time."""
+    """The clock moves with the attacks alone; it is not part of them, so that their identity does not change."""
     state = threading.local()
     state.slow, state.now = True, 0.0
     monkeypatch.setattr(time, "monotonic", lambda: state.now)

@@ -1,4 +1,4 @@
-"""Whose results a run folder holds, and which attacks evaluate takes: by behaviour, and never another's in silence."""
+"""A run folder never gives another model's or attack's results in silence; evaluate takes attacks of many kinds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Straight(nn.Module):
 
 
 def lots(first, second):
-    """One of two networks by lot, of a generator that nobody seeds."""
+    """One of two networks at random, from a generator that is not seeded."""
     generator = torch.Generator().manual_seed(7)
     return lambda x: (first, second)[int(torch.randint(2, (1,), generator=generator))](x)
 

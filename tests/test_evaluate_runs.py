@@ -29,7 +29,7 @@ def images() -> torch.Tensor:
     return x
 
 
-# What attacks call first. No part of them: an attack that changes under its name is another one.
+# A function that attacks call first. It is not an attribute, because an attack that changes is another attack.
 BEFORE: ContextVar = ContextVar("before")
 
 

@@ -212,7 +212,7 @@ def test_folded_networks_leave_no_source_behind():
     assert folded is not model
     del folded
     gc.collect()
-    # Of files, a warning may have been shown in between.
+    # A warning in between may have cached lines of real files.
     assert [name for name in linecache.cache.keys() - before if not Path(name).exists()] == []
 
 

@@ -65,7 +65,7 @@ def length(i):
 
 
 def test_schedule_falls_from_2_eps_in_both_halves():
-    """What the plain loop below takes for granted."""
+    """The plain loop below relies on this."""
     assert length(1) == length(STEPS // 2 + 1) == 2
     assert length(STEPS // 2) == length(STEPS) == pytest.approx(0.19, abs=0.01)
 

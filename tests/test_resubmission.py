@@ -42,7 +42,7 @@ def test_unbiased_where_the_accuracy_of_a_draw_is_known():
     expected = p ** torch.arange(1, draws + 1)
     error = values.std(dim=0) / 200
     assert ((values.mean(dim=0) - expected).abs() < 4 * error).all()
-    # What the first M draws say is unbiased too, and varies more.
+    # The estimate from the first M draws is unbiased too, and varies more.
     assert (values.var(dim=0) < expected * (1 - expected))[:-1].all()
 
 
@@ -115,6 +115,6 @@ def test_report_has_the_curve(tmp_path):
         assert points[0]["accuracy"] == pytest.approx(verdict.mean)
         assert points[-1]["accuracy"] == verdict.worst
     assert "accuracy against tries" in (tmp_path / "random/report.html").read_text()
-    # Of a deterministic model there is nothing to draw.
+    # A deterministic model has no curve.
     evaluate(model.classifier, x, y, attacks={}, out=tmp_path / "plain", **options)
     assert "accuracy against tries" not in (tmp_path / "plain/report.html").read_text()

@@ -1,7 +1,7 @@
-"""What is attacked is what was given: copies are made of modules that can be seen through, and of no others.
+"""Attacks judge the given network: only modules that can be analysed completely are copied.
 
-For every module of a zoo: the network that stands in for it has its logits and input gradients, and afterwards
-everything of the module's, and every generator, is as it was.
+For every module of a zoo, the network that replaces it has its logits and input gradients, and afterwards the module
+and every generator are as they were.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def body(forward=None, **attributes):
     return model
 
 
-# What can be seen through.
+# Modules that are copied.
 
 
 class Residual(nn.Module):
@@ -150,7 +150,7 @@ COPIED = {
 }
 
 
-# What cannot.
+# Modules that are not.
 
 
 def replaced(model):
@@ -378,7 +378,7 @@ def made(build):
 
 
 def snapshot(model):
-    """What a caller may look at: attributes, tensors, flags, hooks, and generators."""
+    """Everything that a caller may look at: attributes, tensors, flags, hooks, and generators."""
     found = []
     for name, m in model.named_modules():
         attributes = {k: (id(v), len(v) if isinstance(v, (list, dict)) else None) for k, v in vars(m).items()}
@@ -425,7 +425,7 @@ def test_what_stands_in_for_a_model_is_the_model(name):
     assert torch.equal(x, given)
     assert (out - x).abs().max() <= 8 / 255 + 1e-6
     after = snapshot(model)
-    # What the model itself makes anew in every call.
+    # Attributes that the model itself replaces in every call.
     if any(word in name for word in ("counts", "collects", "records", "spectral", "pruned", "frozen script")):
         RECORD.clear()
         after, before = after[2:6], before[2:6]
@@ -447,7 +447,7 @@ def test_hooks_on_all_modules_count(kind):
 
 
 def test_a_copy_that_is_another_network_is_not_attacked(monkeypatch):
-    """Whatever went wrong: the model itself is attacked, and that is said once, by name."""
+    """After any disagreement the model itself is attacked, and one warning names it."""
     from atop_fast.attacks import network as module
 
     model, x = made(Residual), torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Traces: what a callback is told, held to the images one by one, and the files, reports and runs that have it."""
+"""Traces: callbacks compared with the images one by one, and the files, reports and runs that hold them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def digits():
 
 
 def told(build, model, x, y, ids, **options):
-    """What an attack tells of its steps, and its result."""
+    """An attack's trace and its result."""
     steps: list[TraceStep] = []
     return steps, build(model, callback=steps.append, **options)(x, y, ids)
 

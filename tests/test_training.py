@@ -308,7 +308,7 @@ def test_n_fgsm_is_its_formula():
         start = (X + k * 0.05 * noise).clamp(0, 1).requires_grad_()
         (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(classifier(start), Y), start)
         expected = (start + (0.05 if alpha is None else alpha) * gradient.sign()).clamp(0, 1).detach()
-        # Where the gradient is almost 0, its sign is that of rounding errors.
+        # The sign of a gradient near 0 comes from rounding errors.
         sure = gradient.abs() > 1e-6
         result = attack(X, Y, ids)
         torch.testing.assert_close(result[sure], expected[sure])

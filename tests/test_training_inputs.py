@@ -1,4 +1,4 @@
-"""What the trainings are given: taken where its meaning is clear, and else refused by name before the first update."""
+"""Inputs of trainings: accepted if their meaning is clear, else refused by name before the first update."""
 
 from __future__ import annotations
 

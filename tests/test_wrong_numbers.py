@@ -1,4 +1,4 @@
-"""Input and arguments from which wrong numbers could come in silence: taken as they are meant, or refused by name."""
+"""Inputs and arguments that could silently give wrong numbers: taken as they are meant, or refused by name."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attack(name, norm, model):
 
 
 def entry_points(model, x, y):
-    """Whoever is given a model, as calls, by name."""
+    """Calls of everything that takes a model, by name."""
     calls = {name: partial(attack(name, norms[0], model), x, y) for name, (_, norms, _) in ATTACKS.items()}
     calls["evaluate"] = lambda: evaluate(model, x, y, **QUIET)
     calls["diagnose"] = lambda: diagnose(model, x, y)
@@ -139,7 +139,7 @@ def test_every_attack_takes_double_precision(name, norm):
     if norm is not None:
         distance = torch.linalg.vector_norm((found - x).flatten(1), {"Linf": torch.inf, "L2": 2, "L1": 1}[norm], dim=1)
         assert distance.max() <= EPS[norm] * (1 + 1e-9)
-    # What single precision finds, but for signs of gradients near 0.
+    # Single precision finds the same, except for signs of gradients near 0.
     other = attack(name, norm, single)(X, y)
     assert ((found - other).abs() > 1e-3).double().mean() < 0.05
 

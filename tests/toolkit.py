@@ -1,4 +1,4 @@
-"""What tests of several files need: the CUDA toolkit of this machine, and the variables of several processes."""
+"""Shared by tests of several files: the CUDA toolkit of this machine, and the variables of several processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 
 import torch.distributed as dist
 
-# Of runs that may still go on.
+# Stores of runs that may still be active.
 STORES: list[dist.TCPStore] = []
 
 

@@ -201,8 +201,8 @@ class APGDT(APGD):
         those of the least (z_y - z_t) / |grad_x (z_y - z_t)|,  t among the 100 largest logits besides y
 
     in the norm that is dual to the attack's: L1 for Linf, as in the paper, L2 for L2, and Linf for L1. That takes a
-    forward and a backward pass for each of these classes, with as many draws as a step has. Where there are fewer than
-    four classes, the loss is the plain difference z_t - z_y.
+    forward and a backward pass for each of these classes, with as many draws as a step has. With fewer than four
+    classes, the loss is the plain difference z_t - z_y.
 
     Args:
         target_classes: how many; at most the number of classes less one.
@@ -246,14 +246,14 @@ class APGDT(APGD):
         classes = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : CANDIDATES + 1]
         order = {"Linf": 1, "L2": 2, "L1": torch.inf}[self.norm]
         distances = torch.empty(classes.shape, dtype=torch.float32, device=images.device)
-        # Pairs of an image and a class, some images' worth at a time.
+        # Pairs of an image and a class, in chunks of a few images.
         for part in torch.arange(classes.numel(), device=images.device).split(PAIRS):
             rows, columns = part // classes.shape[1], part % classes.shape[1]
             ahead = (labels[rows], ids[rows], torch.zeros_like(rows), classes[rows, columns])
             gradient, loss, _ = estimator(images[rows], *ahead, loss="margin")
             assert gradient is not None
             slope = torch.linalg.vector_norm(gradient.flatten(1).float(), order, dim=1)
-            # Without a slope a class is out of reach.
+            # A class without a slope cannot be reached.
             distance = torch.where(slope > 0, -loss / slope, torch.inf)
             distances[rows, columns] = distance.masked_fill(distance.isnan(), torch.inf)
         return classes.gather(1, distances.argsort(dim=1, stable=True))

@@ -40,7 +40,7 @@ class AutoAttack:
     - "rand": APGD-CE and APGD-DLR with 20 draws a step, for random defences.
     - "fast": PMA, and APGD-T on what is left (as PMA+ of Xie et al., CVPR 2025), for deterministic models; with
       `complete` the rest of "standard" on what is left then. Far fewer passes than "standard" for a robust network;
-      what it says is, as of all attacks, an upper bound of the robust accuracy.
+      its result is, like that of every attack, an upper bound on the robust accuracy.
     - "custom": `attacks_to_run`, each as in "standard".
 
     An image that one draw of the model gets wrong counts as not robust and is attacked no further. For a random

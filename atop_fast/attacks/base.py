@@ -36,8 +36,8 @@ class Attack(ABC):
         eot_iter, gradient, max_batch, precision, substitute: see GradientEstimator (`gradient` is its mode).
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
-        callback: called with a TraceStep after each step; it makes the attack wait for a GPU in each. A CUDA graph
-            cannot hold an attack with one.
+        callback: called with a TraceStep after each step; on a GPU the attack then waits for the device in every step,
+            and a CUDA graph cannot hold it.
         seed: key of the attack's randomness and draws.
 
     The model's mode, buffers and requires_grad flags are left as they were, also after an error.
@@ -46,7 +46,7 @@ class Attack(ABC):
     norms: ClassVar[tuple[str, ...]] = ("Linf", "L2")
     loss: str = "ce"
     restarts: int = 1
-    # That of one call, in a copy of the attack.
+    # The trace of one call; set in a copy of the attack.
     trace: Trace | None = None
 
     def __init__(
@@ -116,7 +116,7 @@ class Attack(ABC):
             return images.clone()
         _check_has_gradients(name, self.model)
         warn_if_slow(name, images.device, self.precision)
-        # There are no gradients in inference mode, nor of the tensors that were made there.
+        # Inference mode has no gradients, and tensors made in it have none.
         with torch.inference_mode(False):
             images, labels, ids = (t.clone() if t.is_inference() else t for t in (images, labels, ids))
             start = start.clone() if start is not None and start.is_inference() else start
@@ -139,7 +139,7 @@ class Attack(ABC):
 
     @contextlib.contextmanager
     def prepared(self, images: Tensor | None = None, ids: Tensor | None = None) -> Iterator[GradientEstimator]:
-        """The estimator over the network as attacks call it; inside the block there are no gradients.
+        """The estimator over the network as attacks call it; gradients are disabled inside the block.
 
         With the images (B, C, H, W) and their sample ids, int64 (B,), a network that stands in for the model is first
         compared with it: at the first image, and at a random point of the ball around it.
@@ -227,7 +227,7 @@ class Attack(ABC):
         return correct, loss
 
     def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor | None:
-        """Where a restart begins, (B, C, H, W); None: where `begin` does without a start."""
+        """The point at which a restart begins, (B, C, H, W); None for the one that `begin` chooses without a start."""
         return None
 
     def length(self) -> int | None:

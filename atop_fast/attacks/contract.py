@@ -1,4 +1,4 @@
-"""What an attack asks of the model: gradients, and, of a Defense that is taken apart, that it is a chain."""
+"""Checks of what an attack needs: gradients, and, if it takes a Defense apart, that the Defense is a chain."""
 
 from __future__ import annotations
 

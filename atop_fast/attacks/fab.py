@@ -69,7 +69,7 @@ class FAB(Attack):
     def rank(
         self, judge: GradientEstimator, candidates: Tensor, images: Tensor, labels: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What comes back as it was is not fooled; any other image is, and its first result stands."""
+        """An unchanged image is not fooled; any other image is, and its first result is kept."""
         unchanged = (candidates == images).flatten(1).all(dim=1).float()
         return unchanged, torch.zeros_like(unchanged)
 

@@ -87,9 +87,9 @@ class GradientEstimator:
         eot_iter: number n of draws.
         max_batch: most rows of one pass, at least 8 and rounded down to a multiple of it; by default as many as save
             about 1 GiB for the backward pass. A pass that does not fit into memory is halved, and so are those after
-            it, with a warning; only of a model with randomness of its own are the draws then others.
-        loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss. Where the model has too few classes for dlr
-            (3, with targets 4), the margin takes its place, without targets with a warning.
+            it, with a warning; this changes only the draws of a model with its own randomness.
+        loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss. If the model has too few classes for dlr
+            (it needs 3, or 4 with targets), the margin replaces it, with a warning if there are no targets.
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
             float32.
         substitute: differentiable map from images to what it stands for, the purified images; the identity by default.
@@ -132,7 +132,7 @@ class GradientEstimator:
         self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
         self._calls, self._warned = 0, False
         self._known = is_copy(model)
-        # Of a Defense: whether it was looked at, and whether it draws from the global generators.
+        # For a Defense: whether a call was watched, and whether it draws from the global generators.
         self._watched = self._random = False
         # See _recovers.
         self._thawed = self._accumulates = False
@@ -240,9 +240,9 @@ class GradientEstimator:
         return gradient
 
     def _recovers(self, error: RuntimeError) -> bool:
-        """Whether the pass that ended in the error may be repeated in a way that suits functions that compute again.
+        """Whether the pass that ended in the error may be repeated in a way that suits functions that recompute.
 
-        Those that do it over parameters need the gradients of parameters, which are frozen; torch's reentrant
+        Functions that recompute over parameters need the gradients of these, which are frozen; torch's reentrant
         checkpoints need gradients to be accumulated.
         """
         if not isinstance(self.model, nn.Module):
@@ -353,7 +353,7 @@ class GradientEstimator:
         return check_logits(self.function, logits, len(x), self.largest_label)
 
     def _given(self, x: Tensor) -> Tensor:
-        """What a network gets: it may write into it."""
+        """The tensor for a network, which may write into it."""
         return x if self._known else x.clone()
 
     def _called(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
@@ -366,7 +366,7 @@ class GradientEstimator:
             return self.model(x, *key)
         purify, classifier, given = self.model.purify, self.model.classifier, self._given
         if self.mode == "checkpointed":
-            # What is computed again must find its inputs as they were.
+            # The recomputation must find its inputs unchanged.
             purified = checkpoint(lambda t: purify(given(t), *key), x, use_reentrant=False)
             return checkpoint(lambda t: classifier(given(t)), purified, use_reentrant=False)
         purified = purify(given(x.detach()), *key).detach()
@@ -384,12 +384,12 @@ class GradientEstimator:
         return seeded(derive_seed(self.seed, "call", self._calls), device)
 
     def _watching(self) -> contextlib.AbstractContextManager[Draws | None]:
-        """A look at whether a Defense draws from the global generators, during its first call."""
+        """Watches whether a Defense draws from the global generators, during its first call."""
         watch = isinstance(self.model, Defense) and not self._known and not self._watched
         return watched_generators() if watch else contextlib.nullcontext()
 
     def _draws(self, generators: Draws | None) -> bool:
-        """Whether that call drew, unseeded, and so does not count."""
+        """Whether the watched call drew without a seed, so that it must be repeated."""
         if generators is None:
             return False
         self._watched, self._random = True, generators.drawn

@@ -21,18 +21,18 @@ Model = Callable[..., Tensor]
 # Folding a network takes as long as some of its passes. How many images there are must not matter: rounding would
 # depend on it.
 WORTHWHILE = 8
-# What the outputs and gradients of a copy may differ by, relative to their norms. Measured: docs/reliability.md.
+# Tolerances of a copy's outputs and gradients, relative to their norms; docs/reliability.md has the measurements.
 TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-3, 3e-2)}
 # Copies that stand in for models: they draw no random numbers, and write into nothing that they get.
 _PACKAGE = __name__.partition(".")[0]
 _COPIES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# Models of which a copy has turned out to be another network.
+# Models whose copy turned out to compute something else.
 _UNLIKE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _SAID: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 class Probe(NamedTuple):
-    """Where a copy must agree with its model."""
+    """Images at which a copy must agree with its model."""
 
     x: Tensor  # (B, C, H, W), in [0, 1]
     ids: Tensor  # int64 (B,): sample ids; with the seed, they key the draw of a Defense, number 0
@@ -50,7 +50,7 @@ def prepared(
         dtype: the type in which an autocast will run it: weights are cast here once instead of in every pass.
         passes: how often each image will go through it, about.
         probe: images at which logits and input gradients of the copy must be the model's, up to rounding; else the
-            model itself is yielded, with a warning, now and later. None: the copy is not tried out.
+            model itself is yielded, with a warning, now and later. None: the copy is not compared.
 
     Yields:
         A module or callable that returns what `model` returns in evaluation mode, up to rounding. Parameters get no
@@ -60,9 +60,9 @@ def prepared(
         network = model
         if isinstance(model, nn.Module) and passes >= WORTHWHILE and model not in _UNLIKE:
             network = _copied(model, dtype)
-            # Rounding in lower precision would hide much: what is compared is the copy in the model's own.
+            # Rounding in lower precision would hide errors: the copy is compared in the model's own precision.
             exact = network if dtype is None or network is model or probe is None else _copied(model, None)
-            # While a CUDA graph is captured, nothing can be looked at.
+            # Values cannot be read while a CUDA graph is captured.
             seen = probe is not None and not (probe.x.is_cuda and torch.cuda.is_current_stream_capturing())
             if exact is not model and probe is not None and seen and not agrees(model, exact, probe):
                 network = model
@@ -94,15 +94,15 @@ def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 
 def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
-    """Whether the network computes what the model does at the probe; if not, that is said, and remembered."""
+    """Whether the network computes what the model does at the probe; if not, a warning follows, once."""
     with watched_generators() as generators:
         try:
             expected = _response(model, probe)
-        except Exception:  # the model's own error is the attack's to raise
+        except Exception:  # the attack will raise the model's own error
             return False
         try:
             given = _response(network, probe)
-        except Exception:  # whatever the copy does, the model does not do it
+        except Exception:  # any error of the copy alone is a disagreement
             given = None
     if not generators.drawn and given is not None and _are_close(given, expected):
         return True
@@ -135,7 +135,7 @@ def _are_close(given: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tens
         return False
     if (given[1] is None) != (expected[1] is None):
         return False
-    # Networks in 16 bits have no rounding that could be told from an error.
+    # Rounding of networks in 16 bits cannot be told from an error.
     tolerances = TOLERANCES.get(expected[0].dtype)
     if tolerances is None:
         return False
@@ -143,7 +143,7 @@ def _are_close(given: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tens
         if one is None or other is None:
             continue
         a, b = one.flatten(1).double(), other.flatten(1).double()
-        # What all logits have in common says nothing, but is rounded, too.
+        # An offset common to all logits does not matter, but it is rounded, too.
         size = (b - b.mean(dim=1, keepdim=True)).norm(dim=1) + 1e-2 * b.norm(dim=1)
         if not bool(((a - b).norm(dim=1) <= tolerance * size + 1e-30).all()):
             return False
@@ -154,9 +154,9 @@ def _are_close(given: tuple[Tensor, Tensor | None], expected: tuple[Tensor, Tens
 def frozen(*models: object) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside the block; both restored afterwards, also after an error.
 
-    A module in training mode below one in evaluation mode was left so on purpose, as dropout that is to draw: it keeps
-    its mode, with a warning, and its buffers are restored. Where several blocks share a network, nested or in threads,
-    the last one restores it.
+    A module in training mode below one in evaluation mode was left so on purpose, such as dropout that is meant to
+    draw: it keeps its mode, with a warning, and its buffers are restored. If several blocks share a network, nested or
+    in threads, the last one restores it.
     """
     found = [model for model in models if isinstance(model, nn.Module)]
     flags: list[tuple[object, str, object]] = []
@@ -192,7 +192,7 @@ def _modes(model: nn.Module) -> tuple[list[nn.Module], dict[str, nn.Module]]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        # Frozen TorchScript has no mode.
+        # Frozen TorchScript lacks the attribute.
         mode = getattr(module, "training", None)
         if mode and on_purpose:
             training[name] = module
@@ -207,7 +207,7 @@ def _modes(model: nn.Module) -> tuple[list[nn.Module], dict[str, nn.Module]]:
 
 
 def _say_once(model: nn.Module, text: str) -> None:
-    """Warn, once of every model."""
+    """Warn, once for each model."""
     said = _SAID.setdefault(model, set())
     if text not in said:
         said.add(text)

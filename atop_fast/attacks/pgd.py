@@ -44,7 +44,7 @@ class PGD(Attack):
         random_start: start from a uniformly random point of the ball instead of the image; restarts always do.
         eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
         early_stop: see Attack. In Linf with constant steps and no momentum an iterate that comes back also ends an
-            image: what follows would only repeat iterates that were classified correctly.
+            image: further steps would only repeat iterates that were classified correctly.
         selection_draws: draws of the choice among restarts; with early_stop one, as all are the same.
 
     Called as Attack says.

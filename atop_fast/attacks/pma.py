@@ -20,7 +20,7 @@ from .network import Model
 from .pgd import random_start
 from .queue import State, run_queue
 
-# What a row may climb on at a step; its number is the place here.
+# The losses that a row may climb on in a step; a step refers to them by index.
 PARTS = ("pm", "pm-label", "pm-other")
 MARGIN, LABEL, OTHER = range(3)
 # Share of the entries that a step in L1 moves, at the start of a half and at its end.
@@ -56,7 +56,7 @@ class PMA(Attack):
 
     norms = NORMS
     loss = "pm"
-    # How often the schedule is gone through.
+    # Repetitions of the schedule.
     rounds = 2
 
     def __init__(
@@ -118,7 +118,7 @@ class PMA(Attack):
         state["x"] = self._moved(x, estimate.gradient, state["x0"], now)
         state["t"] += ~state["done"]
         state["done"] |= state["t"] >= tables.length
-        # The index must stay inside of the tables for rows that nobody has fetched yet.
+        # The index must stay inside the tables for rows that are done but not yet fetched.
         state["t"].clamp_(max=tables.length - 1)
 
     def _estimate(self, estimator: GradientEstimator, state: State, x: Tensor, now: State) -> Estimate:
@@ -128,7 +128,7 @@ class PMA(Attack):
         )
 
     def _keep_candidate(self, state: State, x: Tensor, estimate: Estimate, now: State) -> None:
-        # The losses of the first half are other ones.
+        # The first half climbs on other losses, which do not compare.
         loss = torch.where(now["part"] == MARGIN, estimate.loss, -torch.inf)
         better = better_candidate(estimate.correct, loss, state["candidate_correct"], state["candidate_loss"])
         better &= ~state["done"]
@@ -154,11 +154,11 @@ class PMA(Attack):
 
 @dataclass(frozen=True)
 class _Tables:
-    """What happens at each evaluation of a row, (length,): the schedule of all rounds."""
+    """The schedule of all rounds: one entry for each evaluation of a row, (length,)."""
 
     is_first: Tensor  # the evaluation of the round's start
     is_odd: Tensor  # of an odd round
-    part: Tensor  # what the step after it climbs on, a place in PARTS
+    part: Tensor  # loss that the step after it climbs on, an index into PARTS
     alpha: Tensor  # length of that step, in units of eps; below 0 downwards
     share: Tensor  # of the entries that it moves in L1
     round: Tensor

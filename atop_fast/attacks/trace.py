@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class TraceStep(NamedTuple):
-    """What a callback is called with: one step of one run over the images of a call."""
+    """The argument of a callback: one step of one run over the images of a call."""
 
     attack: str  # its class, or its name in an ensemble
-    restart: int  # 0: the first run, over all images; later ones are over those that were left
+    restart: int  # 0: the first run, over all images; later runs are over those that remained
     step: int  # the steps before this one; of Square, the queries
-    images: int  # of this run; those that are done count with what they had last
-    loss: float | None  # mean loss that the attack maximises; None where there is no finite one
+    images: int  # of this run; those that are done count with their last values
+    loss: float | None  # mean loss that the attack maximises; None if no image has a finite one
     accuracy: float  # mean share of draws that are right
     forward: int  # rows through the model since the attack was called, forward ...
     backward: int  # ... and backward
@@ -30,7 +30,7 @@ Callback = Callable[[TraceStep], object]
 
 
 class Trace:
-    """Adds up what the rows of a queue see, and calls back for each step that all images are through with.
+    """Adds up what the rows of a queue see, and calls back for each step that all images have passed.
 
     Args:
         callback: called with a TraceStep; what it returns is not used.
@@ -45,7 +45,7 @@ class Trace:
         self.seen: tuple[Tensor, Tensor] | None = None
 
     def begin(self, images: int) -> None:
-        """A run over so many images begins."""
+        """Begin a run over `images` images."""
         self.images = images
         # By how much a step's sums of loss, finite losses and accuracy differ from those of the step before.
         self.changes: dict[int, list[float]] = {}
@@ -71,7 +71,7 @@ class Trace:
             values = (own_loss if finite else 0.0, float(finite), own_correct)
             self._add(step, values, 1)
             if not over:
-                # From there on the row's next values stand in their place.
+                # From there on, the row's next values replace them.
                 self._add(after, values, -1)
         if not waiting:
             self._call(min((after for _, after, over, _, _ in rows if not over), default=math.inf))

@@ -93,7 +93,7 @@ class Probe:
         return self.output(x, draw, purpose, ids).float()
 
     def output(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Any:
-        """What the model returns; logits, if it keeps the contract. See `logits`."""
+        """The model's raw output; logits, if it keeps the contract. See `logits`."""
         seed = derive_seed(self.seed, purpose)
         if isinstance(self.model, Defense):
             return self.model(x, seed, self.ids if ids is None else ids, draw)

@@ -91,7 +91,7 @@ def evaluate(
         attacks: instead of the protocol's: name -> attack(images, labels, sample_ids) returning adversarial images, or
             attack(images, labels), or an attack of torchattacks or ART; or a function from the model to that, which
             randomness="fixed" needs: it is called with the fixed model. An attack with an attribute `norm` other than
-            the three, such as "flow", declares that its candidates are bound by something else than the ball.
+            the three, such as "flow", declares that another constraint than the ball bounds its candidates.
         draws: K, fresh draws of every verdict; default the protocol's (20; bpda-eot: 150).
         selection_draws: draws of the choice among an image's candidates.
         batch_size: images attacked together; half as many, with a warning, from where memory does not hold them.
@@ -101,14 +101,14 @@ def evaluate(
             is their own: to other draws of them).
         budget: seconds, or text such as "90s", "10m", "2h". When it is spent no further attack starts: what was not
             attacked keeps its last candidate, and the result is an upper bound on the robust accuracy (complete=False).
-            The verdict on an attack that was cut is that of the images which it got to.
+            The verdict on an attack that was cut covers the images that it reached.
         randomness: "fresh", or "fixed": each image's mask and noise are the same in attack, choice and verdict, and
             known to the attacker; needs a Defense.
         interval: of the means: "wilson", which is conservative, or "bootstrap" over images.
         curve: radii at which PGD-20 (with 4 draws a gradient) is repeated for the curve of accuracy against eps.
         diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}; by default
-            those of atop_fast.doctor, with a warning of what is no pass: with `out` all of its checks on at most 64 of
-            the images, without it those of the contract that take a few passes, on at most 32. () for none.
+            those of atop_fast.doctor, with a warning for each that is not a pass: with `out` all of its checks on at
+            most 64 of the images, without it those of the contract that take a few passes, on at most 32. () for none.
         title, progress: name of the model in the report, and of the progress bar with the time left.
         trace: file of JSON lines: loss, accuracy and passes after each step of every attack of this library, as
             TraceStep has them, with the attack's name and the first image of its batch. Lines of a batch are added when
@@ -316,7 +316,7 @@ class _Work:
         return Unit(name, ids, values, images, time.monotonic() - start, forward, backward, tuple(steps))
 
     def _warn_outside(self, name: str, distance: Tensor) -> None:
-        """Say it at once, and once, if candidates lie outside of the ball: the rest may take hours."""
+        """Warn once, and at once, if candidates lie outside the ball: the rest may take hours."""
         if name not in self.attacks or name in self.outside or not is_bound(self.attacks[name]):
             return
         if count := int(self.threat.outside(distance, self.x).sum()):

@@ -1,4 +1,4 @@
-"""What evaluate says about the evaluation itself: the contract, candidates outside of the ball, an ended budget."""
+"""Findings on the evaluation itself: the contract, candidates outside the ball, an ended budget."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .protocols import Attack
 from .runs import Run
 
 NORMS = ("Linf", "L2", "L1")
-# Checks of the contract that take a few passes: evaluate sets the mode itself, and times itself.
+# Checks of the contract that take a few passes, without `mode` and `cost`: evaluate sets the mode and shows the time.
 CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalisation", "zero_gradient")
 IMAGES = 32
 
 
 @dataclass(frozen=True)
 class Threat:
-    """The ball in which candidates are looked for."""
+    """The ball in which attacks look for candidates."""
 
     norm: str
     eps: float
@@ -47,10 +47,10 @@ class Threat:
 def examined(
     folder: Path | None, model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int, first: bool
 ) -> list[dict[str, Any]]:
-    """What atop_fast.doctor finds, with a warning by the `first` process for what is no pass.
+    """The findings of atop_fast.doctor; the `first` process warns of each that is not a pass.
 
-    In a folder it is all of its checks, kept there for a call that goes on with the run; else the cheap ones, on no
-    more images than one pass with gradients holds. Equal in every process.
+    With a folder all checks run, and it keeps them for a call that goes on with the run; without one the cheap checks
+    run, on no more images than one pass with gradients holds. Equal in every process.
     """
     x, path = judged(x), None if folder is None else folder / "diagnostics.json"
     if path is not None and path.exists():

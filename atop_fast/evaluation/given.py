@@ -1,4 +1,4 @@
-"""Attacks that a caller gives to evaluate: what is taken, how it is called, and what is refused by name."""
+"""Attacks that a caller gives to evaluate: which are accepted, how they are called, and which are refused by name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def given_attacks(attacks: Any, model: Model) -> dict[str, Attack]:
 
 
 def checked_candidates(name: str, candidates: Any, x: Tensor) -> Tensor:
-    """What the attack `name` returned for x, as images of its shape, dtype and device."""
+    """The result of the attack `name` for x, as images of its shape, dtype and device."""
     argument = f"attacks[{name!r}]"
     if isinstance(candidates, np.ndarray):
         candidates = torch.from_numpy(candidates)
@@ -111,13 +111,13 @@ def _takes(attack: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     except ValueError:
-        # What is not written in Python says nothing.
+        # A callable that is not written in Python has no signature.
         return count == 3
     return True
 
 
 def _package(attack: Any) -> str:
-    """The library whose attack it is, if that calls its attacks otherwise."""
+    """The library that the attack comes from, if it calls its attacks in another way."""
     for kind in type(attack).__mro__:
         root = kind.__module__.partition(".")[0]
         if root in ("torchattacks", "foolbox", "art"):

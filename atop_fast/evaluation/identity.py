@@ -1,8 +1,8 @@
 """Which model and which attacks a run folder belongs to: by state, by code, and by what the model does.
 
-A text does not know a function's network, nor a module's Python attributes. So a model is also known by its logits and
-by slopes of a loss at fixed points. They are kept as numbers and compared within rounding, which depends on threads and
-machines; weights that can be reached are compared exactly.
+The printed form shows neither a function's network nor a module's Python attributes. Therefore a model is also
+identified by its logits and by slopes of a loss at fixed points. They are kept as numbers and compared within rounding,
+which depends on threads and machines; weights that can be reached are compared exactly.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ POINTS, DRAWS, CALLS = 4, 2, 16
 TIMES = 4
 # Relative differences of logits and of slopes that rounding may make.
 ROUNDING = {"logits": 1e-3, "slopes": 2e-2}
-# Standard errors that the mean of calls which cannot be repeated may differ by.
+# Standard errors by which the means of calls that cannot be repeated may differ.
 ERRORS = 8.0
-# Objects within objects that are looked at.
+# Levels of objects within objects.
 DEPTH = 12
 PLAIN = (bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device)
 
 
 def model_identity(model: Model, x: Tensor) -> dict[str, Any]:
-    """What a model is, JSON-ready, for `same_model`; it leaves the model as it was, and so torch's generators."""
+    """The identity of a model, JSON-ready, for `same_model`; the model and torch's generators stay as they were."""
     walk = Walk()
     walk.text(model)
     states = sorted(_state(module) for module in walk.modules)
@@ -51,7 +51,7 @@ def model_identity(model: Model, x: Tensor) -> dict[str, Any]:
 
 
 def same_model(one: Any, other: Any) -> bool:
-    """Whether two identities, one perhaps of a file, are of one model."""
+    """Whether two identities, one perhaps from a file, belong to one model."""
     try:
         if any(one[key] != other[key] for key in ("text", "weights")):
             return False
@@ -69,15 +69,15 @@ def attack_identity(attack: Any, model: Model) -> str:
 
 
 def shown(value: object) -> str:
-    """What an attack or a model shows of itself, without addresses, which differ from process to process."""
+    """The printed form of an attack or a model, without addresses, which differ from process to process."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class Walk:
-    """A text on an object and what can be reached from it; equal in every process, as long as nothing changes.
+    """A text that describes an object and all that it refers to; equal in every process, unless something changes.
 
-    Objects of Python's library and of torch, but for tensors, modules and containers, count by their type alone.
-    Modules that are found on the way are in `modules`.
+    Objects of Python's library and of torch, except tensors, modules and containers, count by their type alone.
+    `modules` collects the modules that are found.
     """
 
     def __init__(self, model: object = None) -> None:
@@ -93,7 +93,7 @@ class Walk:
             return "the model"
         if id(value) in self.seen or depth > DEPTH:
             return f"again {type(value).__qualname__}"
-        # Whether two constants are one object depends on the compiler. Kept, so that no other object gets its id.
+        # Constants are left out: the compiler decides which are one object. Kept, so that no other object gets the id.
         if not isinstance(value, (tuple, frozenset, types.CodeType)):
             self.seen[id(value)] = value
         parts = " ".join(self.text(part, depth + 1) for part in self._parts(value))
@@ -141,19 +141,19 @@ class Walk:
         elif not isinstance(value, (Tensor, np.ndarray, set, frozenset, types.ModuleType)) and not _is_opaque(value):
             attributes = {**{k: getattr(value, k) for k in _slots(value)}, **getattr(value, "__dict__", {})}
             if isinstance(value, Attack):
-                # It looks on.
+                # A callback only observes.
                 attributes.pop("callback", None)
             yield from (type(value), attributes)
 
     def _function(self, function: types.FunctionType) -> Iterator[Any]:
         for cell in function.__closure__ or ():
-            # It may be empty as yet.
+            # A cell may still be empty.
             with contextlib.suppress(ValueError):
                 yield cell.cell_contents
         if _is_library(function):
             return
         yield from (function.__code__, function.__defaults__, function.__kwdefaults__)
-        # What it calls by name in its own file.
+        # Functions and objects of its own file that it uses by name.
         for name in sorted(_names(function.__code__)):
             if name in function.__globals__:
                 yield function.__globals__[name]
@@ -162,7 +162,7 @@ class Walk:
 def _probe(model: Model, x: Tensor) -> dict[str, Any]:
     """Logits and slopes of a loss at fixed points, each with their means and variances over repeated calls.
 
-    Of a model whose calls can be repeated, by torch's, Python's and numpy's seeds, the variances are 0.
+    The variances are 0 for a model whose calls repeat under the seeds of torch, Python and numpy.
     """
     places = torch.linspace(0, len(x) - 1, min(POINTS, len(x))).long()
     points, ids = judged(x[places.to(x.device)]).detach(), places.to(x.device)
@@ -214,7 +214,7 @@ def _call(model: Model, x: Tensor, ids: Tensor, direction: Tensor, key: int, dra
                 total = (F.log_softmax(logits, dim=1) * weights).sum()
                 (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
         except RuntimeError:
-            # It has no gradient.
+            # The model is not differentiable.
             gradient = None
     if gradient is not None:
         slope = (gradient * direction).flatten(1).sum(dim=1).double().nan_to_num().cpu()

@@ -39,7 +39,7 @@ def format_table(systems: Mapping[str, Verdicts]) -> str:
 
 
 def _images(verdicts: Verdicts) -> int:
-    """How many images a system is evaluated on: an attack that a budget cut has fewer."""
+    """The number of images that a system is evaluated on; an attack that a budget cut has fewer."""
     return max(v["images"] for v in verdicts.values() if v)
 
 

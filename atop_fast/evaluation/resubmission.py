@@ -1,4 +1,4 @@
-"""Resubmission: how many images still stand when an attacker may submit his image several times."""
+"""Resubmission: the share of images that survive if the attacker may submit an image several times."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def _open_folder(folder: Path, header: dict[str, Any]) -> None:
     """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
     found: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        # What is wrong with it, claim_folder says.
+        # claim_folder reports the errors.
         found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if isinstance(found, dict):
         header = _known_by(header, found)

@@ -34,8 +34,8 @@ class Report:
         clean: verdict on the images as they are.
         robust: verdict on each image's chosen candidate, the one that fared worst in the selection draws.
         attacks: verdict on each attack's candidates; an image that was fooled already, in a protocol that stops there,
-            keeps the candidate chosen so far. Of an attack that the budget cut it is the verdict on the images that it
-            got to, as `images` of the verdict says; None if it got to none.
+            keeps the candidate chosen so far. If the budget cut an attack, the verdict covers the images that it
+            reached (`images` of the verdict); None if it reached none.
         eight_bit: verdict on the chosen candidates rounded to 8 bits, under the draws of `robust`.
         resubmission: for "clean" and "robust" the accuracy against an attacker who may try M times, M = 1 .. K; see
             resubmission_curve.

@@ -1,4 +1,4 @@
-"""Traces of an evaluation: which unit's attack took which step, in a file, in TensorBoard and in a picture."""
+"""Traces of an evaluation: the steps of every unit's attack, in a file, in TensorBoard and in a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..attacks import Attack, AutoAttack, TraceStep
 from ..training.metrics import summary_writer
 
 Line = dict[str, Any]
-# What names a line: a unit, by its attack and its first image, and one of the unit's steps.
+# The fields that identify a line: its unit (attack and first image), and a step of that unit.
 PLACE = {"attack": str, "first": int, "part": str, "restart": int, "step": int}
 BEGINNING = '{"attack": "'
 NUMBERS = ("images", "accuracy", "forward", "backward")
@@ -65,7 +65,7 @@ class TraceFile:
         lines: of the units that are done already.
 
     Raises:
-        ValueError: `path` is no trace, or its folder cannot be written.
+        ValueError: `path` is not a trace, or its folder cannot be written.
     """
 
     def __init__(self, path: Path, lines: Iterable[Line]) -> None:
@@ -134,7 +134,7 @@ def write_scalars(folder: Path, trace: Sequence[Line]) -> None:
         if line["restart"]:
             title += f"-restart{line['restart']}"
         if title not in writers:
-            # What an earlier evaluation left there is not shown.
+            # purge_step hides the scalars of an earlier evaluation.
             name = re.sub(r"[^\w.@-]", "_", title).lstrip(".")
             writers[title] = summary_writer()(str(folder / name), purge_step=0)
         for key in ("loss", "accuracy", "forward", "backward"):

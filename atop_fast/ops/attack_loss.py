@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The number of a loss in the op's argument `kind` is its place here.
 LOSSES = ("ce", "margin", "dlr", "pm", "pm-label", "pm-other")
 CE, MARGIN, DLR, PM, PM_LABEL, PM_OTHER = range(6)
-# The losses of the label alone, which know no target.
+# The losses that depend on the label alone and take no target.
 UNTARGETED = (CE, PM_LABEL)
 MAX_CLASSES = 2**31 - 1
 # Above this ratio of two sums the logarithm of their quotient comes from their difference.
@@ -221,9 +221,9 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tenso
         their relative accuracy for confident predictions (margins up to 80 in float32). The gradient of dlr flows
         through the sorted logits too. P itself is tanh(pm / 2); the gradients of pm and of its parts do not underflow
         at any margin between the label and the other class. Equal logits rank by class, the lowest first; argmax takes
-        NaN for the greatest, as torch.argmax does. A NaN among the logits makes the loss NaN. Where the loss is NaN,
-        and in all but ce infinite, so is the sample's gradient NaN. Classes are checked on the CPU and outside of
-        torch.compile only: elsewhere that would wait for the device, and a label or target that is no class gives NaN
+        NaN for the greatest, as torch.argmax does. A NaN among the logits makes the loss NaN. A loss of NaN, and an
+        infinite loss of all but ce, has a gradient of NaN. Classes are checked only on the CPU and outside of
+        torch.compile: elsewhere the check would wait for the device, and a label or target beyond the classes gives NaN
         and not correct. `losses` is differentiable once in `logits`; `gradient` is a constant.
 
     Reference:

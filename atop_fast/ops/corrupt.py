@@ -146,7 +146,7 @@ class _Corrupt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        # Read before autograd is left: a checkpoint computes them again, with gradients.
+        # Read while autograd is still active: a checkpoint recomputes them, with gradients.
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _gradient(ctx, dy, saved), None

@@ -37,7 +37,7 @@ class ClassifierStep(Step):
     ) -> None:
         super().__init__({"classifier": classifier}, config, betas=(0.9, 0.999))
         self.classifier, self.seed = classifier, derive_seed(seed, "augment")
-        # What is not masked and has no noise is the image, bit for bit up to its range.
+        # Without masks and noise the transform gives the image itself, up to its range.
         self.pipeline = Defense(RT1(1, 0.0) if transform is None else transform, None, classifier)
         self.plain = transform is None
         self.transform_seed, self.attack_seed = derive_seed(seed, "transform"), derive_seed(seed, "attack")
@@ -119,7 +119,7 @@ def train_classifier(
 
     Raises:
         TypeError, ValueError: images that `classifier` does not take, labels beyond its classes, a frozen classifier,
-            or batches of which batch norm has no statistics; see fit, too.
+            or batches too small for the statistics of batch norm; see fit, too.
     """
     config = config or ClassifierConfig()
     step = ClassifierStep(classifier, config, seed, transform)

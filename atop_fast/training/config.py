@@ -113,7 +113,7 @@ class ClassifierConfig(TrainingConfig):
         super().__post_init__()
         name = type(self).__name__
         check_choice(name, "optimizer", self.optimizer, list(OPTIMIZERS))
-        # Without momentum there is no Nesterov's, and torch's fused SGD crashes.
+        # Nesterov's method needs momentum, and torch's fused SGD crashes without it.
         if not 0 < check_number(name, "momentum", self.momentum) < 1:
             raise ValueError(message(name, "momentum", "between 0 and 1", self.momentum))
         check_number(name, "weight_decay", self.weight_decay, low=0)
@@ -157,12 +157,12 @@ class FinetuneConfig(PretrainConfig):
 
     Attributes:
         ce_weight: lambda, the weight of the classification loss, which is the cross-entropy on the attacked images.
-        clean_weight: weight of the cross-entropy on the clean images, which then pass through the pipeline, too, under
-            the same draws: also the L1 loss is the mean over both. 0 leaves them out.
-        ce_from_epoch: first epoch (from 0) with the classification loss, and that on clean images.
+        clean_weight: weight of the cross-entropy on the clean images, which then also pass through the pipeline, under
+            the same draws; the L1 loss is then the mean over both. 0 leaves them out.
+        ce_from_epoch: first epoch (from 0) with the classification losses.
         l1_weight: weight of the L1 loss.
-        l1_final: what that has become at the end of the training, falling (or rising) linearly over the updates; None
-            keeps it.
+        l1_final: weight of the L1 loss at the end of the training, reached linearly over the updates; None keeps
+            l1_weight.
         attack: one of "fgsm", "fgsm-rs" (from a random start, with alpha 1.25 eps: Wong et al., ICLR 2020), "n-fgsm"
             (from noise larger than the ball, unprojected: de Jorge et al., NeurIPS 2022; only with norm "Linf"), "pgd"
             (from a random start) and "apgd" (APGD-CE).

@@ -37,8 +37,8 @@ History = list[dict[str, float]]
 PARTS = 20
 # Images whose restoration TensorBoard shows.
 PICTURES = 8
-# Of the schedule "onecycle": the share of the updates with a rising rate, the first rate over the highest, and the last
-# over the first.
+# The schedule "onecycle": the share of the updates with a rising rate, the first rate over the highest, and the last
+# rate over the first.
 WARM_UP, FIRST, LAST = 0.2, 1 / 25, 1e-4
 # What a checkpoint has of a training besides the states of networks and optimizers.
 PLACE = ("epoch", "batch", "done", "seen", "sums", "history")

@@ -77,10 +77,10 @@ class Feed:
             raise ValueError(message(self.function, "labels", expected, low if low < 0 else high))
 
     def description(self) -> str:
-        """What tells whether a checkpoint is used with other data: a hash of images, labels and their order.
+        """Identifies the data of a checkpoint: a hash of images, labels and their order.
 
-        Of a dataset that does not describe itself it is a hash of the first image and of the labels, if it has them in
-        an attribute `targets` or `labels`, or else of some.
+        For a dataset that does not describe itself it is a hash of the first image and of the labels, if it has them in
+        an attribute `targets` or `labels`, or else of some labels.
         """
         if isinstance(self.images, Tensor):
             return describe(self.images, self.labels)

@@ -22,7 +22,7 @@ class NFGSM(PGD):
         s = clip(x + n),  n uniform in [-noise eps, noise eps],      x' = clip(s + alpha sign(gradient at s))
 
     each clipped to [0, 1] alone (de Jorge et al., 2022, algorithm 1). Its images lie up to noise eps + alpha from x: it
-    is for training, and no attack within a threat model.
+    is meant for training, not as an attack within a threat model.
 
     Args:
         model, eps, options: see PGD; the norm is "Linf".

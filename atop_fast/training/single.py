@@ -1,4 +1,4 @@
-"""Passes of a single image, of which batch norm may have no statistics."""
+"""Passes of a single image, which may not give batch norm any statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._checks import message
 
 @contextlib.contextmanager
 def watched(module: nn.Module) -> Iterator[list[str]]:
-    """The batch-norm layers to which the pass of one image inside gives one value a channel, by name."""
+    """Collects the names of batch-norm layers that get one value a channel from the one-image pass in the block."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -34,7 +34,7 @@ def watched(module: nn.Module) -> Iterator[list[str]]:
 
 
 def check_passes(layers: list[str], images: int, batch_size: int, accumulate: int, processes: int) -> None:
-    """Raise ValueError if a pass of a training has one image, and some of its layers cannot do with one.
+    """Raise ValueError if a pass of a training has one image, and some of its layers need more.
 
     Args:
         layers: what `watched` found.

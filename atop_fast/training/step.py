@@ -87,7 +87,7 @@ class Step:
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
         # Of the part in hand: its share of the batch, and whether it is the first and the last one.
         self.part, self.first, self.last = 1.0, True, True
-        # Batch-norm layers that cannot do with a single image, see check_passes.
+        # Batch-norm layers that need more than a single image, see check_passes.
         self.single: list[str] = []
         self.replayed = Replayed(self._update, CudaRecorder() if self.device.type == "cuda" else None)
 
@@ -404,12 +404,12 @@ class FinetuneStep(PretrainStep):
 def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
     """The attack's images under a seed, int64 (), that a captured graph reads anew.
 
-    Not a call of the attack, which checks values and so waits for a GPU.
+    This bypasses the attack's call, which checks values and so waits for a GPU.
     """
     with attack.prepared() as estimator:
         estimator.seed = seed
         adversarial = attack.run(estimator, x, y, ids, None)
-    # Measured once. As many rows as the network's own pass has must do, too.
+    # Measured once, and at least as many rows as the network's own pass has.
     attack.max_batch = max(estimator.rows, -(-len(x) // ROWS) * ROWS)
     return adversarial
 

@@ -269,7 +269,7 @@ ATOP_HD math::Greatest<C, N> greatest_of_lane(const Lanes<C, N>& top, int64_t l)
   return greatest;
 }
 
-// What the loss of sample l says, but for NaN among its logits.
+// The outputs for the loss of sample l, apart from NaN among its logits.
 template <typename T, typename C, int N>
 ATOP_HD void judge(const Rows<T>& rows, const Lanes<C, N>& top, int64_t row, int64_t l, int64_t y, C loss) {
   const T* z = rows.logits + row * rows.classes;

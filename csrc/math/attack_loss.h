@@ -112,7 +112,7 @@ ATOP_HD T third_of(const Greatest<T, 3>& top, int32_t y, int32_t other) {
 //   pm-label  A = e_o + R       B = e_y
 //   pm-other  A = e_o           B = e_y + R
 //
-// Each of A, B and R has a unit of its own, so that neither overflows nor vanishes beside another. Where A / B is above
+// Each of A, B and R has a unit of its own, so that neither overflows nor vanishes beside another. If A / B is above
 // kNear, its logarithm comes from their difference.
 constexpr double kNear = 0x1p-20;
 

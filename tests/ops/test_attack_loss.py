@@ -169,7 +169,7 @@ def test_cross_entropy_is_relatively_accurate_for_confident_predictions(backend,
 
 
 def probability_margins(z, labels, others, loss):
-    """What pm and its parts are the log-odds of, and the gradients, in float64, of probabilities as a user has them."""
+    """P and its parts, whose log-odds pm and its parts are, and their gradients, from a plain softmax in float64."""
     p = z.softmax(dim=1)
     p_y, p_o = (p.gather(1, classes[:, None])[:, 0] for classes in (labels, others))
     values = {"pm": p_o - p_y, "pm-label": -p_y, "pm-other": p_o}[loss]
