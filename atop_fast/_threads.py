@@ -11,8 +11,8 @@ from pathlib import Path
 # OpenMP reads from these how its threads wait, once, when torch loads it. If none is set, GNU's threads spin for
 # milliseconds, and hold a core for which the awaited thread may be queueing.
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# Seconds between the looks of a training or an evaluation; threads that queue for more than this share of their time
-# cause a message.
+# Seconds between measurements in a training or an evaluation; threads that queue for more than this share of their
+# time cause a message.
 EVERY, SHARE = 10.0, 0.2
 
 
@@ -40,7 +40,7 @@ def spinning() -> bool:
 
 
 def busy_cores(seconds: float = 0.25) -> float | None:
-    """How many cores of this machine others keep busy, measured for so long; None where the system does not tell."""
+    """How many cores of this machine other processes keep busy; None if the system does not tell."""
     before = _system()
     if before is None:
         return None
@@ -53,11 +53,11 @@ def busy_cores(seconds: float = 0.25) -> float | None:
 
 
 class Queueing:
-    """The share of their time for which the threads of this process queue for a core, from one look to the next.
+    """The share of time for which the threads of this process queue for a core, from one measurement to the next.
 
     Args:
-        threads: how many compute; with one, nothing is looked at.
-        every: seconds between looks.
+        threads: number of compute threads; with one, nothing is measured.
+        every: seconds between measurements.
     """
 
     def __init__(self, threads: int, every: float = EVERY) -> None:

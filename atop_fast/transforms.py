@@ -255,8 +255,8 @@ def build_transform(
     raise ValueError(message("build_transform", "name", "one of 'rt1', 'rt2', 'rt3'", repr(name)))
 
 
-# A transform of the user's own may be added here, with attributes named like the parameters of its constructor: then
-# files name it, as those of ours.
+# A user's own transform may be added here, with attributes named like the parameters of its constructor: files then
+# name it like the package's own.
 TRANSFORMS: dict[str, type[RandomTransform]] = {
     "rt1": RT1,
     "rt2": RT2,

@@ -118,7 +118,7 @@ class System:
         classifier, architecture, weights, key: `name_or_path`, `architecture`, `path` and `key` of load_classifier.
         purifier: a file of save_model; without one the classifier stands alone, or behind the given transform.
         defense: instead of these, `path_or_name` of load_defense.
-        transform: what is said of the transform besides.
+        transform: the command's options of the transform.
     """
 
     classifier: str | None

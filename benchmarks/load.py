@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def resident() -> float:
-    """MiB that this process has in memory without those of files, after what is free has gone back to the system."""
+    """Resident MiB of this process without mapped files, after free memory went back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pages, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])

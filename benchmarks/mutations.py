@@ -255,7 +255,7 @@ def main() -> None:
         if (mutation.file, mutation.mistake) in known or arguments.only not in mutation.file:
             continue
         if mutation.file.startswith("csrc/") and not built:
-            # All that later builds compile is then the mutation.
+            # Later builds then compile the mutation alone.
             scratch.build()
             built = True
         row = attempt(scratch, mutation)

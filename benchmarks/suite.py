@@ -3,7 +3,8 @@
 python benchmarks/suite.py [--tiers test test-slow] [--shuffles 10] [--device cpu-avx2] [--json]
 
 Each tier runs by its target of the Makefile, set up before. A shuffle runs all tests of the first tier in an order of
-its own, by turns with one worker and with two, while a process of one thread never rests. Ends with 1 if a test fails.
+its own, alternately with one worker and with two, while another process keeps one core busy. Ends with 1 if a test
+fails.
 """
 
 from __future__ import annotations

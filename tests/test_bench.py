@@ -34,7 +34,7 @@ def case_of(run, ours=("atop_fast",), **options):
 
 
 def test_a_row_says_what_was_measured(monkeypatch):
-    """By a clock of its own: on a busy machine, 10 ms of sleep last longer."""
+    """The test sets the clock: on a busy machine, 10 ms of sleep last longer."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 

@@ -162,7 +162,7 @@ ATTACKS = {
 @pytest.mark.parametrize("kind", ["module", "function", "behind the tensor", "Defense"])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_models_that_write_into_their_input(name, kind):
-    """They are attacked as the same function without that, and the images stay."""
+    """The result is that of the same function without the write, and the caller's images stay unchanged."""
     inner = network()
 
     def behind(x):
@@ -191,7 +191,7 @@ def test_models_that_write_into_their_input(name, kind):
 
 @pytest.mark.parametrize("mode", ["exact", "checkpointed", "bpda", "blind"])
 def test_parts_of_a_defense_that_write_into_their_input(mode):
-    """Computed again, they find it as it was."""
+    """A recomputation finds its input unchanged."""
     clean = Defense(RT2(patch=4), None, network())
     writes = Defense(clean.transform, None, InPlace())
 

@@ -200,7 +200,7 @@ def test_parts_without_classes_are_refused(tmp_path):
         picture(tmp_path / part / "0.png")
     with pytest.raises(ValueError, match=r"load_data: source must be .* whose parts have no sub-folders"):
         DataConfig(str(tmp_path)).load()
-    # Beside another class they are what one can travel by.
+    # Beside another class they are classes, too.
     picture(tmp_path / "car/0.png")
     assert image_folder(tmp_path).classes == ("car", "test", "train")
 

@@ -36,7 +36,7 @@ class Spy(RT2):
 
     def forward(self, x, seed=0, sample_ids=None, draws=0):
         phase = "attack" if torch.is_grad_enabled() else self.phase
-        # The proof that an attack's copy is the model has the seed 0.
+        # The comparison of an attack's copy with the model uses seed 0.
         if int(seed) in (0, derive_seed(0, "trial")):
             phase = "trial"
         draws = torch.as_tensor(draws).expand(len(x))

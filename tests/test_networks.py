@@ -91,7 +91,7 @@ def test_unet_gradients_reach_every_parameter():
 
 
 def test_first_updates_of_wide_unets_are_as_large_as_those_of_narrow_ones():
-    """And not in proportion to the width, which took large networks into tanh's saturation."""
+    """Updates that grow with the width drove large networks into tanh's saturation."""
 
     def change(width):
         with seeded(0):

@@ -202,7 +202,7 @@ def test_file_and_report_have_every_step_once(tmp_path):
     assert [(line["attack"], line["images"]) for line in report.trace] == [("fgsm", 12)] + [("pgd3_eot", 12)] * 3
     assert json.loads((tmp_path / "run/report.json").read_text())["trace"] == report.trace
     assert "accuracy and loss against passes" in (tmp_path / "run/report.html").read_text()
-    # The batch is nothing that means over images know of.
+    # Means over images do not depend on the batch size.
     other = run(tmp_path / "other.jsonl", batch_size=12)
     assert other.robust == report.robust
     for line, same in zip(other.trace, report.trace, strict=True):

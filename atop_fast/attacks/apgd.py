@@ -20,7 +20,7 @@ from .network import Model
 from .queue import State, run_queue
 
 MOMENTUM = 0.75
-# MALT: how many classes are looked at, and how many of them, over all images, at a time.
+# MALT: classes considered for each image, and pairs of an image and a class in one pass.
 CANDIDATES = 100
 PAIRS = 256
 

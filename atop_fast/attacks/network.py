@@ -23,7 +23,7 @@ Model = Callable[..., Tensor]
 WORTHWHILE = 8
 # Tolerances of a copy's outputs and gradients, relative to their norms; docs/reliability.md has the measurements.
 TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-3, 3e-2)}
-# Copies that stand in for models: they draw no random numbers, and write into nothing that they get.
+# Copies that replace models: they draw no random numbers and do not write into their input.
 _PACKAGE = __name__.partition(".")[0]
 _COPIES: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 # Models whose copy turned out to compute something else.

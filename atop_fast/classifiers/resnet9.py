@@ -11,7 +11,7 @@ from .._checks import check_integer, message
 
 
 class PooledConv(nn.Module):
-    """relu(bn(maxpool(conv(x)))), 3x3: normalised are a quarter of the convolution's outputs."""
+    """relu(bn(maxpool(conv(x)))), 3x3: batch norm sees only a quarter of the convolution's outputs."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class ResNet9(nn.Module):
     A convolution at the images' own resolution, three that halve it, the first and the last of these followed by a
     residual pair, and global average pooling. After the ResNet-9 of DAWNBench (Page, How to train your ResNet, 2018),
     at half its widths, with max-pooling before the batch norm as in airbench (Jordan, 2024) and without that network's
-    whitening, which amplifies what a purifier leaves at high frequencies. All its convolutions but the first keep their
-    size and have 16 channels or more, so that a network under attack has them as FrozenConv3x3.
+    whitening, which amplifies the high frequencies that a purifier leaves. All its convolutions but the first keep
+    their size and have 16 channels or more, so that FrozenConv3x3 replaces them in a network under attack.
 
     At the default widths it has 1.6 million parameters and takes 0.19 GFLOP (two for each multiplication) an image of
     32x32 pixels; ResNet-18 takes 1.1.
@@ -53,8 +53,8 @@ class ResNet9(nn.Module):
     Args:
         channels: channels C of the images.
         classes: number of logits.
-        widths: channels after each of the three convolutions that halve the resolution; the first has half of the
-            first's.
+        widths: channels after each of the three convolutions that halve the resolution; the convolution before
+            them has half as many as the first.
     """
 
     def __init__(self, channels: int = 3, classes: int = 10, widths: Sequence[int] = (64, 128, 256)) -> None:

@@ -241,9 +241,9 @@ def judged(errors: float) -> Status:
 def untouched(model: object, device: torch.device, evaluation: bool = True) -> Iterator[None]:
     """Leave a model and torch's generators exactly as they were, also after an error.
 
-    Inside, parameters ask for no gradient, and with `evaluation` every module is in evaluation mode. Restored are
-    modes, requires_grad, the buffers with their contents, and torch's generators of the CPU and of `device`, for which
-    threads take turns.
+    Inside, parameters ask for no gradient, and with `evaluation` every module is in evaluation mode. Modes,
+    requires_grad, the buffers with their contents, and torch's generators of the CPU and of `device` are restored;
+    threads take turns for the generators.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []

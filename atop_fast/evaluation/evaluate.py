@@ -137,7 +137,7 @@ def evaluate(
     deadline = None if budget is None else start + parse_budget(budget)
     transform = repr(model.transform) if isinstance(model, Defense) else None
     if tensorboard is not None:
-        # A package that is missing should not be found missing after an hour.
+        # A missing package must be reported now, not after an hour.
         summary_writer()
     if randomness == "fixed":
         if attacks is not None and not callable(attacks):

@@ -24,7 +24,7 @@ from .step import Logs, Step, run_attack
 
 
 class ClassifierStep(Step):
-    """Minimise the cross-entropy to the labels, smoothed if so asked, of clean images or of those of an attack.
+    """Minimise the cross-entropy to the (smoothed) labels, on clean images or on those of an attack.
 
     Args:
         classifier, config, seed, transform: see train_classifier.
@@ -160,8 +160,8 @@ def shift_and_mirror(
     x: Tensor, seed: int, ids: Tensor, epoch: int | Tensor, reach: int = 4, alternating: bool = False
 ) -> Tensor:
     """Images (B, C, H, W), shifted by up to `reach` pixels along both axes, with zeros outside, and half of them
-    mirrored; keyed by (seed, sample id, epoch). With `alternating`, which half is that of epoch 0 and the other in
-    turn."""
+    mirrored; keyed by (seed, sample id, epoch). With `alternating`, the half mirrored in epoch 0 and the other half
+    take turns."""
     height, width = x.shape[2:]
     words = random_bits(3, seed, ids, epoch, Tag.START)
     down, right = ((words[:, i : i + 1] * (2 * reach + 1)) >> 32 for i in (0, 1))

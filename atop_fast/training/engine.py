@@ -272,7 +272,7 @@ class _Training:
 def _factor(schedule: str, done: int, total: int) -> float:
     """The learning rate over the configured one, when `done` of all updates are done, 0 <= done < total."""
     if schedule == "onecycle":
-        # The places of torch's OneCycleLR: the highest rate is that of an update, and so is the lowest.
+        # As torch's OneCycleLR places them: both the highest and the lowest rate belong to an update.
         top, end = max(0.0, WARM_UP * total - 1), total - 1
         if done <= top:
             return FIRST + (1 - FIRST) * (done / top if top else 1.0)

@@ -41,8 +41,8 @@ from .single import watched
 
 
 class Step:
-    """An update of networks, by Adam unless `optimizer` is another's. A subclass has `losses`, which calls `update` for
-    each network.
+    """An update of networks, by Adam unless `optimizer` is overridden. A subclass has `losses`, which calls `update`
+    for each network.
 
     The step owns optimizers and loss scalers. Where there are native kernels, it lays out the weights in channels_last,
     which convolutions and gates like best; values do not change. Under torch.distributed each process has a part of the
@@ -386,7 +386,7 @@ class FinetuneStep(PretrainStep):
         super().check(images)
         with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
             classes = self.pipeline(images[:1], draws=0).shape[1]
-        # The copies are compared here, once: updates may be captured as CUDA graphs, which nothing can look into.
+        # The copies are compared here, once: values inside a captured CUDA graph cannot be read.
         ids = torch.zeros(1, dtype=torch.int64, device=images.device)
         with frozen(self.given):
             same = self.classifier is self.given or agrees(

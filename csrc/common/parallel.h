@@ -10,7 +10,7 @@ namespace atop {
 // As in ATen: below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
-// The grain of items of so many multiply-adds each, of which a core does some 16 in the time of an element.
+// The grain for items of `products` multiply-adds each; a core does about 16 of these in the time of one element.
 inline int64_t grain_of_products(int64_t products) {
   return std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, products));
 }
