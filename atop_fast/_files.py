@@ -145,7 +145,7 @@ def _lives(process: int) -> bool:
 
 
 def read_state(
-    function: str, argument: str, path: Path, keys: Sequence[str], key: str | None = None
+    function: str, argument: str, path: Path, keys: Sequence[str], key: str | None = None, offer_key: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of a network by their names, from a file of others, on the CPU.
 
@@ -154,6 +154,7 @@ def read_state(
         path: a safetensors file if its name ends in .safetensors, else one of torch.save.
         keys: names that the state dict may have if the file holds more; the file may also hold the state dict alone.
         key: its name if the caller gives one: of a dictionary, or the prefix of the tensors' names.
+        offer_key: `function` has an option `key`, of which errors speak.
 
     Raises:
         ValueError: no such file, a damaged one, one with other objects than tensors, numbers and containers of them, or
@@ -178,7 +179,8 @@ def read_state(
     if not _is_state(state):
         found = [str(name) for name, value in held.items() if _is_state(value)]
         shown = ", ".join(map(repr, list(held)[:10])) if held else type(content).__name__
-        several = f"; key={found[0]!r} takes one of its dictionaries {', '.join(map(repr, found))}" if found else ""
+        names = ", ".join(map(repr, found))
+        several = f"; key={found[0]!r} takes one of its dictionaries {names}" if offer_key and found else ""
         if key is None:
             expected = f"a state dict, or {{{json.dumps(keys[0])}: ...}}"
         else:

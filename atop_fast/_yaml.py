@@ -71,6 +71,6 @@ def parse_yaml(text: str, dates: bool = True) -> Any:
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS} characters")
     try:
-        return yaml.load(text, _Loader if dates else _WithoutDates)
+        return yaml.load(text, _Loader) if dates else yaml.load(text, _WithoutDates)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

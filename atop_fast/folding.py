@@ -279,6 +279,6 @@ def _arranged(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
             layer.to(dtype)
         if FrozenConv3x3.accepts(layer):
             if not name:
-                return FrozenConv3x3(layer)
-            model.set_submodule(name, FrozenConv3x3(layer))
+                return FrozenConv3x3(layer).train(layer.training)
+            model.set_submodule(name, FrozenConv3x3(layer).train(layer.training))
     return model

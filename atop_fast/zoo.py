@@ -286,7 +286,7 @@ def _not_installed(name: str, package: str, extra: str, error: ImportError) -> I
 
 
 def _with_weights(model: nn.Module, path: Path, argument: str = "name_or_path", key: str | None = None) -> nn.Module:
-    state = read_state("load_classifier", argument, path, STATE_DICTS, key)
+    state = read_state("load_classifier", argument, path, STATE_DICTS, key, offer_key=True)
     try:
         state = unwrapped(state, model.state_dict())
     except ValueError as error:

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from atop_fast import precision
+from atop_fast import ClassifierConfig, precision
 from atop_fast.attacks import PGD
 from atop_fast.bench import harness
 from atop_fast.bench.harness import Case, Roofline, measure
-from atop_fast.training import TrainingConfig
 from atop_fast.training.classifier import ClassifierStep
 
 CPU = torch.device("cpu")
@@ -35,7 +34,7 @@ def attack(name):
 
 
 def train(name):
-    ClassifierStep(network(), TrainingConfig(precision=name), 0)
+    ClassifierStep(network(), ClassifierConfig(precision=name), 0)
 
 
 @pytest.mark.usefixtures("slow")

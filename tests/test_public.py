@@ -184,7 +184,7 @@ def replaced(name, tensor):
         (replaced(FIRST, torch.ones(1).expand(4_000_000, 1, 1, 1)), "size mismatch"),
         (replaced("stage1.conv1.conv.bias", torch.ones(8, dtype=torch.int64)), "not of real numbers: stage1.conv1"),
         (replaced("stage2.contextual_attention.fuse_weight", torch.ones(1, 1, 3, 3)), "identity as .*fuse_weight"),
-        (lambda state: {}, "a checkpoint with convolution weights"),
+        (lambda state: {}, r'a state dict, or {"G": \.\.\.}, got .*g\.pth \(with \'G\'\)'),
         (lambda state: {"state_dict": state}, r'a state dict, or {"G": \.\.\.}, got .*g\.pth \(with \'G\'\)'),
         (lambda state: [state], r'a state dict, or {"G": \.\.\.}, got .*g\.pth \(with \'G\'\)'),
         (lambda state: {**state, 3: torch.ones(1)}, r'a state dict, or {"G": \.\.\.}'),
