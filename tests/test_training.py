@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -328,6 +329,10 @@ def test_n_fgsm_trains_through_the_pipeline_with_noise_of_its_own_in_every_epoch
     assert torch.equal(first, step.attack(X, Y, ids, 1))
     assert not torch.equal(first, second)
     assert 0.05 < (first - X).abs().max() <= 2.5 * 0.05 + 1e-6
+    many = FinetuneStep(Defense(RT, purifier, classifier), None, replace(config, eot_iter=3), seed=0)
+    averaged = many.attack(X, Y, ids, 1)
+    assert averaged.shape == X.shape
+    assert not torch.equal(averaged, first)
     with pytest.raises(ValueError, match="FinetuneConfig: norm must be one of 'Linf', got 'L2'"):
         FinetuneConfig(attack="n-fgsm", norm="L2")
 

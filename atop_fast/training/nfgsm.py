@@ -14,6 +14,7 @@ from ..attacks.gradient import GradientEstimator
 from ..attacks.network import Model
 from ..attacks.pgd import random_start
 from ..attacks.queue import State
+from ..ops._steps import sum_of_draws
 
 
 class NFGSM(PGD):
@@ -31,7 +32,6 @@ class NFGSM(PGD):
     """
 
     norms = ("Linf",)
-    summed = True
 
     def __init__(
         self,
@@ -52,4 +52,5 @@ class NFGSM(PGD):
         return super().begin(estimator, images, labels, ids, start)
 
     def _moved(self, state: State, gradient: Tensor) -> Tensor:
-        return (state["x"] + self.alpha * torch.nan_to_num(gradient).sign()).clamp_(0, 1)
+        direction = torch.nan_to_num(sum_of_draws(gradient, state["x"])).sign()
+        return (state["x"] + self.alpha * direction).clamp_(0, 1)
