@@ -45,6 +45,13 @@ def test_slow_types_are_told(run, who, name):
         run(name)
 
 
+@pytest.mark.filterwarnings("ignore:.*much slower than in float32")
+def test_restarts_are_ranked_in_the_type_of_the_networks():
+    """A copy whose weights are cast runs in an autocast alone."""
+    candidate = PGD(network(), eps=0.1, steps=10, restarts=2, precision="bfloat16")(X, Y)
+    assert (candidate - X).abs().max() <= 0.1 + 1e-6
+
+
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize(("run", "names"), [(attack, ["float32"]), (train, ["float32", "tf32"])])
 def test_others_are_not(run, names):

@@ -80,7 +80,8 @@ class PGD(Attack):
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         draws, seed = 1 if self.early_stop else self.selection_draws, derive_seed(self.seed, "selection")
-        return GradientEstimator(estimator.model, eot_iter=draws, max_batch=self.max_batch, seed=seed)
+        options = {"max_batch": self.max_batch, "precision": self.precision, "seed": seed}
+        return GradientEstimator(estimator.model, eot_iter=draws, **options)
 
     def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
         return random_start(self.norm, images, self.eps, seed, ids)
