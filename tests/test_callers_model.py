@@ -207,6 +207,34 @@ def test_parts_of_a_defense_that_write_into_their_input(mode):
     assert torch.equal(results[0].gradient, results[1].gradient)
 
 
+def in_place_first(in_place):
+    with seeded(0):
+        return nn.Sequential(
+            nn.SiLU(inplace=in_place), nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1176, 10)
+        )
+
+
+@pytest.mark.parametrize("name", ["PGD", "Square", "Square, max_batch", "checkpointed"])
+def test_a_copy_whose_first_layer_works_in_place(name):
+    """The network that stands in for the model writes into its input, too."""
+    attacks = {
+        "PGD": lambda m: PGD(m, steps=10),
+        "Square": lambda m: Square(m, queries=20),
+        "Square, max_batch": lambda m: Square(m, queries=20, max_batch=8),
+        "checkpointed": lambda m: PGD(Defense(RT2(patch=4), None, m), steps=10, gradient="checkpointed"),
+    }
+    results = []
+    for in_place in (False, True):
+        model = in_place_first(in_place).eval()
+        with torch.no_grad():
+            labels = model(X.clone()).argmax(dim=1)
+        x = X.clone()
+        results.append(attacks[name](model)(x, labels))
+        assert torch.equal(x, X)
+    torch.testing.assert_close(*results)
+    assert (results[0] - X).abs().max() > 0.01
+
+
 def test_a_model_that_returns_the_same_memory_in_every_call():
     inner, memory = network(), torch.zeros(8, 10)
 

@@ -364,12 +364,12 @@ class GradientEstimator:
         key = (self.seed, part.take(ids), part.take(first_draws) + part.draws)
         if self.mode == "exact" or not x.requires_grad:
             return self.model(x, *key)
-        purify, classifier, given = self.model.purify, self.model.classifier, self._given
+        purify, classifier = self.model.purify, self.model.classifier
         if self.mode == "checkpointed":
             # The recomputation must find its inputs unchanged.
-            purified = checkpoint(lambda t: purify(given(t), *key), x, use_reentrant=False)
-            return checkpoint(lambda t: classifier(given(t)), purified, use_reentrant=False)
-        purified = purify(given(x.detach()), *key).detach()
+            purified = checkpoint(lambda t: purify(t.clone(), *key), x, use_reentrant=False)
+            return checkpoint(lambda t: classifier(t.clone()), purified, use_reentrant=False)
+        purified = purify(self._given(x.detach()), *key).detach()
         stand_in = x if self.substitute is None else self.substitute(x)
         # A transform may have resized the images; then the "identity" is the resize alone.
         if stand_in.shape != purified.shape:

@@ -64,8 +64,11 @@ def prepared(
             exact = network if dtype is None or network is model or probe is None else _copied(model, None)
             # Values cannot be read while a CUDA graph is captured.
             seen = probe is not None and not (probe.x.is_cuda and torch.cuda.is_current_stream_capturing())
-            if exact is not model and probe is not None and seen and not agrees(model, exact, probe):
-                network = model
+            if exact is not model and probe is not None and seen:
+                if not agrees(model, exact, probe):
+                    network = model
+                elif exact not in _COPIES and isinstance(network, nn.Module):
+                    _COPIES.discard(network)
         yield network
 
 
@@ -122,7 +125,12 @@ def _response(network: nn.Module, probe: Probe) -> tuple[Tensor, Tensor | None]:
     leaf = probe.x.clone().requires_grad_()
     key = (probe.seed, probe.ids, 0) if isinstance(network, Defense) else ()
     with torch.enable_grad(), torch.autocast(leaf.device.type, enabled=False):
-        logits = network(leaf.clone(), *key)
+        copied = leaf.clone()
+        version = copied._version
+        logits = network(copied, *key)
+        if copied._version != version:
+            # Such as an in-place relu that comes first: it must go on getting copies.
+            _COPIES.discard(network)
         weights = (2.4 * torch.arange(logits.shape[-1], device=leaf.device)).cos()
         total = (logits * weights.to(logits.dtype)).sum()
     if not total.requires_grad:
