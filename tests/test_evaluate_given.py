@@ -11,7 +11,7 @@ import torch
 from test_wrong_numbers import COUNT, X, labels, network
 from torch import nn
 
-from atop_fast import PGD, RT2, Defense, evaluate
+from atop_fast import PGD, RT2, AutoAttack, Defense, evaluate
 from atop_fast.evaluation.identity import attack_identity, model_identity, same_model
 from atop_fast.evaluation.report import _note
 
@@ -169,6 +169,14 @@ def test_a_folder_refuses_a_changed_attack_by_name(tmp_path):
     evaluate(model, X, Y, eps=0.1, attacks={"mine": Own(0.01), "other": Own(0.0)}, out=tmp_path, **QUIET)
     with pytest.raises(ValueError, match=r"belongs to a run with another attacks\['mine'\]$"):
         evaluate(model, X, Y, eps=0.1, attacks={"mine": Own(0.02), "other": Own(0.0)}, out=tmp_path, **QUIET)
+
+
+def test_a_folder_takes_an_autoattack_that_has_run(tmp_path):
+    """What it found is no part of what it is."""
+    attack = AutoAttack(network(), eps=0.1, version="custom", attacks_to_run=["apgd-ce"], steps=2)
+    first = evaluate(attack.model, X, Y, eps=0.1, attacks={"aa": attack}, out=tmp_path, **QUIET)
+    assert attack.accuracy
+    assert evaluate(attack.model, X, Y, eps=0.1, attacks={"aa": attack}, out=tmp_path, **QUIET).samples == first.samples
 
 
 def test_attacks_of_images_and_labels_and_numpy_results_are_taken():

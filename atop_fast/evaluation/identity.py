@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import random
 import re
 import sys
 import types
@@ -24,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks import Attack, Model, frozen
+from ..attacks import Attack, AutoAttack, Model, frozen
 from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_uniform, seeded
 from .judge import full_precision, judged
@@ -140,9 +139,9 @@ class Walk:
             yield from (type(value), hidden, *value.children())
         elif not isinstance(value, (Tensor, np.ndarray, set, frozenset, types.ModuleType)) and not _is_opaque(value):
             attributes = {**{k: getattr(value, k) for k in _slots(value)}, **getattr(value, "__dict__", {})}
-            if isinstance(value, Attack):
-                # A callback only observes.
-                attributes.pop("callback", None)
+            if isinstance(value, (Attack, AutoAttack)):
+                # A callback only observes, and AutoAttack's progress and accuracy only report.
+                attributes = {k: v for k, v in attributes.items() if k not in ("callback", "progress", "accuracy")}
             yield from (type(value), attributes)
 
     def _function(self, function: types.FunctionType) -> Iterator[Any]:
@@ -205,7 +204,7 @@ def _call(model: Model, x: Tensor, ids: Tensor, direction: Tensor, key: int, dra
     """Logits (B, classes) of one call under fixed seeds, and slopes (B,) of a loss along a direction, if it has any."""
     arguments = (key, ids, draw) if isinstance(model, Defense) else ()
     slope: Tensor | None = None
-    with seeded(derive_seed(key, draw), x.device), _others_seeded(draw):
+    with seeded(derive_seed(key, draw), x.device):
         leaf = x.clone().requires_grad_()
         try:
             with torch.enable_grad():
@@ -218,22 +217,9 @@ def _call(model: Model, x: Tensor, ids: Tensor, direction: Tensor, key: int, dra
             gradient = None
     if gradient is not None:
         slope = (gradient * direction).flatten(1).sum(dim=1).double().nan_to_num().cpu()
-    with torch.no_grad(), seeded(derive_seed(key, draw), x.device), _others_seeded(draw):
+    with torch.no_grad(), seeded(derive_seed(key, draw), x.device):
         logits = model(x.clone(), *arguments)
     return logits.double().nan_to_num().cpu(), slope
-
-
-@contextlib.contextmanager
-def _others_seeded(seed: int) -> Iterator[None]:
-    """Python's and numpy's generators, seeded inside and restored."""
-    python, of_numpy = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(of_numpy)
 
 
 def _close(one: Any, other: Any, rounding: float) -> bool:
