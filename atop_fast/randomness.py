@@ -164,18 +164,23 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     on_gpu = device is not None and device.type == "cuda"
     with _GENERATORS, torch.random.fork_rng(devices=[device] if on_gpu else []):
         ours, theirs = random.getstate(), np.random.get_state()
-        # Not torch.manual_seed: it seeds those of all GPUs, and without one it formats a stack trace for later.
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & _MASK32)
+        seed_generators(seed, device)
         try:
             yield
         finally:
             random.setstate(ours)
             np.random.set_state(theirs)
+
+
+def seed_generators(seed: int, device: torch.device | None = None) -> None:
+    """Seed the global generators that `seeded` restores."""
+    # Not torch.manual_seed: it seeds those of all GPUs, and without one it formats a stack trace for later.
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & _MASK32)
 
 
 @dataclass

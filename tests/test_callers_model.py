@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from atop_fast import APGD, FGSM, PGD, RT2, AutoAttack, Defense, Square
+from atop_fast import APGD, FGSM, PGD, RT2, AutoAttack, Defense, Square, evaluate
 from atop_fast._flags import _HELD, holding
 from atop_fast.attacks import FAB, GradientEstimator, frozen
 from atop_fast.randomness import seeded
@@ -205,6 +205,13 @@ def test_parts_of_a_defense_that_write_into_their_input(mode):
         for m in (clean, writes)
     ]
     assert torch.equal(results[0].gradient, results[1].gradient)
+
+
+def test_frozen_script_is_evaluated():
+    """It has no mode, neither for attacks nor for the checks before them."""
+    model = torch.jit.freeze(torch.jit.script(network()))
+    report = evaluate(model, X, model(X).argmax(dim=1), attacks={"pgd": PGD(model, steps=2)}, progress=False)
+    assert report.settings["draws"] == 1
 
 
 def in_place_first(in_place):

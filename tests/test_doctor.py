@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict
 
 import models
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -248,13 +249,17 @@ def test_whose_randomness(digits, standard):
     def noisy(x):
         return standard(x + 0.05 * torch.randn(x.shape, generator=generator))
 
-    models = {
-        "none": standard,
-        "keys": Defense(RT2(4, 0.25, 0.1), None, standard),
-        "torch's global generator": Changed(standard, lambda x: x + 0.05 * torch.randn_like(x)),
-        "other": noisy,
-    }
-    for source, model in models.items():
+    def by_numpy(x):
+        return x + 0.05 * torch.from_numpy(np.random.randn(*x.shape)).float()
+
+    models = (
+        ("none", standard),
+        ("keys", Defense(RT2(4, 0.25, 0.1), None, standard)),
+        ("global generators", Changed(standard, lambda x: x + 0.05 * torch.randn_like(x))),
+        ("global generators", Changed(standard, by_numpy)),
+        ("other", noisy),
+    )
+    for source, model in models:
         (finding,) = check_contract(model, digits[1].images, digits[1].labels, checks=["determinism"])
         assert finding.numbers["source"] == source
     assert finding.status == "fail"

@@ -48,7 +48,7 @@ def diagnose(
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits (B, classes >= 2). A module's
-            mode, buffers and requires_grad, and torch's generators, are as before afterwards, also after an error.
+            mode, buffers and requires_grad, and the global generators, are as before afterwards, also after an error.
         x: float images (N, C, H, W); they should be in [0, 1], which is one of the checks.
         y: int64 labels (N,).
         norm, eps: threat model ("Linf" or "L2"); eps > 0 in units of [0, 1] pixels.

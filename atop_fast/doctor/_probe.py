@@ -15,7 +15,7 @@ from .._flags import holding
 from ..attacks import PGD
 from ..defense import Defense
 from ..ops import attack_loss
-from ..randomness import derive_seed, seeded
+from ..randomness import derive_seed, seed_generators, seeded
 
 Status = Literal["pass", "warn", "fail"]
 Model = Callable[..., Tensor]
@@ -47,8 +47,8 @@ class Finding:
 class Probe:
     """A model and the images on which it is examined.
 
-    Randomness is keyed by (seed, sample id, draw) for a Defense. For another callable a draw seeds torch's global
-    generator, which `untouched` restores.
+    Randomness is keyed by (seed, sample id, draw) for a Defense. For another callable a draw seeds the global
+    generators of torch, Python and numpy, which `untouched` restores.
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
@@ -204,14 +204,6 @@ class Probe:
         return {n: float(s[moving].sqrt().mean()) for n, s in share.items()}
 
 
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the generators that `untouched` restores; torch.manual_seed would seed those of every GPU."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest difference of two sets of logits, relative to their size."""
     return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-30))
@@ -239,24 +231,27 @@ def judged(errors: float) -> Status:
 
 @contextlib.contextmanager
 def untouched(model: object, device: torch.device, evaluation: bool = True) -> Iterator[None]:
-    """Leave a model and torch's generators exactly as they were, also after an error.
+    """Leave a model and the global generators exactly as they were, also after an error.
 
     Inside, parameters ask for no gradient, and with `evaluation` every module is in evaluation mode. Modes,
-    requires_grad, the buffers with their contents, and torch's generators of the CPU and of `device` are restored;
-    threads take turns for the generators.
+    requires_grad, the buffers with their contents, and the generators of Python, of numpy, and of torch for the CPU and
+    `device` are restored; threads take turns for the generators.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    training = [m.training for m in modules]
+    # Frozen TorchScript has no mode.
+    training = [getattr(m, "training", None) for m in modules]
     flags: list[tuple[object, str, bool]] = [(p, "requires_grad", False) for p in parameters]
-    flags += [(m, "training", False) for m in modules if evaluation]
+    flags += [
+        (m, "training", False) for m, mode in zip(modules, training, strict=True) if evaluation and mode is not None
+    ]
     buffers = [{k: (b, None if b is None else b.clone()) for k, b in m._buffers.items()} for m in modules]
     try:
         with holding(flags), seeded(0, device):
             yield
     finally:
         for m, mode, kept in zip(modules, training, buffers, strict=True):
-            if not evaluation:
+            if not evaluation and mode is not None:
                 m.training = mode
             # A module may have written into a buffer, or put another tensor in its place.
             for k, (b, contents) in kept.items():

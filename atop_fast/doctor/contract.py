@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..defense import Defense
-from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, seed_generators, untouched
+from ..randomness import seed_generators
+from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, untouched
 
 # Mean and standard deviation by which classifiers are commonly normalised.
 NORMALISATIONS = {
@@ -146,7 +147,7 @@ def normalisation(probe: Probe) -> Finding:
 def mode(probe: Probe) -> Finding:
     """The model, as given, gives the logits of its evaluation mode."""
     modules = list(probe.model.named_modules()) if isinstance(probe.model, nn.Module) else []
-    training = [(name, m) for name, m in modules if m.training]
+    training = [(name, m) for name, m in modules if getattr(m, "training", False)]
     with torch.no_grad():
         # First, since a pass in training mode writes running statistics.
         with untouched(probe.model, probe.x.device):
@@ -163,14 +164,14 @@ def mode(probe: Probe) -> Finding:
 
 
 def determinism(probe: Probe) -> Finding:
-    """Whose randomness the model uses: none, a Defense's keys, torch's global generator, or another."""
+    """Whose randomness the model uses: none, a Defense's keys, the global generators, or another."""
     with torch.no_grad():
         first = probe.logits(probe.x)
         repeated, other = difference(first, probe.logits(probe.x)), difference(first, probe.logits(probe.x, 1))
     numbers: dict[str, Any] = {"same_draw_change": repeated, "other_draw_change": other}
     is_defense = isinstance(probe.model, Defense)
     if repeated > 1e-4:
-        source = "not keyed, beside the Defense's keys" if is_defense else "neither torch's generator nor keyed"
+        source = "not keyed, beside the Defense's keys" if is_defense else "neither of a global generator nor keyed"
         text = f"Repeating one draw changes the logits by {repeated:.1%}: randomness that is {source}, cannot be "
         text += "repeated, so that no result can; make it a function of (seed, sample id, draw), as in a Defense."
         return Finding("determinism", "fail", text, {**numbers, "source": "other"})
@@ -180,10 +181,11 @@ def determinism(probe: Probe) -> Finding:
         text = f"Draws differ by {other:.1%} of the logits, and equal keys give equal logits."
         return Finding("determinism", "pass", text, {**numbers, "source": "keys"})
     text = (
-        f"Calls differ by {other:.1%} of the logits through torch's global generator: results depend on batch size and "
-        "order; switch it off if it was not meant (dropout), else make it a Defense with keyed draws."
+        f"Calls differ by {other:.1%} of the logits through global generators (torch's, Python's or numpy's): results "
+        "depend on batch size and order; switch it off if it was not meant (dropout), else make it a Defense with "
+        "keyed draws."
     )
-    return Finding("determinism", "warn", text, {**numbers, "source": "torch's global generator"})
+    return Finding("determinism", "warn", text, {**numbers, "source": "global generators"})
 
 
 def batch_coupling(probe: Probe) -> Finding:
