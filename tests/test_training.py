@@ -320,6 +320,12 @@ def test_n_fgsm_is_its_formula():
     assert (NFGSM(classifier, 0.05, noise=2.0)(X, Y) - X).abs().max() > 0.1
 
 
+def test_tf32_is_evaluated_on_held_out_images():
+    purifier, _, classifier = networks()
+    step = FinetuneStep(Defense(RT, purifier, classifier), None, FinetuneConfig(precision="tf32", gan_weight=0), 0)
+    assert set(step.evaluate(X, Y, torch.arange(12))) == {"clean", "robust"}
+
+
 def test_n_fgsm_trains_through_the_pipeline_with_noise_of_its_own_in_every_epoch():
     purifier, _, classifier = networks()
     config = FinetuneConfig(attack="n-fgsm", eps=0.05, noise=1.5, gan_weight=0)

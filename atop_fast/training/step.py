@@ -179,6 +179,10 @@ class Step:
             scaler.step(optimizer)
             scaler.update()
 
+    def _attack_precision(self) -> str:
+        """The precision of attacks, to which TF32 is a setting of the device."""
+        return "float32" if self.config.precision == "tf32" else self.config.precision
+
     def autocast(self) -> torch.autocast:
         """The precision of the networks' passes."""
         # Casts are not cached: the cache would outlive a recording.
@@ -349,7 +353,7 @@ class FinetuneStep(PretrainStep):
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
         """The accuracy on the images and on those of PGD with 10 steps through the whole pipeline, on fresh draws."""
         seed = derive_seed(self.attack_seed, "held-out")
-        options: dict[str, Any] = {"steps": 10, "seed": seed, "precision": self.config.precision}
+        options: dict[str, Any] = {"steps": 10, "seed": seed, "precision": self._attack_precision()}
         attack = PGD(self.pipeline, self.config.norm, self.config.eps, **options)
         accuracy: Logs = {}
         for name, images in (("clean", x), ("robust", attack(x, y, ids))):
@@ -365,8 +369,7 @@ class FinetuneStep(PretrainStep):
     def _attacker(self) -> Attack:
         config = self.config
         model = self.pipeline
-        precision = "float32" if config.precision == "tf32" else config.precision
-        options: dict[str, Any] = {"eot_iter": config.eot_iter, "precision": precision}
+        options: dict[str, Any] = {"eot_iter": config.eot_iter, "precision": self._attack_precision()}
         if config.attacked == "classifier":
             # The classifier by itself would be run under seeds of torch's own generator.
             model, options["gradient"] = Defense(self.transform, None, self.classifier), "blind"
