@@ -128,11 +128,8 @@ def evaluate(
     check_choice("evaluate", "randomness", randomness, ("fresh", "fixed"))
     check_choice("evaluate", "interval", interval, INTERVALS)
     plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
-    threat = Threat(
-        check_choice("evaluate", "norm", plan.norm if norm is None else norm, NORMS),
-        plan.eps if eps is None else eps,
-    )
-    check_radius("evaluate", threat.norm, threat.eps)
+    norm = check_choice("evaluate", "norm", plan.norm if norm is None else norm, NORMS)
+    threat = Threat(norm, check_radius("evaluate", norm, plan.eps if eps is None else eps))
     radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
     deadline = None if budget is None else start + parse_budget(budget)
     transform = repr(model.transform) if isinstance(model, Defense) else None
