@@ -37,7 +37,7 @@ def plain(build, model, x, y, draws, loss):
         attack = build(model, seed=seed)
         begun = attack.restart_from(seed, x, IDS) if number else None
         candidates = attack(x, y, IDS, start=begun)
-        logits = draw_logits(model, candidates, derive_seed(5, "selection"), IDS, range(draws))
+        logits = draw_logits(model, candidates, derive_seed(5, "restart", "selection"), IDS, range(draws))
         right = (logits.argmax(dim=2) == y[:, None]).sum(dim=1)
         rank = [(int(c), -float(v)) for c, v in zip(right, loss(logits, y), strict=True)]
         if best is None:

@@ -189,7 +189,8 @@ class AutoAttack:
 
     def _right(self, x: Tensor, y: Tensor, ids: Tensor, name: str, bs: int) -> Tensor:
         """Whether one draw of the caller's own model, in float32, is right, bool (N,)."""
-        seed = derive_seed(self.seed, "verdict", name)
+        # Not a key of evaluate's verdicts, whose seed this may share.
+        seed = derive_seed(self.seed, "autoattack", name)
         parts = [
             draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0].argmax(dim=1) == y[part]
             for part in torch.arange(len(x), device=x.device).split(bs)

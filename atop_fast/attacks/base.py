@@ -216,8 +216,12 @@ class Attack(ABC):
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         """The estimator, of draws that no search sees, by which candidates are ranked."""
         judge = self.estimator(estimator.model)
-        judge.loss, judge.seed = estimator.loss, derive_seed(self.seed, "selection")
+        judge.loss, judge.seed = estimator.loss, self.selection_seed()
         return judge
+
+    def selection_seed(self) -> int:
+        """The key of the judge's draws; not that of the choice in evaluate, whose seed an attack may share."""
+        return derive_seed(self.seed, "restart", "selection")
 
     def rank(
         self, judge: GradientEstimator, candidates: Tensor, images: Tensor, labels: Tensor, ids: Tensor

@@ -79,9 +79,9 @@ class PGD(Attack):
         self.random_start = bool(random_start)
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
-        draws, seed = 1 if self.early_stop else self.selection_draws, derive_seed(self.seed, "selection")
-        options = {"max_batch": self.max_batch, "precision": self.precision, "seed": seed}
-        return GradientEstimator(estimator.model, eot_iter=draws, **options)
+        draws = 1 if self.early_stop else self.selection_draws
+        options: dict[str, Any] = {"max_batch": self.max_batch, "precision": self.precision}
+        return GradientEstimator(estimator.model, eot_iter=draws, seed=self.selection_seed(), **options)
 
     def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
         return random_start(self.norm, images, self.eps, seed, ids)
