@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atop_fast import APGD, FGSM, PGD, RT2, AutoAttack, Defense, Square, evaluate
 from atop_fast._flags import _HELD, holding
-from atop_fast.attacks import FAB, GradientEstimator, frozen
+from atop_fast.attacks import FAB, GradientEstimator, draw_logits, frozen
 from atop_fast.randomness import seeded
 
 X = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -379,6 +379,19 @@ def test_a_defense_that_draws_once_a_call_gets_other_draws_in_every_draw():
         )
         assert logits.flatten().unique().numel() == 5
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parts_of_a_set_of_images_get_other_draws_of_networks_that_draw():
+    """The same noise in every block of an evaluation would make its images less independent than its intervals say."""
+
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :2] * 0 + torch.randn(len(x), 2)
+
+    for model in (Defense(RT2(patch=4), None, Noisy()), Noisy()):
+        parts = [draw_logits(model, X, 3, ids, range(2)) for ids in torch.arange(16).split(8)]
+        assert torch.equal(parts[0], draw_logits(model, X, 3, torch.arange(8), range(2)))
+        assert not (parts[0] == parts[1]).any()
 
 
 def test_threads_that_attack_one_model_get_what_one_gets():

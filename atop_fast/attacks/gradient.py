@@ -131,6 +131,8 @@ class GradientEstimator:
         # 0: not known yet.
         self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
         self._calls, self._warned = 0, False
+        # The seed of repeated calls, where it is not that of keyed draws.
+        self.calls_seed: int | None = None
         self._known = is_copy(model)
         # For a Defense: whether a call was watched, and whether it draws from the global generators.
         self._watched = self._random = False
@@ -381,7 +383,8 @@ class GradientEstimator:
         if self._known or isinstance(self.seed, Tensor) or (isinstance(self.model, Defense) and not self._random):
             return contextlib.nullcontext()
         self._calls += 1
-        return seeded(derive_seed(self.seed, "call", self._calls), device)
+        key = self.seed if self.calls_seed is None else self.calls_seed
+        return seeded(derive_seed(key, "call", self._calls), device)
 
     def _watching(self) -> contextlib.AbstractContextManager[Draws | None]:
         """Watches whether a Defense draws from the global generators, during its first call."""
@@ -484,11 +487,13 @@ def draw_logits(
 ) -> Tensor:
     """Logits (B, draws, classes), float32 or float64, of images x (B, C, H, W) under the given draws; no gradients.
 
-    The draws of a Defense are keyed by (seed, sample id, draw). Those of another callable are repeated calls, for which
-    torch's generator is seeded by (seed, first sample id, first draw) and afterwards restored. Errors name `function`.
+    The draws of a Defense are keyed by (seed, sample id, draw). Those of another callable, and what the networks of a
+    Defense draw, are repeated calls, for which the generators of torch, Python and numpy are seeded by (seed, first
+    sample id, first draw) and afterwards restored. Errors name `function`.
     """
-    if not isinstance(model, Defense) and len(x):
-        seed = derive_seed(seed, int(sample_ids[0]), draws.start)
     estimator = GradientEstimator(model, eot_iter=len(draws), max_batch=max_batch, seed=seed)
     estimator.function = function
+    if len(x):
+        # Else all parts of a set of images would have the same noise.
+        estimator.calls_seed = derive_seed(seed, int(sample_ids[0]), draws.start)
     return estimator._logits(x, sample_ids, torch.full_like(sample_ids, draws.start))
