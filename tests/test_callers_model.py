@@ -394,6 +394,17 @@ def test_parts_of_a_set_of_images_get_other_draws_of_networks_that_draw():
         assert not (parts[0] == parts[1]).any()
 
 
+def test_a_transform_that_draws_is_no_fault_of_a_copy():
+    """A warning, which fails this test, would ask for a report of what is meant to be so."""
+
+    class Drawing(RT2):
+        def forward(self, x, seed=0, sample_ids=None, draws=0):
+            return super().forward(x, seed, sample_ids, draws) + 0.1 * torch.randn(())
+
+    model = Defense(Drawing(patch=4), None, network())
+    assert torch.equal(*(PGD(model, steps=10)(X, Y) for _ in range(2)))
+
+
 def test_threads_that_attack_one_model_get_what_one_gets():
     model = Recomputes("own function").eval()
     attack = PGD(model, steps=3)

@@ -103,6 +103,11 @@ def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
             expected = _response(model, probe)
         except Exception:  # the attack will raise the model's own error
             return False
+    if generators.drawn:
+        # Its calls differ, with a copy or without.
+        _UNLIKE.add(model)
+        return False
+    with watched_generators() as generators:
         try:
             given = _response(network, probe)
         except Exception:  # any error of the copy alone is a disagreement
