@@ -264,7 +264,8 @@ def test_a_wrapped_defense_is_refused(wrapper):
             call()
 
 
-def test_a_contract_that_cannot_be_checked_is_said_and_the_evaluation_goes_on():
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_contract_that_cannot_be_checked_is_said_and_the_evaluation_goes_on(tmp_path, kept):
     class Undifferentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -282,6 +283,7 @@ def test_a_contract_that_cannot_be_checked_is_said_and_the_evaluation_goes_on():
             labels(net),
             eps=0.1,
             attacks=lambda m: {"square": Square(m, eps=0.1, queries=8)},
+            out=tmp_path / "run" if kept else None,
             progress=False,
         )
     assert report.complete

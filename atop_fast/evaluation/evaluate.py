@@ -29,13 +29,13 @@ from .._checks import (
 )
 from .._memory import halved
 from .._threads import Queueing
+from ..attacks import NORMS, Model, Passes, counted_passes, frozen
 from ..attacks import Attack as KeyedAttack
-from ..attacks import Model, Passes, counted_passes, frozen
 from ..defense import Defense
 from ..distributed import process_group
 from ..randomness import derive_seed, seeded
 from ..training.metrics import summary_writer
-from .findings import NORMS, Threat, examined, is_bound, outside_finding, outside_text
+from .findings import Threat, examined, is_bound, outside_finding, outside_text
 from .given import checked_candidates, given_attacks
 from .identity import attack_identity, model_identity, shown
 from .judge import Judge, eight_bit, fixed_randomness, full_precision, judged

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from .._files import write_text
-from ..attacks import GradientEstimator, Model, frozen
-from ..doctor import check_contract, diagnose
+from ..attacks import NORMS, GradientEstimator, Model, frozen
+from ..doctor import Finding, check_contract, diagnose
 from .judge import full_precision, judged
 from .protocols import Attack
 from .runs import Run
 
-NORMS = ("Linf", "L2", "L1")
 # Checks of the contract that take a few passes, without `mode` and `cost`: evaluate sets the mode and shows the time.
 CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalisation", "zero_gradient")
 IMAGES = 32
@@ -55,34 +54,34 @@ def examined(
     x, path = judged(x), None if folder is None else folder / "diagnostics.json"
     if path is not None and path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-    elif path is None:
+    else:
         try:
-            with frozen(model), full_precision(x.device):
-                estimator, zero = (
-                    GradientEstimator(model, seed=seed),
-                    torch.zeros(1, dtype=torch.int64, device=x.device),
-                )
-                estimator.logits(x[:1], zero, zero)
-                most = min(estimator.rows or IMAGES, IMAGES)
-                findings = check_contract(model, x, y, seed=seed, max_images=most, checks=CHEAP)
-            found = [asdict(finding) for finding in findings]
+            found = [asdict(finding) for finding in _checked(model, x, y, threat, seed, whole=path is not None)]
+            if path is not None:
+                write_text(path, json.dumps(found, indent=2) + "\n")
         except (RuntimeError, NotImplementedError) as error:
             # Not every attack needs what the checks do.
             reason = f"The contract could not be checked: {type(error).__name__}: {error}".partition("\n")[0]
             found = [_finding("contract", "warn", reason, {})]
-    else:
-        if threat.norm == "L1" or threat.eps == 0:
-            # The checks for masking attack in the Linf and L2 balls.
-            findings = check_contract(model, x, y, seed=seed)
-        else:
-            findings = diagnose(model, x, y, norm=threat.norm, eps=threat.eps, seed=seed)
-        found = [asdict(finding) for finding in findings]
-        write_text(path, json.dumps(found, indent=2) + "\n")
     for finding in found if first else ():
         if finding["status"] != "pass":
             verb = "fails" if finding["status"] == "fail" else "warns"
             warnings.warn(f"evaluate: the check {finding['name']!r} {verb}: {finding['reason']}", stacklevel=3)
     return found
+
+
+def _checked(model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int, whole: bool) -> list[Finding]:
+    """All findings, or those of the cheap checks."""
+    if whole and threat.norm != "L1" and threat.eps > 0:
+        return diagnose(model, x, y, norm=threat.norm, eps=threat.eps, seed=seed)
+    if whole:
+        # The checks for masking attack in the Linf and L2 balls.
+        return check_contract(model, x, y, seed=seed)
+    with frozen(model), full_precision(x.device):
+        estimator, zero = GradientEstimator(model, seed=seed), torch.zeros(1, dtype=torch.int64, device=x.device)
+        estimator.logits(x[:1], zero, zero)
+        most = min(estimator.rows or IMAGES, IMAGES)
+        return check_contract(model, x, y, seed=seed, max_images=most, checks=CHEAP)
 
 
 def is_bound(attack: Attack) -> bool:
