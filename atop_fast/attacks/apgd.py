@@ -307,7 +307,7 @@ def _stages(eps: float, steps: int, shrink_eps: bool) -> list[tuple[float, int]]
     if not shrink_eps:
         return [(eps, steps)]
     part = math.ceil(0.3 * steps)
-    return [(3 * eps, part), (2 * eps, part), (eps, steps - 2 * part)]
+    return [(3 * eps, part), (2 * eps, part), (eps, max(0, steps - 2 * part))]
 
 
 def _windows(steps: int, norm: str) -> dict[int, int]:
