@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import json
 import re
@@ -112,8 +113,10 @@ def mean_trace(lines: Iterable[Line]) -> list[Line]:
     found = []
     for (attack, part, restart), units in runs.items():
         place = {"attack": attack, "part": part, "restart": restart}
-        for step in sorted({line["step"] for unit in units.values() for line in unit}):
-            now = [past[-1] for unit in units.values() if (past := [line for line in unit if line["step"] <= step])]
+        steps = [[line["step"] for line in unit] for unit in units.values()]
+        for step in sorted(set().union(*steps)):
+            last = [bisect.bisect_right(own, step) - 1 for own in steps]
+            now = [unit[i] for unit, i in zip(units.values(), last, strict=True) if i >= 0]
             found.append({**place, "step": step, **_together(now)})
     return found
 
