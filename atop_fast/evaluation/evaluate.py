@@ -174,7 +174,9 @@ def evaluate(
             }
         run = Run(len(x), None if out is None else Path(out), header, group)
         if diagnostics is None:
-            diagnostics = examined(None if out is None else Path(out), model, x, y, threat, seed, group.rank == 0)
+            folder = None if out is None else Path(out)
+            # One process looks: others might find other numbers, or read the folder's while they are written.
+            diagnostics = group.gather(examined(folder, model, x, y, threat, seed) if group.rank == 0 else [])[0]
         cascade = attacks is None and plan.cascade and judge.deterministic
         names = list(named)
         tracing = trace is not None or tensorboard is not None

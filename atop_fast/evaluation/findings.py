@@ -44,12 +44,12 @@ class Threat:
 
 
 def examined(
-    folder: Path | None, model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int, first: bool
+    folder: Path | None, model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int
 ) -> list[dict[str, Any]]:
-    """The findings of atop_fast.doctor; the `first` process warns of each that is not a pass.
+    """The findings of atop_fast.doctor, with a warning of each that is not a pass.
 
     With a folder all checks run, and it keeps them for a call that goes on with the run; without one the cheap checks
-    run, on no more images than one pass with gradients holds. Equal in every process.
+    run, on no more images than one pass with gradients holds.
     """
     x, path = judged(x), None if folder is None else folder / "diagnostics.json"
     if path is not None and path.exists():
@@ -63,7 +63,7 @@ def examined(
             # Not every attack needs what the checks do.
             reason = f"The contract could not be checked: {type(error).__name__}: {error}".partition("\n")[0]
             found = [_finding("contract", "warn", reason, {})]
-    for finding in found if first else ():
+    for finding in found:
         if finding["status"] != "pass":
             verb = "fails" if finding["status"] == "fail" else "warns"
             warnings.warn(f"evaluate: the check {finding['name']!r} {verb}: {finding['reason']}", stacklevel=3)
