@@ -14,6 +14,9 @@ NATIVE := $(shell find csrc -type f)
 
 .PHONY: help setup demo test test-slow test-all lint bench fuzz faults sanitize docs wheel clean
 .DEFAULT_GOAL := help
+# A failed compiler must not pass because what reads its output did not.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
