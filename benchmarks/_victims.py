@@ -10,6 +10,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,16 @@ def child(job: Job) -> None:
             raise
 
 
+# Not in closures: to a run's folder, a model or an attack that holds something else is another one.
+DISTURBANCE: ContextVar[Disturbance] = ContextVar("disturbance")
+
+
 class Disturbance:
     """Brings about the job's fault when its moment has come; a model that it wraps may fail from then on."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.random, self.active = job, random.Random(job.seed), False
+        DISTURBANCE.set(self)
 
     def before(self, number: int) -> None:
         """Called before the update or attacked batch of this number."""
@@ -94,9 +100,11 @@ class Disturbance:
         """The network; once the fault is active it returns NaN, or has no memory for more than `most` rows."""
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self.active and self.job.fault == "out of memory" and len(inputs[0]) > most:
+            disturbance = DISTURBANCE.get()
+            fault = disturbance.job.fault if disturbance.active else ""
+            if fault == "out of memory" and len(inputs[0]) > most:
                 raise torch.OutOfMemoryError("no memory is left")
-            return output * float("nan") if self.active and self.job.fault == "NaN from the model" else output
+            return output * float("nan") if fault == "NaN from the model" else output
 
         network.register_forward_hook(after)
         return network
@@ -183,9 +191,10 @@ def _evaluate(job: Job) -> None:
     def attacks(model: Any) -> dict[str, Callable[..., Tensor]]:
         def counted(attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def attacked(*args: Tensor) -> Tensor:
-                disturbance.before(job.done.value)
+                disturbance = DISTURBANCE.get()
+                disturbance.before(disturbance.job.done.value)
                 result = attack(*args)
-                job.done.value += 1
+                disturbance.job.done.value += 1
                 return result
 
             return attacked

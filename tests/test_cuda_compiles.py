@@ -18,6 +18,8 @@ MAX_REGISTERS = 40
 MORE_REGISTERS = {"assemble": 48, "attack_loss": 48, "corrupt": 90, "gated": 80, "resample": 48}
 # The loops over draws, at four blocks and more; and the formulas between norms, at two: 90 registers in float32.
 MORE_REGISTERS |= {"pgd_step_linf": 64, "apgd_step_linf": 64, "pgd_step_l2": 128, "apgd_step_l2": 128}
+# Of single kernels: the odds of attack_loss take 76 in float64 and 51 in the other types, at three blocks.
+KERNELS = {"launch_odds_kernel": 80}
 
 
 @pytest.mark.slow
@@ -30,9 +32,11 @@ def test_compiles(source, arch, tmp_path):
     command += ["-std=c++17", f"-I{ROOT / 'csrc'}", str(source), "-o", str(tmp_path / "out.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    registers = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", done.stderr, re.DOTALL)
     assert registers, f"ptxas reported no kernel:\n{done.stderr}"
-    assert max(registers) <= MORE_REGISTERS.get(source.stem, MAX_REGISTERS), done.stderr
+    for kernel, used in registers:
+        own = [limit for name, limit in KERNELS.items() if name in kernel]
+        assert int(used) <= (own or [MORE_REGISTERS.get(source.stem, MAX_REGISTERS)])[0], done.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(frames) == len(registers)
     assert set(frames) == {("0", "0", "0")}, done.stderr

@@ -107,8 +107,9 @@ __global__ void __launch_bounds__(kThreads)
   correct[sample] = !broken && row.argmax() == y;
 }
 
+// Three blocks a multiprocessor: left to itself, ptxas spills around the calls of divisions.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     launch_odds_kernel(const T* __restrict__ logits,         // [batch, classes]
                        const int64_t* __restrict__ labels,   // [batch]
                        const int64_t* __restrict__ targets,  // [batch] or null
