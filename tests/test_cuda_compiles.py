@@ -18,7 +18,7 @@ MAX_REGISTERS = 40
 MORE_REGISTERS = {"assemble": 48, "attack_loss": 48, "corrupt": 90, "gated": 80, "resample": 48}
 # The loops over draws, at four blocks and more; and the formulas between norms, at two: 90 registers in float32.
 MORE_REGISTERS |= {"pgd_step_linf": 64, "apgd_step_linf": 64, "pgd_step_l2": 128, "apgd_step_l2": 128}
-# Of single kernels: the odds of attack_loss take 76 in float64 and 51 in the other types, at three blocks.
+# Limits of single kernels: the odds of attack_loss take 76 in float64 and at most 51 in other types, at three blocks.
 KERNELS = {"launch_odds_kernel": 80}
 
 

@@ -172,7 +172,7 @@ def test_a_folder_refuses_a_changed_attack_by_name(tmp_path):
 
 
 def test_a_folder_takes_an_autoattack_that_has_run(tmp_path):
-    """What it found is no part of what it is."""
+    """Its results are no part of its identity."""
     attack = AutoAttack(network(), eps=0.1, version="custom", attacks_to_run=["apgd-ce"], steps=2)
     first = evaluate(attack.model, X, Y, eps=0.1, attacks={"aa": attack}, out=tmp_path, **QUIET)
     assert attack.accuracy
