@@ -17,7 +17,7 @@ from ..randomness import Tag, random_uniform
 from .base import NORMS, Attack, better_candidate, initial_state, norm_l2, per_image
 from .gradient import Estimate, GradientEstimator
 from .network import Model
-from .queue import State, run_queue
+from .queue import Schedule, State, run_queue
 
 MOMENTUM = 0.75
 # MALT: classes considered for each image, and pairs of an image and a class in one pass.
@@ -263,7 +263,7 @@ class APGDT(APGD):
 
 
 @dataclass(frozen=True)
-class _Tables:
+class _Tables(Schedule):
     """What happens at each evaluation of a row, (length,): the schedule of all rounds and stages."""
 
     eps: Tensor  # radius of the stage
@@ -275,14 +275,6 @@ class _Tables:
     check: Tensor  # checkpoint
     window: Tensor  # steps since the checkpoint before
     round: Tensor
-
-    @property
-    def length(self) -> int:
-        return len(self.eps)
-
-    def at(self, t: Tensor) -> State:
-        """The entries of rows at t (B,)."""
-        return {name: values[t] for name, values in vars(self).items()}
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from .base import NORMS, Attack, better_candidate, initial_state, per_image
 from .gradient import Estimate, GradientEstimator
 from .network import Model
 from .pgd import random_start
-from .queue import State, run_queue
+from .queue import Schedule, State, run_queue
 
 # The losses that a row may climb on in a step; a step refers to them by index.
 PARTS = ("pm", "pm-label", "pm-other")
@@ -153,7 +153,7 @@ class PMA(Attack):
 
 
 @dataclass(frozen=True)
-class _Tables:
+class _Tables(Schedule):
     """The schedule of all rounds: one entry for each evaluation of a row, (length,)."""
 
     is_first: Tensor  # the evaluation of the round's start
@@ -162,14 +162,6 @@ class _Tables:
     alpha: Tensor  # length of that step, in units of eps; below 0 downwards
     share: Tensor  # of the entries that it moves in L1
     round: Tensor
-
-    @property
-    def length(self) -> int:
-        return len(self.alpha)
-
-    def at(self, t: Tensor) -> State:
-        """The entries of rows at t (B,)."""
-        return {name: values[t] for name, values in vars(self).items()}
 
 
 @functools.lru_cache(maxsize=64)

@@ -35,6 +35,18 @@ class Program(Protocol):
         """After how many steps every row is done, or None where that depends on the row."""
 
 
+class Schedule:
+    """What an attack does at each evaluation of a row: a subclass is a dataclass of tensors (length,)."""
+
+    @property
+    def length(self) -> int:
+        return len(next(iter(vars(self).values())))
+
+    def at(self, t: Tensor) -> State:
+        """The entries of rows at t (B,)."""
+        return {name: values[t] for name, values in vars(self).items()}
+
+
 def run_queue(
     program: Program,
     estimator: GradientEstimator,
