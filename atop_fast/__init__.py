@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ._threads import is_command, wait_asleep
+from ._core.threads import is_command, wait_asleep
 
 # Before torch is imported, as all that follows does; a user's program is left as it is.
 if is_command():
@@ -14,13 +14,15 @@ from . import attacks, doctor, evaluation, ops, purifiers, training, transforms
 from .attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PGD, PMA, AutoAttack, Square, StAdv
 from .checkpoints import list_defenses, load_defense, load_model, save_defense, save_model
 from .classifiers import build_classifier
+from .classifiers.zoo import load_classifier
 from .data import Dataset, image_folder, load_data, mnist5k
 from .defense import Defense
 from .evaluation import Report, Verdict, evaluate
 from .purifiers import build_purifier
+from .recipes.run import run_recipe
+from .recipes.schema import load_recipe, preset_names
 from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
 from .transforms import RT1, RT2, RT3, RandomResizePad
-from .zoo import load_classifier
 
 try:
     __version__ = version("atop-fast")
@@ -64,10 +66,13 @@ __all__ = [
     "load_data",
     "load_defense",
     "load_model",
+    "load_recipe",
     "mnist5k",
     "ops",
+    "preset_names",
     "pretrain",
     "purifiers",
+    "run_recipe",
     "save_defense",
     "save_model",
     "train_classifier",

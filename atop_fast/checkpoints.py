@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_integer, check_number, message
-from ._files import identify, load_weights, write_atomic
+from ._core.checks import check_choice, check_integer, check_number, message
+from ._core.files import identify, load_weights, write_atomic
 from .classifiers import CLASSIFIERS, Normalised, Resized
 from .defense import Defense
 from .purifiers import DISCRIMINATORS, PURIFIERS
@@ -334,7 +334,7 @@ def _restore(
 def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
     """The builder of the architecture `name`: an entry of the registry, or, for classifiers, torchvision or timm."""
     if registry is CLASSIFIERS and ":" in name:
-        from .zoo import package_factory
+        from .classifiers.zoo import package_factory
 
         return package_factory(name)
     return registry[name]

@@ -15,29 +15,29 @@ import jsonargparse
 import torch
 
 from . import env as environment
-from ._checks import check_choice, check_device, check_integer, message
-from ._files import claim_folder, describe
-from ._yaml import parse_yaml
+from ._core.checks import check_choice, check_device, check_integer, message
+from ._core.distributed import launched
+from ._core.files import claim_folder, describe
+from ._core.yaml import parse_yaml
 from .bench.command import bench
 from .checkpoints import load_model, read_header, save_defense, save_model
 from .classifiers import build_classifier
-from .config import DataConfig, GivenTransform, TransformConfig
+from .classifiers.zoo import System
 from .data import Dataset, Files
 from .defense import Defense
-from .demo import DemoConfig, run_demo
-from .distributed import launched
 from .doctor.command import doctor
 from .evaluation import PROTOCOLS, quick_attacks
 from .evaluation import evaluate as run_evaluation
 from .evaluation.report import format_table
-from .pipeline import run_recipe
 from .purifiers import SNPatchDiscriminator, build_purifier
 from .randomness import derive_seed, seeded
-from .recipe import ClassifierSource, DiscriminatorSource, EvaluationConfig, PurifierSource, Recipe, load_recipe
+from .recipes.demo import DemoConfig, run_demo
+from .recipes.options import DataConfig, GivenTransform, TransformConfig
+from .recipes.run import run_recipe
+from .recipes.schema import ClassifierSource, DiscriminatorSource, EvaluationConfig, PurifierSource, Recipe, load_recipe
 from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, train_classifier
 from .training import finetune as run_finetune
 from .training import pretrain as run_pretrain
-from .zoo import System
 
 
 def demo(out: str = "runs/demo", options: DemoConfig = DemoConfig()) -> None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from ._checks import check_integer, message
-from ._files import describe, identify
+from ._core.checks import check_integer, message
+from ._core.files import describe, identify
 from .randomness import derive_seed, permutation
 
 # Names of load_data -> the classes of torchvision, which have the images in memory.

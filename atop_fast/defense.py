@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import message
+from ._core.checks import message
 from .randomness import check_keys
 from .transforms import RandomTransform, describe_transform
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ._threads import busy_cores, cure, spinning
+from ._core.precision import PRECISIONS, is_fast
+from ._core.threads import busy_cores, cure, spinning
 from .ops import _registry
-from .precision import PRECISIONS, is_fast
 
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors")
 

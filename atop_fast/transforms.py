@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer, check_number, message
+from ._core.checks import check_integer, check_number, message
 from .ops import assemble, resize
 from .ops.corrupt import check_mask_ratio, check_x
 from .ops.corrupt import run as run_corrupt

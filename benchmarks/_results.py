@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from atop_fast._files import write_text
+from atop_fast._core.files import write_text
 from atop_fast.bench.results import metadata, print_table
 
 __all__ = ["OTHERS", "RESULTS", "metadata", "print_table", "write"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from _results import RESULTS, metadata
 
-from atop_fast._files import write_text
-from atop_fast.demo import DemoConfig, run_demo
+from atop_fast._core.files import write_text
+from atop_fast.recipes.demo import DemoConfig, run_demo
 
 PICTURE = Path(__file__).parent.parent / "docs" / "demo.png"
 

@@ -25,11 +25,11 @@ import torch
 from _results import RESULTS, metadata, print_table, write
 
 from atop_fast import RT2, Defense, FinetuneConfig, build_classifier, build_purifier
-from atop_fast._threads import seconds_queued
+from atop_fast._core.threads import seconds_queued
 from atop_fast.attacks import frozen
-from atop_fast.demo import CLASSIFIER, PURIFIER
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.randomness import seeded
+from atop_fast.recipes.demo import CLASSIFIER, PURIFIER
 from atop_fast.training.step import FinetuneStep
 
 # How threads wait, and how many there are; the first is the baseline.

@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 import atop_fast as atop
+from atop_fast.attacks.folding import fold_batch_norm
 from atop_fast.bench.deepfill_plain import PlainDeepFill
-from atop_fast.folding import fold_batch_norm
 from atop_fast.ops import _registry
 from atop_fast.purifiers import SNPatchDiscriminator, discriminator_loss, generator_loss
 

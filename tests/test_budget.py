@@ -13,11 +13,12 @@ import torch
 from test_engine import Line, run
 from test_train import TINY, fail, files, tiny  # noqa: F401
 
-from atop_fast import FinetuneConfig, PretrainConfig, budget
+from atop_fast import FinetuneConfig, PretrainConfig
+from atop_fast._core.distributed import Group
 from atop_fast.cli import main
-from atop_fast.distributed import Group
 from atop_fast.evaluation import PROTOCOLS
-from atop_fast.recipe import EvaluationConfig
+from atop_fast.recipes import budget
+from atop_fast.recipes.schema import EvaluationConfig
 
 STAGES = ["pretrain", "finetune", "evaluate"]
 

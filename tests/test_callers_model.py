@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from atop_fast import APGD, FGSM, PGD, RT2, AutoAttack, Defense, Square, evaluate
-from atop_fast._flags import _HELD, holding
+from atop_fast._core.flags import _HELD, holding
 from atop_fast.attacks import FAB, GradientEstimator, draw_logits, frozen
 from atop_fast.randomness import seeded
 

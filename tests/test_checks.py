@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from atop_fast import _checks
+from atop_fast._core import checks as _checks
 
 IMAGES = torch.rand(2, 3, 4, 4)
 

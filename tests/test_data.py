@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from atop_fast import Dataset, image_folder, mnist5k
-from atop_fast.config import DataConfig, TransformConfig
 from atop_fast.data import Files
+from atop_fast.recipes.options import DataConfig, TransformConfig
 from atop_fast.training import Feed
 from atop_fast.transforms import RT1, RT2, RT3
 
@@ -217,7 +217,7 @@ def test_a_fifth_is_held_out_and_the_split_is_said(folder, monkeypatch):
     ]
     for count, expected in ((2, 1), (1200, 240), (5000, 1000), (50_000, 1000)):
         data = Dataset(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.zeros(count).long(), ("a",))
-        monkeypatch.setattr("atop_fast.config.load_data", lambda *args, data=data, **options: data)
+        monkeypatch.setattr("atop_fast.recipes.options.load_data", lambda *args, data=data, **options: data)
         assert len(DataConfig("mnist5k").load()[1]) == expected
 
 

@@ -383,7 +383,7 @@ def test_command(digits, standard, tmp_path, capsys):
         image.fromarray((255 * x[0]).byte().numpy()).save(tmp_path / "images" / str(int(y)) / f"{i}.png")
     options = {"channels": 1, "classes": 10}
     save_model(tmp_path / "classifier.safetensors", standard, "classifier", "small_cnn", **options)
-    from atop_fast.config import DataConfig, GivenTransform
+    from atop_fast.recipes.options import DataConfig, GivenTransform
 
     given = {"out": str(tmp_path / "doctor.json"), "data": DataConfig(str(tmp_path / "images"), None, True, 0)}
     given |= {"images": 16, "steps": 2, "eps": EPS}

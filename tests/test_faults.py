@@ -23,11 +23,11 @@ from test_evaluate_runs import results
 from torch import nn
 
 from atop_fast import RT2, Defense, build_classifier, evaluate, save_model
-from atop_fast._files import save_checkpoint, write_atomic
-from atop_fast._flags import holding
+from atop_fast._core.files import save_checkpoint, write_atomic
+from atop_fast._core.flags import holding
 from atop_fast.attacks import PGD, GradientEstimator, frozen
+from atop_fast.attacks.folding import fold_batch_norm
 from atop_fast.evaluation.judge import full_precision
-from atop_fast.folding import fold_batch_norm
 from atop_fast.randomness import seeded
 from atop_fast.training import Feed, fit
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load, save, save_file
 
 from atop_fast import build_classifier, build_purifier, image_folder, load_model, save_model
-from atop_fast.config import DataConfig, TransformConfig
+from atop_fast.classifiers.zoo import load_classifier
 from atop_fast.evaluation import evaluate
 from atop_fast.purifiers import DeepFillV2, load_deepfill, save_public
-from atop_fast.recipe import load_recipe
-from atop_fast.zoo import load_classifier
+from atop_fast.recipes.options import DataConfig, TransformConfig
+from atop_fast.recipes.schema import load_recipe
 
 SHAPE = {"channels": 1, "width": 4}
 

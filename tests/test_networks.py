@@ -23,7 +23,6 @@ from atop_fast import (
     Defense,
     FinetuneConfig,
     PretrainConfig,
-    _transformer,
     build_classifier,
     build_purifier,
     evaluate,
@@ -32,6 +31,7 @@ from atop_fast import (
     pretrain,
     save_model,
 )
+from atop_fast._core import transformer as _transformer
 from atop_fast.checkpoints import read_header
 from atop_fast.classifiers import fold_batch_norm
 from atop_fast.ops.conv3x3 import FrozenConv3x3

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from atop_fast import ClassifierConfig, precision
+from atop_fast import ClassifierConfig
+from atop_fast._core import precision
 from atop_fast.attacks import PGD
 from atop_fast.bench import harness
 from atop_fast.bench.harness import Case, Roofline, measure

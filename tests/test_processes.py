@@ -14,7 +14,7 @@ import torch.distributed as dist
 from test_engine import CPU, Line, X, Y, written
 from toolkit import ranks
 
-from atop_fast.distributed import process_group
+from atop_fast._core.distributed import process_group
 from atop_fast.training import Feed, fit
 
 SPAWN = multiprocessing.get_context("forkserver")

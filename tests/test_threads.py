@@ -11,8 +11,9 @@ import time
 import pytest
 import torch
 
-from atop_fast import ClassifierConfig, _threads, build_classifier, env, evaluate, train_classifier
-from atop_fast._threads import POLICIES, Queueing, busy_cores, is_command, seconds_queued, spinning, wait_asleep
+from atop_fast import ClassifierConfig, build_classifier, env, evaluate, train_classifier
+from atop_fast._core import threads as _threads
+from atop_fast._core.threads import POLICIES, Queueing, busy_cores, is_command, seconds_queued, spinning, wait_asleep
 from atop_fast.training import engine
 
 

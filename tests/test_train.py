@@ -20,10 +20,10 @@ from atop_fast import build_classifier, build_purifier, load_defense, load_model
 from atop_fast.cli import main
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.evaluation.protocols import Entry
-from atop_fast.pipeline import Resized, run_recipe
 from atop_fast.purifiers import DISCRIMINATORS
 from atop_fast.randomness import seeded
-from atop_fast.recipe import Recipe, load_recipe, preset_names
+from atop_fast.recipes.run import Resized, run_recipe
+from atop_fast.recipes.schema import Recipe, load_recipe, preset_names
 from atop_fast.training.metrics import read_metrics
 
 PUBLISHED = [
@@ -81,7 +81,7 @@ def fail(capsys, *args):
 def test_presets_are_the_documented_ones():
     assert preset_names() == sorted([*PUBLISHED, *NATIVE])
     for name in preset_names():
-        text = importlib.resources.files("atop_fast").joinpath(f"presets/{name}.yaml").read_text("utf-8")
+        text = importlib.resources.files("atop_fast.recipes").joinpath(f"presets/{name}.yaml").read_text("utf-8")
         assert text.startswith("# ")
         assert "ICLR 2024" in text
         flat = " ".join(text.replace("# ", " ").split()).lower()
@@ -230,7 +230,7 @@ def test_a_resized_classifier_sees_its_own_size():
 
 # Children of a process that has only imported the package start quickly, and have no threads of the tests'.
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["atop_fast.pipeline", "torchvision.transforms.v2", "jinja2", "matplotlib.figure"])
+SPAWN.set_forkserver_preload(["atop_fast.recipes.run", "torchvision.transforms.v2", "jinja2", "matplotlib.figure"])
 
 
 def rank(variables: dict[str, str], recipe: Recipe, out: str) -> None:

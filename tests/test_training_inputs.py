@@ -21,7 +21,7 @@ from atop_fast import (
     pretrain,
     train_classifier,
 )
-from atop_fast._files import write_text
+from atop_fast._core.files import write_text
 from atop_fast.randomness import seeded
 
 X = torch.rand(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))

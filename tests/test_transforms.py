@@ -12,7 +12,7 @@ from torch import nn
 from atop_fast import RT1, RT2, RT3, Defense, build_classifier
 from atop_fast.attacks import GradientEstimator
 from atop_fast.randomness import Tag, philox4x32, seeded
-from atop_fast.recipe import load_recipe
+from atop_fast.recipes.schema import load_recipe
 from atop_fast.transforms import RandomResizePad, build_transform
 
 X = torch.rand(5, 3, 24, 16, generator=torch.Generator().manual_seed(1))

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from atop_fast import build_classifier, load_classifier, save_model
-from atop_fast._files import load_checkpoint
+from atop_fast._core.files import load_checkpoint
 from atop_fast.classifiers import Normalised, WideResNet, fold_batch_norm
+from atop_fast.classifiers.zoo import _autoattack_is_pyautoattack, _with_weights
 from atop_fast.randomness import seeded
-from atop_fast.zoo import _autoattack_is_pyautoattack, _with_weights
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TINY = {"depth": 10, "widen": 1}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_integer, check_number
+from .._core.checks import check_choice, check_integer, check_number
 from ..ops import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1, random_normal
 from ..randomness import Tag, random_uniform
 from .base import NORMS, Attack, better_candidate, initial_state, norm_l2, per_image

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_logits, check_radius, message
+from .._core.checks import check_choice, check_images, check_integer, check_labels, check_logits, check_radius, message
+from .._core.precision import PRECISIONS
 from ..defense import Defense, refuse_wrapped
-from ..precision import PRECISIONS
 from ..randomness import check_keys, derive_seed
 from .apgd import APGD, APGDT
 from .base import NORMS, Attack

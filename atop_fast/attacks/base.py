@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_images, check_integer, check_labels, check_radius, message
+from .._core.checks import check_choice, check_images, check_integer, check_labels, check_radius, message
+from .._core.precision import PRECISIONS, warn_if_slow
 from ..defense import Defense, refuse_wrapped
-from ..precision import PRECISIONS, warn_if_slow
 from ..randomness import Tag, check_keys, derive_seed, random_uniform
 from .gradient import GRADIENT_MODES, GradientEstimator
 from .network import WORTHWHILE, Model, Probe, prepared

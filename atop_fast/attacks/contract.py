@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._plain import is_plain
+from .._core.plain import is_plain
 from ..defense import Defense
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._core.checks import check_integer, check_number
 from .adam import adam_step
 from .base import Attack, initial_state, per_image
 from .gradient import GradientEstimator

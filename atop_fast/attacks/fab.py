@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._core.checks import check_integer, check_number
 from ..ops import hyperplane_step, random_normal
 from ..randomness import Tag, random_uniform
 from .base import Attack, initial_state, per_image

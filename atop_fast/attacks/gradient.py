@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_choice, check_integer, check_logits, check_same_dtype, message
-from .._flags import put_back
-from .._memory import halved
+from .._core.checks import check_choice, check_integer, check_logits, check_same_dtype, message
+from .._core.flags import put_back
+from .._core.memory import halved
+from .._core.precision import PRECISIONS
 from ..defense import Defense
 from ..ops import AttackLoss, attack_loss, resize
-from ..precision import PRECISIONS
 from ..randomness import Draws, derive_seed, seeded, watched_generators
 from .contract import accumulated, is_a_chain
 from .network import Model, is_copy

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._flags import holding
-from .._plain import is_plain
+from .._core.flags import holding
+from .._core.plain import is_plain
 from ..defense import Defense
-from ..folding import fold_batch_norm
 from ..randomness import watched_generators
+from .folding import fold_batch_norm
 
 Model = Callable[..., Tensor]
 # Folding a network takes as long as some of its passes. How many images there are must not matter: rounding would

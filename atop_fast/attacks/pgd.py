@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_integer, check_number
+from .._core.checks import check_choice, check_integer, check_number
 from ..ops import pgd_step_l2, pgd_step_linf, random_normal
 from ..randomness import Tag, derive_seed, random_uniform
 from .base import MAX_LENGTH, Attack, initial_state, norm_l2, per_image, project_l2

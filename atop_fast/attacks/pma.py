@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_integer
+from .._core.checks import check_integer
 from ..ops import pgd_step_l1, pgd_step_l2, pgd_step_linf, project_l1, random_normal
 from ..randomness import Tag, derive_seed
 from .base import NORMS, Attack, better_candidate, initial_state, per_image

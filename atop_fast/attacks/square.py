@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number
+from .._core.checks import check_integer, check_number
 from ..defense import Defense
 from ..ops import project_l1
 from ..ops.square import OP_BUMP, OP_LINF

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_choice, check_number, message
+from .._core.checks import check_choice, check_number, message
 from .adam import adam_step
 from .base import Attack, initial_state, per_image
 from .gradient import GradientEstimator

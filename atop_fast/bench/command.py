@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from .._checks import check_choice, check_device
-from .._files import writable_folder
+from .._core.checks import check_choice, check_device
+from .._core.files import writable_folder
 from . import results
 from .harness import Options, Roofline, keep_heap, measure
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..precision import is_fast
+from .._core.precision import is_fast
 
 Function = Callable[[], Any]
 # What a judge says of each variant: "difference", "accuracy" and "agree", as far as they have a meaning.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.precision import is_fast
 from ..ops import _registry, gated
-from ..precision import is_fast
 from . import attack_losses, attack_ops, attack_steps, transforms
 from .harness import Case, Function, Options, flops, no_judge, same_as_baseline
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .._checks import message
-from .._files import write_text
+from .._core.checks import message
+from .._core.files import write_text
 from ..env import cpu_model
 from ..ops import _registry
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .._checks import check_choice
-from ..folding import fold_batch_norm
+from .._core.checks import check_choice
+from ..attacks.folding import fold_batch_norm
 from .cnn import SmallCNN
 from .normalised import Normalised
 from .resized import Resized

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_integer
+from .._core.checks import check_integer
 
 
 class SmallCNN(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_number, message
+from .._core.checks import check_number, message
 
 
 class Normalised(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_integer, message
+from .._core.checks import check_integer, message
 
 
 class PooledConv(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_integer, message
-from .._transformer import Block, check_size, init_linear, layer_norm
+from .._core.checks import check_integer, message
+from .._core.transformer import Block, check_size, init_linear, layer_norm
 
 
 class VisionTransformer(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_integer, message
+from .._core.checks import check_choice, check_integer, message
 
 
 class PreactivationBlock(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import (
+from .._core.checks import (
     ROUNDING,
     check_choice,
     check_fits,

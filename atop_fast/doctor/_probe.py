@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._flags import holding
+from .._core.flags import holding
 from ..attacks import PGD
 from ..defense import Defense
 from ..ops import attack_loss

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from .._checks import check_device, check_integer
-from .._files import write_text
-from ..config import DataConfig, GivenTransform
+from .._core.checks import check_device, check_integer
+from .._core.files import write_text
+from ..classifiers.zoo import System
 from ..data import Dataset
-from ..zoo import System
+from ..recipes.options import DataConfig, GivenTransform
 from . import diagnose, format_findings
 
 

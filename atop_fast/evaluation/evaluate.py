@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._checks import (
+from .._core.checks import (
     check_choice,
     check_images,
     check_integer,
@@ -27,12 +27,12 @@ from .._checks import (
     check_radius,
     message,
 )
-from .._memory import halved
-from .._threads import Queueing
+from .._core.distributed import process_group
+from .._core.memory import halved
+from .._core.threads import Queueing
 from ..attacks import NORMS, Model, Passes, counted_passes, frozen
 from ..attacks import Attack as KeyedAttack
 from ..defense import Defense
-from ..distributed import process_group
 from ..randomness import derive_seed, seeded
 from ..training.metrics import summary_writer
 from .findings import Threat, examined, is_bound, outside_finding, outside_text

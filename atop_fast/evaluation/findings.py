@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_text
+from .._core.files import write_text
 from ..attacks import NORMS, GradientEstimator, Model, frozen
 from ..doctor import Finding, check_contract, diagnose
 from .judge import full_precision, judged

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_images, message
+from .._core.checks import check_images, message
 from ..attacks import Attack as KeyedAttack
 from ..attacks import AutoAttack, Model
 from .protocols import Attack

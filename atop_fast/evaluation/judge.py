@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_fits, check_integer, check_logits, message
-from .._flags import holding
+from .._core.checks import check_fits, check_integer, check_logits, message
+from .._core.flags import holding
 from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, seeded

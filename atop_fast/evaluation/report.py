@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import write_atomic, write_text
+from .._core.files import write_atomic, write_text
 from .tracing import trace_picture
 
 # A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict(), or None where nothing was attacked.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, message
+from .._core.checks import check_choice, message
 from .verdict import INTERVALS, bootstrap_intervals, wilson_interval
 
 

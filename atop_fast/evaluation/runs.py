@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._checks import message
-from .._files import claim_folder, remove_leftovers, writable_folder, write_atomic
-from ..distributed import Group
+from .._core.checks import message
+from .._core.distributed import Group
+from .._core.files import claim_folder, remove_leftovers, writable_folder, write_atomic
 from .identity import same_model
 from .tracing import check_line
 

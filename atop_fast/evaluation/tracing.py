@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._checks import message
-from .._files import remove_leftovers, writable_folder, write_text
+from .._core.checks import message
+from .._core.files import remove_leftovers, writable_folder, write_text
 from ..attacks import Attack, AutoAttack, TraceStep
 from ..training.metrics import summary_writer
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_integer, check_number, message
+from .._core.checks import check_choice, check_integer, check_number, message
 from ..randomness import Tag, derive_seed, random_uniform
 
 Interval = tuple[float, float]

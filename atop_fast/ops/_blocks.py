@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import message
+from .._core.checks import message
 
 
 def expand_blocks(blocks: Tensor, patch: int, height: int, width: int) -> Tensor:

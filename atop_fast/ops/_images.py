@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import message
+from .._core.checks import message
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_number, check_tensor, message
+from .._core.checks import check_number, check_tensor, message
 
 DTYPES = (torch.float32, torch.float64)
 # What keeps a norm from dividing by 0.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_tensor, message
+from .._core.checks import check_integer, check_tensor, message
 from ._blocks import check_blocks, check_matrix, expand_blocks
 from ._images import DTYPES, memory_format
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_float_tensor, check_integer, message
+from .._core.checks import check_float_tensor, check_integer, message
 from ._images import memory_format
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_number, check_tensor, message
+from .._core.checks import check_integer, check_number, check_tensor, message
 from ..randomness import Tag, key_tensors, random_bits
 from ._blocks import check_blocks, expand_blocks
 from ._images import memory_format

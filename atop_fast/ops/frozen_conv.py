@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import message
+from .._core.checks import message
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
 from .conv3x3 import PANEL, Frozen, check_bias, check_float32, check_like, finished, relu_bwd, with_residual
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_tensor, message
+from .._core.checks import check_tensor, message
 from ._images import DTYPES, check_dy, memory_format, widen
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 

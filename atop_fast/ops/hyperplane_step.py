@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, message
+from .._core.checks import check_choice, message
 from ._registry import define
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_tensor, message
+from .._core.checks import check_integer, check_tensor, message
 from ..randomness import Tag, key_tensors, random_ranks
 from ._registry import define
 from .random_normal import check_key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, message
+from .._core.checks import check_integer, message
 from ._registry import define
 from ._steps import check_step, either, in_layout_of, refuse_gradients, split, spread, sum_of_draws
 from .project_l1 import formula as project

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_tensor, message
+from .._core.checks import check_integer, check_tensor, message
 from ..randomness import Tag, key_tensors, random_bits
 from ._registry import define
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, message
+from .._core.checks import check_integer, message
 from ..randomness import Tag, key_tensors, random_bits
 from .resample import OP, Taps
 from .resize import check_images

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor, message
+from .._core.checks import check_tensor, message
 from ._images import DTYPES, memory_format
 from ._registry import LIBRARY, NAMESPACE, define
 

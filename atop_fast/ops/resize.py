@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_integer, check_tensor, message
+from .._core.checks import check_integer, check_tensor, message
 from ._images import DTYPES, memory_format
 from ._registry import LIBRARY, NAMESPACE
 from .resample import OP as RESAMPLE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .._checks import check_choice
+from .._core.checks import check_choice
 from .deepfill import DeepFillV2
 from .discriminator import SNPatchDiscriminator, discriminator_loss, generator_loss
 from .layers import GatedConv

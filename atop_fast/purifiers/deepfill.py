@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_integer, message
+from .._core.checks import check_integer, message
 from ..ops import contextual_attention, upsample_conv3x3
 from .layers import ACTIVATIONS, GatedConv, run_section
 

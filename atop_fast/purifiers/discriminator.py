@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_integer
+from .._core.checks import check_integer
 
 # Steps of the power iteration before the first call.
 FIRST_STEPS = 15

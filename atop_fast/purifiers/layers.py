@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_choice, check_integer, message
+from .._core.checks import check_choice, check_integer, message
 from ..ops import convolve, gated_elu, gated_relu
 from ..ops.conv3x3 import FrozenConv3x3
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_integer, message
-from .._transformer import Block, check_size, init_linear, layer_norm, sine_cosine_positions
+from .._core.checks import check_integer, message
+from .._core.transformer import Block, check_size, init_linear, layer_norm, sine_cosine_positions
 from .layers import run_section
 
 # Width, depth and heads of the decoder: narrower and shallower than the encoder. That of "base" is He et al.'s.

@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._checks import message
-from .._files import read_state, unwrapped, write_atomic
+from .._core.checks import message
+from .._core.files import read_state, unwrapped, write_atomic
 from .deepfill import DeepFillV2
 from .discriminator import SNPatchDiscriminator
 

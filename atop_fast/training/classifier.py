@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_fits, message
+from .._core.checks import check_fits, message
 from ..attacks import frozen
 from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_bits

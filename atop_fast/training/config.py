@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._checks import check_choice, check_integer, check_number, message
+from .._core.checks import check_choice, check_integer, check_number, message
+from .._core.precision import PRECISIONS as NETWORK_PRECISIONS
 from ..attacks import NORMS
-from ..precision import PRECISIONS as NETWORK_PRECISIONS
 
 ATTACKS = ("fgsm", "fgsm-rs", "n-fgsm", "pgd", "apgd")
 ATTACKED = ("pipeline", "classifier")

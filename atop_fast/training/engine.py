@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._checks import message
-from .._files import describe, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
-from .._threads import Queueing
-from ..distributed import Group, process_group
+from .._core.checks import message
+from .._core.distributed import Group, process_group
+from .._core.files import describe, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
+from .._core.threads import Queueing
 from ..randomness import derive_seed, permutation
 from .average import Average
 from .config import TrainingConfig

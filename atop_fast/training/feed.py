@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .._checks import check_images, check_labels, check_not_empty, check_tensor, message
-from .._files import describe
+from .._core.checks import check_images, check_labels, check_not_empty, check_tensor, message
+from .._core.files import describe
 
 Images: TypeAlias = Tensor | Dataset[Any]
 

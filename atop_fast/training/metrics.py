@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import remove_leftovers, write_text
+from .._core.files import remove_leftovers, write_text
 
 
 class Metrics:

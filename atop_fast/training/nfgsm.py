@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_number
+from .._core.checks import check_number
 from ..attacks import PGD
 from ..attacks.base import MAX_LENGTH
 from ..attacks.gradient import GradientEstimator

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .._checks import message
-from .._files import describe
+from .._core.checks import message
+from .._core.files import describe
 from ..attacks import frozen
 from ..defense import Defense
 from ..transforms import RandomTransform, describe_transform

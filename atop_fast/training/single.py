@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .._checks import message
+from .._core.checks import message
 
 
 @contextlib.contextmanager

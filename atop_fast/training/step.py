@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from .._checks import check_fits, message
-from .._flags import holding
+from .._core.checks import check_fits, message
+from .._core.distributed import Group
+from .._core.flags import holding
+from .._core.precision import PRECISIONS, warn_if_slow
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
+from ..attacks.folding import fold_batch_norm
 from ..attacks.gradient import ROWS
 from ..attacks.network import Probe, agrees
 from ..defense import Defense, restored
-from ..distributed import Group
-from ..folding import fold_batch_norm
 from ..ops import _registry
-from ..precision import PRECISIONS, warn_if_slow
 from ..purifiers import discriminator_loss, generator_loss
 from ..randomness import Tag, derive_seed, random_uniform
 from ..transforms import RandomTransform

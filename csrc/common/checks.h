@@ -1,5 +1,5 @@
 #pragma once
-// The checks of atop_fast/_checks.py that memory safety rests on, in the same words.
+// The checks of atop_fast/_core/checks.py that memory safety rests on, in the same words.
 
 #include <torch/csrc/stable/tensor.h>
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from atop_fast import attacks, build_purifier, image_folder, load_model, save_model
-from atop_fast.config import DataConfig, TransformConfig
 from atop_fast.ops import _registry
-from atop_fast.recipe import load_recipe
+from atop_fast.recipes.options import DataConfig, TransformConfig
+from atop_fast.recipes.schema import load_recipe
 from atop_fast.training import ClassifierConfig, FinetuneConfig, PretrainConfig
 from atop_fast.transforms import RT1, RT2, RT3, RandomResizePad
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import message
+from .checks import message
 
 # A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
 # a word, and must be longer than the shares of the work may differ: one of an evaluation may take hours longer.

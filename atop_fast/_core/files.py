@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ._checks import message
+from .checks import message
 
 # First bytes of files that are not what they should be, and the words for the error.
 SIGNS = (

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ._checks import check_integer, check_number, message
-from .data import TORCHVISION, Dataset, Files, describe_split, find_parts, load_data
-from .transforms import RT1, RT2, RT3, RandomTransform, build_transform, restore_transform
+from .._core.checks import check_integer, check_number, message
+from ..data import TORCHVISION, Dataset, Files, describe_split, find_parts, load_data
+from ..transforms import RT1, RT2, RT3, RandomTransform, build_transform, restore_transform
 
 
 @dataclass(frozen=True)

@@ -30,24 +30,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._checks import check_device, check_fits, check_integer, message
-from ._files import claim_folder
-from .attacks import PGD, frozen
+from .._core.checks import check_device, check_fits, check_integer, message
+from .._core.distributed import Group, process_group
+from .._core.files import claim_folder
+from ..attacks import PGD, frozen
+from ..checkpoints import load_model, read_header, save_defense, save_model
+from ..classifiers import Resized, build_classifier
+from ..classifiers.zoo import load_classifier, match_classes
+from ..data import Dataset
+from ..defense import Defense
+from ..evaluation import PROTOCOLS, evaluate
+from ..evaluation.evaluate import parse_budget
+from ..evaluation.report import training_picture, versions, write_report
+from ..purifiers import DISCRIMINATORS, build_purifier
+from ..randomness import derive_seed, seeded
+from ..training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
+from ..training.metrics import read_metrics, summary_writer
 from .budget import Budget
-from .checkpoints import load_model, read_header, save_defense, save_model
-from .classifiers import Resized, build_classifier
-from .data import Dataset
-from .defense import Defense
-from .distributed import Group, process_group
-from .evaluation import PROTOCOLS, evaluate
-from .evaluation.evaluate import parse_budget
-from .evaluation.report import training_picture, versions, write_report
-from .purifiers import DISCRIMINATORS, build_purifier
-from .randomness import derive_seed, seeded
-from .recipe import EvaluationConfig, Recipe
-from .training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
-from .training.metrics import read_metrics, summary_writer
-from .zoo import load_classifier, match_classes
+from .schema import EvaluationConfig, Recipe
 
 NOTES = (
     "pretrained: the purifier has seen clean images only. finetuned: AToP, trained on adversarial images. Every column "

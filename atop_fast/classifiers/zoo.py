@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from ._checks import check_choice, message
-from ._files import load_weights, read_state, unwrapped
-from .checkpoints import CLASSES, find_defense, load_defense, load_model, read_header, read_metadata
-from .classifiers import CLASSIFIERS, Normalised, WideResNet, build_classifier
-from .config import GivenTransform
-from .data import Dataset, Files
-from .defense import Defense
-from .transforms import RandomTransform, describe_transform
+from .._core.checks import check_choice, message
+from .._core.files import load_weights, read_state, unwrapped
+from ..checkpoints import CLASSES, find_defense, load_defense, load_model, read_header, read_metadata
+from ..data import Dataset, Files
+from ..defense import Defense
+from ..recipes.options import GivenTransform
+from ..transforms import RandomTransform, describe_transform
+from . import CLASSIFIERS, Normalised, WideResNet, build_classifier
 
 # A network, and the mean and standard deviation of the images that it takes.
 Model = tuple[nn.Module, Sequence[float], Sequence[float]]

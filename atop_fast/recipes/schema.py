@@ -11,13 +11,13 @@ from typing import Any
 
 import jsonargparse
 
-from ._checks import check_choice, check_integer, message
-from ._yaml import parse_yaml
-from .classifiers import CLASSIFIERS
-from .config import DataConfig, TransformConfig
-from .evaluation import PROTOCOLS
-from .purifiers import DISCRIMINATORS, PURIFIERS
-from .training import ClassifierConfig, FinetuneConfig, PretrainConfig
+from .._core.checks import check_choice, check_integer, message
+from .._core.yaml import parse_yaml
+from ..classifiers import CLASSIFIERS
+from ..evaluation import PROTOCOLS
+from ..purifiers import DISCRIMINATORS, PURIFIERS
+from ..training import ClassifierConfig, FinetuneConfig, PretrainConfig
+from .options import DataConfig, TransformConfig
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -135,7 +135,7 @@ class Recipe:
 
 def preset_names() -> list[str]:
     """Names of the recipes that come with the package."""
-    folder = importlib.resources.files("atop_fast").joinpath("presets")
+    folder = importlib.resources.files("atop_fast.recipes").joinpath("presets")
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
@@ -172,7 +172,7 @@ def _read(preset: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], st
     if not is_file and str(preset) not in preset_names():
         expected = f"the path of a YAML file, or one of {', '.join(map(repr, preset_names()))}"
         raise ValueError(message("load_recipe", "preset", expected, repr(str(preset))))
-    package = importlib.resources.files("atop_fast")
+    package = importlib.resources.files("atop_fast.recipes")
     where = str(path) if is_file else f"presets/{preset}.yaml"
     same = str(path.resolve()) if is_file else where
     if same in seen:

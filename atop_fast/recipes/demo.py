@@ -19,20 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_integer
-from ._files import writable_folder, write_text
-from .attacks import Model
-from .checkpoints import save_defense, save_model
-from .classifiers import build_classifier
-from .data import mnist5k
-from .defense import Defense
-from .evaluation import evaluate, quick_attacks
-from .evaluation.protocols import Attack
-from .evaluation.report import format_table, gallery, versions, write_report
-from .purifiers import SNPatchDiscriminator, build_purifier
-from .randomness import derive_seed, seeded
-from .training import ClassifierConfig, FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
-from .transforms import RT2
+from .._core.checks import check_integer
+from .._core.files import writable_folder, write_text
+from ..attacks import Model
+from ..checkpoints import save_defense, save_model
+from ..classifiers import build_classifier
+from ..data import mnist5k
+from ..defense import Defense
+from ..evaluation import evaluate, quick_attacks
+from ..evaluation.protocols import Attack
+from ..evaluation.report import format_table, gallery, versions, write_report
+from ..purifiers import SNPatchDiscriminator, build_purifier
+from ..randomness import derive_seed, seeded
+from ..training import ClassifierConfig, FinetuneConfig, PretrainConfig, finetune, pretrain, train_classifier
+from ..transforms import RT2
 
 SYSTEMS = ("classifier", "rt_only", "pretrained", "finetuned")
 # Small networks are enough for digits.

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ._checks import message
-from ._plain import is_plain, reads_nothing_that_changes
-from .ops.conv3x3 import FrozenConv3x3
-from .ops.frozen_conv import FrozenConv
-from .randomness import watched_generators
+from .._core.checks import message
+from .._core.plain import is_plain, reads_nothing_that_changes
+from ..ops.conv3x3 import FrozenConv3x3
+from ..ops.frozen_conv import FrozenConv
+from ..randomness import watched_generators
 
 # A graph is rewritten only if it consists of these: a module may hold state or randomness of its own, and tracing would
 # bake it in.

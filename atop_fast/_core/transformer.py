@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_choice
+from .checks import check_choice
 
 # Width, depth and heads: ViT-Ti and ViT-S (Touvron et al., ICML 2021), and ViT-B (Dosovitskiy et al., ICLR 2021).
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}

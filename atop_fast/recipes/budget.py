@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ._files import write_text
-from .distributed import Group
-from .evaluation import PROTOCOLS
-from .recipe import EvaluationConfig
-from .training import FinetuneConfig, TrainingConfig
+from .._core.distributed import Group
+from .._core.files import write_text
+from ..evaluation import PROTOCOLS
+from ..training import FinetuneConfig, TrainingConfig
+from .schema import EvaluationConfig
 
 # Fine-tuning decides what a defence is worth.
 SHARES = {"classifier": 1, "pretrain": 1, "finetune": 2, "evaluate": 1}

@@ -1,0 +1,1 @@
+"""A recipe and its run: options, schema, stages, budget, the demo and the presets."""
