@@ -108,7 +108,7 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
     return module.eval()
 
 
-def save_defense(path: str | Path, defense: Defense, **metadata: object) -> None:
+def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | None = None, **metadata: object) -> None:
     """Write a defence to one safetensors file: both networks, how to build them, and the transform; atomic.
 
     Args:
@@ -116,13 +116,17 @@ def save_defense(path: str | Path, defense: Defense, **metadata: object) -> None
         defense: its networks come from build_classifier, build_purifier, load_model or load_classifier (not those of
             RobustBench), the classifier perhaps inside Normalised or Resized; a network that was built otherwise needs
             an attribute `architecture` = (name, options).
+        dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense gives float32 with the
+            rounded values, so judge the loaded defence, not the one in hand. Default: as they are.
         metadata: further contents of the file, JSON-ready. Commands read `classes`, the names of the classes in their
             order, `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack; add what others need
             to know: recipe, commit, data, licence.
 
     Raises:
-        TypeError, ValueError: naming the part that load_defense could not restore.
+        TypeError, ValueError: naming the part that load_defense could not restore; or weights too large for `dtype`.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(message("save_defense", "dtype", "a floating-point torch.dtype", repr(dtype)))
     if not isinstance(defense, Defense):
         raise TypeError(message("save_defense", "defense", "a Defense", type(defense).__name__))
     described = describe_transform(defense.transform)
@@ -140,8 +144,10 @@ def save_defense(path: str | Path, defense: Defense, **metadata: object) -> None
     header["metadata"] = _check_metadata("save_defense", {**defense.metadata, **metadata})
     state = {name: value for name, value in defense.state_dict().items() if not name.startswith("transform.")}
     for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(message("save_defense", "defense", "of finite weights", f"NaN or infinity in {name}"))
+        if value.is_floating_point():
+            state[name] = value if dtype is None else value.to(dtype)
+            if not state[name].isfinite().all():
+                raise ValueError(message("save_defense", "defense", "of finite weights", f"NaN or infinity in {name}"))
     _write(path, header, state)
 
 

@@ -45,6 +45,35 @@ def networks():
         return purifier, build_classifier("small_cnn", channels=1, classes=3, width=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_the_size_are_rounded_once(dtype, tmp_path):
+    purifier, classifier = networks()
+    save_defense(tmp_path / "d.safetensors", Defense(RT2(4), purifier, classifier), dtype=dtype)
+    loaded = load_defense(tmp_path / "d.safetensors")
+    for name, value in classifier.state_dict().items():
+        rounded = value.to(dtype).float() if value.is_floating_point() else value
+        assert torch.equal(loaded.classifier.state_dict()[name], rounded)
+        assert loaded.classifier.state_dict()[name].dtype == value.dtype
+    # The second file has the same weights: nothing is rounded twice.
+    save_defense(tmp_path / "e.safetensors", loaded, dtype=dtype)
+    again = load_defense(tmp_path / "e.safetensors")
+    assert torch.equal(again(X, draws=1), loaded(X, draws=1))
+    assert (tmp_path / "d.safetensors").stat().st_size < 0.7 * sum(
+        4 * v.numel() for network in (purifier, classifier) for v in network.state_dict().values()
+    )
+
+
+def test_weights_too_large_for_half_precision_are_refused(tmp_path):
+    purifier, classifier = networks()
+    with torch.no_grad():
+        next(classifier.parameters()).fill_(1e5)
+    with pytest.raises(ValueError, match="finite weights"):
+        save_defense(tmp_path / "d.safetensors", Defense(RT2(4), purifier, classifier), dtype=torch.float16)
+    with pytest.raises(TypeError, match="dtype"):
+        save_defense(tmp_path / "d.safetensors", Defense(RT2(4), purifier, classifier), dtype=torch.int8)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 def test_a_file_gives_the_defence_back(transform, tmp_path):
     purifier, classifier = networks()
