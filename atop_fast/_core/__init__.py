@@ -1,1 +1,1 @@
-"""What every part of the package stands on: checks of arguments, files, flags, memory, precision, processes."""
+"""Shared infrastructure: argument checks, files, temporary flags, memory, precision, threads and processes."""

@@ -1,4 +1,4 @@
-"""Argument checks shared by every public function: one wording,
+"""Argument checks shared by every public function, with one wording:
 
 function: argument must be <contract>, got <value>
 """
@@ -21,7 +21,7 @@ ROUNDING = 1e-6
 
 
 def message(function: str, argument: str, expected: str, given: object) -> str:
-    """The one wording of every argument error."""
+    """The text of every argument error."""
     return f"{function}: {argument} must be {expected}, got {given}"
 
 
@@ -40,9 +40,9 @@ def check_float_tensor(function: str, argument: str, value: Any) -> Tensor:
 
 
 def check_images(function: str, argument: str, value: Any, *, finite: bool = True) -> Tensor:
-    """Raise unless `value` is float images (B, C, H, W) in [0, 1]; `finite` reads the values, which waits for a GPU.
+    """Raise unless `value` is float images (B, C, H, W) in [0, 1]; `finite` reads the values, which synchronizes a GPU.
 
-    Returns the images; if rounding put values up to 1e-6 outside [0, 1], a clamped copy.
+    Returns the images, or a clamped copy if rounding has put values up to 1e-6 outside [0, 1].
     """
     check_float_tensor(function, argument, value)
     if value.dim() != 4:
@@ -59,7 +59,7 @@ def check_images(function: str, argument: str, value: Any, *, finite: bool = Tru
 
 
 def check_not_empty(function: str, argument: str, value: Tensor) -> Tensor:
-    """Raise ValueError if `value` has no first element."""
+    """Raise ValueError if `value` is empty along its first axis."""
     if not len(value):
         raise ValueError(message(function, argument, "at least one", "none"))
     return value
@@ -81,7 +81,7 @@ def check_labels(function: str, argument: str, value: Any, images: Tensor) -> Te
 def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, argument: str = "labels") -> Tensor:
     """Raise unless `value`, a model's output for `rows` images, is logits (rows, classes >= 2) that cover every label.
 
-    `largest_label` is the largest value of `argument`; it is a number, so that nothing waits for a GPU.
+    `largest_label` is the largest value of `argument`, passed as a number so that the check does not synchronize a GPU.
     """
     if not isinstance(value, Tensor):
         given, way = type(value).__name__, ".logits"
@@ -105,7 +105,7 @@ def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, a
 
 
 def check_radius(function: str, norm: str, eps: Any, *, high: float = math.inf) -> float:
-    """Raise unless `eps` is a radius in [0, high]; warn of one in Linf that reaches every image."""
+    """Raise unless `eps` is a radius in [0, high]; warn if an Linf radius covers the whole range of pixels."""
     radius = check_number(function, "eps", eps, low=0, high=high)
     if norm == "Linf" and radius > 1:
         warnings.warn(
@@ -117,7 +117,7 @@ def check_radius(function: str, norm: str, eps: Any, *, high: float = math.inf) 
 
 def check_number(function: str, argument: str, value: Any, *, low: float = -math.inf, high: float = math.inf) -> float:
     """Raise unless `value` is a finite real number in [low, high]."""
-    # The usual types first: the others take as long as a small op.
+    # Fast path for floats: the general checks below take as long as a small op.
     if type(value) is float and low <= value <= high and value - value == 0.0:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -146,7 +146,7 @@ def check_choice(function: str, argument: str, value: Any, choices: Sequence[str
 
 
 def check_device(function: str, argument: str, name: str) -> torch.device:
-    """The device `name`; raise ValueError if this machine has none."""
+    """The device `name`; raise ValueError if this machine does not have it."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -156,9 +156,9 @@ def check_device(function: str, argument: str, name: str) -> torch.device:
 
 @contextlib.contextmanager
 def check_fits(function: str, argument: str, images: Tensor, model: object = None) -> Iterator[None]:
-    """Turn a RuntimeError of the networks inside, such as another number of channels, into a ValueError.
+    """Turn a RuntimeError raised by networks in the block, such as a wrong number of channels, into a ValueError.
 
-    If `model` is given, images of another dtype than the model's raise a TypeError.
+    If `model` is given and its dtype differs from that of the images, a TypeError is raised instead.
     """
     try:
         yield
@@ -170,7 +170,7 @@ def check_fits(function: str, argument: str, images: Tensor, model: object = Non
 
 
 def check_same_dtype(function: str, argument: str, images: Tensor, model: Any, error: RuntimeError) -> None:
-    """Raise TypeError if the model's `error` says that images and weights have different floating-point types."""
+    """Raise TypeError if the model's `error` says that images and weights differ in their floating-point type."""
     found = {name.lower() for name in re.findall(r"(?i)\b(bfloat16|double|float|half)(?=\b|tensor)", str(error))}
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     own = {p.dtype for p in parameters if p.is_floating_point()}

@@ -1,4 +1,4 @@
-"""The processes of one run: those that torchrun started, or of a process group of the caller's, or this one alone."""
+"""The processes of one run: those of torchrun or of the caller's process group, or this process alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .checks import message
 
-# A peer that dies closes its connections, which ends the wait at once. The limit is for a machine that vanishes without
-# a word, and must be longer than the shares of the work may differ: one of an evaluation may take hours longer.
+# A peer that dies closes its connections, which ends the wait at once. The timeout covers a machine that disappears
+# silently. It must exceed the imbalance between ranks: one rank of an evaluation may take hours longer than another.
 TIMEOUT = 86400.0
-# Seconds after which a process says that it waits for others to join.
+# Seconds until a process reports that it is waiting for the others to join.
 PATIENCE = 20.0
 # Variables that torchrun sets for each process.
 LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -35,36 +35,36 @@ class Group:
         self.size: int = dist.get_world_size() if active else 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks; waits for all."""
+        """The values of all processes, in order of rank; a barrier."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _lost():
+        with _lost_peer_errors():
             dist.all_gather_object(values, value)
         return values
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the processes, in one exchange."""
+        """Replace each tensor by its sum over the processes, in one all-reduce."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([t.detach().flatten() for t in tensors])
-        with _lost():
+        with _lost_peer_errors():
             dist.all_reduce(flat)
         for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.detach().copy_(total.view_as(t))
 
 
 @contextlib.contextmanager
-def _lost() -> Iterator[None]:
-    """Raise a ConnectionError, which says what to do, if the others cannot be reached inside."""
+def _lost_peer_errors() -> Iterator[None]:
+    """Turn the failure of a collective in the block into a ConnectionError that says how to continue."""
     try:
         yield
     except RuntimeError as error:
-        # gloo's and NCCL's errors have no class of their own in every version of torch.
+        # Not every version of torch has exception classes for the errors of gloo and NCCL.
         reason = str(error).strip().partition("\n")[0]
         raise ConnectionError(
-            "another process of this run has ended, or has not answered in time; what was saved is whole, and the same "
-            f"command goes on from it ({reason})"
+            "another process of this run has ended or timed out; the saved state is intact, and the same command "
+            f"resumes from it ({reason})"
         ) from error
 
 
@@ -81,7 +81,7 @@ def _timeout() -> datetime.timedelta:
 
 
 def launched() -> bool:
-    """Whether torchrun, or the like, started this process as one of several."""
+    """Whether torchrun or a similar launcher started this process as one of several."""
     size = os.environ.get("WORLD_SIZE") or "1"
     if not size.isdecimal():
         raise ValueError(message("process_group", "WORLD_SIZE", "a number of processes, or unset", repr(size)))
@@ -89,19 +89,19 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def _announced() -> Iterator[None]:
-    """Say for whom this process waits, if the block takes long: the variables may be left over from a run."""
+def _report_wait() -> Iterator[None]:
+    """Report whom this process waits for if the block takes long: its variables may be left over from another run."""
 
-    def say() -> None:
-        size, rank, place, port = (os.environ[key] for key in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"))
+    def report() -> None:
+        size, rank, host, port = (os.environ[key] for key in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"))
         print(
             f"atop-fast: process {rank} of {size} (RANK and WORLD_SIZE in the environment) waits for the others at "
-            f"{place}:{port}; if there are none, unset WORLD_SIZE",
+            f"{host}:{port}; if there are none, unset WORLD_SIZE",
             file=sys.stderr,
             flush=True,
         )
 
-    timer = threading.Timer(PATIENCE, say)
+    timer = threading.Timer(PATIENCE, report)
     timer.daemon = True
     timer.start()
     try:
@@ -112,15 +112,15 @@ def _announced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Group]:
-    """The Group of the caller's process group, or, under torchrun without one, of a new one (gloo; NCCL for GPUs)."""
+    """A Group on the caller's process group; under torchrun without one, on a new group (gloo, and NCCL for GPUs)."""
     joins = dist.is_available() and not dist.is_initialized() and launched()
     if joins:
-        with _announced():
+        with _report_wait():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_timeout())
     try:
         yield Group()
     except BaseException:
-        # Closed connections end the others' wait. Otherwise the group stays for the next call.
+        # Closing the connections ends the wait of the other ranks. Without an error, the next call reuses the group.
         if joins:
             dist.destroy_process_group()
         raise

@@ -1,6 +1,6 @@
-"""Atomic files and checkpoints: a reader, or a run that resumes after kill -9, sees a whole file or none.
+"""Atomic files and checkpoints: a reader, or a run that resumes after kill -9, sees a complete file or none.
 
-Reading a file runs nothing in it.
+Reading a file never executes code from it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from torch import Tensor, nn
 
 from .checks import message
 
-# First bytes of files that are not what they should be, and the words for the error.
-SIGNS = (
-    (b"version https://git-lfs", "is a pointer of Git LFS, not the file: `git lfs pull` fetches that"),
-    (b"<!doctype html", "is text (HTML), as of a download that failed"),
-    (b"<html", "is text (HTML), as of a download that failed"),
+# First bytes of files that commonly stand in for the real one, and their description in the error message.
+SIGNATURES = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`"),
+    (b"<!doctype html", "is text (HTML), probably of a failed download"),
+    (b"<html", "is text (HTML), probably of a failed download"),
 )
-# Errors of file systems that cannot sync a folder, such as some network mounts.
+# Errors from file systems that cannot sync a folder, such as some network mounts.
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there; OSError if that fails."""
+    """Let `write` fill a temporary file next to `path`, then rename it to `path`; OSError if that fails."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
         _sync(temporary)
         temporary.replace(path)
-        # Only then is it there after a power failure, too.
+        # Without this, the rename may not survive a power failure.
         _sync_names(path.parent)
     except (RuntimeError, SafetensorError) as error:
-        # What torch and safetensors raise on a full disk tells nobody that it is full.
+        # On a full disk, the messages of torch and safetensors do not mention the disk.
         reason = str(error).partition("\n")[0]
         free = shutil.disk_usage(path.parent).free
         raise OSError(f"{path} could not be written ({reason}); its disk has {free / 1e6:.1f} MB left") from error
@@ -52,9 +52,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_leftovers(folder: Path, stem: str = "*") -> None:
-    """Remove temporary files of processes that were killed while they wrote files of this stem into `folder`."""
+    """Remove the temporary files of processes that were killed while writing files of this stem to `folder`."""
     for temporary in folder.glob(f".{stem}.*"):
-        if (found := re.search(r"\.(\d+)(\.\w+)?$", temporary.name)) and not _lives(int(found[1])):
+        if (found := re.search(r"\.(\d+)(\.\w+)?$", temporary.name)) and not _is_alive(int(found[1])):
             temporary.unlink(missing_ok=True)
 
 
@@ -64,12 +64,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_checkpoint(path: Path, fingerprint: str, state: dict[str, Any]) -> None:
-    """Write tensors, numbers and containers of them, with the text that tells to which run they belong; atomic."""
+    """Atomically write tensors, numbers and containers of them, with the fingerprint of the run they belong to."""
     write_atomic(path, lambda p: torch.save({**state, "fingerprint": fingerprint}, p))
 
 
 def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[str, Any] | None:
-    """What save_checkpoint wrote, or None where nothing was; ValueError for a damaged file or one of another run."""
+    """Read the state from save_checkpoint; None if there is no file, ValueError if it is damaged or of another run."""
     if path is None or not path.exists():
         return None
     try:
@@ -77,14 +77,14 @@ def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[
         if state["fingerprint"] != fingerprint:
             raise ValueError("it belongs to another configuration")
     except Exception as error:
-        # torch.load raises several unrelated types on a damaged file; each means the same to the caller.
+        # torch.load raises several unrelated types for damaged files; all mean the same to the caller.
         expected = "a checkpoint of this run (delete it to start again)"
         raise ValueError(message(function, "checkpoint", expected, f"{path}: {_reason(path, error)}")) from error
     return state
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,7 +93,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Sync a folder, if its file system can."""
+    """Sync a folder if its file system supports that."""
     try:
         _sync(folder)
     except OSError as error:
@@ -102,7 +102,7 @@ def _sync_names(folder: Path) -> None:
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file that does not hold what its name says: empty, a Git LFS pointer or text; None for other bytes."""
+    """Describe a file that is empty, a Git LFS pointer or text instead of binary data; None for any other content."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
@@ -110,11 +110,11 @@ def identify(path: Path) -> str | None:
         return None
     if not start:
         return "is empty"
-    for sign, meaning in SIGNS:
-        if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(sign):
+    for signature, meaning in SIGNATURES:
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(signature):
             return meaning
     try:
-        # The last character may be cut.
+        # The read may have cut the last character.
         text = start.decode("utf-8", errors="strict" if len(start) < 512 else "ignore")
     except UnicodeDecodeError:
         return None
@@ -124,7 +124,7 @@ def identify(path: Path) -> str | None:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a file cannot be read, in a line; torch's own advice to run code from it is left out."""
+    """One line on why a file cannot be read, without torch's advice to allow code from it."""
     if (found := identify(path)) is not None:
         return found
     if isinstance(error, pickle.UnpicklingError):
@@ -133,13 +133,13 @@ def _reason(path: Path, error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        # It is somebody else's.
+        # The process belongs to another user.
         return True
     return True
 
@@ -147,28 +147,28 @@ def _lives(process: int) -> bool:
 def read_state(
     function: str, argument: str, path: Path, keys: Sequence[str], key: str | None = None, offer_key: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of a network by their names, from a file of others, on the CPU.
+    """Read a third-party file as a state dict: tensors by name, on the CPU.
 
     Args:
-        function, argument: for errors.
-        path: a safetensors file if its name ends in .safetensors, else one of torch.save.
-        keys: names that the state dict may have if the file holds more; the file may also hold the state dict alone.
-        key: its name if the caller gives one: of a dictionary, or the prefix of the tensors' names.
-        offer_key: `function` has an option `key`, of which errors speak.
+        function, argument: for error messages.
+        path: a safetensors file if its name ends in .safetensors, otherwise a file of torch.save.
+        keys: entries under which to look for the state dict; the file may also be the state dict itself.
+        key: the entry that the caller chose: a dictionary in the file, or a prefix of the tensors' names.
+        offer_key: error messages suggest `key`, as `function` has that option.
 
     Raises:
-        ValueError: no such file, a damaged one, one with other objects than tensors, numbers and containers of them, or
-            without a state dict.
+        ValueError: the file is missing, damaged or without a state dict, or holds objects other than tensors, numbers
+            and containers of them.
     """
     try:
-        # Not executable: weights_only refuses whatever is not a tensor, a number or a container of them.
+        # weights_only refuses everything except tensors, numbers and containers of them, so that no code can run.
         safe = path.suffix == ".safetensors"
         content: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         expected = "a checkpoint of tensors alone (other objects could run code and are refused)"
         raise ValueError(message(function, argument, expected, f"{path} ({_reason(path, error)})")) from error
     except Exception as error:
-        # torch.load raises several unrelated types on a damaged file; each means the same to the caller.
+        # torch.load raises several unrelated types for damaged files; all mean the same to the caller.
         expected = "a readable checkpoint of torch.save, or of safetensors and so named"
         raise ValueError(message(function, argument, expected, f"{path} ({_reason(path, error)})")) from error
     held = content if isinstance(content, dict) else {}
@@ -198,7 +198,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries whose names begin with the prefix, without it."""
+    """The entries whose names begin with `prefix`, which is removed."""
     return {
         name.removeprefix(prefix): value
         for name, value in state.items()
@@ -207,10 +207,10 @@ def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """The state dict without the prefixes that wrappers add to a network's names `own`.
+    """Strip the prefixes that wrappers add to a network's parameter names `own` from a state dict.
 
     Wrappers are torch.compile, DataParallel, AveragedModel, Lightning's modules and any module that holds the network
-    as an attribute, perhaps beside others. ValueError if two parts of the state dict could be the network.
+    as one of its attributes. ValueError if two parts of the state dict could be the network.
     """
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
     own = set(own)
@@ -227,10 +227,11 @@ def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Te
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a file into a module that has the same names and shapes, and reals where they are.
+    """Copy the tensors of a file into a module with the same names and shapes.
 
     Raises:
-        ValueError, RuntimeError: other names, shapes or types, NaN or infinity.
+        ValueError, RuntimeError: names or shapes differ, an integer tensor stands for a floating-point one, or a value
+            is NaN or infinite.
     """
     own = module.state_dict()
     for name, tensor in state.items():
@@ -243,11 +244,11 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def describe(*tensors: Tensor) -> str:
-    """Shapes of tensors and a hash of their values in their order: whether two runs have the same data or weights."""
+    """Identify data or weights: the shapes of tensors, and a hash of their values in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        # Not all at once: the images may be half of the memory.
+        # In chunks, because the images may take half of the memory.
         for part in tensor.detach().reshape(-1).split(2**24):
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
     shapes = " ".join(str(tuple(t.shape)) for t in tensors[:2])
@@ -255,7 +256,7 @@ def describe(*tensors: Tensor) -> str:
 
 
 def writable_folder(function: str, argument: str, path: str | Path) -> Path:
-    """The folder `path`, made if needed; ValueError if nothing can be written there."""
+    """Create the folder `path` if needed and return it; ValueError if it is not writable."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -268,10 +269,10 @@ def writable_folder(function: str, argument: str, path: str | Path) -> Path:
 
 
 def claim_folder(function: str, folder: Path, header: dict[str, Any]) -> None:
-    """Make `folder` the one of a run, which <folder>/run.json describes; nothing in a folder of others is touched.
+    """Claim `folder` for a run, described by <folder>/run.json; a folder with other content is not touched.
 
     Raises:
-        ValueError: it is of a run with another header, holds something else, or cannot be written.
+        ValueError: the folder belongs to a run with another header, holds other files, or is not writable.
     """
     path = folder / "run.json"
     if path.exists():
@@ -281,7 +282,7 @@ def claim_folder(function: str, folder: Path, header: dict[str, Any]) -> None:
                 raise ValueError("it describes no run")
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(message(function, "out", "a readable run folder", f"{path} ({error})")) from error
-        # Through JSON, so that tuples compare as the lists that they become.
+        # The round trip turns tuples into lists, as in the file.
         expected = json.loads(json.dumps(header))
         if found != expected:
             keys = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))

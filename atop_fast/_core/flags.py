@@ -1,4 +1,4 @@
-"""Flags that somebody needs for a while: threads that need the same ones do not put them back under each other."""
+"""Temporarily sets attributes, reference-counted across threads; the last holder restores them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import Tensor
 
 
 class _Held(NamedTuple):
-    thing: Any  # kept alive, so that no other object gets its id
+    thing: Any  # a reference, so that the id is not reused
     blocks: int
     before: Any
-    released: bool = False  # before all blocks have ended, see put_back
+    released: bool = False  # restored early, see put_back
 
 
 _LOCK = threading.Lock()
-# By the object's id and the attribute: how many blocks hold it, and its value before the first of them.
+# For (id of the object, attribute): the number of blocks that hold it, and its value before the first of them.
 _HELD: dict[tuple[int, str], _Held] = {}
 
 
 @contextlib.contextmanager
 def holding(flags: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Set attributes, (object, name, value), inside the block; the last block that holds one restores it.
+    """Set attributes, given as (object, name, value), in the block; the last block that holds one restores it.
 
-    Blocks may be nested, and may overlap in several threads, which must then want the same value. All are read before
-    one is set: an object may show the flag of another. After an error, here or in the block, everything is restored.
+    Blocks may be nested, and may overlap across threads if these set the same value. All attributes are read before any
+    is set, because one object may expose the flag of another. After an error, here or in the block, all are restored.
     """
     mine: list[tuple[int, str]] = []
     try:
@@ -50,7 +50,7 @@ def holding(flags: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def put_back(flags: Iterable[tuple[Any, str]]) -> None:
-    """Restore held attributes, (object, name), early: for all blocks that hold them, until all of these have ended."""
+    """Restore held attributes, given as (object, name), early: they stay restored until every holding block ends."""
     with _LOCK:
         for thing, name in flags:
             if (held := _HELD.get((id(thing), name))) is not None:
@@ -67,17 +67,17 @@ def _release(keys: list[tuple[int, str]]) -> None:
             continue
         try:
             _set(held.thing, key[1], held.before)
-        except Exception as error:  # the others are restored all the same
+        except Exception as error:  # restore the others first
             failure = error
     if failure is not None:
         raise failure
 
 
 def _set(thing: Any, name: str, value: Any) -> None:
-    # An attribute that is right already is not set: some objects refuse it.
+    # Some objects refuse assignment even of the present value.
     if getattr(thing, name) == value:
         return
-    # The flags of tensors made in inference mode can be set only in that mode.
+    # Flags of inference tensors can be set only in inference mode.
     inside = isinstance(thing, Tensor) and thing.is_inference()
     with torch.inference_mode() if inside else contextlib.nullcontext():
         setattr(thing, name, value)

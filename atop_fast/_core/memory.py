@@ -1,4 +1,4 @@
-"""Where memory is short, work goes on in smaller pieces, and says so."""
+"""Recovery from out-of-memory errors: smaller chunks, and a warning."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import warnings
 
 import torch
 
-# What those say that have no exception of their own for it.
-_SAYINGS = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+# Messages of allocators that raise a plain RuntimeError.
+_MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 def halved(function: str, what: str, size: int, error: Exception, least: int = 1) -> int:
-    """Half of `size`, a multiple of `least`, with a warning, if `error` says that memory was short.
+    """Half of the chunk size `size`, as a multiple of `least`, with a warning, if `error` is an out-of-memory error.
 
-    Any other error is raised again, and so is one where no more than `least` was asked for.
+    Any other error is raised again, as is an out-of-memory error at size `least`.
     """
-    if size <= least or not _is_shortage(error):
+    if size <= least or not _is_out_of_memory(error):
         raise error
     smaller = max(least, size // 2 // least * least)
     text = f"{function}: not enough memory for {size} {what} at a time; going on with {smaller}"
@@ -23,7 +23,7 @@ def halved(function: str, what: str, size: int, error: Exception, least: int = 1
     return smaller
 
 
-def _is_shortage(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(saying in str(error) for saying in _SAYINGS)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)

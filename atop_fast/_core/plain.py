@@ -1,7 +1,7 @@
-"""Which modules are plain: a call runs the code of their class alone, which neither reads nor writes what may change.
+"""Decides whether modules are plain: a call runs only the code of their class, which neither reads nor writes state.
 
-A network may be traced, and a copy may replace it, only if all of its modules are plain. A module that cannot be
-analysed completely counts as not plain.
+A network may be traced, or replaced by a copy, only if all of its modules are plain. A module that cannot be analyzed
+completely counts as not plain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 # Methods that run when a module is called or read; a class that overrides one is not plain.
 _CALLING = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# Instructions that write outside of the function, enter a context (autocast, no_grad), import or wait.
+# Instructions that write outside the function, enter a context (autocast, no_grad), import or await.
 _FORBIDDEN = ("STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "STORE_SLICE", "STORE_NAME", "DELETE_ATTR",
               "DELETE_GLOBAL", "DELETE_SUBSCR", "DELETE_NAME", "IMPORT", "BEFORE_WITH", "BEFORE_ASYNC", "SETUP_WITH",
               "SETUP_ASYNC", "LOAD_SPECIAL", "GET_AWAITABLE")  # fmt: skip
@@ -36,7 +36,7 @@ _MODULES = ("torch", "torchvision", "math", "operator", "typing", "collections.a
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether nothing but the code of its class runs when this one module is called: no hooks, no patched methods."""
+    """Whether a call of this module, children aside, runs only the code of its class: no hooks, no patched methods."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule) or is_parametrized(module):
         return False
@@ -47,16 +47,16 @@ def is_plain(module: nn.Module) -> bool:
     tensors = (*module._parameters.values(), *module._buffers.values())
     if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors if tensor is not None):
         return False
-    # An attribute of the instance that shadows a method of its class.
+    # A callable attribute of the instance may shadow a method of its class.
     return not any(callable(value) and hasattr(kind, name) for name, value in vars(module).items())
 
 
 def reads_nothing_that_changes(modules: Iterable[nn.Module]) -> bool:
-    """Whether the code of these modules' classes, as far as `forward` reaches it, has only constants beside tensors."""
+    """Whether the code that `forward` of these modules reaches reads only constants besides tensors."""
     reader, found = _Reader(), list(modules)
     if not all(reader.allows(type(module).forward) for module in found):
         return False
-    # A method that is found among the attributes may read more of them.
+    # A method among the attributes may read further attributes: repeat until no name is added.
     count = -1
     while count != len(reader.names):
         count = len(reader.names)
@@ -66,14 +66,14 @@ def reads_nothing_that_changes(modules: Iterable[nn.Module]) -> bool:
 
 
 class _Reader:
-    """Goes through functions by their instructions, and remembers which attributes they read."""
+    """Walks the bytecode of functions and records the names of the attributes that they read."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
         self.seen: set[types.CodeType] = set()
 
     def allows(self, value: Any) -> bool:
-        """Whether reading, or calling, `value` has the same result in every call."""
+        """Whether reading or calling `value` gives the same result every time."""
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         if isinstance(value, property):
@@ -81,8 +81,8 @@ class _Reader:
         if isinstance(value, types.MethodType):
             return False
         if isinstance(value, types.FunctionType):
-            written_there = value.__globals__.get("__name__", "").partition(".")[0] == "torch"
-            return (written_there and _of_torch(value)) or self._allows_function(value)
+            defined_in_torch = value.__globals__.get("__name__", "").partition(".")[0] == "torch"
+            return (defined_in_torch and _of_torch(value)) or self._allows_function(value)
         if isinstance(value, types.ModuleType):
             return value.__name__.startswith(("torch.", "torchvision.")) or value.__name__ in _MODULES
         if isinstance(value, type):
@@ -90,16 +90,16 @@ class _Reader:
         if isinstance(value, (tuple, frozenset)):
             return all(map(self.allows, value))
         if isinstance(value, (types.BuiltinFunctionType, types.BuiltinMethodType)):
-            places = (torch, torch.nn.functional, math)
-            return value in _BUILTINS or any(getattr(place, value.__name__, None) is value for place in places)
+            modules = (torch, torch.nn.functional, math)
+            return value in _BUILTINS or any(getattr(module, value.__name__, None) is value for module in modules)
         return isinstance(value, _CONSTANTS) or type(value).__module__.startswith(("torch._ops", "torch.jit._script"))
 
     def allows_attribute(self, module: nn.Module, name: str) -> bool:
-        """The same for the attribute of that name, of the module or of its class."""
+        """`allows` for the attribute `name` of the module or its class."""
         if name in vars(module):
             value = vars(module)[name]
             return name in ("_modules", "_parameters", "_buffers") or isinstance(value, Tensor) or self.allows(value)
-        # Those of the base classes too: an overriding method may call them.
+        # Base classes count too, because an overriding method may call theirs.
         kinds = [kind for kind in type(module).__mro__ if name in vars(kind) and not _of_torch(kind)]
         return all(self.allows(vars(kind)[name]) for kind in kinds)
 

@@ -1,4 +1,4 @@
-"""The types in which networks run, and where they are slow."""
+"""The floating-point types of networks, and the CPUs on which they are slow."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 
 
 def is_fast(device: torch.device, precision: str) -> bool:
-    """Whether torch has fast kernels for networks in this type; without, a CPU takes 10 to 100 times as long.
+    """Whether torch has fast kernels for networks in this type; without them a CPU takes 10 to 100 times as long.
 
-    CPUs without AVX-512, for one, have none for 16-bit types.
+    CPUs without AVX-512, for example, have no fast kernels for 16-bit types.
     """
     dtype = PRECISIONS.get(precision)
     if dtype is None or device.type != "cpu":
@@ -20,12 +20,12 @@ def is_fast(device: torch.device, precision: str) -> bool:
     supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[precision]
     try:
         return bool(getattr(torch.ops.mkldnn, supported)())
-    except AttributeError:  # a torch without oneDNN, or with other names: nothing is known
+    except AttributeError:  # without oneDNN, or with other names in it, the answer is unknown
         return True
 
 
 def warn_if_slow(function: str, device: torch.device, precision: str) -> None:
-    """Say what a user of such a CPU would wonder about."""
+    """Warn if networks in this type are slow on this CPU."""
     if not is_fast(device, precision):
         warnings.warn(
             f"{function}: networks in {precision} are much slower than in float32 on this CPU, for which torch has no "

@@ -1,4 +1,4 @@
-"""How threads wait for one another, and whether they must wait for a core. Imports no torch: see wait_asleep."""
+"""Thread waiting policy, and detection of oversubscribed cores. Does not import torch: see wait_asleep."""
 
 from __future__ import annotations
 
@@ -8,39 +8,38 @@ import sys
 import time
 from pathlib import Path
 
-# OpenMP reads from these how its threads wait, once, when torch loads it. If none is set, GNU's threads spin for
-# milliseconds, and hold a core for which the awaited thread may be queueing.
+# OpenMP reads these once, when torch loads it. If neither is set, threads of GNU OpenMP spin for milliseconds at a
+# barrier, and occupy a core that the awaited thread may need.
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-# Seconds between measurements in a training or an evaluation; threads that queue for more than this share of their
-# time cause a message.
+# Seconds between measurements in training or evaluation, and the share of time in a run queue that causes a message.
 EVERY, SHARE = 10.0, 0.2
 
 
 def wait_asleep() -> None:
-    """Have the threads of this process sleep while they wait, unless the environment says how they wait.
+    """Make waiting threads of this process sleep instead of spin, unless the environment sets a policy.
 
-    Does nothing once torch is loaded, because OpenMP has then read its variables.
+    Has no effect once torch is loaded, because OpenMP has then read its variables.
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in POLICIES):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def is_command() -> bool:
-    """Whether this process is a command of this package other than `bench`, which measures users' programs."""
+    """Whether this process is an atop-fast command other than `bench`, which measures users' programs."""
     program, command = [*sys.argv, "", ""][:2]
-    # While a package is imported for `python -m package.module`, the program's name is -m.
+    # During the import of the package for `python -m package.module`, sys.argv[0] is "-m".
     ours = Path(program).name == "atop-fast" or (program == "-m" and "atop_fast.cli" in sys.orig_argv)
     return ours and command != "bench"
 
 
 def spinning() -> bool:
-    """Whether threads that wait keep their cores, as far as the environment tells."""
+    """Whether waiting threads spin, as far as the environment tells."""
     policy, count = (os.environ.get(name, "").strip() for name in POLICIES)
     return policy.upper() != "PASSIVE" and count != "0"
 
 
 def busy_cores(seconds: float = 0.25) -> float | None:
-    """How many cores of this machine other processes keep busy; None if the system does not tell."""
+    """The number of cores that other processes keep busy; None if the system does not tell."""
     before = _system()
     if before is None:
         return None
@@ -53,10 +52,10 @@ def busy_cores(seconds: float = 0.25) -> float | None:
 
 
 class Queueing:
-    """The share of time for which the threads of this process queue for a core, from one measurement to the next.
+    """Measures the share of time that the threads of this process spend in a run queue, waiting for a core.
 
     Args:
-        threads: number of compute threads; with one, nothing is measured.
+        threads: number of compute threads; 1 disables the measurement.
         every: seconds between measurements.
     """
 
@@ -65,7 +64,7 @@ class Queueing:
         self.since, self.queued = time.monotonic(), seconds_queued()
 
     def remark(self) -> str | None:
-        """One sentence, the first time that the machine is so loaded that spinning threads delay one another."""
+        """A message, once, when the machine is so loaded that spinning threads delay one another; otherwise None."""
         now = time.monotonic()
         if self.said or now - self.since < self.every or not spinning():
             return None
@@ -78,22 +77,22 @@ class Queueing:
             return None
         self.said = True
         return (
-            f"{self.threads} threads queue for a core {100 * share:.0f} % of the time, as other work runs on these: "
+            f"{self.threads} threads queue for a core {100 * share:.0f} % of the time, because other processes use it: "
             f"{cure()}"
         )
 
 
 def cure() -> str:
-    """The advice for a computation beside other work."""
+    """Advice for a computation on a loaded machine."""
     return "OMP_WAIT_POLICY=PASSIVE, or a smaller OMP_NUM_THREADS, is faster (docs/ENV.md)"
 
 
 def seconds_queued() -> float | None:
-    """How long the threads of this process have been ready to run without a core; None if the system does not tell."""
+    """Seconds that the threads of this process have spent runnable without a core; None if the system does not tell."""
     times = []
     try:
         for task in Path("/proc/self/task").iterdir():
-            # A thread may have ended in between.
+            # The thread may have ended since it was listed.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 times.append(int((task / "schedstat").read_text().split()[1]))
     except (OSError, IndexError):
@@ -102,7 +101,7 @@ def seconds_queued() -> float | None:
 
 
 def _system() -> float | None:
-    """Seconds for which the cores of this machine have computed anything."""
+    """Busy time of all cores of this machine, in seconds."""
     try:
         user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9])
     except (OSError, ValueError):

@@ -13,7 +13,7 @@ SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
 
 
 def check_size(function: str, size: str) -> tuple[int, int, int]:
-    """Width, depth and heads of a size by name; ValueError for another one."""
+    """Width, depth and heads of a named size; ValueError for an unknown name."""
     return SIZES[check_choice(function, "size", size, list(SIZES))]
 
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them; four times as wide inside."""
+    """Two linear layers with a GELU between them; the hidden layer is four times as wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def init_linear(module: nn.Module) -> None:
 def sine_cosine_positions(side: int, width: int) -> Tensor:
     """Fixed position embeddings (1, side * side, width) of a square grid, row by row (He et al., CVPR 2022).
 
-    A quarter of the channels each: sine and cosine of the column, then of the row, at wavelengths from 2 pi to nearly
+    Four quarters of the channels: sine and cosine of the column, then of the row, at wavelengths from 2 pi to nearly
     20,000 pi; `width` must be divisible by 4.
     """
     frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))

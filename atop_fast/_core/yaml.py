@@ -1,4 +1,4 @@
-"""YAML from strangers: plain values of a bounded size, without what can build objects or grow when it is read."""
+"""Untrusted YAML: plain values of bounded size, without tags that construct objects or aliases that expand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAX_DEPTH = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, which makes no objects of Python, without aliases, repeated keys and deep nesting.
+    """SafeLoader, which constructs no Python objects, without aliases, duplicate keys and deep nesting.
 
-    Aliases may double what is held with every line; of two equal keys the first would be lost.
+    Aliases can double the size with every line; a duplicate key would silently replace the first one.
     """
 
     depth = 0
@@ -46,7 +46,7 @@ class _Loader(yaml.SafeLoader):
         return float(above) / float(below)
 
 
-# With 8/255, as radii are written, and with 1e-3 as a number, as in JSON.
+# Accept 8/255, as radii are written, and 1e-3, which JSON takes for a number and YAML 1.1 for text.
 _FRACTION, _FLOAT = r"[0-9]+(\.[0-9]*)?/[0-9]+(\.[0-9]*)?$", r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"
 _Loader.add_implicit_resolver("!fraction", re.compile(_FRACTION), list("0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789"))
@@ -54,7 +54,7 @@ _Loader.add_constructor("!fraction", _Loader.construct_fraction)
 
 
 class _WithoutDates(_Loader):
-    """Dates are text."""
+    """_Loader that reads dates as text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         start: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -63,10 +63,10 @@ class _WithoutDates(_Loader):
 
 
 def parse_yaml(text: str, dates: bool = True) -> Any:
-    """The values of a YAML document; fractions such as 8/255 are numbers, and dates are text without `dates`.
+    """The values of a YAML document; fractions such as 8/255 are numbers, and dates are text if `dates` is False.
 
     Raises:
-        ValueError: the text is too long, is not YAML, or has tags of Python, aliases, equal keys or deep nesting.
+        ValueError: the text is too long, is not YAML, or has Python tags, aliases, duplicate keys or deep nesting.
     """
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"longer than {MAX_CHARACTERS} characters")
