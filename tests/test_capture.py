@@ -201,7 +201,7 @@ def test_every_form_has_a_recording_of_its_own_and_a_stage_ends_those_before():
     assert step.calls == 2 * (WARM_UP + 1)
     step(X[whole], Y[whole], whole, 2)
     assert recorder.runs == 2 * WARM_UP + 1
-    assert len(step.replayed.forms) == 1
+    assert len(step.replayed.graphs) == 1
 
 
 def test_results_outlive_the_next_update_and_inputs_are_left_alone():

@@ -1,4 +1,4 @@
-"""Averages of a network's weights over its training, which often generalise better than the last ones."""
+"""Averages of a network's weights over its training, which often generalize better than the final weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .config import TrainingConfig
 
 
 class Average:
-    """The weights at the end of a training, by TrainingConfig.average; buffers stay the last ones.
+    """Computes the final weights by the rule of TrainingConfig.average; buffers keep their last values.
 
-        ema      w <- decay w + (1 - decay) w_t after every update t, from the first one's
-        median   of the weights after each epoch of the second half, element by element (MEAT)
+        ema      w <- decay w + (1 - decay) w_t after every update t, starting from the weights after the first
+        median   elementwise median of the weights after each epoch of the second half (MEAT)
 
     Args:
         module: the network.
@@ -23,11 +23,11 @@ class Average:
 
     def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
         self.parameters, self.config = list(module.parameters()), config
-        # One list of weights, or one for each epoch.
+        # One list of weights for "ema", one for each epoch for "median".
         self.kept: list[list[Tensor]] = []
 
     def after_update(self) -> None:
-        """Take in the weights after an update."""
+        """Account for the weights after an update."""
         if self.config.average != "ema":
             return
         if self.kept:
@@ -36,12 +36,12 @@ class Average:
             self.kept = [[p.clone() for p in self._now()]]
 
     def after_epoch(self, epoch: int) -> None:
-        """Take in the weights after the epoch of this number, from 0."""
+        """Account for the weights after epoch number `epoch`, counted from 0."""
         if self.config.average == "median" and epoch >= self.config.epochs // 2:
             self.kept.append([p.clone() for p in self._now()])
 
     def apply(self) -> None:
-        """Put the average into the network."""
+        """Copy the average into the network."""
         if not self.kept:
             return
         count = len(self.kept)
@@ -54,7 +54,7 @@ class Average:
         return {"kept": self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the averages of state_dict."""
+        """Resume from the averages in `state`."""
         self.kept = [[value.to(p) for value, p in zip(values, self._now(), strict=True)] for values in state["kept"]]
 
     def _now(self) -> list[Tensor]:

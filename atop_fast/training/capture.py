@@ -1,8 +1,8 @@
-"""An update as a CUDA graph: recorded once for every form of its input, and then replayed without Python.
+"""An update as a CUDA graph: captured once for every signature of its inputs, then replayed without Python.
 
-A graph repeats its kernels on the same memory and with the same numbers. So the update reads its input from buffers,
-into which every batch is copied, and numbers that change, such as the learning rate, from tensors. What cannot be
-recorded runs eagerly on the same buffers.
+A graph repeats its kernels on the same memory and with the same numbers. Therefore the update reads its inputs from
+static buffers, into which every batch is copied, and changing numbers, such as the learning rate, from tensors. An
+update that cannot be captured runs eagerly on the same buffers.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 Logs = dict[str, Tensor]
-# Eager runs before a recording: they choose algorithms, compile kernels and create the optimizers' state.
+# Eager warm-up runs before a capture: they choose algorithms, compile kernels and create the optimizers' state.
 WARM_UP = 3
 
 
 class Recorder(Protocol):
-    """Records work on a device."""
+    """Captures work on a device."""
 
     def run(self, work: Callable[[], Logs]) -> Logs:
-        """Do the work, in the place where it is to be recorded."""
+        """Run the work eagerly, on the stream on which it will be captured."""
 
     def record(self, work: Callable[[], Logs]) -> tuple[Logs, Callable[[], None]]:
-        """Record the work without doing it; its results, and the function that does it and fills them.
+        """Capture the work without running it; returns its result tensors and the function that runs it and fills them.
 
-        RuntimeError where it cannot be recorded.
+        Raises RuntimeError if the work cannot be captured.
         """
 
 
 class CudaRecorder:
-    """Records CUDA graphs, each with memory of its own."""
+    """Captures CUDA graphs, each with its own memory pool."""
 
     def __init__(self) -> None:
-        # Gradients are accumulated on the stream of a weight's first use, so all runs have the recording's.
+        # Autograd accumulates a gradient on the stream of the weight's first use, so warm-up uses the capture stream.
         self.stream = torch.cuda.Stream()
 
     def run(self, work: Callable[[], Logs]) -> Logs:
@@ -52,16 +52,16 @@ class CudaRecorder:
     def record(self, work: Callable[[], Logs]) -> tuple[Logs, Callable[[], None]]:
         """See Recorder."""
         graph = torch.cuda.CUDAGraph()
-        # torch.cuda.graph leaves its stream current if the recording fails, torch.cuda.stream does not. A DataLoader's
-        # thread, which pins memory, must not end a recording: hence "thread_local".
+        # torch.cuda.stream restores the current stream if the capture fails; torch.cuda.graph does not. "thread_local",
+        # because the pin-memory thread of a DataLoader must not invalidate the capture.
         recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         with torch.cuda.stream(self.stream), recording:
             logs = work()
         return logs, graph.replay
 
 
-class _Form:
-    """Inputs of one form: their buffers, and what was recorded for them."""
+class _Graph:
+    """The static buffers and the graph for one signature of the inputs."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self.buffers = [torch.empty_like(t) for t in inputs]
@@ -71,64 +71,64 @@ class _Form:
 
 
 class Replayed:
-    """Work on tensors that is recorded after some runs, and from then on replayed.
+    """Runs work on tensors: eagerly for a warm-up, then captured and replayed.
 
-    A recording is kept for every form of the inputs (shapes, dtypes, layouts) and every `key`; those of another
-    `stage` are dropped, as stages follow one another.
+    One graph is kept for every signature of the inputs (shapes, dtypes, strides) and every `key`. All graphs are
+    dropped when `stage` changes, because stages do not return.
 
     Args:
-        work: from tensors to named scalars; must read all else that changes from tensors too.
+        work: maps tensors to named scalars; must also read everything else that changes from tensors.
         recorder: None runs everything eagerly.
 
     Attributes:
-        path: how the work runs and why, once that is known; for the user to read.
+        path: a description of how the work runs and why, once that is known.
     """
 
     def __init__(self, work: Callable[..., Logs], recorder: Recorder | None) -> None:
         self.work, self.recorder = work, recorder
         self.missing = "no GPU" if recorder is None else None
         self.path = ""
-        self.forms: dict[Hashable, _Form] = {}
+        self.graphs: dict[Hashable, _Graph] = {}
         self.stage: Hashable = None
 
     def __call__(self, inputs: Sequence[Tensor], stage: Hashable, key: Hashable, obstacle: str | None) -> Logs:
-        """Do the work on the inputs; `obstacle` says why it may not be recorded. The results are the caller's."""
+        """Run the work on the inputs. `obstacle` tells why it may not be captured. The results belong to the caller."""
         if stage != self.stage:
-            self.forms.clear()
+            self.graphs.clear()
             self.stage = stage
-        kinds = tuple((t.shape, t.dtype, t.stride()) for t in inputs)
-        if (kinds, key) not in self.forms:
-            self.forms[kinds, key] = _Form(inputs)
-        form = self.forms[kinds, key]
-        for buffer, value in zip(form.buffers, inputs, strict=True):
+        signature = tuple((t.shape, t.dtype, t.stride()) for t in inputs)
+        if (signature, key) not in self.graphs:
+            self.graphs[signature, key] = _Graph(inputs)
+        graph = self.graphs[signature, key]
+        for buffer, value in zip(graph.buffers, inputs, strict=True):
             buffer.copy_(value, non_blocking=True)
 
         def work() -> Logs:
-            return self.work(*form.buffers)
+            return self.work(*graph.buffers)
 
-        if self.recorder is not None and obstacle is None and form.replay is None and form.runs >= WARM_UP:
-            self._record(form, work)
+        if self.recorder is not None and obstacle is None and graph.replay is None and graph.runs >= WARM_UP:
+            self._record(graph, work)
         obstacle = obstacle or self.missing
         if obstacle is not None:
             self.path = f"eager ({obstacle})"
         if self.recorder is None or obstacle is not None:
             return work()
-        if form.replay is None:
-            form.runs += 1
+        if graph.replay is None:
+            graph.runs += 1
             return self.recorder.run(work)
-        form.replay()
-        return {name: value.clone() for name, value in form.logs.items()}
+        graph.replay()
+        return {name: value.clone() for name, value in graph.logs.items()}
 
-    def _record(self, form: _Form, work: Callable[[], Logs]) -> None:
+    def _record(self, graph: _Graph, work: Callable[[], Logs]) -> None:
         assert self.recorder is not None
         try:
-            form.logs, form.replay = self.recorder.record(work)
+            graph.logs, graph.replay = self.recorder.record(work)
             self.path = "CUDA graph"
         except RuntimeError as error:
             self.recorder, self.missing = None, "not captured: " + str(error).partition("\n")[0]
-            # What was recorded before may have left gradients in memory that eager runs do not share.
-            self.forms.clear()
+            # Earlier captures may hold gradients in their own memory pools, which eager runs do not share.
+            self.graphs.clear()
 
     def forget(self) -> None:
-        """Drop the recordings, as after a change of the memory that the work reads."""
-        self.forms.clear()
+        """Drop all graphs, for example after a change of the memory that the work reads."""
+        self.graphs.clear()

@@ -1,4 +1,4 @@
-"""Training of a classifier, on clean images or on adversarial ones."""
+"""Standard and adversarial training of a classifier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .step import Logs, Step, run_attack
 
 
 class ClassifierStep(Step):
-    """Minimise the cross-entropy to the (smoothed) labels, on clean images or on those of an attack.
+    """Minimize the cross-entropy with (smoothed) labels, on clean or on adversarial images.
 
     Args:
         classifier, config, seed, transform: see train_classifier.
@@ -37,7 +37,7 @@ class ClassifierStep(Step):
     ) -> None:
         super().__init__({"classifier": classifier}, config, betas=(0.9, 0.999))
         self.classifier, self.seed = classifier, derive_seed(seed, "augment")
-        # Without masks and noise the transform gives the image itself, up to its range.
+        # Without mask and noise, the transform only rescales the image.
         self.pipeline = Defense(RT1(1, 0.0) if transform is None else transform, None, classifier)
         self.plain = transform is None
         self.transform_seed, self.attack_seed = derive_seed(seed, "transform"), derive_seed(seed, "attack")
@@ -59,7 +59,7 @@ class ClassifierStep(Step):
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1]},
         ]
-        # torch takes no group without parameters.
+        # The fused optimizer refuses a group without parameters.
         groups = [group for group in groups if group["params"]]
         return torch.optim.SGD(groups, lr=self.rate, momentum=self.config.momentum, nesterov=True, fused=True)
 
@@ -102,24 +102,24 @@ def train_classifier(
     tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> History:
-    """Minimise the cross-entropy; changes `classifier` in place and leaves it in evaluation mode.
+    """Minimize the cross-entropy; changes `classifier` in place and leaves it in evaluation mode.
 
     Args:
         classifier: maps images (B, C, H, W) in [0, 1] to logits.
         images, labels, workers: see Feed.
-        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
-        transform: a random transform in front of the classifier, in training and in the evaluations within it; masked
-            pixels are grey. None trains on the images as they are.
+        held_out: images and labels, evaluated every config.evaluate_every entries of the history; see fit.
+        transform: a random transform in front of the classifier, in training and in evaluations on `held_out`; masked
+            pixels are gray. None trains on the unchanged images.
         config: ClassifierConfig.
-        seed: key of the data order, of the augmentation, and of the transform and the attack, if there are any.
+        seed: key of the data order, the augmentation, the transform and the attack.
         checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
 
     Returns:
         Mean loss and training accuracy of every epoch.
 
     Raises:
-        TypeError, ValueError: images that `classifier` does not take, labels beyond its classes, a frozen classifier,
-            or batches too small for the statistics of batch norm; see fit, too.
+        TypeError, ValueError: `classifier` does not accept the images or is frozen, labels exceed its classes, batches
+            are too small for batch norm, or as in fit.
     """
     config = config or ClassifierConfig()
     step = ClassifierStep(classifier, config, seed, transform)
@@ -149,7 +149,7 @@ def train_classifier(
 
 
 def _classes(logits: Any) -> int:
-    """How many classes a classifier has, by its output for one image."""
+    """The number of classes of a classifier, from its output for one image."""
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}; wrap the classifier"
         raise ValueError(message("train_classifier", "classifier", "one that returns logits (B, classes >= 2)", given))
@@ -159,9 +159,11 @@ def _classes(logits: Any) -> int:
 def shift_and_mirror(
     x: Tensor, seed: int, ids: Tensor, epoch: int | Tensor, reach: int = 4, alternating: bool = False
 ) -> Tensor:
-    """Images (B, C, H, W), shifted by up to `reach` pixels along both axes, with zeros outside, and half of them
-    mirrored; keyed by (seed, sample id, epoch). With `alternating`, the half mirrored in epoch 0 and the other half
-    take turns."""
+    """Shift images (B, C, H, W) by up to `reach` pixels along both axes, with zero padding, and mirror half of them.
+
+    Keyed by (seed, sample id, epoch). With `alternating`, epoch 0 mirrors a random half and later epochs alternate
+    between the two halves.
+    """
     height, width = x.shape[2:]
     words = random_bits(3, seed, ids, epoch, Tag.START)
     down, right = ((words[:, i : i + 1] * (2 * reach + 1)) >> 32 for i in (0, 1))
@@ -172,6 +174,6 @@ def shift_and_mirror(
     columns = right + torch.arange(width, device=x.device)
     columns = torch.where(mirrored, columns.flip(1), columns)
     batch = torch.arange(len(x), device=x.device)
-    # Advanced indices around a slice put their axes first.
+    # Advanced indices on both sides of a slice move the indexed axes to the front.
     picked = F.pad(x, (reach,) * 4)[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2).contiguous()

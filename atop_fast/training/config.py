@@ -1,4 +1,4 @@
-"""Options of the trainings."""
+"""Training options."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ TARGETS = ("adversarial", "clean")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Options of every training.
+    """Options common to all trainings.
 
     Attributes:
         epochs: passes over the data.
-        batch_size: images of one update, over all processes.
-        lr: first learning rate of the optimizer, which is Adam unless a subclass says otherwise; of "onecycle", the
-            highest one.
-        schedule: "cosine" (falls to 0 along half a cosine), "linear" (falls to 0), "onecycle" (rises from a 25th over
-            the first fifth of the updates, then falls to almost 0, both linearly: Smith and Topin, 2017, as torch's
-            OneCycleLR), "step" (a tenth after half of the updates, and again after three quarters) or "constant".
-        precision: "float32", or "bfloat16" or "float16" (with loss scaling) for the passes of the networks; weights,
-            images, losses and optimizers stay float32. On GPUs, "tf32" lets convolutions and matrix products in float32
-            round their factors to 10 bits (TF32), and the others do not; a CPU takes it for "float32".
-        accumulate: passes into which an update is divided, to save memory. With a discriminator, the GAN term of all
-            but the last sees it before its update.
-        clip: largest norm of a network's gradient; longer ones are scaled to it. None leaves them.
-        average: weights at the end: "none" (the last), "ema" (an exponential moving average over the updates) or
-            "median" (of the ends of the second half of the epochs, weight by weight: MEAT, Wang et al., 2024).
-        ema_decay: of the moving average.
-        evaluate_every: entries of the history, which are epochs unless `updates` is given, from one evaluation on
-            held-out images to the next; 0 makes none. They leave the training as it is.
-        updates: end after so many updates, if these are fewer, also in the middle of a pass; the schedule, too, is
-            that of so many. None trains for all of `epochs`.
-        graphs: on a GPU, replay an update as a CUDA graph where that can be; see atop_fast.training.capture.
+        batch_size: images per update, summed over all processes.
+        lr: initial learning rate (peak learning rate for "onecycle") of the optimizer, Adam unless a subclass says
+            otherwise.
+        schedule: "cosine" (half a cosine down to 0), "linear" (down to 0), "onecycle" (up from lr / 25 over the first
+            fifth of the updates, then down to almost 0, both linearly: Smith and Topin, 2017, as torch's OneCycleLR),
+            "step" (divided by 10 after half and after three quarters of the updates) or "constant".
+        precision: "float32", or "bfloat16" or "float16" (with loss scaling) for the forward and backward passes of the
+            networks; weights, images, losses and optimizers stay float32. On GPUs, "tf32" allows TF32 (10-bit
+            mantissas) in float32 convolutions and matrix products, and the other settings forbid it; on a CPU it equals
+            "float32".
+        accumulate: gradient accumulation: the number of chunks into which a batch is split, to save memory. The GAN
+            term of all chunks but the last sees the discriminator before its update.
+        clip: maximum norm of a network's gradient; None does not clip.
+        average: final weights: "none" (the last), "ema" (an exponential moving average over the updates) or "median"
+            (the elementwise median over the ends of the second half of the epochs: MEAT, Wang et al., 2024).
+        ema_decay: decay of the moving average.
+        evaluate_every: number of history entries between evaluations on held-out images; entries are epochs, or
+            twentieths of the training if `updates` is given. 0 never evaluates. Training is not affected.
+        updates: maximum number of updates; training may then end within an epoch, and the schedule covers this number.
+            None trains for all of `epochs`.
+        graphs: on a GPU, replay updates as CUDA graphs if possible; see atop_fast.training.capture.
     """
 
     epochs: int = 10
@@ -81,19 +82,20 @@ class ClassifierConfig(TrainingConfig):
     """Options of train_classifier, in addition to those of TrainingConfig.
 
     Attributes:
-        optimizer: "adam", or "sgd" with Nesterov's momentum, which generalises better on photographs and needs another
+        optimizer: "adam", or "sgd" with Nesterov momentum, which generalizes better on photographs and needs a larger
             `lr` (0.1 to 0.4 for residual networks).
-        momentum: of "sgd", above 0 and below 1.
-        weight_decay: of "sgd": this times a weight is added to its gradient; biases and batch norms have none.
-        label_smoothing: share s of the target that all classes have in common: 1 - s + s / classes for the label and
-            s / classes for each other class (Szegedy et al., CVPR 2016).
-        augment: shift images by up to `shift` pixels and mirror them, at random; for photographs, not for digits.
-        shift: see augment.
-        flip: which images `augment` mirrors: each with probability 1/2 in every epoch ("random"), or every second epoch
-            from a random start, so that an image and its mirror image come in turn ("alternating": Jordan, 2024).
-        attack: "none", or "n-fgsm" for adversarial training: the classifier sees the images of NFGSM on itself in place
-            of the clean ones, both behind the random transform, if train_classifier is given one.
-        eps, alpha, noise: of "n-fgsm", as in FinetuneConfig.
+        momentum: momentum of "sgd", in (0, 1).
+        weight_decay: L2 weight decay of "sgd"; biases and batch norm are exempt.
+        label_smoothing: s in the target 1 - s + s / classes for the label and s / classes for each other class
+            (Szegedy et al., CVPR 2016).
+        augment: randomly shift images by up to `shift` pixels and mirror them; for photographs, not for digits.
+        shift: maximum shift in pixels.
+        flip: images that `augment` mirrors: each with probability 1/2 in every epoch ("random"), or each in every
+            second epoch, with a random start, so that an image and its mirror image alternate ("alternating": Jordan,
+            2024).
+        attack: "none", or "n-fgsm" for adversarial training: NFGSM on the classifier, including the transform of
+            train_classifier if there is one, replaces the clean images.
+        eps, alpha, noise: parameters of "n-fgsm", as in FinetuneConfig.
     """
 
     lr: float = 2e-3
@@ -113,7 +115,7 @@ class ClassifierConfig(TrainingConfig):
         super().__post_init__()
         name = type(self).__name__
         check_choice(name, "optimizer", self.optimizer, list(OPTIMIZERS))
-        # Nesterov's method needs momentum, and torch's fused SGD crashes without it.
+        # Nesterov's method requires momentum, and torch's fused SGD crashes without it.
         if not 0 < check_number(name, "momentum", self.momentum) < 1:
             raise ValueError(message(name, "momentum", "between 0 and 1", self.momentum))
         check_number(name, "weight_decay", self.weight_decay, low=0)
@@ -134,10 +136,10 @@ class PretrainConfig(TrainingConfig):
     """Options of pretrain, in addition to those of TrainingConfig.
 
     Attributes:
-        gan_weight: weight of the adversarial GAN term; 0 trains without a discriminator.
-        betas: of Adam. With (b1, b2), the update after a gradient far longer than the earlier ones is up to
-            (1 - b1) / sqrt(1 - b2) learning rates long: 16 with the values of GANs, which throws large networks out of
-            their training, and 2.2 with (0.5, 0.95).
+        gan_weight: weight of the GAN loss; 0 trains without a discriminator.
+        betas: Adam's (b1, b2). After a gradient much larger than the earlier ones, an update is up to
+            (1 - b1) / sqrt(1 - b2) learning rates long: 16 with the values usual for GANs, which makes large networks
+            diverge, and 2.2 with (0.5, 0.95).
     """
 
     gan_weight: float = 0.01
@@ -156,25 +158,25 @@ class FinetuneConfig(PretrainConfig):
     """Options of finetune, in addition to those of PretrainConfig.
 
     Attributes:
-        ce_weight: lambda, the weight of the classification loss, which is the cross-entropy on the attacked images.
-        clean_weight: weight of the cross-entropy on the clean images, which then also pass through the pipeline, under
-            the same draws; the L1 loss is then the mean over both. 0 leaves them out.
-        ce_from_epoch: first epoch (from 0) with the classification losses.
+        ce_weight: lambda, the weight of the classification loss, the cross-entropy on the attacked images.
+        clean_weight: weight of the cross-entropy on the clean images. If it is not 0, the clean images also pass
+            through the pipeline, under the same draws, and the L1 and GAN losses are means over both.
+        ce_from_epoch: first epoch, counted from 0, with classification losses.
         l1_weight: weight of the L1 loss.
-        l1_final: weight of the L1 loss at the end of the training, reached linearly over the updates; None keeps
+        l1_final: weight of the L1 loss at the end of the training, interpolated linearly over the updates; None keeps
             l1_weight.
         attack: one of "fgsm", "fgsm-rs" (from a random start, with alpha 1.25 eps: Wong et al., ICLR 2020), "n-fgsm"
             (from noise larger than the ball, unprojected: de Jorge et al., NeurIPS 2022; only with norm "Linf"), "pgd"
             (from a random start) and "apgd" (APGD-CE).
-        steps: of "pgd" and "apgd".
-        alpha: step size of "fgsm-rs", "n-fgsm" and "pgd", in units of [0, 1] pixels; None takes the attack's own.
-        noise: of "n-fgsm": k, the reach of its noise in units of eps.
-        attacked: what the training attack sees: "pipeline" (transform, purifier and classifier, exact gradients) or
-            "classifier" (the classifier alone, as in AToP's public code).
-        adversarial_share: share of the images that are attacked, chosen anew in every epoch; the others stay clean.
-        target: what the purifier must restore: the "adversarial" image (the paper's formula) or the "clean" one.
+        steps: number of steps of "pgd" and "apgd".
+        alpha: step size of "fgsm-rs", "n-fgsm" and "pgd", in units of [0, 1] pixels; None uses the attack's default.
+        noise: k of "n-fgsm", the bound of its noise in units of eps.
+        attacked: target of the training attack: "pipeline" (transform, purifier and classifier, with exact gradients)
+            or "classifier" (the classifier alone, as in AToP's public code).
+        adversarial_share: share of the images that are attacked, resampled in every epoch; the others stay clean.
+        target: image that the purifier must restore: "adversarial" (the paper's formula) or "clean".
         norm, eps: threat model; eps in units of [0, 1] pixels.
-        eot_iter: draws averaged in the training attack's gradient.
+        eot_iter: number of draws over which the training attack averages its gradient.
     """
 
     ce_weight: float = 0.1

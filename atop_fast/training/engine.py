@@ -1,7 +1,7 @@
-"""The loop under every training: data order, schedules, progress, and checkpoints that resume exactly.
+"""The training loop: data order, schedules, progress, and checkpoints that resume exactly.
 
-A checkpoint holds the state after some update of some epoch. Data order and all randomness are functions of the seed,
-the epoch and the sample, so a run that was killed goes on from there to the bits of one that was not.
+A checkpoint holds the state after an update, possibly within an epoch. Data order and all randomness are functions of
+seed, epoch and sample, so a run that was killed resumes to the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ from .single import check_passes
 from .step import Step
 
 History = list[dict[str, float]]
-# Of a training of so many updates that may end within an epoch, the history has about so many parts.
+# Approximate number of history entries if the length of the training is given in updates.
 PARTS = 20
 # Images whose restoration TensorBoard shows.
 PICTURES = 8
-# The schedule "onecycle": the share of the updates with a rising rate, the first rate over the highest, and the last
-# rate over the first.
+# Schedule "onecycle": share of the updates in the warm-up, first rate over peak rate, last rate over first rate.
 WARM_UP, FIRST, LAST = 0.2, 1 / 25, 1e-4
-# What a checkpoint has of a training besides the states of networks and optimizers.
-PLACE = ("epoch", "batch", "done", "seen", "sums", "history")
+# State of the training loop in a checkpoint, next to that of networks and optimizers.
+LOOP_STATE = ("epoch", "batch", "done", "seen", "sums", "history")
 
 
 def fit(
@@ -58,35 +57,34 @@ def fit(
     fingerprint: str = "",
     progress: bool = True,
 ) -> History:
-    """Run `step` over shuffled batches, its networks in training mode; afterwards they are in evaluation mode.
+    """Run `step` over shuffled batches with its networks in training mode; afterwards they are in evaluation mode.
 
-    Under torchrun, or with an initialised process group, each process takes its part of every batch.
+    Under torchrun, or with an initialized process group, each process takes its shard of every batch.
 
     Args:
         title: name on the progress bar.
         step: the update; its config gives epochs, batch size, schedule and average.
         feed: the images.
         seed: key of the data order.
-        held_out: images that are evaluated now and then, as the configuration's evaluate_every says.
-        checkpoint: file from which an interrupted call with the same `fingerprint` goes on to the same result, written
-            when `checkpoint_minutes` have passed, at the end, and on SIGTERM; tensors and numbers only. An error while
-            writing leaves the earlier one.
-        checkpoint_minutes: see checkpoint; 0 writes after every update.
-        metrics: JSON-lines file to which every epoch (or part, see below) adds its losses, learning rate and images per
-            second.
-        tensorboard: folder for logs of TensorBoard: the same numbers, and purified images; needs the package.
-        fingerprint: what else the result depends on, as text; the data, the first weights, the options and `seed` are
-            added to it.
-        progress: show a progress bar with the time left.
+        held_out: images that are evaluated every `evaluate_every` history entries (see TrainingConfig).
+        checkpoint: file from which an interrupted call with the same `fingerprint` resumes to the same result. It is
+            written every `checkpoint_minutes`, at the end and on SIGTERM, and holds only tensors and numbers. If
+            writing fails, the previous file remains.
+        checkpoint_minutes: minutes between checkpoints; 0 writes one after every update.
+        metrics: JSON-lines file to which every history entry adds its losses, learning rate and images per second.
+        tensorboard: folder for TensorBoard logs with the same numbers and purified images; needs the package.
+        fingerprint: text that identifies further inputs of the result; the data, the initial weights, the options and
+            `seed` are added to it.
+        progress: show a progress bar with the ETA.
 
     Returns:
-        The mean of every logged scalar, epoch by epoch, or, if the configuration counts updates, over each twentieth of
-        these.
+        The history: the mean of every logged scalar over each epoch or, if the configuration sets `updates`, over each
+        twentieth of these.
 
     Raises:
-        ValueError: `checkpoint` is damaged, of another run, or cannot be written; processes have different networks,
-            data or options; or a loss or a weight became NaN or infinite: found when an epoch ends or
-            `checkpoint_minutes` have passed, and never saved.
+        ValueError: `checkpoint` is damaged, belongs to another run or cannot be written; processes have different
+            networks, data or options; or a loss or a weight became NaN or infinite. The latter is detected at the end
+            of an epoch and before every checkpoint, so that it is never saved.
         SystemExit: after SIGTERM, once the checkpoint is written; status 143.
     """
     checkpoint, metrics, tensorboard = (None if p is None else Path(p) for p in (checkpoint, metrics, tensorboard))
@@ -115,7 +113,7 @@ def fit(
 
 
 class _Training:
-    """Where a training stands: the next update is number `batch` of `epoch`."""
+    """The state of a training; the next update is number `batch` of `epoch`."""
 
     def __init__(
         self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str, held_out: Feed | None
@@ -136,11 +134,11 @@ class _Training:
             self.total = min(self.total, self.config.updates)
             self.part = -(-self.total // PARTS)
         self.epoch = self.batch = self.done = 0
-        # Over the updates, and their images, since the last entry of the history.
+        # Sums of the scalars, and number of images, since the last history entry.
         self.sums: dict[str, Tensor] = {}
         self.seen = 0
-        # The first update in which each scalar was no finite number; -1: in none. On the device: nobody waits for it.
-        self.spoilt: Tensor | None = None
+        # First update in which each scalar was not finite, or -1. Kept on the device to avoid a synchronization.
+        self.first_nonfinite: Tensor | None = None
         self.history: History = []
         self.rate, self.path = self.config.lr, ""
         self.parts: dict[str, Any] = {
@@ -177,11 +175,11 @@ class _Training:
                     yield
 
     def _images(self, updates: int) -> int:
-        """Images of the first updates."""
+        """The number of images in the first `updates` updates."""
         return updates // self.updates * len(self.feed) + updates % self.updates * self.config.batch_size
 
     def _mine(self, batches: tuple[Tensor, ...]) -> list[Tensor]:
-        """This process's part of each batch; where there is none, an image that will count nothing."""
+        """The shard of each batch for this process; an empty shard becomes one image, which gets weight 0."""
         if self.group.size == 1:
             return list(batches)
         parts = [whole.tensor_split(self.group.size)[self.group.rank] for whole in batches]
@@ -195,8 +193,8 @@ class _Training:
         logs = self.step(x, y, ids, self.epoch, share)
         values = torch.stack([value.double() * share for value in logs.values()])
         self.group.add_up([values])
-        before = torch.full_like(values, -1) if self.spoilt is None else self.spoilt
-        self.spoilt = torch.where(values.isfinite() | (before >= 0), before, self.done)
+        before = torch.full_like(values, -1) if self.first_nonfinite is None else self.first_nonfinite
+        self.first_nonfinite = torch.where(values.isfinite() | (before >= 0), before, self.done)
         for key, value in zip(logs, values, strict=True):
             self.sums[key] = self.sums.get(key, torch.zeros_like(value)) + value * whole
         self.average.after_update()
@@ -216,7 +214,7 @@ class _Training:
         self.sums, self.seen = {}, 0
 
     def _evaluate(self, feed: Feed) -> dict[str, float]:
-        """Means over the held-out images, of which each process takes its part."""
+        """Means over the held-out images, sharded over the processes."""
         for module in self.step.modules.values():
             module.eval()
         batches = torch.arange(len(feed)).split(self.config.batch_size)
@@ -231,8 +229,9 @@ class _Training:
         return {f"held_out_{key}": float(value) / len(feed) for key, value in sums.items()}
 
     def check(self) -> None:
-        """Raise if a scalar of an update, or a weight, is no finite number; called before anything of it is saved."""
-        for name, update in zip(self.sums, [] if self.spoilt is None else self.spoilt.tolist(), strict=False):
+        """Raise if a logged scalar or a weight is not finite; called before every save."""
+        updates = [] if self.first_nonfinite is None else self.first_nonfinite.tolist()
+        for name, update in zip(self.sums, updates, strict=False):
             if update >= 0:
                 raise ValueError(message("fit", name, "finite", f"NaN or infinity in {self._name(int(update))}"))
         for name, module in self.step.modules.items():
@@ -246,33 +245,33 @@ class _Training:
         return f"update {batch} of epoch {epoch} (both from 0); no checkpoint holds it"
 
     def save(self, path: Path | None) -> None:
-        """Write the checkpoint, if there is to be one; by the first process, as all have the same state."""
+        """Write the checkpoint, if a path is given; only rank 0 writes, because all ranks have the same state."""
         if path is None or self.group.rank:
             return
-        here = {name: getattr(self, name) for name in PLACE}
-        save_checkpoint(path, self.fingerprint, {**here, **{k: part.state_dict() for k, part in self.parts.items()}})
+        loop = {name: getattr(self, name) for name in LOOP_STATE}
+        save_checkpoint(path, self.fingerprint, {**loop, **{k: part.state_dict() for k, part in self.parts.items()}})
 
     def load(self, path: Path | None) -> None:
-        """Go on from the checkpoint, if there is one; where there is none, make sure that it can be written."""
+        """Resume from the checkpoint if there is one; otherwise check that it can be written."""
         if path is not None:
             writable_folder("fit", "checkpoint", path.parent)
             remove_leftovers(path.parent, path.stem)
         state = load_checkpoint("fit", path, self.fingerprint)
         if state is None:
             return
-        for name in PLACE:
+        for name in LOOP_STATE:
             setattr(self, name, state[name])
         self.sums = {key: value.to(self.step.device) for key, value in self.sums.items()}
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        # Optimizers have their state in other memory now.
+        # Loading has moved the state of the optimizers to other memory.
         self.step.replayed.forget()
 
 
 def _factor(schedule: str, done: int, total: int) -> float:
-    """The learning rate over the configured one, when `done` of all updates are done, 0 <= done < total."""
+    """The learning rate relative to the configured one after `done` of `total` updates, 0 <= done < total."""
     if schedule == "onecycle":
-        # As torch's OneCycleLR places them: both the highest and the lowest rate belong to an update.
+        # As in torch's OneCycleLR, one update has exactly the peak rate, and the last update the lowest.
         top, end = max(0.0, WARM_UP * total - 1), total - 1
         if done <= top:
             return FIRST + (1 - FIRST) * (done / top if top else 1.0)
@@ -287,7 +286,7 @@ def _factor(schedule: str, done: int, total: int) -> float:
 
 @contextlib.contextmanager
 def _terminated() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets inside the block; Python has signal handlers in its main thread alone."""
+    """An event that SIGTERM sets in the block; never set outside the main thread, where Python allows no handlers."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -18,26 +18,26 @@ Images: TypeAlias = Tensor | Dataset[Any]
 class Feed:
     """The images of a training.
 
-    Tensors stay in memory, on the networks' device, uint8 ones as bytes. A torch dataset of (image, label) is read in
-    every epoch by `workers` processes, which keep pinned batches ready for a GPU; the order is the training's.
+    Tensors are held on the networks' device, and uint8 tensors stay uint8. A torch dataset of (image, label) is read in
+    every epoch by `workers` processes, which prepare pinned batches for a GPU, in the order of the training.
 
     Args:
         function: name for error messages.
         images: float (N, C, H, W) in [0, 1] or uint8 (N, C, H, W); or a map-style dataset of such images (C, H, W) with
             integer labels.
-        labels: int64 (N,); None for a dataset, which has its own, and where they are not used.
-        device: of the networks.
-        workers: processes that read a dataset.
+        labels: int64 (N,); None for a dataset, which has its own, and for a training that does not use labels.
+        device: device of the networks.
+        workers: number of processes that read a dataset.
 
     Raises:
-        TypeError, ValueError: `images` or `labels` are something else.
+        TypeError, ValueError: `images` or `labels` are anything else.
     """
 
     def __init__(
         self, function: str, images: Images, labels: Tensor | None, device: torch.device, workers: int = 4
     ) -> None:
         self.function, self.device, self.workers, self.images = function, device, workers, images
-        # How many classes a network has, see check_labels.
+        # Number of the network's classes, set by check_labels.
         self.classes: int | None = None
         self.labelled = labels is not None or not isinstance(images, Tensor)
         if isinstance(images, Tensor):
@@ -63,7 +63,7 @@ class Feed:
         return next(self.batches([torch.zeros(1, dtype=torch.int64)], workers=0))[0]
 
     def check_labels(self, classes: int) -> None:
-        """Raise ValueError unless the labels are of so many classes; a dataset's are checked as they are read."""
+        """Raise ValueError unless all labels are below `classes`; a dataset's labels are checked when they are read."""
         if not self.labelled:
             raise ValueError(message(self.function, "labels", "given with a tensor of images", None))
         self.classes = classes
@@ -77,10 +77,10 @@ class Feed:
             raise ValueError(message(self.function, "labels", expected, low if low < 0 else high))
 
     def description(self) -> str:
-        """Identifies the data of a checkpoint: a hash of images, labels and their order.
+        """Identifies the data in a checkpoint: a hash of images, labels and their order.
 
-        For a dataset that does not describe itself it is a hash of the first image and of the labels, if it has them in
-        an attribute `targets` or `labels`, or else of some labels.
+        For a dataset without a method `description`, the hash covers the first image, and all labels if an attribute
+        `targets` or `labels` holds them, otherwise up to 16 labels.
         """
         if isinstance(self.images, Tensor):
             return describe(self.images, self.labels)
@@ -97,7 +97,7 @@ class Feed:
     def batches(self, ids: Sequence[Tensor], workers: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, ids) for each of the index tensors `ids`."""
         if isinstance(self.images, Tensor):
-            # One copy to the device, not one for each batch.
+            # A single copy to the device instead of one per batch.
             for each in torch.cat(list(ids)).to(self.device).split([len(each) for each in ids]):
                 yield _as_float(self.images[each]), self.labels[each], each
             return
@@ -106,7 +106,7 @@ class Feed:
             batch_sampler=[each.tolist() for each in ids],
             num_workers=self.workers if workers is None else workers,
             pin_memory=self.device.type == "cuda",
-            # The workers' random state must not take numbers from the caller's.
+            # Seeding the workers must not consume random numbers of the caller.
             generator=torch.Generator().manual_seed(0),
         )
         for each, (images, labels) in zip(ids, loader, strict=True):

@@ -1,4 +1,4 @@
-"""N-FGSM (de Jorge et al., NeurIPS 2022): the attack of one-step adversarial training that does not overfit."""
+"""N-FGSM (de Jorge et al., NeurIPS 2022): one-step adversarial training without catastrophic overfitting."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..ops._steps import sum_of_draws
 
 
 class NFGSM(PGD):
-    """One signed step from noise that is larger than the ball, and no projection onto it.
+    """One signed step from noise larger than the ball, without projection onto the ball.
 
         s = clip(x + n),  n uniform in [-noise eps, noise eps],      x' = clip(s + alpha sign(gradient at s))
 
-    each clipped to [0, 1] alone (de Jorge et al., 2022, algorithm 1). Its images lie up to noise eps + alpha from x: it
-    is meant for training, not as an attack within a threat model.
+    each clipped only to [0, 1] (de Jorge et al., 2022, algorithm 1). The images lie up to noise eps + alpha from x: the
+    attack is meant for training, not for a threat model.
 
     Args:
         model, eps, options: see PGD; the norm is "Linf".
-        alpha: size of the step; None takes eps, as the paper does.
-        noise: k of the paper, the reach of the noise in units of eps.
+        alpha: step size; None uses eps, as the paper does.
+        noise: k of the paper, the bound of the noise in units of eps.
     """
 
     norms = ("Linf",)

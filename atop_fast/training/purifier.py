@@ -1,4 +1,4 @@
-"""Pre-training and adversarial fine-tuning of a purifier (AToP, equations 4 and 8); step.py has the losses."""
+"""Pre-training and adversarial fine-tuning of a purifier (AToP, equations 4 and 8); the losses are in step.py."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def pretrain(
     """Train a purifier to restore clean images (AToP, equation 4); changes it in place, leaves it in evaluation mode.
 
     Args:
-        purifier: see Defense. It remembers the transform: its file names it, and Defense warns of another one.
+        purifier: see Defense. It remembers the transform, which its file names; Defense warns about a different one.
         transform: the random transform.
         images, workers: see Feed.
-        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
+        held_out: images and labels, evaluated every config.evaluate_every entries of the history; see fit.
         discriminator: D(images in [-1, 1], mask) -> scores; None trains without the GAN term.
         config: PretrainConfig.
         seed: key of all randomness.
@@ -49,7 +49,7 @@ def pretrain(
         Mean losses of every epoch.
 
     Raises:
-        ValueError: images outside [0, 1], none at all, or such as the networks do not take; see fit, too.
+        ValueError: there are no images, they are outside [0, 1], the networks do not accept them, or as in fit.
     """
     step = PretrainStep(transform, purifier, discriminator, config or PretrainConfig(), seed)
     feed = Feed("pretrain", images, None, step.device, workers)
@@ -86,12 +86,12 @@ def finetune(
     tensorboard: str | Path | None = None,
     progress: bool = True,
 ) -> History:
-    """Fine-tune the purifier of a defence on adversarial images (AToP, equation 8); the classifier stays as it is.
+    """Fine-tune the purifier of a defense on adversarial images (AToP, equation 8); the classifier stays frozen.
 
     Args:
-        defense: the whole pipeline, with a purifier; changed in place, its purifier left in evaluation mode.
+        defense: the whole pipeline, with a purifier, which is changed in place and left in evaluation mode.
         images, labels, workers: see Feed.
-        held_out: images and labels that are evaluated as config.evaluate_every says; see fit.
+        held_out: images and labels, evaluated every config.evaluate_every entries of the history; see fit.
         discriminator, seed: as in pretrain.
         config: FinetuneConfig.
         checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
@@ -100,8 +100,8 @@ def finetune(
         Mean losses of every epoch, and the accuracy on the training attack.
 
     Raises:
-        TypeError, ValueError: as pretrain, and if `defense` is something else, such as one inside DataParallel, or has
-            no purifier or a frozen one, or labels are beyond the classifier's classes.
+        TypeError, ValueError: as in pretrain; or `defense` is not a Defense (for example, one inside DataParallel), has
+            no purifier or a frozen one, or labels exceed the classifier's classes.
     """
     if not isinstance(defense, Defense):
         inside = [name for name in ("module", "_orig_mod") if isinstance(getattr(defense, name, None), Defense)]

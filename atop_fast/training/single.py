@@ -1,4 +1,4 @@
-"""Passes of a single image, which may not give batch norm any statistics."""
+"""Single-image passes, which leave some batch-norm layers with a single value per channel and thus no statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._core.checks import message
 
 @contextlib.contextmanager
 def watched(module: nn.Module) -> Iterator[list[str]]:
-    """Collects the names of batch-norm layers that get one value a channel from the one-image pass in the block."""
+    """Collect the names of batch-norm layers that see one value per channel in the single-image pass of the block."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -34,13 +34,13 @@ def watched(module: nn.Module) -> Iterator[list[str]]:
 
 
 def check_passes(layers: list[str], images: int, batch_size: int, accumulate: int, processes: int) -> None:
-    """Raise ValueError if a pass of a training has one image, and some of its layers need more.
+    """Raise ValueError if a training would run a single-image pass through layers that need more.
 
     Args:
-        layers: what `watched` found.
-        images: in an epoch.
-        batch_size, accumulate: of the configuration.
-        processes: that share each batch.
+        layers: the names that `watched` collected.
+        images: number of images in an epoch.
+        batch_size, accumulate: as in TrainingConfig.
+        processes: number of processes that share each batch.
     """
     if not layers:
         return

@@ -1,12 +1,12 @@
-"""One update of the networks: AToP's losses, and what all trainings share.
+"""One update of the networks: AToP's losses, and the base class of all trainings.
 
     pre-training   L = gan * L_G(D(g(t(x)))) + |g(t(x)) - x|_1
     fine-tuning    L = gan * L_G(D(g(t(x')))) + l1 * |g(t(x')) - target|_1 + lambda * CE(f(g(t(x'))), y)
                        + clean * CE(f(g(t(x))), y)
 
-with x' an adversarial image, the target x' or x, the classifier f frozen, and D the hinge-loss discriminator. Of a
-purifier with a method `stages` (DeepFillV2) every stage has the L1 term. With the last term, the first two are means
-over x' and x.
+with x' an adversarial image, the target x' or x, the classifier f frozen, and D the hinge-loss discriminator. If the
+purifier has a method `stages` (DeepFillV2), every stage has an L1 term. If the last term is present, the first two are
+means over x' and x.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ from .single import watched
 
 
 class Step:
-    """An update of networks, by Adam unless `optimizer` is overridden. A subclass has `losses`, which calls `update`
-    for each network.
+    """An update of networks, by Adam unless `optimizer` is overridden.
 
-    The step owns optimizers and loss scalers. Where there are native kernels, it lays out the weights in channels_last,
-    which convolutions and gates like best; values do not change. Under torch.distributed each process has a part of the
-    batch, and gradients are summed. The parts of a step have names in torch.profiler's traces.
+    A subclass implements `losses`, which calls `update` for each network. The step owns optimizers and loss scalers. If
+    native kernels are available, it converts weights to channels_last, the fastest layout for convolutions and gates;
+    values do not change. Under torch.distributed each process has a shard of the batch, and gradients are summed. The
+    parts of a step are named in torch.profiler's traces.
 
-    After some updates a GPU replays them as CUDA graphs (capture.py). So what `losses` does must not depend on numbers
-    of Python's that change; nor may it read a tensor's values or copy from the host. The tensors that it gets are
-    buffers, which the next update overwrites.
+    After a warm-up, a GPU replays updates as CUDA graphs (capture.py). Therefore `losses` must not depend on changing
+    Python numbers, read a tensor's values or copy from the host. Its arguments are static buffers, which the next
+    update overwrites.
 
     Args:
-        modules: the networks that change, by name; the first is the one that is averaged and checked.
+        modules: the networks to train, by name; the first is the one that is averaged and checked.
         config: TrainingConfig.
-        betas: of Adam.
+        betas: betas of Adam.
 
     Attributes:
-        optimizers, scalers: of each network, by name.
+        optimizers, scalers: the optimizer and loss scaler of each network, by name.
         rate: the learning rate, float32 (), see set_rate.
-        replayed: runs the updates; its `path` says how.
+        replayed: runs the updates; its `path` tells how.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], config: TrainingConfig, betas: tuple[float, float]) -> None:
@@ -80,14 +80,14 @@ class Step:
                     module.to(memory_format=torch.channels_last)
         self.rate, self.share = (torch.full((), v, dtype=torch.float32, device=self.device) for v in (config.lr, 1.0))
         self.epoch = torch.zeros((), dtype=torch.int64, device=self.device)
-        # The share of all updates that are done, for weights of losses that change over a training.
+        # Share of the updates that are done, for loss weights that change over a training.
         self.progress = torch.zeros((), dtype=torch.float32, device=self.device)
         self.optimizers = {name: self.optimizer(module, betas) for name, module in self.modules.items()}
         scaled = self.dtype is torch.float16
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
-        # Of the part in hand: its share of the batch, and whether it is the first and the last one.
+        # The current chunk of the batch: its share of the batch, and whether it is the first and the last chunk.
         self.part, self.first, self.last = 1.0, True, True
-        # Batch-norm layers that need more than a single image, see check_passes.
+        # Batch-norm layers that need more than one image per pass, see check_passes.
         self.single: list[str] = []
         self.replayed = Replayed(self._update, CudaRecorder() if self.device.type == "cuda" else None)
 
@@ -97,9 +97,9 @@ class Step:
         Args:
             x: images (B, C, H, W) in [0, 1].
             y: labels (B,).
-            ids: sample ids (B,), with the epoch the key of all randomness.
-            epoch: from 0.
-            share: B over the number of images of all processes.
+            ids: sample ids (B,); with the epoch, they are the key of all randomness.
+            epoch: counted from 0.
+            share: B divided by the number of images in all processes.
 
         Returns:
             Scalars to log, means over the images.
@@ -112,23 +112,23 @@ class Step:
             return self.replayed((x, y, ids), stage, modes, self._obstacle())
 
     def optimizer(self, module: nn.Module, betas: tuple[float, float]) -> torch.optim.Optimizer:
-        """The optimizer of a network, its learning rate the tensor `rate`."""
+        """The optimizer of a network, with the tensor `rate` as learning rate."""
         return torch.optim.Adam(module.parameters(), lr=self.rate, betas=betas, fused=True)
 
     def set_rate(self, rate: float) -> None:
-        """The learning rate from now on."""
+        """Set the learning rate of all optimizers."""
         self.rate.fill_(rate)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                # load_state_dict has put another tensor there.
+                # load_state_dict replaces the tensor.
                 group["lr"] = self.rate
 
     def prepare(self, epoch: int) -> Hashable:
-        """Write to tensors what the updates of the epoch read there; what else they depend on, a key of graphs."""
+        """Fill the tensors that updates of the epoch read; returns all else that they depend on, as a key of graphs."""
         return None
 
     def _obstacle(self) -> str | None:
-        """Why updates may not be recorded."""
+        """Why updates may not be captured, or None."""
         if not self.config.graphs:
             return "graphs=False"
         if Group().size > 1:
@@ -146,19 +146,19 @@ class Step:
         return logs
 
     def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
-        """Compute the losses of images in an epoch, int64 (), and pass each network's to `update`; scalars to log."""
+        """Compute the losses in `epoch`, int64 (), and pass each network's to `update`; returns scalars to log."""
         raise NotImplementedError
 
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
-        """Scalars that say how good the networks are on held-out images, means over these."""
+        """Quality of the networks on held-out images: scalars, means over the images."""
         return {}
 
     def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Pictures (N, C, H, W) in [0, 1] of what becomes of some images; none of a classifier."""
+        """Pictures (N, C, H, W) in [0, 1] of some images and their restorations; empty for a classifier."""
         return x[:0]
 
     def update(self, loss: Tensor, name: str) -> None:
-        """The gradient of the named network, and, with the last part of the batch, its optimizer's step."""
+        """Accumulate the gradient of the named network; after the last chunk of the batch, step its optimizer."""
         optimizer, scaler = self.optimizers[name], self.scalers[name]
         if self.first:
             optimizer.zero_grad(set_to_none=True)
@@ -173,24 +173,24 @@ class Step:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(parameters, self.config.clip)
             if self.device.type == "cuda":
-                # To the fused Adam this makes no difference, but it insists on the one or warns of the other.
+                # Fused Adam computes the same either way, but requires the flag in a capture and warns outside of one.
                 for group in optimizer.param_groups:
                     group["capturable"] = torch.cuda.is_current_stream_capturing()
             scaler.step(optimizer)
             scaler.update()
 
     def _attack_precision(self) -> str:
-        """The precision of attacks, to which TF32 is a setting of the device."""
+        """The precision of attacks; TF32 is a setting of the device, not an attack's option."""
         return "float32" if self.config.precision == "tf32" else self.config.precision
 
     def autocast(self) -> torch.autocast:
         """The precision of the networks' passes."""
-        # Casts are not cached: the cache would outlive a recording.
+        # No weight cache, because it would outlive a capture.
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
 
 class PretrainStep(Step):
-    """Restore clean images, and play the game against the discriminator (AToP, equation 4).
+    """Restore clean images, with a GAN loss if there is a discriminator (AToP, equation 4).
 
     Args:
         transform, purifier, discriminator, config, seed: see pretrain.
@@ -219,7 +219,7 @@ class PretrainStep(Step):
         return logs
 
     def restore(self, x: Tensor, target: Tensor, ids: Tensor, epoch: int | Tensor) -> tuple[Tensor, Tensor, Logs]:
-        """One purifier pass and a discriminator step: the assembled image in [0, 1], the loss so far, and its parts."""
+        """One purifier pass and a discriminator step; returns images in [0, 1], the loss so far, and its terms."""
         with record_function("transform"):
             corrupted = self.transform(x, self.seed, ids, epoch)
             wanted = self.transform.target(target, self.seed, ids, epoch)
@@ -247,17 +247,17 @@ class PretrainStep(Step):
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
-        """The mean distance of images from their restorations, in units of [0, 1] pixels."""
+        """The mean absolute difference between images and restorations, in units of [0, 1] pixels."""
         wanted, restored = self._restored(x, ids).chunk(2)
         return {"l1": (restored - wanted).abs().mean()}
 
     @torch.no_grad()
     def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """The images, and below them what the purifier makes of them."""
+        """The images, followed by their restorations."""
         return self._restored(x, ids)
 
     def _restored(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Images as the transform wants them, and their restorations, in [0, 1]."""
+        """The target images of the transform, followed by the restorations, in [0, 1]."""
         corrupted = self.transform(x, self.seed, ids, 0)
         with self.autocast():
             purified = self.purifier(corrupted)
@@ -265,7 +265,7 @@ class PretrainStep(Step):
         return (torch.cat((self.transform.target(x, self.seed, ids, 0), assembled)) + 1) / 2
 
     def check(self, images: Tensor) -> int | None:
-        """Raise before the first step if the networks do not fit the images (N, C, H, W) in [0, 1]."""
+        """Raise before the first step if the networks do not accept the images (N, C, H, W) in [0, 1]."""
         with torch.no_grad(), frozen(self.purifier), check_fits("pretrain", "images", images):
             corrupted = self.transform(images[:1])
             with watched(self.purifier) as self.single:
@@ -284,10 +284,10 @@ class PretrainStep(Step):
 
 
 class FinetuneStep(PretrainStep):
-    """Attack, restore, and have the frozen classifier judge the result (AToP, equation 8).
+    """Attack, restore, and classify the result with the frozen classifier (AToP, equation 8).
 
-    The attack and the loss see a copy of the classifier with batch norm folded, made once: the classifier must be
-    frozen, and in evaluation mode, when the step is made.
+    The attack and the loss use a copy of the classifier with folded batch norm, made once: the classifier must be
+    frozen and in evaluation mode when the step is constructed.
 
     Args:
         defense, discriminator, config, seed: see finetune.
@@ -303,7 +303,7 @@ class FinetuneStep(PretrainStep):
         self.classifier = fold_batch_norm(defense.classifier, self.dtype)
         self.pipeline = Defense(defense.transform, defense.purifier, self.classifier)
         self.attack_seed = derive_seed(seed, "attack")
-        # The attack's seed in this epoch, and whether the classifier judges in it; see prepare.
+        # The attack's seed in this epoch, and whether the epoch has classification losses; see prepare.
         self.attack_key = torch.zeros((), dtype=torch.int64, device=self.device)
         self.judged = True
         self.attacker = self._attacker()
@@ -340,7 +340,7 @@ class FinetuneStep(PretrainStep):
         return first if last is None else first + (last - first) * self.progress
 
     def attack(self, x: Tensor, y: Tensor, ids: Tensor, epoch: int | Tensor) -> Tensor:
-        """The images of an epoch, the one in hand or any: adversarial ones, and, by adversarial_share, clean ones."""
+        """The training images of an epoch (a number, or the tensor of the current one), a share of them adversarial."""
         if isinstance(epoch, int):
             self.prepare(epoch)
         adversarial = run_attack(self.attacker, self.attack_key, x, y, ids)
@@ -351,7 +351,7 @@ class FinetuneStep(PretrainStep):
         return torch.where(chosen, adversarial, x)
 
     def evaluate(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
-        """The accuracy on the images and on those of PGD with 10 steps through the whole pipeline, on fresh draws."""
+        """Accuracy of the whole pipeline, clean and under PGD with 10 steps, on fresh draws."""
         seed = derive_seed(self.attack_seed, "held-out")
         options: dict[str, Any] = {"steps": 10, "seed": seed, "precision": self._attack_precision()}
         attack = PGD(self.pipeline, self.config.norm, self.config.eps, **options)
@@ -363,7 +363,7 @@ class FinetuneStep(PretrainStep):
         return accuracy
 
     def pictures(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Adversarial images of the first epoch, and below them what the purifier makes of them."""
+        """Adversarial images of the first epoch, followed by their restorations."""
         return super().pictures(self.attack(x, y, ids, 0), y, ids)
 
     def _attacker(self) -> Attack:
@@ -371,7 +371,7 @@ class FinetuneStep(PretrainStep):
         model = self.pipeline
         options: dict[str, Any] = {"eot_iter": config.eot_iter, "precision": self._attack_precision()}
         if config.attacked == "classifier":
-            # The classifier by itself would be run under seeds of torch's own generator.
+            # A bare classifier would run under seeds from torch's global generator.
             model, options["gradient"] = Defense(self.transform, None, self.classifier), "blind"
         if config.attack == "fgsm":
             return FGSM(model, config.norm, config.eps, **options)
@@ -385,11 +385,11 @@ class FinetuneStep(PretrainStep):
         return PGD(model, config.norm, config.eps, alpha, steps, random_start=True, **options)
 
     def check(self, images: Tensor) -> int:
-        """As PretrainStep.check; how many classes the classifier has."""
+        """As PretrainStep.check; returns the classifier's number of classes."""
         super().check(images)
         with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
             classes = self.pipeline(images[:1], draws=0).shape[1]
-        # The copies are compared here, once: values inside a captured CUDA graph cannot be read.
+        # Compare classifier and folded copy once, here, because values inside a captured CUDA graph cannot be read.
         ids = torch.zeros(1, dtype=torch.int64, device=images.device)
         with frozen(self.given):
             same = self.classifier is self.given or agrees(
@@ -405,22 +405,22 @@ class FinetuneStep(PretrainStep):
 
 
 def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-    """The attack's images under a seed, int64 (), that a captured graph reads anew.
+    """Run an attack under a seed in a tensor, int64 (), which a captured graph reads in every replay.
 
-    This bypasses the attack's call, which checks values and so waits for a GPU.
+    Bypasses the attack's __call__, whose checks of values synchronize the GPU.
     """
     with attack.prepared() as estimator:
         estimator.seed = seed
         adversarial = attack.run(estimator, x, y, ids, None)
-    # Measured once, and at least as many rows as the network's own pass has.
+    # Keep the measured chunk size, but allow at least the rows of the network's own pass.
     attack.max_batch = max(estimator.rows, -(-len(x) // ROWS) * ROWS)
     return adversarial
 
 
 def _breaks_channels_last(module: nn.Module, device: torch.device) -> bool:
-    """Whether oneDNN would write beyond its memory: weight gradients of strided 1x1 convolutions of few channels.
+    """Whether oneDNN would write out of bounds: in weight gradients of strided 1x1 convolutions with few channels.
 
-    Seen with torch 2.11 on CPUs without AVX-512, up to six channels, in channels_last alone.
+    Seen with torch 2.11 on CPUs without AVX-512, for up to six channels, only in channels_last.
     """
     convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
     narrow = (m for m in convolutions if m.in_channels < 8 and tuple(m.kernel_size) == (1, 1))
@@ -433,10 +433,10 @@ def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
-    """Whether a GPU's convolutions and matrix products in float32 may use TF32 inside the block."""
+    """Allow or forbid TF32 in a GPU's float32 convolutions and matrix products in the block."""
     if device.type != "cuda":
         yield
         return
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    with holding((place, "fp32_precision", "tf32" if allowed else "ieee") for place in places):
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    with holding((backend, "fp32_precision", "tf32" if allowed else "ieee") for backend in backends):
         yield
