@@ -1,4 +1,4 @@
-"""Purifiers restore corrupted images; discriminators judge them."""
+"""Purifiers, which restore corrupted images, and discriminators, which score restorations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .mae import MaskedAutoencoder
 from .public import load_deepfill, load_sn_patch, save_public
 from .unet import GatedUNet
 
-# A module of the user's own may be added here: then its files load by its name, as those of ours.
+# Users may register their own modules here, so that load_model and load_defense find them by name.
 PURIFIERS: dict[str, type[nn.Module]] = {
     "deepfill_v2": DeepFillV2,
     "mae": MaskedAutoencoder,
@@ -22,13 +22,13 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {"sn_patch": SNPatchDiscriminator}
 
 
 def build_purifier(name: str, **options: object) -> nn.Module:
-    """A purifier by name; options are those of its class.
+    """Build a purifier by name; options are those of its class.
 
     - "deepfill_v2": DeepFillV2, two stages of gated convolutions with attention, AToP's purifier for 256x256 pixels.
     - "mae": MaskedAutoencoder, a vision transformer on patches.
-    - "unet": GatedUNet, gated convolutions at the images' own resolution.
+    - "unet": GatedUNet, gated convolutions at the resolution of the images.
 
-    Any module from (B, C + 2, H, W) to images in [-1, 1] serves Defense and training as well.
+    Defense and training also accept any other module from (B, C + 2, H, W) to images in [-1, 1].
     """
     module = PURIFIERS[check_choice("build_purifier", "name", name, list(PURIFIERS))](**options)
     # For save_defense.

@@ -1,4 +1,4 @@
-"""DeepFillV2, the inpainting network that AToP fine-tunes, with the parameter names of public checkpoints."""
+"""DeepFillV2, the inpainting network that AToP fine-tunes, with the parameter names of the public checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DILATIONS = (1, 2, 4, 8, 16)
 
 
 class UpsampledGatedConv(nn.Module):
-    """Every pixel repeated in 2x2, then a 3x3 gated convolution: (B, C, H, W) to (B, out_channels, 2H, 2W)."""
+    """Nearest 2x up-sampling, then a 3x3 gated convolution: (B, C, H, W) to (B, out_channels, 2H, 2W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class UpsampledGatedConv(nn.Module):
 
 
 class ContextualAttention(nn.Module):
-    """Fill masked places by patches from elsewhere in the same features (see ops.contextual_attention)."""
+    """Fill masked positions with patches from elsewhere in the same features (see ops.contextual_attention)."""
 
     def __init__(self) -> None:
         super().__init__()
-        # In public checkpoints; the op sums along the diagonal by itself.
+        # Public checkpoints have this buffer; the op fuses along the diagonal without it.
         self.register_buffer("fuse_weight", torch.eye(3)[None, None])
 
     def forward(self, features: Tensor, mask: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def _up(in_channels: int, middle: int, out_channels: int) -> nn.Sequential:
 
 
 class _Stage(nn.Module):
-    """What both stages share: a decoder from features at a quarter of the resolution to images, and checkpointing."""
+    """Base of both stages: a decoder from features at a quarter of the resolution to images, and checkpointing."""
 
     checkpointing = False
 
@@ -63,7 +63,7 @@ class _Stage(nn.Module):
         self.conv_to_rgb = nn.Sequential(OrderedDict(conv=nn.Conv2d(c // 4, 3, 3, padding=1)))
 
     def _run(self, x: Tensor, *names: str) -> Tensor:
-        """The named layers in turn; with checkpointing, only `x` is kept for the backward pass."""
+        """Apply the named layers in sequence; with checkpointing, only `x` is saved for the backward pass."""
 
         def run(h: Tensor) -> Tensor:
             for name in names:
@@ -74,12 +74,12 @@ class _Stage(nn.Module):
 
     def _decode(self, h: Tensor, dtype: torch.dtype) -> Tensor:
         h = self._run(h, "up_block1", "up_block2", "conv_to_rgb")
-        # Under autocast, images stay in their dtype.
+        # Under autocast, the output keeps the dtype of the input images.
         return torch.tanh(h.to(dtype))
 
 
 class CoarseStage(_Stage):
-    """(B, 5, H, W) = [masked image, ones, mask] to a first image (B, 3, H, W) in [-1, 1]."""
+    """(B, 5, H, W) = [masked image, ones, mask] to a coarse image (B, 3, H, W) in [-1, 1]."""
 
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class CoarseStage(_Stage):
 class FineStage(_Stage):
     """The composed image (B, 3, H, W) and the mask (B, 1, H, W) to the refined image, in [-1, 1].
 
-    A branch of convolutions and one with contextual attention see the same image; the decoder sees both.
+    A convolutional branch and a branch with contextual attention see the same image; the decoder sees both.
     """
 
     def __init__(self, c: int) -> None:
@@ -126,8 +126,8 @@ class FineStage(_Stage):
         a = self._run(x, "conv_conv1", "conv_down_block1", "conv_down_block2")
         a = self._run(a, *(f"conv_conv_bn{i}" for i in range(1, 6)))
         b = self._run(x, "ca_conv1", "ca_down_block1", "ca_down_block2.conv1_downsample")
-        # Not rounded to 16 bits under autocast: the attention magnifies errors of the features that it compares, which
-        # now and then spoilt the gradient in the input.
+        # No 16-bit types here, even under autocast: attention amplifies rounding errors of the features that it
+        # compares, and the gradient in the input was occasionally wrong.
         with torch.autocast(b.device.type, enabled=False):
             b = b.to(self.ca_conv_bn1.conv.weight.dtype)
             b = self.contextual_attention(self._run(b, "ca_down_block2.conv2", "ca_conv_bn1"), mask)
@@ -143,16 +143,16 @@ class DeepFillV2(nn.Module):
         refined = stage2(coarse * mask + masked image * (1 - mask), mask)
 
     Source: Yu et al., Free-Form Image Inpainting with Gated Convolution, ICCV 2019, in the form that AToP (ICLR 2024)
-    fine-tunes, whose 85 parameter names these are: public checkpoints load as they are (load_deepfill). Every sample
-    has its own mask, and a batch is one computation; the public code applies the mask of the first sample to all.
+    fine-tunes, with its 85 parameter names: public checkpoints load unchanged (load_deepfill). Every sample has its own
+    mask, and the whole batch is computed at once; the public code applies the mask of the first sample to all.
 
     Args:
         cnum: channels c at full resolution, divisible by 4; 48 in public checkpoints.
-        checkpointing: keep only the inputs of a few sections of the network for the backward pass, and compute the
-            rest again there: less memory, more time, equal gradients. `net.checkpointing = True` sets it later.
+        checkpointing: save only the inputs of a few sections of the network for the backward pass and recompute the
+            rest: less memory, more time, equal gradients. `net.checkpointing = True` enables it later.
 
     Raises:
-        TypeError: cnum is no integer.
+        TypeError: cnum is not an integer.
         ValueError: cnum is below 4 or not divisible by 4.
     """
 
@@ -166,7 +166,7 @@ class DeepFillV2(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether the backward pass computes features again instead of keeping them."""
+        """Whether the backward pass recomputes features instead of saving them."""
         return self.stage1.checkpointing
 
     @checkpointing.setter
@@ -178,7 +178,7 @@ class DeepFillV2(nn.Module):
         return self.stages(x)[1]
 
     def stages(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Restore images in two steps.
+        """Restore images in two stages.
 
         Args:
             x: (B, 5, H, W) = [masked image in [-1, 1], ones, mask], the mask 1 where the image is masked and 0
@@ -188,11 +188,11 @@ class DeepFillV2(nn.Module):
             The coarse and the refined image, (B, 3, H, W) in [-1, 1] each, in the dtype of x; channels_last if x is.
 
         Raises:
-            ValueError: another number of channels, or a height or width not divisible by 8.
+            ValueError: the number of channels is not 5, or height or width are not divisible by 8.
 
         Notes:
-            The mask has a gradient as an input of the first convolution alone: where it composes the images and
-            selects the patches of the attention it is a constant.
+            The mask receives a gradient only as an input of the first convolution; in the composition of the images and
+            the choice of patches for the attention it is a constant.
         """
         if x.dim() != 4 or x.shape[1] != 5 or x.shape[2] % 8 or x.shape[3] % 8 or 0 in x.shape[2:]:
             expected = "of shape (B, 5, H, W) with H and W divisible by 8"

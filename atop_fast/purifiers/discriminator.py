@@ -1,4 +1,4 @@
-"""SN-PatchGAN discriminator (Yu et al., ICCV 2019) and the hinge losses of the adversarial game."""
+"""SN-PatchGAN discriminator (Yu et al., ICCV 2019) and the hinge losses of a GAN."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from .._core.checks import check_integer
 
-# Steps of the power iteration before the first call.
+# Steps of power iteration in the constructor.
 FIRST_STEPS = 15
 
 
 class SpectralConv2d(nn.Conv2d):
-    """A convolution by W / sigma(W), sigma the largest singular value of the weights as a matrix, outputs by the rest.
+    """A convolution with W / sigma(W), sigma the largest singular value of W as a matrix (outputs x everything else).
 
-    sigma is estimated by a step of the power iteration at every call, from where the last call in training mode left
-    it; in evaluation mode nothing changes (Miyato et al., Spectral Normalization for GANs, ICLR 2018, algorithm 1).
-    The iteration runs in float32 at least, also under autocast, and without gradients: that of sigma is u v'.
+    Every call estimates sigma by one step of power iteration from the stored u, and in training mode stores the new u
+    (Miyato et al., Spectral Normalization for GANs, ICLR 2018, algorithm 1). The iteration runs at least in float32,
+    even under autocast, and u and v are constants for autograd, so that the gradient of sigma is u v'.
 
     Attributes:
         weight_u: u, the estimated left singular vector, (out_channels, 1).
@@ -36,7 +36,7 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("weight_u", u)
 
     def normalised_weight(self) -> Tensor:
-        """The weights of spectral norm 1 up to the error of the estimate; in training mode, moves the estimate on."""
+        """The weights divided by their estimated spectral norm; in training mode, updates the estimate."""
         with torch.autocast(self.weight.device.type, enabled=False):
             weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
             matrix = weight.flatten(1)
@@ -53,20 +53,20 @@ class SpectralConv2d(nn.Conv2d):
 
 
 def _power_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The next estimate of the left singular vector of `matrix` and, before it, of the right one: columns."""
+    """One step of power iteration: the next estimates of the left and right singular vectors, as columns."""
     v = F.normalize(matrix.mT @ u, dim=0)
     return F.normalize(matrix @ v, dim=0), v
 
 
 class SNPatchDiscriminator(nn.Module):
-    """Spectrally normalised 5x5 convolutions of stride 2, each followed by LeakyReLU(0.2).
+    """Spectrally normalized 5x5 convolutions with stride 2, each followed by LeakyReLU(0.2).
 
-    Source: Yu et al., Free-Form Image Inpainting with Gated Convolution, ICCV 2019. As it is without arguments, it has
-    the parameter names and shapes of public checkpoints (load_sn_patch).
+    Source: Yu et al., Free-Form Image Inpainting with Gated Convolution, ICCV 2019. With the default arguments, it has
+    the parameter names and shapes of the public checkpoints (load_sn_patch).
 
     Args:
         channels: channels C of the images.
-        width: channels w of the first layer; the following have 2w, 4w, 4w, ...
+        width: channels w of the first layer; the following layers have 2w, 4w, 4w, ...
         depth: number of layers; each halves height and width.
     """
 

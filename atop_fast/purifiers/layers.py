@@ -1,4 +1,4 @@
-"""Layers that the purifiers share."""
+"""Layers shared by the purifiers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ ACTIVATIONS = {"elu": gated_elu, "relu": gated_relu}
 
 
 class GatedConv(nn.Module):
-    """a(f) * sigmoid(g), f and g the halves of one convolution's output (Yu et al., ICCV 2019, equation 3).
+    """a(f) * sigmoid(g), with f and g the halves of one convolution's output (Yu et al., ICCV 2019, equation 3).
 
-    The padding, dilation * (kernel_size - 1) / 2, keeps the size of images at stride 1.
+    The padding, dilation * (kernel_size - 1) / 2, preserves the size of images at stride 1.
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels C of the output; the convolution has 2 C.
         kernel_size: An odd number.
-        stride: Pixels between neighbouring outputs.
-        dilation: Pixels between neighbouring weights.
-        activation: a, "elu" or "relu".
+        stride: Stride of the convolution.
+        dilation: Dilation of the convolution.
+        activation: The function a, "elu" or "relu".
 
     Raises:
-        TypeError: If a number is no integer.
-        ValueError: If a number is below 1, `kernel_size` even, or `activation` another one.
+        TypeError: If a number is not an integer.
+        ValueError: If a number is below 1, `kernel_size` is even, or `activation` is unknown.
 
     Shape:
         (B, in_channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride)).
@@ -59,18 +59,18 @@ class GatedConv(nn.Module):
         """Convolve and activate images."""
         conv = self.conv
         if isinstance(conv, FrozenConv3x3):
-            # A network under attack (attacks.prepared); it adds the bias itself.
+            # In a network prepared for an attack (attacks.prepared); it adds the bias itself.
             return ACTIVATIONS[self.activation](conv(x))
         h = convolve(x, conv.weight, None, conv.stride[0], conv.dilation[0])
         return ACTIVATIONS[self.activation](h, conv.bias)
 
     def extra_repr(self) -> str:
-        """What the convolution does not show."""
+        """The activation, which the repr of the convolution does not show."""
         return f"activation={self.activation!r}"
 
 
 def run_section(section: Callable[[Tensor], Tensor], x: Tensor, checkpointing: bool) -> Tensor:
-    """section(x), of which `checkpointing` keeps x alone for the backward pass; nothing in it may be random."""
+    """section(x); with `checkpointing`, only x is saved for the backward pass. The section must be deterministic."""
     if checkpointing and torch.is_grad_enabled():
         result: Tensor = checkpoint(section, x, use_reentrant=False, preserve_rng_state=False)
         return result

@@ -10,7 +10,7 @@ from .._core.checks import check_integer, message
 from .._core.transformer import Block, check_size, init_linear, layer_norm, sine_cosine_positions
 from .layers import run_section
 
-# Width, depth and heads of the decoder: narrower and shallower than the encoder. That of "base" is He et al.'s.
+# Width, depth and heads of the decoder: narrower and shallower than the encoder; "base" is the decoder of He et al.
 DECODERS = {"tiny": (96, 4, 3), "small": (192, 4, 6), "base": (512, 8, 16)}
 
 
@@ -19,25 +19,25 @@ class MaskedAutoencoder(nn.Module):
 
         output = 1.02 tanh(u),  u the patches that the decoder's last layer predicts
 
-    After the masked autoencoder of He et al. (CVPR 2022), trained to denoise as well in Wu et al. (DMAE, ICLR 2023),
-    with two changes. The encoder sees all patches: one that is wholly masked enters as a learned mask token, one that
-    is masked in part with its remaining pixels and its mask. To drop the masked patches, as He et al. do, every sample
-    must have equally many of them, which random transforms do not promise (RT3, RandomResizePad), or else the batch
-    must be padded, and rounding would then depend on which samples share it; to hide them by an attention mask costs as
-    much as to show them, rules out the fastest attention kernels, and leaves an image without a visible patch
-    undefined. Here each sample is computed by itself, whatever its mask. And a class token is not needed.
+    The network follows the masked autoencoder of He et al. (CVPR 2022), which Wu et al. (DMAE, ICLR 2023) also train to
+    denoise, with two changes. First, the encoder sees all patches: a fully masked patch is replaced by a learned mask
+    token, and a partly masked patch enters with its remaining pixels and its mask. Dropping masked patches, as He et
+    al. do, requires the same number in every sample, which some transforms do not guarantee (RT3, RandomResizePad);
+    padding the batch instead would make rounding depend on the other samples. Hiding patches by an attention mask costs
+    as much as showing them, rules out the fastest attention kernels, and is undefined for an image without a visible
+    patch. Here, the result of a sample depends on that sample alone. Second, there is no class token.
 
-    The range is slightly wider than that of images for the reason given in GatedUNet.
+    The output range is slightly wider than [-1, 1] for the reason given in GatedUNet.
 
     Args:
         channels: channels C of the images.
         image_size: side of the square images in pixels.
         patch_size: side of the square patches; must divide `image_size`.
         size: encoder and decoder by name, as width x depth (heads): "tiny" 192 x 12 (3) and 96 x 4 (3), "small"
-            384 x 12 (6) and 192 x 4 (6), "base" 768 x 12 (12) and 512 x 8 (16); with 4x4 patches of 3 channels 5.8,
-            23 and 111 million parameters.
-        checkpointing: keep only the input of every block for the backward pass and compute it again there: less
-            memory, a third more time, the same result.
+            384 x 12 (6) and 192 x 4 (6), "base" 768 x 12 (12) and 512 x 8 (16); with 4x4 patches of 3 channels, they
+            have 5.8, 23 and 111 million parameters.
+        checkpointing: save only the input of every block for the backward pass and recompute the block: less memory, a
+            third more time, the same result.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
@@ -76,7 +76,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = layer_norm(decoder_width)
         self.to_pixels = nn.Linear(decoder_width, channels * patch_size**2)
         init_linear(self)
-        # Training starts from grey images, not from noise of the network's own.
+        # Training starts from gray images instead of noise from random weights.
         nn.init.zeros_(self.to_pixels.weight)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
@@ -91,7 +91,7 @@ class MaskedAutoencoder(nn.Module):
             Images (B, channels, image_size, image_size) in (-1.02, 1.02).
 
         Raises:
-            ValueError: another shape.
+            ValueError: the shape is different.
         """
         if x.dim() != 4 or x.shape[1:] != (self.channels + 2, self.image_size, self.image_size):
             expected = f"of shape (B, {self.channels + 2}, {self.image_size}, {self.image_size})"
@@ -104,12 +104,12 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.decoder_norm(self._run(self.decoder_blocks, tokens))
         side = self.image_size // self.patch_size
         pixels = self.to_pixels(tokens).view(-1, side, side, self.channels, self.patch_size, self.patch_size)
-        # Not pixel_shuffle: compiled, its backward pass fails on images of one channel.
+        # pixel_shuffle would do, but under torch.compile its backward pass fails for one-channel images.
         image = pixels.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
         return 1.02 * torch.tanh(image)
 
     def _run(self, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
-        """The blocks in turn, each with its input alone kept for the backward pass if so asked."""
+        """Apply the blocks in sequence; with checkpointing, only their inputs are saved for the backward pass."""
         for block in blocks:
             tokens = run_section(block, tokens, self.checkpointing)
         return tokens

@@ -1,4 +1,4 @@
-"""Checkpoints of the public DeepFillV2 and AToP code, read and written."""
+"""Reads and writes checkpoints of the public DeepFillV2 and AToP code."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .._core.files import read_state, unwrapped, write_atomic
 from .deepfill import DeepFillV2
 from .discriminator import SNPatchDiscriminator
 
-# AToP's files put these before the names of the generator and of the frozen classifier beside it.
+# Prefixes of the generator and of the frozen classifier in AToP's files.
 GENERATOR, CLASSIFIER = "generator.", "res."
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def load_deepfill(path: str | Path) -> DeepFillV2:
-    """A public DeepFillV2, on the CPU, in float32 and in evaluation mode.
+    """Load a public DeepFillV2 checkpoint: on the CPU, in float32 and in evaluation mode.
 
     Args:
-        path: a file of torch.save with {"G": state dict, ...} or the state dict alone, or a safetensors file whose name
-            ends so. Names may be those of AToP's files, generator.*; the classifier in these, res.*, is left out. The
-            network's width is read from the weights.
+        path: a file of torch.save with {"G": state dict, ...} or the state dict alone, or a .safetensors file. In AToP
+            files, the prefix "generator." is stripped and the classifier "res." is ignored. The width of the network is
+            inferred from the weights.
 
     Raises:
-        ValueError: no such file, a damaged one, one that holds other objects than tensors (no code in it runs), or one
-            whose names and shapes are not those of a DeepFillV2.
+        ValueError: the file is missing or damaged, holds objects other than tensors (no code in it runs), or its names
+            and shapes are not those of a DeepFillV2.
 
     Source: Yu et al., ICCV 2019; AToP, ICLR 2024.
     """
@@ -50,14 +50,14 @@ def load_deepfill(path: str | Path) -> DeepFillV2:
 
 
 def load_sn_patch(path: str | Path) -> SNPatchDiscriminator:
-    """A public SN-PatchGAN discriminator, on the CPU, in float32 and in evaluation mode.
+    """Load a public SN-PatchGAN discriminator: on the CPU, in float32 and in evaluation mode.
 
     Args:
-        path: a file of torch.save with {"D": state dict, ...} or the state dict alone, or a safetensors file whose name
-            ends so. Channels, width and depth are read from the weights.
+        path: a file of torch.save with {"D": state dict, ...} or the state dict alone, or a .safetensors file.
+            Channels, width and depth are inferred from the weights.
 
     Raises:
-        ValueError: as load_deepfill.
+        ValueError: as in load_deepfill.
 
     Source: Yu et al., ICCV 2019.
     """
@@ -68,15 +68,15 @@ def load_sn_patch(path: str | Path) -> SNPatchDiscriminator:
 
 
 def save_public(path: str | Path, generator: DeepFillV2, discriminator: SNPatchDiscriminator | None = None) -> None:
-    """Write networks for the public code: a file of torch.save with {"G": state dict, "D": state dict}; atomic.
+    """Atomically write networks for the public code: a file of torch.save with {"G": state dict, "D": state dict}.
 
     Args:
         path: file to write.
         generator: the purifier, "G".
-        discriminator: "D", left out if None.
+        discriminator: "D", omitted if None.
 
     Raises:
-        TypeError: other networks, which the public code cannot read.
+        TypeError: a network is of another class, which the public code cannot read.
     """
     if not isinstance(generator, DeepFillV2):
         raise TypeError(message("save_public", "generator", "a DeepFillV2", type(generator).__name__))
@@ -98,14 +98,14 @@ def _find(function: str, path: str | Path, state: dict[str, Tensor], name: str) 
 
 
 def _build(function: str, path: str | Path, build: Callable[[], Network], state: dict[str, Tensor]) -> Network:
-    """The network with the weights of the file, whose names and shapes must all fit."""
+    """Build the network and load the weights, whose names and shapes must all match."""
     try:
-        # Neither memory nor random numbers for weights that are replaced, nor for a width that they do not have.
+        # On the meta device, so that a wrong width costs no memory, and weights about to be replaced no random numbers.
         with torch.device("meta"):
             net = build()
         if others := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
             raise ValueError(f"not of real numbers: {', '.join(others)}")
-        # First without their values: what a view repeats takes no room in the file, but would in a copy.
+        # Check shapes first: an expanded view is small in the file but could be huge as a copy.
         net.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
         copies = {name: _copy(tensor.float()) for name, tensor in state.items()}
         if others := [name for name, tensor in copies.items() if not tensor.isfinite().all()]:

@@ -1,4 +1,4 @@
-"""A gated U-Net that works at the images' own resolution."""
+"""A gated U-Net that works at the resolution of the images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .layers import GatedConv, run_section
 
 
 class ResidualGatedBlock(nn.Module):
-    """x + conv(gated convolution(x)), 3x3; zero at first, so that a deeper network starts as the one without it.
+    """x + conv(gated convolution(x)), 3x3; initially the identity, so that depth does not change the initial network.
 
     Args:
         width: channels of input and output.
-        dilation: of the gated convolution.
+        dilation: dilation of the gated convolution.
     """
 
     def __init__(self, width: int, dilation: int = 1) -> None:
@@ -33,30 +33,30 @@ class ResidualGatedBlock(nn.Module):
 
 
 class GatedUNet(nn.Module):
-    """Purifier of gated convolutions: two levels down, a dilated middle, two levels up with skip connections.
+    """Purifier of gated convolutions: two levels down, a dilated bottleneck, two levels up with skip connections.
 
         output = 1.02 tanh(2 * masked image + gain u),  u the last convolution's output, gain = 96 / width
 
-    The network learns a correction to the masked image, and its range is slightly wider than that of images: an L1
-    loss then has its optimum at finite u. With a range that ends at -1, training on mostly black images can push every
-    pixel into saturation there, from where it does not return.
+    The network learns a correction to the masked image. Its output range is slightly wider than [-1, 1], so that the
+    optimum of an L1 loss lies at finite u: with a range that ended at -1, training on mostly black images could
+    saturate every pixel there for good.
 
-    An update of Adam changes every weight by about the learning rate, so that u changes by an amount proportional to
-    the channels that it is a sum of: the gain makes the first updates of wide networks as large as those of narrow
-    ones. The other convolutions begin with He's weights, for which features keep their size from layer to layer.
+    Adam changes every weight by about the learning rate in an update, so u changes in proportion to the number of
+    channels that it sums over: the gain makes the first updates of wide networks as large as those of narrow ones. The
+    other convolutions have He initialization, which preserves the scale of features from layer to layer.
 
     Args:
         channels: channels C of the images.
         width: channels at full resolution; doubled at each of the two levels below.
-        blocks: residual blocks x + conv(gated convolution(x)) at each of five places: after both convolutions on the
-            way down, in the middle (dilations 1, 2, 4 in turn), and after both on the way up. The network has about
-            (900 + 621 blocks) width^2 parameters: 0.13 million by default, 2.2 with width=32, blocks=2,
-            and 4.9 with width=48, blocks=2.
-        checkpointing: keep only the input of every block for the backward pass and compute it again there: less
-            memory, more time, the same result.
-        shuffle: s; with s > 1 the network works at 1/s of the images' height and width, on s^2 times their channels,
-            into which a pixel-unshuffle puts the s x s pixels of a place, and from which the output is shuffled back
-            (Shi et al., CVPR 2016): 1/s^2 of the time at the same width.
+        blocks: number of residual blocks x + conv(gated convolution(x)) at each of five positions: after both
+            convolutions on the way down, in the bottleneck (dilations 1, 2, 4 in turn), and after both on the way up.
+            The network has about (900 + 621 blocks) width^2 parameters: 0.13 million by default, 2.2 with width=32,
+            blocks=2, and 4.9 with width=48, blocks=2.
+        checkpointing: save only the input of every block for the backward pass and recompute the block: less memory,
+            more time, the same result.
+        shuffle: factor s of pixel unshuffling (Shi et al., CVPR 2016). For s > 1, the network works at 1/s of the
+            images' height and width with s^2 times as many channels, and the output is shuffled back: 1/s^2 of the time
+            at the same width.
     """
 
     gain: Tensor
@@ -85,7 +85,7 @@ class GatedUNet(nn.Module):
         def residual(width: int, dilations: tuple[int, ...] = (1,)) -> nn.ModuleList:
             return nn.ModuleList(ResidualGatedBlock(width, dilations[i % len(dilations)]) for i in range(blocks))
 
-        # In the files: those of version 0, which had none, were trained with a gain of 8 at any width.
+        # A buffer, so that files store it: files of version 0 have none and were trained with a gain of 8 at any width.
         self.register_buffer("gain", torch.tensor(96.0 / w))
         self.down0_blocks, self.down1_blocks = residual(w), residual(2 * w)
         self.middle_blocks = residual(4 * w, (1, 2, 4))
@@ -108,7 +108,7 @@ class GatedUNet(nn.Module):
             Images (B, channels, H, W) in (-1.02, 1.02).
 
         Raises:
-            ValueError: another number of channels, or a height or width that is not so divisible.
+            ValueError: the number of channels is wrong, or height or width are not divisible.
         """
         unit = 4 * self.shuffle
         if x.dim() != 4 or x.shape[1] != self.channels + 2 or x.shape[2] % unit or x.shape[3] % unit:
@@ -125,7 +125,7 @@ class GatedUNet(nn.Module):
         return 1.02 * torch.tanh(2 * x[:, : self.channels] + self.gain * u)
 
     def _run(self, blocks: nn.ModuleList, h: Tensor) -> Tensor:
-        """The blocks in turn, each with its input alone kept for the backward pass if so asked."""
+        """Apply the blocks in sequence; with checkpointing, only their inputs are saved for the backward pass."""
         for block in blocks:
             h = run_section(block, h, self.checkpointing)
         return h
