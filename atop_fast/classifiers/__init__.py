@@ -33,7 +33,7 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_classifier(name: str, **options: object) -> nn.Module:
-    """A classifier by name; options are those of its class.
+    """Build a classifier by name; options are those of its class.
 
     | name | class | million parameters |
     | --- | --- | --- |

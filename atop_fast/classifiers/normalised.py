@@ -1,4 +1,4 @@
-"""Another package's classifier as one of images in [0, 1]."""
+"""A wrapper that makes another package's classifier accept images in [0, 1]."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Normalised(nn.Module):
 
     Args:
         model: maps normalised images (B, C, H, W) to logits (B, classes).
-        mean, std: of the images' channels, in units of [0, 1] pixels; C numbers each, or one for all channels.
+        mean, std: mean and standard deviation of the channels, in units of [0, 1] pixels: C numbers, or one for all.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.

@@ -8,11 +8,11 @@ from ..ops import resize
 
 
 class Resized(nn.Module):
-    """A classifier that sees all images at its own size.
+    """A classifier that resizes images of any size to its own.
 
     Args:
         classifier: the classifier.
-        size: side in pixels; images of another size are resized bilinearly (antialiased where they shrink).
+        size: side in pixels; images of another size are resized bilinearly (antialiased if they shrink).
     """
 
     def __init__(self, classifier: nn.Module, size: int) -> None:

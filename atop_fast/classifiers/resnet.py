@@ -1,4 +1,4 @@
-"""Residual networks: for small images as RobustBench's files have them, and for those of 256x256 pixels."""
+"""Residual networks: for small images, as in RobustBench's checkpoints, and for images of 256x256 pixels."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network for small images: 3x3 stem, stages of BasicBlocks, global average pooling.
 
-    Source: He et al., CVPR 2016, in the CIFAR form that RobustBench's ResNet-18 checkpoints have, whose parameter names
-    these are. The images enter as they are; the first batch norm normalises them.
+    Source: He et al., CVPR 2016, in the CIFAR variant of RobustBench's ResNet-18 checkpoints, with their parameter
+    names. There is no input normalization; the first batch norm takes its place.
 
     Args:
         channels: channels C of the images.
         classes: number of logits.
-        width: channels of the first stage; each later stage halves the resolution and doubles them.
-        blocks: number of blocks of every stage.
-        stride: of the stem.
+        width: channels of the first stage; each later stage halves the resolution and doubles the channels.
+        blocks: number of blocks in every stage.
+        stride: stride of the stem.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class ResNet(nn.Module):
 class ImageResNet(ResNet):
     """The residual network of AToP's ablations, for images of 256x256 pixels, with its parameter names.
 
-    A 3x3 stem of stride 2 and 3x3 max-pooling of stride 2 stand before the stages; images x enter as 2x - 1. Its 8x8
-    average pooling of stride 1 is, at 256x256, the global one of this class, which takes other sizes as well.
+    A 3x3 stem with stride 2 and 3x3 max-pooling with stride 2 precede the stages; images x are mapped to 2x - 1. The
+    original's 8x8 average pooling equals the global average pooling of this class at 256x256; other sizes work, too.
 
     Args:
         channels, classes, width, blocks: as in ResNet.

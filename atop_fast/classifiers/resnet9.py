@@ -1,4 +1,4 @@
-"""The residual network of nine layers that trains on small images in minutes."""
+"""ResNet-9, which trains on small images in minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._core.checks import check_integer, message
 
 
 class PooledConv(nn.Module):
-    """relu(bn(maxpool(conv(x)))), 3x3: batch norm sees only a quarter of the convolution's outputs."""
+    """relu(bn(maxpool(conv(x)))), 3x3: batch norm processes only a quarter of the convolution's outputs."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -41,20 +41,20 @@ class ResidualPair(nn.Module):
 class ResNet9(nn.Module):
     """Residual network of eight convolutions and a linear layer for small images.
 
-    A convolution at the images' own resolution, three that halve it, the first and the last of these followed by a
-    residual pair, and global average pooling. After the ResNet-9 of DAWNBench (Page, How to train your ResNet, 2018),
-    at half its widths, with max-pooling before the batch norm as in airbench (Jordan, 2024) and without that network's
-    whitening, which amplifies the high frequencies that a purifier leaves. All its convolutions but the first keep
-    their size and have 16 channels or more, so that FrozenConv3x3 replaces them in a network under attack.
+    One convolution at full resolution, three that halve the resolution, with a residual pair after the first and the
+    last of these, and global average pooling. The network is the ResNet-9 of DAWNBench (Page, How to train your ResNet,
+    2018) at half its widths, with max-pooling before batch norm as in airbench (Jordan, 2024), and without airbench's
+    whitening, which amplifies the high frequencies that a purifier leaves. All convolutions but the first preserve the
+    size of their input and have at least 16 channels, so that FrozenConv3x3 replaces them in a network under attack.
 
-    At the default widths it has 1.6 million parameters and takes 0.19 GFLOP (two for each multiplication) an image of
+    At the default widths, it has 1.6 million parameters and takes 0.19 GFLOP (two per multiplication) for an image of
     32x32 pixels; ResNet-18 takes 1.1.
 
     Args:
         channels: channels C of the images.
         classes: number of logits.
-        widths: channels after each of the three convolutions that halve the resolution; the convolution before
-            them has half as many as the first.
+        widths: output channels of the three convolutions that halve the resolution; the convolution before them has
+            half as many as the first.
     """
 
     def __init__(self, channels: int = 3, classes: int = 10, widths: Sequence[int] = (64, 128, 256)) -> None:

@@ -12,7 +12,7 @@ from .._core.transformer import Block, check_size, init_linear, layer_norm
 class VisionTransformer(nn.Module):
     """Vision transformer with a class token and learned positions (Dosovitskiy et al., ICLR 2021).
 
-    Parameter names and the result are those of timm's vit_tiny_patch16_224 and its like, whose images x enter as
+    Parameter names and results equal those of timm's vit_tiny_patch16_224 and similar models; images x are mapped to
     2x - 1.
 
     Args:
@@ -46,7 +46,7 @@ class VisionTransformer(nn.Module):
         width, depth, heads = check_size("VisionTransformer", size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, width))
-        # The additional level is in the names of the checkpoints.
+        # The names in checkpoints have this additional level.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch_size, stride=patch_size)})
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = layer_norm(width)

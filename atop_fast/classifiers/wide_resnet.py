@@ -14,13 +14,13 @@ from .._core.checks import check_choice, check_integer, message
 class PreactivationBlock(nn.Module):
     """conv(relu(bn(conv(relu(bn(x)))))) + shortcut, 3x3 convolutions (Zagoruyko and Komodakis, BMVC 2016).
 
-    The shortcut is x where the shapes agree, else a 1x1 convolution of relu(bn(x)).
+    The shortcut is x if the shapes agree, otherwise a 1x1 convolution of relu(bn(x)).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, activation: nn.Module, deepmind: bool) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs)
-        # TensorFlow's "SAME" padding at stride 2, with which DeepMind's networks were trained: right and bottom alone.
+        # DeepMind's networks were trained with TensorFlow's "SAME" padding, which at stride 2 is right and bottom only.
         self.pad = (0, 1, 0, 1) if deepmind and stride == 2 else (1, 1, 1, 1)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -37,7 +37,7 @@ class PreactivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide residual network for small images (Zagoruyko and Komodakis, BMVC 2016), as RobustBench's files have it.
+    """Wide residual network for small images (Zagoruyko and Komodakis, BMVC 2016), as in RobustBench's checkpoints.
 
     Args:
         depth: number of layers, 6 n + 4 with n blocks in each of three stages.
@@ -45,9 +45,9 @@ class WideResNet(nn.Module):
         channels: channels C of the images.
         classes: number of logits.
         activation: "relu" or "silu".
-        deepmind: the form of DeepMind's checkpoints (Gowal et al., 2020): images normalised by CIFAR-10's mean and
-            standard deviation first (this needs channels=3), and another padding at stride 2. Otherwise the form of
-            TRADES (Zhang et al., ICML 2019), whose parameter names these are: the images enter as they are.
+        deepmind: the variant of DeepMind's checkpoints (Gowal et al., 2020): input normalization by CIFAR-10's mean and
+            standard deviation (requires channels=3), and other padding at stride 2. Otherwise the variant of TRADES
+            (Zhang et al., ICML 2019), with its parameter names and without input normalization.
     """
 
     mean: Tensor
@@ -84,7 +84,7 @@ class WideResNet(nn.Module):
                 stride = 2 if stage and not block else 1
                 blocks.append(PreactivationBlock(inputs, outputs, stride, self.activation, deepmind))
                 inputs = outputs
-            # The additional level is in the names of the checkpoints.
+            # The names in checkpoints have this additional level.
             self.add_module(f"block{stage + 1}", nn.Sequential(OrderedDict(layer=blocks)))
         self.bn1 = nn.BatchNorm2d(inputs)
         self.fc = nn.Linear(inputs, classes)

@@ -23,7 +23,7 @@ from ..recipes.options import GivenTransform
 from ..transforms import RandomTransform, describe_transform
 from . import CLASSIFIERS, Normalised, WideResNet, build_classifier
 
-# A network, and the mean and standard deviation of the images that it takes.
+# A network, and the mean and standard deviation by which its input is normalized.
 Model = tuple[nn.Module, Sequence[float], Sequence[float]]
 
 # DeepMind's parameter names and those of WideResNet.
@@ -38,11 +38,11 @@ DEEPMIND_NAMES = (
     (r"^batchnorm\.", "bn1."),
     (r"^logits\.", "fc."),
 )
-# The names in the published files of torchvision's DenseNets, which are of an older version.
+# Parameter names in the published files of torchvision's DenseNets, which come from an older version.
 DENSENET_NAMES = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")
-# Ported with another normalisation, into which they turn that of torchvision; their published files need it.
+# Models ported from elsewhere that convert torchvision's normalization to their own; published files require this.
 PORTED = ("googlenet", "inception_v3")
-# Names that checkpoints have for the state dict of the network.
+# Keys of the network's state dict in common checkpoints.
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "net")
 
 
@@ -58,7 +58,7 @@ def load_classifier(
     download: bool = False,
     **options: object,
 ) -> nn.Module:
-    """A trained classifier, on the CPU and in evaluation mode, from images in [0, 1] to logits.
+    """Load a trained classifier from images in [0, 1] to logits, on the CPU and in evaluation mode.
 
     - A path that ends in .safetensors: a file of save_model.
     - With `architecture`: the path of a checkpoint of torch.save, such as RobustBench's: a state dict, alone or as
@@ -66,28 +66,28 @@ def load_classifier(
       AveragedModel and Lightning add to the names are removed. Every parameter must fit. Only tensors are
       read; a file that holds other objects is refused, and no code in it runs.
     - "torchvision:<name>" or "timm:<name>", such as "torchvision:resnet50" or "timm:vit_tiny_patch16_224": the package
-      builds the network, and its weights are read from the file `path` as with `architecture` (or as safetensors, if so
-      named), or fetched. It is a Normalised, with the mean and standard deviation that the package states for it.
-    - Otherwise: the name of a model of RobustBench's zoo (Croce et al., NeurIPS 2021), such as "Standard" or
-      "Wang2023Better_WRN-28-10"; the package robustbench builds it, and its file is read from
-      <folder>/<dataset>/<threat_model>/<name>.pt, where that package keeps it.
+      builds the network, and its weights are read from the file `path`, as with `architecture` or as .safetensors, or
+      downloaded. The result is a Normalised with the mean and standard deviation that the package specifies.
+    - Otherwise: the name of a model in RobustBench's zoo (Croce et al., NeurIPS 2021), such as "Standard" or
+      "Wang2023Better_WRN-28-10"; the package robustbench builds it, and its weights are read from
+      <folder>/<dataset>/<threat_model>/<name>.pt, the location that robustbench uses.
 
     Args:
         name_or_path: see above.
-        architecture: of the checkpoint, a name of build_classifier, e.g. "wrn_28_10" or "resnet18".
-        path: file of the weights of a model of torchvision or timm.
-        key: of a checkpoint that holds several: the dictionary, or what stands before the names, such as "ema".
-        dataset, threat_model: of a model of RobustBench: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
-        folder: of the files of RobustBench's models.
-        download: let robustbench fetch a model that is not in `folder`, or torchvision or timm their default weights
-            instead of `path`; nothing is fetched otherwise.
-        options: of the architecture, e.g. deepmind=True, activation="silu" (see WideResNet), or of the package's
-            constructor, e.g. num_classes=10.
+        architecture: architecture of the checkpoint, a name of build_classifier, e.g. "wrn_28_10" or "resnet18".
+        path: weights file of a torchvision or timm model.
+        key: selects one of several networks in a checkpoint: a dictionary or a prefix of the names, such as "ema".
+        dataset, threat_model: of a RobustBench model: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
+        folder: folder of RobustBench's files.
+        download: allow robustbench to download a model that is not in `folder`, or torchvision or timm to download
+            their default weights instead of reading `path`; otherwise nothing is downloaded.
+        options: options of the architecture, e.g. deepmind=True, activation="silu" (see WideResNet), or of the
+            package's constructor, e.g. num_classes=10.
 
     Raises:
-        ImportError: a name, and its package is not installed.
-        ValueError: no such file or name, a file with other objects than tensors, or one whose weights do not fit;
-            neither or both of `path` and `download` for a model of torchvision or timm.
+        ImportError: the package that a name refers to is not installed.
+        ValueError: the file or name does not exist, the file holds objects other than tensors, or its weights do not
+            fit; or neither or both of `path` and `download` are given for a torchvision or timm model.
     """
     package, _, name = str(name_or_path).partition(":")
     if package in PACKAGES:
@@ -112,13 +112,13 @@ def load_classifier(
 
 @dataclass(frozen=True)
 class System:
-    """The system that a command examines or trains, as its options name it.
+    """The system that a command evaluates or trains, as specified by its options.
 
     Attributes:
         classifier, architecture, weights, key: `name_or_path`, `architecture`, `path` and `key` of load_classifier.
-        purifier: a file of save_model; without one the classifier stands alone, or behind the given transform.
-        defense: instead of these, `path_or_name` of load_defense.
-        transform: the command's options of the transform.
+        purifier: a file of save_model; None leaves the classifier alone, or behind the given transform.
+        defense: `path_or_name` of load_defense, instead of all of these.
+        transform: the command's transform options.
     """
 
     classifier: str | None
@@ -130,15 +130,15 @@ class System:
     key: str | None = None
 
     def load(self, function: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
-        """The Defense, or the classifier alone, and the data with its labels in the order of the classifier's classes.
+        """Load the Defense or the bare classifier; also returns the data, with labels in the classifier's class order.
 
         Args:
-            function: for errors.
-            data: its channels and classes are those of a checkpoint with `architecture`, and its classes those of a
-                model with `weights`.
+            function: name for error messages.
+            data: determines the channels and classes of a checkpoint with `architecture`, and the classes of a model
+                with `weights`.
 
         Raises:
-            ValueError: the options contradict one another, a file or the data; or a file cannot be read.
+            ValueError: the options contradict each other, a file or the data; or a file cannot be read.
         """
         if (self.classifier is None) is (self.defense is None):
             expected = "given, or a defense, and not both"
@@ -174,10 +174,10 @@ class System:
 
 
 def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dataset | Files:
-    """The data with its labels in the order of the classes that the classifier's file names, if it names any.
+    """Reorder the data's labels to match the class names in the classifier's file, if it has any.
 
     Raises:
-        ValueError: some of the data's classes have names that the classifier knows, and others do not.
+        ValueError: the classifier's file knows some of the data's class names, but not all.
     """
     classes = read_metadata(path).get(CLASSES) if Path(path).suffix == ".safetensors" else None
     if classes is None or tuple(classes) == data.classes:
@@ -210,7 +210,7 @@ def _from_package(
 
 
 def package_factory(name: str) -> Callable[..., nn.Module]:
-    """The builder of "torchvision:<name>" or "timm:<name>" without weights, for a file that has them."""
+    """The constructor of "torchvision:<name>" or "timm:<name>" without weights, which a file provides."""
     package, _, model = name.partition(":")
 
     def build(**options: Any) -> nn.Module:
@@ -240,12 +240,12 @@ def _timm(name: str, download: bool, options: dict[str, Any]) -> Model:
     import timm
 
     expected = "'timm:' and one of timm.list_models()"
-    # Other names, such as hf-hub:user/model, would fetch a configuration.
+    # Other names, such as hf-hub:user/model, would download a configuration.
     if not timm.is_model(name):
         raise ValueError(message("load_classifier", "name_or_path", expected, repr(f"timm:{name}")))
     try:
         model = timm.create_model(name, pretrained=download, **options)
-    except RuntimeError as error:  # the name's part after the dot: no such weights
+    except RuntimeError as error:  # unknown weights, the part of the name after the dot
         raise ValueError(message("load_classifier", "name_or_path", expected, f"'timm:{name}' ({error})")) from error
     statistics = timm.data.resolve_model_data_config(model)
     return model, statistics["mean"], statistics["std"]
@@ -255,7 +255,7 @@ PACKAGES = {"torchvision": _torchvision, "timm": _timm}
 
 
 def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, download: bool) -> nn.Module:
-    # ImageNet is left out: the zoo's constructors for it fetch weights, asked or not.
+    # ImageNet is not supported, because the zoo's constructors for it always download weights.
     check_choice("load_classifier", "dataset", dataset, ["cifar10", "cifar100"])
     check_choice("load_classifier", "threat_model", threat_model, ["Linf", "L2", "corruptions"])
     try:
@@ -273,7 +273,7 @@ def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, 
             model_name=name, model_dir=str(folder), dataset=dataset, threat_model=threat_model
         )
         return fetched.eval()
-    # A model in several files, or one of timm, has no single file, and building it may fetch weights.
+    # An ensemble or a timm model has no single file, and building it may download weights.
     if not path.is_file() or not isinstance(models[name]["gdrive_id"], str):
         expected = f"a model whose file is at {path}, or download=True"
         raise ValueError(message("load_classifier", "name_or_path", expected, repr(name)))
@@ -293,7 +293,7 @@ def _with_weights(model: nn.Module, path: Path, argument: str = "name_or_path", 
         raise ValueError(message("load_classifier", "key", f"given for {path}, as {error}", repr(key))) from error
     state = {DENSENET_NAMES.sub(r"\1\2.", key): value for key, value in state.items()}
     if isinstance(model, WideResNet):
-        # Weights of a stage that TRADES' networks create and never run.
+        # TRADES' networks create this stage but never run it.
         state = {key: value for key, value in state.items() if not key.startswith("sub_block1.")}
         if model.deepmind:
             state = {_rename(key): value for key, value in state.items()}
@@ -314,10 +314,10 @@ def _rename(key: str) -> str:
 
 @contextlib.contextmanager
 def _autoattack_is_pyautoattack() -> Iterator[None]:
-    """Inside, `import autoattack` finds pyautoattack where there is no autoattack.
+    """Alias `autoattack` to pyautoattack in the block if autoattack is not installed.
 
-    robustbench 1.1.1 on PyPI depends on pyautoattack, but imports it by the name that it has on GitHub, and so cannot
-    be imported as it installs.
+    robustbench 1.1.1 on PyPI depends on pyautoattack but imports it under its GitHub name, so that a plain installation
+    cannot be imported.
     """
     if importlib.util.find_spec("autoattack") or not importlib.util.find_spec("pyautoattack"):
         yield
