@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ._core.threads import is_command, wait_asleep
 
-# Before torch is imported, as all that follows does; a user's program is left as it is.
+# This must precede the first import of torch; programs of users keep their own policy.
 if is_command():
     wait_asleep()
 
@@ -27,7 +27,7 @@ from .transforms import RT1, RT2, RT3, RandomResizePad
 try:
     __version__ = version("atop-fast")
 except PackageNotFoundError:
-    # A bare checkout that was never installed.
+    # A checkout that was never installed.
     __version__ = "0+unknown"
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""Model files: safetensors whose header names the architecture, so that a file loads without further options.
+"""Model files: safetensors with the architecture in the header, so that a file loads without further options.
 
-The header's text "atop_fast" is JSON. For a network it holds kind, name and options, and for a purifier the transform
-under which it was trained; for a defence it holds these for both networks, and the transform. "metadata" holds the
+The header entry "atop_fast" is JSON. For a network, it holds kind, name and options and, for a purifier, the transform
+under which it was trained; for a defense, it holds these for both networks, and the transform. "metadata" holds the
 caller's additions.
 """
 
@@ -32,12 +32,12 @@ KINDS: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
     "purifier": PURIFIERS,
     "discriminator": DISCRIMINATORS,
 }
-# Wrappers of a classifier: the class, the attribute that holds the classifier, and the options.
+# Classifier wrappers: the class, the attribute that holds the classifier, and a function that returns the options.
 WRAPPERS: dict[str, tuple[type[nn.Module], str, Callable[[Any], dict[str, Any]]]] = {
     "normalised": (Normalised, "model", lambda m: {"mean": m.mean.flatten().tolist(), "std": m.std.flatten().tolist()}),
     "resized": (Resized, "classifier", lambda m: {"size": m.size[0]}),
 }
-# Names in a file's metadata that commands read.
+# Metadata keys that commands read.
 CLASSES, SHAPE, NORM, EPS = "classes", "shape", "norm", "eps"
 
 
@@ -51,21 +51,21 @@ def save_model(
     metadata: Mapping[str, Any] | None = None,
     **options: object,
 ) -> None:
-    """Write the weights of a module and how to build it; atomic.
+    """Atomically write the weights and the architecture of a module.
 
     Args:
         path: file to write.
         module: the module.
         kind: "classifier", "purifier" or "discriminator".
-        name: its architecture, e.g. "unet" (see build_purifier and build_classifier).
-        transform: of a purifier, the transform under which it was trained; by default what the training noted.
-        metadata: what else the file says, JSON-ready, such as classes=(...), the names of a classifier's classes in
-            their order; see save_defense.
-        options: the architecture's options.
+        name: the architecture, e.g. "unet" (see build_purifier and build_classifier).
+        transform: for a purifier, the transform under which it was trained; by default the one recorded in training.
+        metadata: further JSON-ready contents, such as classes=(...), the ordered names of a classifier's classes; see
+            save_defense.
+        options: the options of the architecture.
 
     Raises:
-        ValueError: another kind or name, or `module` is not of the architecture's class: the file would be that of
-            another network. A class of your own can be added to the registry of its kind, such as purifiers.PURIFIERS.
+        ValueError: kind or name are unknown, or `module` is not of the architecture's class, so that the file would
+            describe another network. Add a class of your own to the registry of its kind, such as purifiers.PURIFIERS.
     """
     check_choice("save_model", "kind", kind, list(KINDS))
     factory = KINDS[kind][check_choice("save_model", "name", name, list(KINDS[kind]))]
@@ -80,13 +80,13 @@ def save_model(
 
 
 def load_model(path: str | Path, kind: str) -> nn.Module:
-    """Build the module that a file of save_model holds, with its weights, on the CPU and in evaluation mode.
+    """Build the module in a file of save_model, with its weights, on the CPU and in evaluation mode.
 
-    A purifier remembers the transform under which it was trained: Defense warns of another one.
+    A purifier remembers the transform under which it was trained: Defense warns about a different one.
 
     Raises:
-        ValueError: no such file, not a safetensors file, one without the architecture, of another kind, or whose
-            weights do not fit.
+        ValueError: the file is missing, is not safetensors, has no architecture, is of another kind, or its weights do
+            not fit.
     """
     check_choice("load_model", "kind", kind, list(KINDS))
     header = read_header(path)
@@ -100,7 +100,7 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
         if kind == "purifier" and "transform" in header:
             module.trained_under = _check_description(header["transform"])
     except Exception as error:
-        # Options that no architecture has may fail in it anywhere; each failure means the same to the caller.
+        # Invalid options may fail anywhere in an architecture; all failures mean the same to the caller.
         reason = " ".join(str(error).split())
         raise ValueError(
             message("load_model", "path", f"a {kind} with fitting weights", f"{path} ({reason})")
@@ -109,18 +109,18 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
 
 
 def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | None = None, **metadata: object) -> None:
-    """Write a defence to one safetensors file: both networks, how to build them, and the transform; atomic.
+    """Atomically write a defense to one safetensors file: weights and architecture of both networks, and the transform.
 
     Args:
         path: file to write.
-        defense: its networks come from build_classifier, build_purifier, load_model or load_classifier (not those of
-            RobustBench), the classifier perhaps inside Normalised or Resized; a network that was built otherwise needs
-            an attribute `architecture` = (name, options).
-        dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense gives float32 with the
-            rounded values, so judge the loaded defence, not the one in hand. Default: as they are.
-        metadata: further contents of the file, JSON-ready. Commands read `classes`, the names of the classes in their
-            order, `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack; add what others need
-            to know: recipe, commit, data, licence.
+        defense: a Defense whose networks come from build_classifier, build_purifier, load_model or load_classifier
+            (except RobustBench models); the classifier may be inside Normalised or Resized. Any other network needs an
+            attribute `architecture` = (name, options).
+        dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense returns float32 weights
+            with the rounded values, so evaluate the loaded defense. Default: the type of the weights.
+        metadata: further JSON-ready contents. Commands read `classes`, the ordered names of the classes, `shape`,
+            (C, H, W) of the images, and `norm` and `eps` of the training attack. Add anything that users should know:
+            recipe, commit, data, license.
 
     Raises:
         TypeError, ValueError: naming the part that load_defense could not restore; or weights too large for `dtype`.
@@ -152,16 +152,17 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
 
 
 def load_defense(path_or_name: str | Path) -> Defense:
-    """The defence in a file of save_defense, or one that the package carries, on the CPU and in evaluation mode.
+    """Load a defense from a file of save_defense, or one that ships with the package; on the CPU, in evaluation mode.
 
     Args:
         path_or_name: a path that ends in .safetensors, or a name in list_defenses().
 
     Returns:
-        The Defense; its `metadata` is what the file says besides.
+        The Defense, with the file's metadata in its attribute `metadata`.
 
     Raises:
-        ValueError: no such file or name, not a safetensors file, one without a defence, or whose weights do not fit.
+        ValueError: the file or name does not exist, the file is not safetensors or holds no defense, or its weights do
+            not fit.
     """
     path = find_defense("load_defense", path_or_name)
     header = read_header(path)
@@ -190,25 +191,25 @@ def load_defense(path_or_name: str | Path) -> Defense:
 
 
 def list_defenses() -> list[str]:
-    """Names of the defences that the package carries, for load_defense."""
-    return sorted(_carried())
+    """Names of the defenses that ship with the package, for load_defense."""
+    return sorted(_shipped())
 
 
 def find_defense(function: str, path_or_name: str | Path) -> Path:
-    """The file of a defence; ValueError, which says which names there are, if it is none."""
+    """The file of a defense; for an unknown name, a ValueError lists the known ones."""
     path = Path(path_or_name)
     if path.suffix or path.exists():
         return path
-    carried = _carried()
-    if str(path_or_name) not in carried:
-        names = f"one of {', '.join(map(repr, sorted(carried)))}" if carried else "the package carries none"
+    shipped = _shipped()
+    if str(path_or_name) not in shipped:
+        names = f"one of {', '.join(map(repr, sorted(shipped)))}" if shipped else "the package carries none"
         expected = f"a file of save_defense, or the name of a defence in the package ({names})"
         raise ValueError(message(function, "path_or_name", expected, repr(str(path_or_name))))
-    return carried[str(path_or_name)]
+    return shipped[str(path_or_name)]
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """The file's header, see the module: {"kind", "name", "options"} and more; ValueError if there is none."""
+    """The header described at the top of this module; ValueError if there is none."""
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("atop_fast", "null"))
@@ -221,7 +222,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a file of save_model or save_defense; empty for another one."""
+    """The metadata in a file of save_model or save_defense; empty for any other file."""
     try:
         return _check_metadata("load_model", read_header(path).get("metadata", {}))
     except ValueError:
@@ -234,7 +235,7 @@ def _write(path: str | Path, header: dict[str, Any], state: Mapping[str, Tensor]
     write_atomic(Path(path), lambda p: save_file(tensors, str(p), metadata))
 
 
-def _carried() -> dict[str, Path]:
+def _shipped() -> dict[str, Path]:
     folder = Path(str(importlib.resources.files("atop_fast"))) / "weights"
     return {file.stem: file for file in folder.glob("*.safetensors")} if folder.is_dir() else {}
 
@@ -242,13 +243,13 @@ def _carried() -> dict[str, Path]:
 def _check_class(function: str, argument: str, module: nn.Module, name: str, factory: Callable[..., nn.Module]) -> None:
     """Raise unless the module is of the class that the architecture builds."""
     built = factory.func if isinstance(factory, functools.partial) else factory
-    # The class that a function returns is not known before the call.
+    # For a function, the class of the result is unknown before the call.
     if isinstance(built, type) and type(module) is not built:
         raise ValueError(message(function, argument, f"a {built.__name__}, which {name!r} is", type(module).__name__))
 
 
 def _check_metadata(function: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata after a round trip through JSON; raise if it is not JSON-ready or has wrong types for commands."""
+    """The metadata after a round trip through JSON; raises if it is not JSON-ready, or if commands could not use it."""
     if not isinstance(metadata, Mapping):
         raise TypeError(message(function, "metadata", "names and values", type(metadata).__name__))
     try:
@@ -270,7 +271,7 @@ def _check_metadata(function: str, metadata: Mapping[str, Any]) -> dict[str, Any
 
 
 def _check_description(description: Any) -> dict[str, Any]:
-    """A transform's description in a file; it may be one of a class that is not registered here."""
+    """Validate the description of a transform in a file; its class may be unknown here."""
     if not isinstance(description, dict) or not isinstance(description.get("name"), str):
         raise ValueError(f"{description!r} describes no transform")
     if "shown" not in description:
@@ -279,7 +280,7 @@ def _check_description(description: Any) -> dict[str, Any]:
 
 
 def _specify(argument: str, module: nn.Module, registry: Mapping[str, Callable[..., nn.Module]]) -> dict[str, Any]:
-    """How to build a module, JSON-ready; ValueError unless that gives a module in which its weights fit."""
+    """The JSON-ready architecture of a module; ValueError unless its weights fit the module that this builds."""
     if replaced := [name for name, m in module.named_modules() if {"forward", "__call__"} & vars(m).keys()]:
         given = f"{type(module).__name__} in which that of {replaced[0] or 'itself'} was replaced"
         raise ValueError(message("save_defense", argument, "a module with its class's forward", given))
@@ -306,7 +307,7 @@ def _specify(argument: str, module: nn.Module, registry: Mapping[str, Callable[.
 
 
 def _network(kind: str, spec: Any, state: Mapping[str, Tensor]) -> nn.Module | None:
-    """A defence's network, of a file's tensors; None where it has none."""
+    """Restore one network of a defense from the file's tensors; None if the defense does not have it."""
     own = {name.removeprefix(f"{kind}."): value for name, value in state.items() if name.startswith(f"{kind}.")}
     if spec is None and not own:
         return None
@@ -316,7 +317,7 @@ def _network(kind: str, spec: Any, state: Mapping[str, Tensor]) -> nn.Module | N
 def _restore(
     spec: Mapping[str, Any], registry: Mapping[str, Callable[..., nn.Module]], state: Mapping[str, Tensor]
 ) -> nn.Module:
-    """The module that a header specifies, with the weights in `state`."""
+    """Build the module that a header specifies, with the weights in `state`."""
     name, options = spec["name"], spec["options"]
     if "inside" in spec:
         kind, inside, _ = WRAPPERS[name]
@@ -329,7 +330,7 @@ def _restore(
     factory = _factory(name, registry)
     build = functools.partial(factory, **options)
     _check_fits(build, options, state)
-    # Initial weights, which the file's replace, are drawn from torch's generator.
+    # The initial weights are about to be replaced, and must not consume numbers of the global generator.
     with seeded(0):
         module = build()
     load_weights(module, state)
@@ -338,7 +339,7 @@ def _restore(
 
 
 def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
-    """The builder of the architecture `name`: an entry of the registry, or, for classifiers, torchvision or timm."""
+    """The constructor of architecture `name`: an entry of the registry or, for classifiers, of torchvision or timm."""
     if registry is CLASSIFIERS and ":" in name:
         from .classifiers.zoo import package_factory
 
@@ -347,7 +348,7 @@ def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Cal
 
 
 def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise unless the file holds the weights of what its options build, which may be larger than any memory."""
+    """Raise unless the weights fit the module that the options build, without allocating it: it might be huge."""
     most = max([len(state), *(8 * size for tensor in state.values() for size in tensor.shape)])
     if large := [name for name, value in options.items() if _largest(value) > most]:
         raise ValueError(f"{large[0]}={options[large[0]]!r} is no option of so few weights")
@@ -355,7 +356,7 @@ def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: 
         with torch.device("meta"):
             module = build()
     except Exception:
-        # Not every module can be built without memory; what is wrong with the options, the next attempt says.
+        # Some modules cannot be built on the meta device; if the options are wrong, the real construction will fail.
         return
     module.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
     if sum(t.numel() for t in module.buffers()) > 2**20 + 16 * sum(t.numel() for t in state.values()):

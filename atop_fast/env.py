@@ -1,4 +1,4 @@
-"""`python -m atop_fast.env`: versions, what was built, which backend owns which op, and why anything is missing."""
+"""`python -m atop_fast.env`: versions, the native build, the backend of each op, and why a backend is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors")
 
 
 def report() -> dict[str, dict[str, str]]:
-    """What this installation consists of, as sections of (name, value)."""
+    """A description of this installation, as sections of (name, value)."""
     return {
         "Versions": _versions(),
         "Native build": _build(),
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def cpu_model() -> str:
-    """The name of the processor, as the system gives it."""
+    """The name of the processor, as reported by the system."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():

@@ -5,8 +5,8 @@ Philox4x32-10 (Salmon et al., SC 2011) with key = seed and counter
     c0 = element group (4 values each)      c2 = draw (attack step, EOT draw, Monte-Carlo index ...)
     c1 = low 32 bits of the sample id       c3 = tag << 16 | high 16 bits of the sample id
 
-so a sample gets the same numbers in any batch, order, split or process, and torch's global generator is neither read
-nor changed. This file is the specification; it uses only integer and correctly rounded float32 operations, so that
+so that a sample gets the same numbers in any batch, order, split or process. Torch's global generator is neither read
+nor changed. This file is the specification: it uses only integer and correctly rounded float32 operations, so that
 other backends can match it bit for bit.
 """
 
@@ -31,7 +31,7 @@ from ._core.checks import check_integer, check_tensor, message
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-# Torch's generators are those of all threads.
+# All threads share the global generators.
 _GENERATORS = threading.RLock()
 
 
@@ -39,7 +39,7 @@ Seed = TypeVar("Seed", int, Tensor)
 
 
 class Tag(IntEnum):
-    """What a random number is used for: different uses never share numbers."""
+    """The purpose of a random number: different purposes never share numbers."""
 
     NOISE = 1
     MASK = 2
@@ -63,7 +63,7 @@ def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, An
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
-        # int64 products wrap modulo 2**64, which leaves both 32-bit halves right.
+        # int64 products wrap modulo 2**64, which keeps both 32-bit halves correct.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, ((p0 >> 32) & _MASK32) ^ c3 ^ k1
         c1, c3 = p1 & _MASK32, p0 & _MASK32
@@ -72,7 +72,7 @@ def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, An
 
 
 def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: int) -> Tensor:
-    """`count` 32-bit words for every sample, int64 (B, count); sample_ids (B,), draws an int or int64 () or (B,)."""
+    """`count` 32-bit words per sample, int64 (B, count), for sample_ids (B,) and draws, an int or int64 () or (B,)."""
     groups = torch.arange((count + 3) // 4, device=sample_ids.device)[None, :]
     ids = sample_ids.reshape(-1, 1)
     draw = draws.reshape(-1, 1) if isinstance(draws, Tensor) else torch.full_like(ids[:1], draws)
@@ -84,7 +84,7 @@ def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int |
 def random_uniform(
     shape: Sequence[int], seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: Tag
 ) -> Tensor:
-    """Uniform numbers in (0, 1), float32 (B, *shape): the upper 23 bits of a word, centred, hence exact."""
+    """Uniform numbers in (0, 1), float32 (B, *shape): the upper 23 bits of a word plus one half, which is exact."""
     words = random_bits(math.prod(shape), seed, sample_ids, draws, tag)
     return ((words >> 9).float() + 0.5).mul_(2.0**-23).view(-1, *shape)
 
@@ -93,7 +93,7 @@ def random_ranks(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int 
     """A uniformly random permutation of 0..count-1 for every sample, int64 (B, count).
 
     `ranks < k` is a random subset of exactly k positions; `ranks % n` splits the positions into n even groups.
-    Each position draws a word and gets its rank; equal words (chance below count**2 / 2**33) rank by position.
+    Each position draws a word and gets its rank; ties (probability below count**2 / 2**33) are broken by position.
     """
     order = random_bits(count, seed, sample_ids, draws, tag).argsort(dim=1, stable=True)
     return torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))
@@ -105,9 +105,9 @@ def permutation(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def derive_seed(seed: Seed, *names: str | int) -> Seed:
-    """An independent 63-bit seed for a named purpose, e.g. derive_seed(seed, "verdict"); always the same one.
+    """Deterministically derive an independent 63-bit seed for a named purpose, e.g. derive_seed(seed, "verdict").
 
-    Of an int64 scalar tensor it is one, too.
+    The result for an int64 scalar tensor is also an int64 scalar tensor.
     """
     for name in names:
         word = zlib.crc32(name.encode()) if isinstance(name, str) else name
@@ -121,7 +121,7 @@ def check_keys(
     function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
 ) -> tuple[Tensor, int | Tensor]:
     """Validate (seed, sample_ids, draws) of a call over `batch` samples; sample_ids defaults to 0..batch-1."""
-    # While torch.compile traces, numbers may be symbols; what runs checks them.
+    # While torch.compile traces, numbers may be symbolic; they are checked at run time.
     tracing = torch.compiler.is_compiling()
     if not isinstance(seed, Tensor):
         if not tracing:
@@ -146,7 +146,7 @@ def check_keys(
 def key_tensors(
     function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The checked key (seed, sample_ids, draws) as int64 tensors on `device`, for ops that read it from memory."""
+    """The validated key (seed, sample_ids, draws) as int64 tensors on `device`, for ops that read it from memory."""
     sample_ids, draws = check_keys(function, batch, device, seed, sample_ids, draws)
     return _on(device, seed), sample_ids, _on(device, draws)
 
@@ -157,9 +157,9 @@ def _on(device: torch.device, value: int | Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed the global generators inside the block and restore them afterwards: torch's, Python's and numpy's.
+    """Seed the global generators of torch, Python and numpy in the block and restore them afterwards.
 
-    torch has one for the CPU and one for `device`. Threads take turns: a block waits until no other thread is in one.
+    Torch's are those of the CPU and of `device`. The block holds a lock, so that only one thread at a time is in one.
     """
     on_gpu = device is not None and device.type == "cuda"
     with _GENERATORS, torch.random.fork_rng(devices=[device] if on_gpu else []):
@@ -174,7 +174,7 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
 
 def seed_generators(seed: int, device: torch.device | None = None) -> None:
     """Seed the global generators that `seeded` restores."""
-    # Not torch.manual_seed: it seeds those of all GPUs, and without one it formats a stack trace for later.
+    # torch.manual_seed would seed all GPUs, and without a GPU it formats a stack trace for later use.
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):
@@ -185,16 +185,16 @@ def seed_generators(seed: int, device: torch.device | None = None) -> None:
 
 @dataclass
 class Draws:
-    """Whether a generator was used."""
+    """The result of watched_generators: whether a generator was used."""
 
     drawn: bool = False
 
 
 @contextlib.contextmanager
 def watched_generators() -> Iterator[Draws]:
-    """Find out whether the block draws from a global generator of torch, Python or numpy; it is restored afterwards.
+    """Detect whether the block draws from a global generator of torch, Python or numpy; restores it afterwards.
 
-    The yielded object tells it after the block. While a CUDA graph is captured, the GPU's generators are left out.
+    The yielded object holds the answer after the block. During CUDA graph capture, generators of GPUs are ignored.
     """
     result = Draws()
     with _GENERATORS:
@@ -204,7 +204,7 @@ def watched_generators() -> Iterator[Draws]:
         try:
             yield result
         finally:
-            # Compared without ops of torch, because a tracer may be recording them.
+            # The comparison avoids torch ops, because a tracer may be active.
             if _bytes(cpu) != _bytes(torch.get_rng_state()):
                 result.drawn = True
                 torch.set_rng_state(cpu)
@@ -225,5 +225,5 @@ def _bytes(state: Tensor) -> bytes:
 
 
 def _words(state: Any) -> tuple[Any, ...]:
-    """The state of numpy's generator, to be compared."""
+    """The state of numpy's generator in a form that can be compared."""
     return (state[1].tobytes(), *state[2:])

@@ -1,8 +1,8 @@
-"""Random transforms: destroy the perturbation before the purifier restores the image (AToP, section 3.1).
+"""Random transforms, which destroy the perturbation before the purifier restores the image (AToP, section 3.1).
 
     x in [0,1] --(resize, + sigma * noise, clip)--> [0,1] --(2x - 1)--> [-1,1] --(mask)--> [masked image, ones, mask]
 
-RT1 masks, RT2 adds noise and masks, RT3 makes N copies whose masks are disjoint and cover the image together.
+RT1 masks, RT2 adds noise and masks, and RT3 makes N noisy copies with disjoint masks that together cover the image.
 RandomResizePad changes the size at random. All are thin modules over atop_fast.ops.
 """
 
@@ -24,7 +24,7 @@ from .ops.random_resize_pad import check_sizes, place, random_placement
 
 
 class RandomTransform(nn.Module):
-    """Base of the random transforms: what Defense and training need of one."""
+    """Base class of the random transforms: the interface that Defense and training require."""
 
     copies = 1
 
@@ -37,11 +37,11 @@ class RandomTransform(nn.Module):
             x: images (B, C, H, W), floats in [0, 1] or uint8 in 0..255.
             seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
             sample_ids: int64 (B,), the identity of every image; default 0..B-1.
-            draws: which draw: an int in [0, 2**32), or int64 of shape () or (B,).
+            draws: index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
 
         Returns:
-            (B * copies, C + 2, H', W'): [masked image in [-1, 1], ones, mask (1 = masked)], the copies of a sample
-            adjacent; channels_last if `x` is. Differentiable in floating-point `x`; equal (seed, sample id, draw) give
+            (B * copies, C + 2, H', W'): [masked image in [-1, 1], ones, mask (1 = masked)], with the copies of a sample
+            adjacent; channels_last if `x` is. Differentiable in floating-point `x`. Equal (seed, sample id, draw) give
             equal randomness in any batch.
 
         Raises:
@@ -52,7 +52,7 @@ class RandomTransform(nn.Module):
     def target(
         self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
     ) -> Tensor:
-        """What a perfect purifier makes of the same draw: (B * copies, C, H', W') in [-1, 1]."""
+        """The output of a perfect purifier for the same draw: (B * copies, C, H', W') in [-1, 1]."""
         raise NotImplementedError
 
     def assemble(self, purified: Tensor, corrupted: Tensor) -> Tensor:
@@ -61,15 +61,15 @@ class RandomTransform(nn.Module):
 
 
 class _BlockMask(RandomTransform):
-    """Noise and block masks, what RT1, RT2 and RT3 share.
+    """Noise and block masks: the base class of RT1, RT2 and RT3.
 
     Args:
         patch: side of the square mask blocks in pixels; must divide the height and the width of the (resized) images.
-        mask_ratio: share of the blocks that is masked, in [0, 1]; the count round(ratio * blocks) is exact. Of two
-            numbers (low, high), every sample and draw gets its own count, all between theirs equally likely.
+        mask_ratio: share of masked blocks, in [0, 1]; exactly round(ratio * blocks) blocks are masked. With two numbers
+            (low, high), every sample and draw gets its own count, uniformly distributed between their counts.
         sigma: standard deviation of the noise, in units of [0, 1] pixels.
-        size: resize the images to (H', W') first, bilinearly; an int means a square, None keeps their size.
-        shared_mask: all samples of a draw get one mask, as in AToP's public code.
+        size: resize the images bilinearly to (H', W') first; an int means a square, None keeps the size.
+        shared_mask: use the same mask for all samples of a draw, as in AToP's public code.
     """
 
     def __init__(
@@ -115,12 +115,12 @@ class RT1(_BlockMask):
 
     Args:
         patch: side of the square mask blocks in pixels; must divide the height and the width of the (resized) images.
-        mask_ratio: share of the blocks that is masked, in [0, 1]; the count round(ratio * blocks) is exact. Of two
-            numbers (low, high), every sample and draw gets its own count, all between theirs equally likely.
-        size: resize the images to (H', W') first, bilinearly; an int means a square, None keeps their size.
-        shared_mask: all samples of a draw get one mask, as in AToP's public code.
+        mask_ratio: share of masked blocks, in [0, 1]; exactly round(ratio * blocks) blocks are masked. With two numbers
+            (low, high), every sample and draw gets its own count, uniformly distributed between their counts.
+        size: resize the images bilinearly to (H', W') first; an int means a square, None keeps the size.
+        shared_mask: use the same mask for all samples of a draw, as in AToP's public code.
 
-    Called as RandomTransform.forward says.
+    Calls are documented in RandomTransform.forward.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class RT2(_BlockMask):
         patch, mask_ratio, size, shared_mask: as in RT1.
         sigma: standard deviation of the noise, in units of [0, 1] pixels.
 
-    Called as RandomTransform.forward says.
+    Calls are documented in RandomTransform.forward.
     """
 
     def __init__(
@@ -155,13 +155,13 @@ class RT2(_BlockMask):
 
 
 class RT3(_BlockMask):
-    """Noise, then N copies with disjoint masks that together cover the image; only completed pixels are kept.
+    """N noisy copies with disjoint masks that together cover the image; only restored pixels are kept.
 
     Args:
         patch, sigma, size, shared_mask: as in RT1 and RT2.
-        copies: N, the number of masks; each masks floor or ceil of blocks / N blocks.
+        copies: N, the number of copies; each mask covers floor or ceil of blocks / N blocks.
 
-    Called as RandomTransform.forward says.
+    Calls are documented in RandomTransform.forward.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class RT3(_BlockMask):
         self.copies = copies
 
     def assemble(self, purified: Tensor, corrupted: Tensor) -> Tensor:
-        """Every block from the copy in which it was masked: (B * N, C, H', W') -> (B, C, H', W')."""
+        """Take every block from the copy in which it was masked: (B * N, C, H', W') -> (B, C, H', W')."""
         if self.copies == 1:
             return purified
         # One pixel of every block tells which copy masked it.
@@ -186,14 +186,14 @@ class RT3(_BlockMask):
 
 
 class RandomResizePad(RandomTransform):
-    """Every image at a random size and a random place of a grey frame (Xie et al., ICLR 2018).
+    """Random resizing and random placement in a gray frame (Xie et al., ICLR 2018).
 
     Args:
-        min_size: the smallest side s of the resized image, which is s x s pixels.
-        max_size: the largest side, and that of the result.
+        min_size: smallest side s of the resized image, which is s x s pixels.
+        max_size: largest side, and side of the frame.
 
-    Called as RandomTransform.forward says; the mask channel is 1 in the frame's rest, where the image is 0, mid-grey.
-    uint8 images are divided by 255.
+    Calls are documented in RandomTransform.forward. In the padding around the image, the mask is 1 and the image is 0,
+    which is mid-gray. uint8 images are divided by 255.
     """
 
     def __init__(self, min_size: int, max_size: int) -> None:
@@ -224,7 +224,7 @@ class RandomResizePad(RandomTransform):
     def _place(
         self, x: Tensor, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The images in [-1, 1] in their frames, and where the frame shows, bool (B, 1, H', W')."""
+        """The images in [-1, 1] in their frames, and the mask of the padding, bool (B, 1, H', W')."""
         x = _as_float(x)
         name, frame = type(self).__name__, self.max_size
         placement = random_placement(name, x, self.min_size, frame, seed, sample_ids, draws)
@@ -244,7 +244,7 @@ def build_transform(
     shared_mask: bool = False,
     size: int | tuple[int, int] | None = None,
 ) -> RandomTransform:
-    """A transform by name (rt1, rt2, rt3) from one set of options; RT3 makes round(1 / mask_ratio) copies."""
+    """Build a transform by name (rt1, rt2, rt3) from one set of options; RT3 makes round(1 / mask_ratio) copies."""
     if name == "rt1":
         return RT1(patch, mask_ratio, size, shared_mask)
     if name == "rt2":
@@ -255,22 +255,22 @@ def build_transform(
     raise ValueError(message("build_transform", "name", "one of 'rt1', 'rt2', 'rt3'", repr(name)))
 
 
-# A user's own transform may be added here, with attributes named like the parameters of its constructor: files then
-# name it like the package's own.
+# Users may register transforms here, so that files can refer to them by name. The attributes of a transform must be
+# named like the parameters of its constructor.
 TRANSFORMS: dict[str, type[RandomTransform]] = {
     "rt1": RT1,
     "rt2": RT2,
     "rt3": RT3,
     "random_resize_pad": RandomResizePad,
 }
-# No image has a longer side in pixels; a file that asks for one would exhaust the memory of any machine.
+# Upper limit for numbers in a description: a file with larger ones could exhaust the memory of any machine.
 MAX_SIDE = 2**14
 
 
 def describe_transform(transform: RandomTransform) -> dict[str, Any]:
-    """A transform's description for files, JSON-ready: its name in TRANSFORMS and its constructor's parameters.
+    """The JSON-ready description of a transform for files: its name in TRANSFORMS and its constructor's parameters.
 
-    A transform of another class is described by how it prints, which is enough to compare two of them.
+    A transform of an unregistered class is described by its repr, which is enough to compare two of them.
     """
     for name, kind in TRANSFORMS.items():
         if type(transform) is kind:
@@ -280,7 +280,7 @@ def describe_transform(transform: RandomTransform) -> dict[str, Any]:
 
 
 def restore_transform(description: Mapping[str, Any]) -> RandomTransform:
-    """The transform that describe_transform described; ValueError or TypeError if it is none of TRANSFORMS."""
+    """Build the transform that describe_transform described; ValueError or TypeError if it is not in TRANSFORMS."""
     if not isinstance(description, Mapping) or description.get("name") not in list(TRANSFORMS):
         expected = f"a description of one of {', '.join(map(repr, TRANSFORMS))}"
         raise ValueError(message("restore_transform", "description", expected, description))
