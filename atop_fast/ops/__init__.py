@@ -1,4 +1,4 @@
-"""Tensor ops with one specification each and several implementations; see `_registry` for how they come together."""
+"""Tensor ops, each with one specification and several implementations; `_registry` describes how they are chosen."""
 
 from . import _registry
 from .apgd_step_l2 import apgd_step_l2

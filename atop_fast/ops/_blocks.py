@@ -1,4 +1,4 @@
-"""Square blocks of pixels: what corrupt and assemble share."""
+"""Square blocks of pixels, shared by corrupt and assemble."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def expand_blocks(blocks: Tensor, patch: int, height: int, width: int) -> Tensor
 
 
 def check_matrix(function: str, blocks: Tensor) -> Tensor:
-    """`blocks`, if it has a row for each sample."""
+    """Raise unless `blocks` has one row per sample."""
     if blocks.dim() != 2:
         raise ValueError(message(function, "blocks", "of shape (B, blocks)", tuple(blocks.shape)))
     return blocks
@@ -24,7 +24,7 @@ def check_matrix(function: str, blocks: Tensor) -> Tensor:
 def check_blocks(
     function: str, argument: str, images: Tensor, blocks: Tensor, patch: int, size: tuple[int, int] | None = None
 ) -> None:
-    """Raise unless `blocks` belongs to `images` of height and width `size`, by default their own."""
+    """Raise unless `blocks` matches `images` of height and width `size`, by default those of the images."""
     height, width = size or (images.shape[2], images.shape[3])
     if blocks.dtype != torch.uint8:
         raise TypeError(message(function, "blocks", "a uint8 tensor", blocks.dtype))

@@ -1,4 +1,4 @@
-"""What ops on images (B, C, H, W) share: their dtypes, the layout of a result, and the check of its gradient."""
+"""Shared by ops on images (B, C, H, W): dtypes, the layout of a result, and the check of its gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def widen(t: Tensor) -> Tensor:
-    """The type that `t` is computed in: float32 for 16 bits."""
+    """Convert `t` to the type of the computation: float64 for float64, float32 otherwise."""
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -25,7 +25,7 @@ def memory_format(h: Tensor) -> torch.memory_format:
 
 
 def check_dy(function: str, dy: Tensor, shape: Sequence[int], like: Tensor) -> None:
-    """Raise unless `dy` has the `shape` of the result, and dtype and device of `like`."""
+    """Raise unless `dy` has the `shape` of the result and the dtype and device of `like`."""
     if dy.shape != tuple(shape):
         raise ValueError(message(function, "dy", f"of the shape of y {tuple(shape)}", tuple(dy.shape)))
     if dy.dtype != like.dtype:

@@ -1,8 +1,8 @@
-"""The ops' library: what is defined, which backends are here, and which of them the dispatcher calls.
+"""The registry of ops: their definitions, the available backends, and the backend that the dispatcher calls.
 
-An op is defined once, in Python, so that it exists whatever was compiled. Its reference serves every device without a
-kernel of its own, and is its fake. The C++ and CUDA libraries register themselves when they are loaded; Triton takes
-the CUDA key of an op that then has no kernel there. From there on the dispatcher chooses.
+An op is defined once, in Python, so that it exists regardless of what was compiled. Its reference implementation serves
+every device without a kernel and is also the fake. The C++ and CUDA libraries register their kernels when they are
+loaded; Triton takes the CUDA key of ops that still have no kernel there. From then on, the dispatcher chooses.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 NAMESPACE = "atop_fast"
 BACKENDS = ("eager", "cpp", "triton", "cuda")
 
-# The registrations live as long as this object.
+# The registrations live as long as this object does.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -38,15 +38,15 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-# Why a backend is not here; filled by `load`.
+# Reasons why backends are missing; filled by `load`.
 MISSING: dict[str, str] = {}
 
 
 def define(schema: str, reference: Callable[..., Any], *, kernels: str | None) -> Any:
-    """Define an op by `schema`, with `reference` as the kernel of last resort and the fake, and return its overload.
+    """Define an op by `schema`, with `reference` as fallback kernel and fake, and return its overload.
 
-    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`. With None the
-    op has no kernels for GPUs, where its reference serves.
+    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`. None means
+    that the op has no GPU kernels, so that the reference serves there.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -58,7 +58,7 @@ def define(schema: str, reference: Callable[..., Any], *, kernels: str | None) -
 
 
 def forbid_double_backward(name: str) -> None:
-    """Make differentiation through the backward op `name` an error; without a formula it would be silently wrong."""
+    """Make differentiating the backward op `name` an error; without a formula, the result would be silently wrong."""
     forward = name.partition("_bwd")[0]
 
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -89,12 +89,12 @@ def load() -> None:
 
 
 def build_info() -> dict[str, Any] | None:
-    """How the native code was built, or None where there is none."""
+    """How the native code was built, or None if there is none."""
     return None if (module := native_module()) is None else module.build_info()
 
 
 def native_module() -> Any:
-    """The pybind11 module `atop_fast._C`, or None where it was not built."""
+    """The pybind11 module `atop_fast._C`, or None if it was not built."""
     try:
         return importlib.import_module(f"{NAMESPACE}._C")
     except ModuleNotFoundError:
@@ -104,7 +104,7 @@ def native_module() -> Any:
 def impls(name: str) -> dict[str, Callable[..., Any]]:
     """The implementations of op `name` that can run on this machine, by backend, for tests and benchmarks.
 
-    They bypass the dispatcher's choice, and autograd. "cpp" takes CPU tensors and "cuda" CUDA tensors; "triton" takes
+    They bypass the dispatcher's choice and autograd. "cpp" takes CPU tensors and "cuda" CUDA tensors; "triton" takes
     CUDA tensors, or CPU tensors in the interpreter (TRITON_INTERPRET=1).
     """
     found = {"eager": OPS[name].reference}
@@ -120,7 +120,7 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
 
 
 def owner(name: str, device: str) -> str:
-    """The backend that the dispatcher calls for op `name` on `device` ("cpu" or "cuda"), as the dispatcher has it."""
+    """The backend that the dispatcher calls for op `name` on `device` ("cpu" or "cuda"), as it reports itself."""
     key = device.upper()
     if not _has_kernel(name, key):
         return "eager"
@@ -133,14 +133,14 @@ def owner(name: str, device: str) -> str:
 
 @contextlib.contextmanager
 def owned_by(backend: str, names: Sequence[str], device: str) -> Iterator[None]:
-    """Have the dispatcher call `backend` for the ops `names` on `device` inside the block; for tests and benchmarks."""
+    """Make the dispatcher call `backend` for the ops `names` on `device` in the block; for tests and benchmarks."""
     if all(owner(name, device) == backend for name in names):
         yield
         return
     library = torch.library.Library(NAMESPACE, "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that a kernel is replaced, which is the purpose
+            warnings.simplefilter("ignore")  # torch warns about replaced kernels, which is the intention here
             for name in names:
                 library.impl(name, impls(name)[backend], device.upper(), allow_override=True)
         yield

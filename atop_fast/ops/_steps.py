@@ -1,7 +1,7 @@
-"""The projected steps of attacks: the arguments and the arithmetic that they share.
+"""Shared arguments and arithmetic of the projected steps of attacks.
 
-In the ops' schemas each of alpha, eps and momentum is a number and an optional tensor that replaces it, so that numbers
-cost no tensor; the public functions take either in one argument.
+In the schemas of the ops, each of alpha, eps and momentum is a number and an optional tensor that replaces it, so that
+a number needs no tensor; the public functions accept either in one argument.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from torch import Tensor
 from .._core.checks import check_number, check_tensor, message
 
 DTYPES = (torch.float32, torch.float64)
-# What keeps a norm from dividing by 0.
+# Lower bound of norms, to avoid division by 0.
 TINY = 1e-12
-# A gradient with a norm below SMALL is multiplied by a power of two: its own squares could underflow, those of the
-# products neither underflow nor overflow.
+# A gradient with a norm below SMALL is scaled by a power of two, because its squares could underflow; the squares after
+# scaling neither underflow nor overflow.
 SMALL = 2.0**-40
 MAGNIFIED = {torch.float32: 2.0**96, torch.float64: 2.0**550}
 
 
 def split(value: float | Tensor) -> tuple[float, Tensor | None]:
-    """A number or tensor as the two arguments of an op."""
+    """Split a number or tensor into the two arguments of an op."""
     return (0.0, value) if isinstance(value, Tensor) else (value, None)
 
 
 def either(number: float | Tensor, values: Tensor | None) -> float | Tensor:
-    """The argument that was split."""
+    """The inverse of `split`."""
     return number if values is None else values
 
 
 def spread(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number, or one for each sample, in a shape that goes with `x`."""
+    """A number, or one number per sample in a shape that broadcasts with `x`."""
     return value.view(-1, *(1,) * (x.dim() - 1)) if isinstance(value, Tensor) and value.dim() else value
 
 
 def sum_of_draws(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradients of all draws added in their order, or the gradient itself."""
+    """The gradients of all draws added up in order, or the gradient itself."""
     if grad.dim() == x.dim():
         return grad
     total = grad[0]
@@ -60,12 +60,12 @@ def with_momentum(x: Tensor, x_prev: Tensor, z: Tensor, momentum: float | Tensor
 
 
 def norm(t: Tensor) -> Tensor:
-    """L2 norm of every sample, in a shape that goes with `t`."""
+    """The L2 norm of every sample, in a shape that broadcasts with `t`."""
     return t[:, None].flatten(1).norm(dim=1).view(-1, *(1,) * (t.dim() - 1))
 
 
 def with_norm(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient, multiplied by a power of two where its squares could underflow; its norm; the least divisor."""
+    """The gradient, scaled by a power of two if its squares could underflow; its norm; the lower bound of divisors."""
     length, unit = norm(g), MAGNIFIED[g.dtype]
     is_small = length < SMALL
     g = torch.where(is_small, g * unit, g)
@@ -86,10 +86,10 @@ def check_step(
     numbers: dict[str, tuple[float, Tensor | None]],
     samples: bool = False,
 ) -> None:
-    """Raise unless the arguments are as the docstrings describe; `samples` where the op has norms over each of them."""
+    """Raise unless the arguments are as documented; `samples` tells that the op takes norms over each sample."""
     if not _are_alike(x, grad, others, samples):
         _check_tensors(function, x, grad, others, samples)
-    # While torch.compile traces, numbers may be symbols; what runs checks them.
+    # While torch.compile traces, numbers may be symbolic; they are checked at run time.
     are_known = not torch.compiler.is_compiling()
     for argument, (number, values) in numbers.items():
         if values is not None:
@@ -99,7 +99,7 @@ def check_step(
 
 
 def run(op: Any, x: Tensor, grad: Tensor, x0: Tensor, numbers: tuple[Any, ...]) -> Tensor:
-    """Call the differentiable `op` on checked arguments; without its way through autograd where nothing records."""
+    """Call the differentiable `op` on checked arguments, bypassing autograd if no gradient is needed."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or x0.requires_grad)):
         return op(x, grad, x0, *numbers)
     with torch._C._AutoDispatchBelowAutograd():
@@ -123,7 +123,7 @@ def run_in_place(function: str, op: Any, x: Tensor, grad: Tensor, x0: Tensor, nu
 
 
 def refuse_gradients(function: str, **tensors: Tensor) -> None:
-    """Raise if autograd records and would not see what the op does to `tensors`."""
+    """Raise if autograd is recording and would miss what the op does to `tensors`."""
     if torch.is_grad_enabled():
         for argument, value in tensors.items():
             if value.requires_grad:
@@ -132,7 +132,7 @@ def refuse_gradients(function: str, **tensors: Tensor) -> None:
 
 
 def _are_alike(x: Any, grad: Any, others: dict[str, Any], samples: bool) -> bool:
-    """Whether the tensors are as described, with one gradient; quicker than what names the fault."""
+    """Whether the tensors are as documented, with a single gradient: a fast path before _check_tensors."""
     if not isinstance(x, Tensor):
         return False
     shape, dtype, device = x.shape, x.dtype, x.device
@@ -145,7 +145,7 @@ def _are_alike(x: Any, grad: Any, others: dict[str, Any], samples: bool) -> bool
 
 
 def _check_tensors(function: str, x: Any, grad: Any, others: dict[str, Any], samples: bool) -> None:
-    """Raise unless the tensors are as described, draws of the gradient included."""
+    """Raise unless the tensors are as documented, including several draws of the gradient."""
     if check_tensor(function, "x", x).dtype not in DTYPES:
         raise TypeError(message(function, "x", "a float32 or float64 tensor", x.dtype))
     if samples and not x.shape:
@@ -161,7 +161,7 @@ def _check_tensors(function: str, x: Any, grad: Any, others: dict[str, Any], sam
 
 
 def _check_like(function: str, argument: str, value: Tensor, x: Tensor, shape: torch.Size) -> None:
-    """`shape` is that of one of the draws that `value` holds."""
+    """Raise unless `value` matches `x`; `shape` is the shape of one draw in `value`."""
     if shape != x.shape:
         raise ValueError(message(function, argument, f"of the shape of x {tuple(x.shape)}", tuple(shape)))
     if value.dtype != x.dtype:
@@ -181,7 +181,7 @@ def _check_per_sample(function: str, argument: str, values: Tensor, x: Tensor) -
 
 
 def _span(t: Tensor) -> tuple[int, int]:
-    """Where the first element of `t` begins and the last one ends."""
+    """The addresses of the first byte of `t` and of the byte after its last."""
     first = t.data_ptr()
     if t.is_contiguous() or not t.numel():
         return first, first + t.nbytes

@@ -1,4 +1,4 @@
-"""One step of APGD in the L2 ball: a projected normalised-gradient step with momentum."""
+"""One step of APGD in the L2 ball: a projected normalized-gradient step with momentum."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reference(
     epsilons: Tensor | None = None,
     momenta: Tensor | None = None,
 ) -> Tensor:
-    """The specification: `formula`, but for small gradients, in the memory layout that torch.empty_like gives `x`."""
+    """The specification: `formula` except for small gradients, in the memory layout of torch.empty_like(x)."""
     check_arguments("apgd_step_l2", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
     numbers = either(alpha, alphas), either(eps, epsilons), either(momentum, momenta)
     g, length, least = with_norm(torch.nan_to_num(sum_of_draws(grad, x)))
@@ -76,14 +76,14 @@ def apgd_step_l2(
 
     Args:
         x: The current images in [0, 1], (B, ...), float32 or float64.
-        x_prev: The images of the step before, `x` itself in the first; shape, dtype and device of `x`.
-        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
-            (draws, *x.shape), of which the step takes the sum, added in their order.
-        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
-        alpha: The length of the step in units of [0, 1], finite. A number, or a tensor of shape () or, one for each
-            sample, (B,), of dtype and device of `x`.
-        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
-        momentum: m, finite, the weight of the new step (0.75 in the paper, 1 in the first step); as `alpha`.
+        x_prev: The images of the previous step, `x` itself in the first; shape, dtype and device of `x`.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or the gradients of several draws,
+            (draws, *x.shape), which the step adds up in order.
+        x0: The clean images in [0, 1], the center of the ball; shape, dtype and device of `x`.
+        alpha: The length of the step in units of [0, 1], finite. A number, or a tensor of shape () or (B,), one number
+            per sample, of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor like `alpha`.
+        momentum: m, finite, the weight of the new step (0.75 in the paper, 1 in the first step); like `alpha`.
 
     Returns:
         x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
@@ -91,13 +91,13 @@ def apgd_step_l2(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape, device or number is not as described, or a tensor requires grad while gradients are
-            recorded. What a tensor `alpha`, `eps` or `momentum` holds is not read.
+            recorded. The values of tensors `alpha`, `eps` and `momentum` are not checked.
 
     Notes:
-        NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num). To the norms that divide
-        1e-12 is added, as in AutoAttack, but not to that of a gradient below 2^-40: unless it is 0, it moves the images
-        by `alpha`, where AutoAttack's step vanishes. NaN in a sample of the other images makes that sample NaN.
-        Not differentiable: nothing attacks through an attack's step, and the op keeps nothing for a backward pass.
+        NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num). As in AutoAttack, 1e-12
+        is added to norms that divide, except to a gradient norm below 2^-40: such a gradient, unless it is 0, moves the
+        images by `alpha`, whereas AutoAttack's step vanishes. NaN in a sample of the other images makes that sample
+        NaN. Not differentiable: nothing attacks through an attack's step, and the op saves nothing for a backward pass.
         torch.compile makes one graph for all tensors, and one for each set of numbers.
 
     Reference:

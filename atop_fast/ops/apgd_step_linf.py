@@ -73,14 +73,14 @@ def apgd_step_linf(
 
     Args:
         x: The current images in [0, 1], any shape, float32 or float64.
-        x_prev: The images of the step before, `x` itself in the first; shape, dtype and device of `x`.
-        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
-            (draws, *x.shape), of which the step takes the sum, added in their order.
-        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
-        alpha: The step size in units of [0, 1], finite. A number, or a tensor of shape () or, one for each
-            sample, (B,), of dtype and device of `x`.
-        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
-        momentum: m, finite, the weight of the new step (0.75 in the paper, 1 in the first step); as `alpha`.
+        x_prev: The images of the previous step, `x` itself in the first; shape, dtype and device of `x`.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or the gradients of several draws,
+            (draws, *x.shape), which the step adds up in order.
+        x0: The clean images in [0, 1], the center of the ball; shape, dtype and device of `x`.
+        alpha: The step size in units of [0, 1], finite. A number, or a tensor of shape () or (B,), one number per
+            sample, of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor like `alpha`.
+        momentum: m, finite, the weight of the new step (0.75 in the paper, 1 in the first step); like `alpha`.
 
     Returns:
         x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
@@ -88,11 +88,11 @@ def apgd_step_linf(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape, device or number is not as described, or a tensor requires grad while gradients are
-            recorded. What a tensor `alpha`, `eps` or `momentum` holds is not read.
+            recorded. The values of tensors `alpha`, `eps` and `momentum` are not checked.
 
     Notes:
         sign(NaN) is 0, as in torch.sign; NaN in the other images gives NaN. Every backend returns the same bits.
-        Not differentiable: nothing attacks through an attack's step, and the op keeps nothing for a backward pass.
+        Not differentiable: nothing attacks through an attack's step, and the op saves nothing for a backward pass.
         torch.compile makes one graph for all tensors, and one for each set of numbers.
 
     Reference:

@@ -1,4 +1,4 @@
-"""One image from N purified copies: every block from the copy in which it was masked (RT3)."""
+"""Assembles one image from N purified copies: every block from the copy in which it was masked (RT3)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
 
 def formula(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
-    """The op as a user would write it, from the masks themselves; the baseline of the benchmarks."""
+    """The op as a user would write it, with masks; the baseline of the benchmarks."""
     owners = expand_blocks(blocks, patch, copies.shape[2], copies.shape[3])
     stacked = copies.unflatten(0, (blocks.shape[0], -1))
     masks = owners[:, None] == torch.arange(stacked.shape[1], device=owners.device)[:, None, None]
@@ -22,7 +22,7 @@ def formula(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
 
 
 def reference(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
-    """The specification: blocks that no copy masked are 0."""
+    """The specification; blocks that no copy masked are 0."""
     check_arguments("assemble", copies, blocks, patch)
     owners = expand_blocks(blocks, patch, copies.shape[2], copies.shape[3])[:, None]
     stacked = copies.unflatten(0, (blocks.shape[0], -1)) if blocks.shape[0] else copies[:, None]
@@ -62,11 +62,12 @@ forbid_double_backward("assemble_bwd")
 
 
 def assemble(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
-    """One image per sample, every block from the copy that masked it.
+    """Assemble one image per sample, taking every block from the copy that masked it.
 
     Args:
-        copies: Purified copies (B * N, C, H, W), the N of a sample adjacent; float32, float64, bfloat16 or float16.
-        blocks: uint8 (B, H / patch * W / patch), which copy masked each block, as from :func:`mask_blocks`.
+        copies: Purified copies (B * N, C, H, W), with the N copies of a sample adjacent; float32, float64, bfloat16 or
+            float16.
+        blocks: uint8 (B, H / patch * W / patch), the copy that masked each block, as from :func:`mask_blocks`.
         patch: The side of a block in pixels; divides H and W.
 
     Returns:

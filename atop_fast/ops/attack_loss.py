@@ -1,4 +1,4 @@
-"""The loss that an attack maximises, its gradient in the logits, and whether the model is still right, in one pass."""
+"""The loss that an attack maximizes, its gradient in the logits, and whether the model is still right, in one pass."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ._images import widen
 from ._registry import LIBRARY, NAMESPACE, define
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# The number of a loss in the op's argument `kind` is its place here.
+# The op's argument `kind` is an index into this tuple.
 LOSSES = ("ce", "margin", "dlr", "pm", "pm-label", "pm-other")
 CE, MARGIN, DLR, PM, PM_LABEL, PM_OTHER = range(6)
-# The losses that depend on the label alone and take no target.
+# Losses that depend only on the label and take no target.
 UNTARGETED = (CE, PM_LABEL)
 MAX_CLASSES = 2**31 - 1
-# Above this ratio of two sums the logarithm of their quotient comes from their difference.
+# If the ratio of two sums exceeds this, the logarithm of their quotient is computed from their difference.
 NEAR = 2.0**-20
 
 
 class AttackLoss(NamedTuple):
-    """What :func:`attack_loss` returns: losses (B,), gradient (B, K) and correct (B,), bool."""
+    """The result of :func:`attack_loss`: losses (B,), gradient (B, K) and correct (B,), bool."""
 
     losses: Tensor
     gradient: Tensor
@@ -67,7 +67,7 @@ def _log_odds(z: Tensor, y: Tensor, other: Tensor, kind: int) -> Tensor:
 
 
 def reference(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification; a label or target that is no class makes a row NaN and not correct."""
+    """The specification; a label or target outside the classes makes a row NaN and not correct."""
     check_arguments("attack_loss", logits, labels, targets, kind)
     z = widen(logits)
     broken = _outside(labels, z) if targets is None else _outside(labels, z) | _outside(targets, z)
@@ -85,7 +85,7 @@ def reference(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int)
 
 
 def _cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Neither the loss nor the label's gradient comes from a difference of nearly equal numbers."""
+    """Loss and gradient of ce, without cancellation in the loss or in the label's entry of the gradient."""
     greatest, z_y = z.amax(dim=1, keepdim=True), z.gather(1, y)
     e = (z - greatest).exp()
     e_y, others = e.gather(1, y), e.scatter(1, y, 0).sum(dim=1, keepdim=True)
@@ -95,7 +95,7 @@ def _cross_entropy(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ranked(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
-    """margin and dlr; equal logits rank by their class, and the gradient goes to those that were chosen."""
+    """margin and dlr; equal logits rank by class, and the gradient flows to the logits that were chosen."""
     order = z.argsort(dim=1, descending=True, stable=True)
     ranked = z.gather(1, order)
     first, second = order[:, :1], order[:, 1:2]
@@ -115,7 +115,7 @@ def _ranked(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Ten
 
 
 def _odds(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
-    """pm and its parts: the logarithm of A / B, each of the sums in a unit of its own (docs/math.md#attack_loss)."""
+    """pm and its parts: the logarithm of A / B, with a separate scale for each sum (docs/math.md#attack_loss)."""
     order = z.argsort(dim=1, descending=True, stable=True)
     other = torch.where(order[:, :1] == y, order[:, 1:2], order[:, :1]) if target is None else target
     in_a, in_b, weight = kind != PM_OTHER, kind != PM_LABEL, 2 if kind == PM else 1
@@ -135,7 +135,7 @@ def _odds(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Tenso
     log_a, log_b = ((weight * e_o - 1) + r * unit_a).log1p(), ((weight * e_y - 1) + r * unit_b).log1p()
     losses = (top_a - top_b) + (log_a - log_b)
     if kind == PM:
-        # A - B = 2 (e_o - e_y), as A and B may be nearly equal.
+        # A and B may be nearly equal: compute their difference as A - B = 2 (e_o - e_y).
         is_above, gap = z_y > z_o, -(z_y - z_o).abs().neg().expm1()
         difference = weight * gap * torch.where(is_above, unit_a * e_y, unit_b * e_o)
         slope = torch.where(is_above, difference, -difference) / (a * b)
@@ -154,7 +154,7 @@ OP = define(
 
 
 class _Gradient(torch.autograd.Function):
-    """The chain rule, and an error where it would be differentiated, as the gradient is not known to depend on z."""
+    """The chain rule; a double backward raises, because autograd does not know that the gradient depends on z."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, dlosses: Tensor, gradient: Tensor) -> Tensor:
@@ -180,10 +180,10 @@ torch.library.register_autograd(f"{NAMESPACE}::attack_loss", _backward, setup_co
 
 
 def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tensor | None = None) -> AttackLoss:
-    r"""What an attack maximises for every sample, its gradient in the logits, and whether the prediction is right.
+    r"""The loss that an attack maximizes for every sample, its gradient in the logits, and correctness of predictions.
 
-    With z the logits, y the label, :math:`\pi` the order of the logits from the greatest, and o the greatest other
-    class, or the target t:
+    With z the logits, y the label, :math:`\pi` the order of the logits from the largest to the smallest, and o the
+    class with the largest other logit, or the target t:
 
     .. math::
 
@@ -191,9 +191,9 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tenso
         \mathrm{margin} = z_o - z_y \qquad
         \mathrm{dlr} = \frac{z_o - z_y}{z_{\pi_1} - z_{\pi_3} + 10^{-12}}
 
-    and with targets the denominator of dlr is :math:`z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2 + 10^{-12}`. With p the
-    softmax of z, the probability margin :math:`P = p_o - p_y` and its two parts are taken as log-odds, which rise with
-    them and keep the direction of their gradients where the softmax saturates:
+    With targets, the denominator of dlr is :math:`z_{\pi_1} - (z_{\pi_3} + z_{\pi_4}) / 2 + 10^{-12}`. With p the
+    softmax of z, the probability margin :math:`P = p_o - p_y` and its two parts are expressed as log-odds, which are
+    monotone in them and keep the direction of their gradients where the softmax saturates:
 
     .. math::
 
@@ -202,29 +202,31 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tenso
         \textrm{pm-other} = \log \frac{p_o}{1 - p_o}
 
     Args:
-        logits: (B, K), float32, float64, bfloat16 or float16. ce needs 1 class, dlr 3, and 4 with targets; others 2.
+        logits: (B, K), float32, float64, bfloat16 or float16. The minimum K is 1 for ce, 3 for dlr (4 with targets),
+            and 2 for the others.
         labels: The true classes, int64 (B,) in [0, K).
         loss: "ce", "margin", "dlr", "pm", "pm-label" or "pm-other".
-        targets: The classes to reach, int64 (B,) in [0, K), for all but ce and pm-label.
+        targets: The target classes, int64 (B,) in [0, K), for all losses except ce and pm-label.
 
     Returns:
-        losses (B,); gradient (B, K), of each loss in its own logits (that of the sum: nothing is divided by B); correct
-        (B,), bool: argmax(logits) == labels. Losses and gradient are float32, and float64 for float64.
+        losses (B,); gradient (B, K), of each loss in its own logits (not divided by B); correct (B,), bool:
+        argmax(logits) == labels. Losses and gradient are float64 for float64 logits, and float32 otherwise.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or class is not as described, `loss` is none of these, or "ce" or "pm-label" has
+        ValueError: If a shape, device or class is not as described, `loss` is unknown, or "ce" or "pm-label" has
             targets.
 
     Notes:
-        The gradient of ce at the label is minus the sum of the other probabilities, and its loss a log1p: both keep
-        their relative accuracy for confident predictions (margins up to 80 in float32). The gradient of dlr flows
-        through the sorted logits too. P itself is tanh(pm / 2); the gradients of pm and of its parts do not underflow
-        at any margin between the label and the other class. Equal logits rank by class, the lowest first; argmax takes
-        NaN for the greatest, as torch.argmax does. A NaN among the logits makes the loss NaN. A loss of NaN, and an
-        infinite loss of all but ce, has a gradient of NaN. Classes are checked only on the CPU and outside of
-        torch.compile: elsewhere the check would wait for the device, and a label or target beyond the classes gives NaN
-        and not correct. `losses` is differentiable once in `logits`; `gradient` is a constant.
+        The gradient of ce at the label is computed as minus the sum of the other probabilities, and its loss as a
+        log1p: both are accurate to a relative error even for confident predictions (margins up to 80 in float32). The
+        gradient of dlr also flows through the sorted logits. P itself is tanh(pm / 2); the gradients of pm and of its
+        parts do not underflow at any margin between the label and the other class. Equal logits rank by class, the
+        lowest first; argmax treats NaN as the largest value, like torch.argmax. A NaN among the logits makes the loss
+        NaN. The gradient of a NaN loss is NaN, as is that of an infinite loss other than ce. Classes are validated only
+        on the CPU and outside torch.compile, because elsewhere the check would synchronize the device; there, a label
+        or target outside the classes gives NaN and not correct. `losses` is differentiable once in `logits`; `gradient`
+        is a constant.
 
     Reference:
         Carlini & Wagner, Towards Evaluating the Robustness of Neural Networks, S&P 2017 (margin); Croce & Hein,
@@ -252,7 +254,7 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tenso
 
 
 def check_arguments(function: str, logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> None:
-    """Raise unless the op takes the arguments; the classes themselves are not looked at."""
+    """Raise unless the op accepts the arguments; values of labels and targets are not checked."""
     if check_tensor(function, "logits", logits).dtype not in DTYPES:
         raise TypeError(message(function, "logits", "a float32, float64, bfloat16 or float16 tensor", logits.dtype))
     if kind not in range(len(LOSSES)):

@@ -1,4 +1,4 @@
-"""The contextual attention of DeepFillV2: what is masked is pasted together from patches of what is not."""
+"""The contextual attention of DeepFillV2: masked regions are filled with patches of unmasked regions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ._images import DTYPES, check_dy, memory_format, widen
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
 SCALE = 10.0
-# The least norm that a key is divided by.
+# Lower bound of the norms by which keys are divided.
 MIN_NORM = 1e-4
 
 
 def formula(features: Tensor, valid: Tensor) -> Tensor:
     """The op as a user would write it, in the dtype of `features`; the baseline of the benchmarks.
 
-    Keys and values are the kernels of convolutions, sample by sample.
+    Keys and values are the kernels of convolutions, one sample at a time.
     """
     if features.numel() == 0:
         return features.clone()
@@ -46,7 +46,7 @@ def formula(features: Tensor, valid: Tensor) -> Tensor:
 
 
 def reference(features: Tensor, valid: Tensor) -> Tensor:
-    """The specification: by products of width C instead of 9 C and 16 C, and diagonal sums (docs/math.md).
+    """The specification: products of width C instead of 9 C and 16 C, and diagonal sums (docs/math.md).
 
     16-bit features are computed in float32 and rounded once, at the end.
     """
@@ -59,20 +59,20 @@ def reference(features: Tensor, valid: Tensor) -> Tensor:
 
 
 def reference_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
-    """The gradient in `features`, which come in as values, as keys, and as what the keys are compared with."""
+    """The gradient in `features`, which serve as values, as keys and as queries."""
     check_features("contextual_attention_bwd", features)
     check_valid("contextual_attention_bwd", valid, features)
     check_dy("contextual_attention_bwd", dy, features.shape, features)
     b, dy = widen(features), widen(dy)
     with no_autocast(features):
         scores, norms, weights = _attend(b, valid)
-        # As values: pasting is linear in them, and its transpose pastes by the transposed weights.
+        # As values: pasting is linear in them, and its transpose is pasting with the transposed weights.
         db = _paste(weights.mT, dy)
         # As keys: through the weights to the scores.
         dweights = _paste_bwd(dy, b)
         dscores = SCALE * weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
         dscores = _fuse_bwd(dscores, valid.shape[1:])
-        # The norm of a key is in its scores, and the square of it on the diagonal of the products.
+        # Scores are divided by the norm of their key, whose square is on the diagonal of the products.
         dnorms = -(dscores * scores).sum(1) / norms
         dproducts = dscores / norms[:, None]
         diagonal = dproducts.diagonal(dim1=1, dim2=2)
@@ -93,7 +93,7 @@ OP_BWD = define(
 
 @torch.library.register_fake(f"{NAMESPACE}::contextual_attention", lib=LIBRARY)
 def _fake(features: Tensor, valid: Tensor) -> Tensor:
-    # Much faster to trace than the reference.
+    # Tracing this is much faster than tracing the reference.
     return torch.empty_like(features, memory_format=memory_format(features))
 
 
@@ -117,10 +117,10 @@ forbid_double_backward("contextual_attention_bwd")
 
 
 def contextual_attention(features: Tensor, mask: Tensor) -> Tensor:
-    r"""Replace features by a mean of patches of the same sample's unmasked features, weighted by how alike they are.
+    r"""Replace features by a mean of patches of the same sample's unmasked features, weighted by similarity.
 
-    With the features :math:`b` at every second pixel :math:`x`, patches :math:`X_l` of 3x3 pixels of :math:`x` and
-    :math:`V_l` of 4x4 pixels of :math:`b` around the same place :math:`l`,
+    With features :math:`b`, :math:`x` their subsampling at every second pixel, and patches :math:`X_l` of 3x3 pixels of
+    :math:`x` and :math:`V_l` of 4x4 pixels of :math:`b` around the same position :math:`l`,
 
     .. math::
         s_{lp} = \left\langle \frac{X_l}{\max(\|X_l\|, 10^{-4})}, X_p \right\rangle, \qquad
@@ -128,26 +128,27 @@ def contextual_attention(features: Tensor, mask: Tensor) -> Tensor:
         y = \frac14 \sum_p \mathrm{paste}_p \sum_l a_{lp} V_l
 
     where :math:`v_l` is 1 if the mask is 0 at all 9 pixels of :math:`X_l`, and 0 otherwise; fuse adds to every score
-    those of the next and the last pair of places, in the order of rows and then of columns; and patches overlap.
+    the scores of the next and the previous pair of positions, in row-major and then in column-major order; and patches
+    overlap.
 
     Args:
         features: (B, C, h, w), h and w even, float32, float64, bfloat16 or float16.
-        mask: (B, 1, h * k, w * k) for an integer k >= 1, 1 where the image was masked and 0 elsewhere. Every sample
-            has its own. It is read at every 2k-th pixel, and has no gradient.
+        mask: (B, 1, h * k, w * k) for an integer k >= 1, 1 where the image was masked and 0 elsewhere, separate for
+            every sample. It is read at every 2k-th pixel and receives no gradient.
 
     Returns:
-        y, shape, dtype and device of `features`; channels_last if `features` is channels_last, contiguous otherwise. 0
-        where a sample has no unmasked patch.
+        y, shape, dtype and device of `features`; channels_last if `features` is channels_last, contiguous otherwise. A
+        sample without an unmasked patch gives 0.
 
     Raises:
-        TypeError: If `features` is not a tensor of one of these dtypes, or `mask` no tensor.
+        TypeError: If `features` is not a tensor of one of these dtypes, or `mask` is not a tensor.
         ValueError: If a shape is not as described, or the tensors are on different devices.
 
     Notes:
-        Differentiable once; a second derivative raises RuntimeError. Only `features` and the mask are kept for the
-        backward pass, which recomputes the weights. 16-bit features are computed in float32, and float32 features are
-        under autocast too. On CPUs with the native build a sample's result has the same bits whatever the batch, its
-        place in it and the number of threads.
+        Differentiable once; a second derivative raises RuntimeError. Only `features` and the mask are saved for the
+        backward pass, which recomputes the weights. 16-bit features are computed in float32, as are float32 features
+        under autocast. On CPUs with the native build, a sample's result has the same bits regardless of the batch, its
+        position in the batch and the number of threads.
 
     Reference:
         Yu et al., Generative Image Inpainting with Contextual Attention, CVPR 2018, section 4; docs/math.md for the
@@ -165,7 +166,7 @@ def contextual_attention(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def _valid(mask: Tensor, features: Tensor) -> Tensor:
-    """Where the 3x3 patch of the mask at the size of every second feature is all 0: bool, (B, h / 2, w / 2)."""
+    """Whether the 3x3 patch of the mask around every second feature is all 0: bool, (B, h / 2, w / 2)."""
     step = mask.shape[2] // features.shape[2] * 2
     masked = (mask[:, 0, ::step, ::step] != 0).float()
     return F.max_pool2d(masked, 3, stride=1, padding=1) == 0
@@ -204,7 +205,7 @@ def check_valid(function: str, valid: Tensor, features: Tensor) -> None:
 
 
 def no_autocast(t: Tensor) -> torch.autocast:
-    """A context in which products are computed in the type of their factors."""
+    """A context that disables autocast, so that products have the type of their factors."""
     return torch.autocast(t.device.type, enabled=False)
 
 
@@ -213,7 +214,7 @@ def rounded(y: Tensor, features: Tensor) -> Tensor:
 
 
 def _attend(b: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [p, l] before they are fused, the norms of the keys, and the weights [p, l]."""
+    """Scores [p, l] before fusing, the norms of the keys, and the weights [p, l]."""
     size = valid.shape[1:]
     x = b[:, :, ::2, ::2].flatten(2)
     products = _compare_neighbours(x.mT @ x, size)
@@ -225,17 +226,17 @@ def _attend(b: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _compare_neighbours(t: Tensor, size: Sequence[int]) -> Tensor:
-    """Sum over the 9 neighbours of two places, the same ones of both: from pixels to 3x3 patches."""
+    """Turn products of pixels into products of 3x3 patches: sum over the 9 equal offsets of two positions."""
     return _diagonals(_diagonals(_split(t, size), (1, 3), (-1, 0, 1)), (2, 4), (-1, 0, 1)).flatten(3).flatten(1, 2)
 
 
 def _fuse(t: Tensor, size: Sequence[int]) -> Tensor:
-    """Sum over the pairs of places next to one another, in the order of rows and then in that of columns."""
+    """Sum over adjacent pairs of positions, in row-major and then in column-major order."""
     return _fuse_columns(_diagonals(t, (1, 2), (-1, 0, 1)), size)
 
 
 def _fuse_bwd(t: Tensor, size: Sequence[int]) -> Tensor:
-    """The transpose of `_fuse`, which is the same in the other order."""
+    """The transpose of `_fuse`: the same sums in the opposite order."""
     return _diagonals(_fuse_columns(t, size), (1, 2), (-1, 0, 1))
 
 
@@ -246,7 +247,7 @@ def _fuse_columns(t: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _paste(weights: Tensor, values: Tensor) -> Tensor:
-    """A quarter of the overlapping 4x4 patches of `values`, each the mean of all by its row of the weights."""
+    """A quarter of the sum of overlapping 4x4 patches, each the mean of all patches of `values` by a row of weights."""
     y = torch.empty_like(values)
     for rows, columns, part in parities(values):
         shared = _diagonals(_diagonals(_split(weights, part.shape[2:]), (1, 3), rows), (2, 4), columns)
@@ -266,20 +267,20 @@ def _paste_bwd(dy: Tensor, values: Tensor) -> Tensor:
 
 
 def parities(t: Tensor) -> list[tuple[Sequence[int], Sequence[int], Tensor]]:
-    """The four images of pixels of equal parity, each with how far the places are whose 4x4 patches share a pixel.
+    """The four images of pixels of equal parity, and the offsets between positions whose 4x4 patches share a pixel.
 
-    Patch i covers the pixels 2 i - 1 to 2 i + 2: pixel 2 i is of the patches i and i - 1, pixel 2 i + 1 of i and i + 1.
+    Patch i covers pixels 2 i - 1 to 2 i + 2: pixel 2 i belongs to patches i and i - 1, pixel 2 i + 1 to i and i + 1.
     """
     return [((0, 2 * i - 1), (0, 2 * j - 1), t[:, :, i::2, j::2]) for i in (0, 1) for j in (0, 1)]
 
 
 def _split(t: Tensor, size: Sequence[int]) -> Tensor:
-    """Pairs of places (B, L, L) as pairs of rows and columns (B, h, w, h, w)."""
+    """Pairs of positions (B, L, L) as pairs of rows and columns (B, h, w, h, w)."""
     return t.reshape(t.shape[0], *size, *size)
 
 
 def _diagonals(t: Tensor, dims: tuple[int, int], steps: Sequence[int]) -> Tensor:
-    """Sum over `steps` of `t` with both indices moved by the step, 0 outside."""
+    """Sum over `steps` of `t` with both indices shifted by the step, with zero padding."""
     total = torch.zeros_like(t)
     size = t.shape[dims[0]]
     for step in steps:

@@ -13,27 +13,27 @@ from .._core.checks import check_float_tensor, check_integer, message
 from ._images import memory_format
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
 
-# Outputs whose prepared weights lie side by side.
+# Number of outputs whose prepared weights are adjacent in memory.
 PANEL = 16
-# Beyond any image; sizes times a larger one could overflow.
+# Larger than any image; products of sizes with a larger dilation could overflow.
 MAX_DILATION = 2**16 - 1
-# With fewer, on either side, the op is slower than torch's; see `wins`.
+# With fewer input or output channels, the op is slower than torch's; see `wins`.
 MIN_CHANNELS = 16
-# The interpolation points besides infinity; docs/math.md says why these.
+# The interpolation points besides infinity; docs/math.md justifies the choice.
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 
 
 def with_residual(
     convolve: Callable[[Tensor | None, bool], Tensor], residual: Tensor | None, relu: bool, shape: Sequence[int]
 ) -> Tensor:
-    """convolve(residual, relu) of outputs of `shape`; a residual that does not fit it is added as torch does."""
+    """convolve(residual, relu) for outputs of `shape`; a residual that cannot be fused is added by torch."""
     if residual is None or (residual.dtype, residual.shape) == (torch.float32, shape):
         return convolve(residual, relu)
     return finished(convolve(None, False), residual, relu)
 
 
 def finished(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """What follows a convolution: y + residual, clamped to 0 if `relu`."""
+    """The unfused epilogue of a convolution: y + residual, then ReLU if `relu`."""
     y = y if residual is None else y + residual
     return y.relu() if relu else y
 
@@ -44,10 +44,10 @@ def formula(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Te
 
 
 def reference_prepare(weight: Tensor, transposed: bool) -> Tensor:
-    """The weights in the form that the kernel reads, (36, ceil(O / PANEL), C, PANEL), 0 beyond the outputs.
+    """The weights in the layout that the kernel reads, (36, ceil(O / PANEL), C, PANEL), zero-padded beyond the outputs.
 
-    They are G g G', computed in float64 and rounded once. `transposed` makes those of the gradient in x: with the roles
-    of O and C exchanged, and every 3x3 flipped.
+    They are G g G', computed in float64 and rounded once. `transposed` prepares them for the gradient in x: O and C
+    exchanged, and every 3x3 filter flipped.
     """
     check_float32("conv3x3_prepare", weight=weight)
     check_weight("conv3x3_prepare", weight)
@@ -74,9 +74,9 @@ def reference(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """The specification: the convolution, plus `residual`, clamped to 0 if `relu`.
+    """The specification: the convolution, plus `residual`, then ReLU if `relu`.
 
-    `prepared` and `prepared_t` save kernels the preparation of `weight`, forward and backward.
+    `prepared` and `prepared_t` are the weights as prepared for the forward and the backward kernel.
     """
     check_float32("conv3x3", x=x, weight=weight, bias=bias, residual=residual)
     check_weight("conv3x3", weight)
@@ -91,7 +91,7 @@ def reference(
 def reference_bwd(
     dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation: int, y: Tensor | None = None
 ) -> Tensor:
-    """The gradient in x: the convolution with the weights transposed and flipped, of dy where y > 0 if there is y."""
+    """The gradient in x: a convolution of dy (masked by y > 0 if y is given) with transposed and flipped weights."""
     check_float32("conv3x3_bwd", dy=dy, weight=weight, y=y)
     check_weight("conv3x3_bwd", weight)
     check_images("conv3x3_bwd", "dy", dy, weight.shape[0], dilation)
@@ -103,12 +103,12 @@ def reference_bwd(
 
 
 def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
-    """The gradient dy of y = relu(x) where it passes."""
+    """The gradient in x of y = relu(x): dy where y > 0, and 0 elsewhere."""
     return torch.ops.aten.threshold_backward(dy, y, 0)
 
 
 def reference_bwd_weight(dy: Tensor, x: Tensor, dilation: int) -> Tensor:
-    """The gradient in the weights, (O, C, 3, 3), contiguous whatever the layout of the images."""
+    """The gradient in the weights, (O, C, 3, 3), contiguous for any layout of the images."""
     check_float32("conv3x3_bwd_weight", dy=dy, x=x)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(message("conv3x3_bwd_weight", "x", "of shape (B, C, H, W), C, H and W >= 1", tuple(x.shape)))
@@ -124,7 +124,7 @@ def reference_bwd_weight(dy: Tensor, x: Tensor, dilation: int) -> Tensor:
 def formula_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, dilation: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """The gradients in x and weight, as far as they are wanted, by torch's convolution."""
+    """The wanted ones of the gradients in x and weight, by torch's convolution."""
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [1, 1], [dilation] * 2, [dilation] * 2, False, [0, 0], 1, [*wanted, False]
     )
@@ -152,13 +152,13 @@ OP_BWD_WEIGHT = define(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, _, prepared_t, ctx.dilation, _, relu = inputs
-    # Of frozen weights, x is not needed.
+    # Frozen weights need no x.
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, prepared_t, output if relu else None)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight, prepared_t, y = ctx.saved_tensors
-    # Without arguments that have their default values.
+    # needs_input_grad has no entries for trailing arguments that were left at their defaults.
     of_x, of_weight, of_bias, _, _, _, of_residual, _ = (*ctx.needs_input_grad, False, False)[:8]
     if y is not None and (of_weight or of_bias or of_residual):
         dy, y = relu_bwd(dy, y), None
@@ -178,13 +178,13 @@ forbid_double_backward("conv3x3_bwd_weight")
 
 
 def wins(x: Tensor, weight: Tensor, dilation: int, prepared: bool) -> bool:
-    """Whether the op is faster than torch's convolution, in each of its passes: the one place of the rule.
+    """Whether the op is faster than torch's convolution in each of its passes; the rule is implemented only here.
 
-    It rests on measurements against oneDNN. With few channels the transforms, whose cost is proportional to them,
-    outweigh the products. Tiles of 4x4 must be filled by half: 36 products stand against 9 for each output. Where
-    weights are prepared in every call, that takes as long as some 64 tiles; the gradient of the weights, which needs no
-    preparation, won wherever the other passes did. The rule knows nothing of the batch, on
-    which a sample's result must not depend.
+    It is based on measurements against oneDNN. With few channels, the transforms, whose cost is proportional to them,
+    outweigh the products. Tiles of 4x4 must be at least half full, as a tile takes 36 products and each output would
+    take 9. Preparing the weights in every call takes as long as about 64 tiles; the gradient of the weights, which
+    needs no preparation, won whenever the other passes did. The rule ignores the batch size, because a sample's result
+    must not depend on it.
     """
     if "cpp" in MISSING or not x.is_cpu or not x.dtype == weight.dtype == torch.float32:
         return False
@@ -194,37 +194,37 @@ def wins(x: Tensor, weight: Tensor, dilation: int, prepared: bool) -> bool:
 
 
 def _tiles(size: int, dilation: int) -> int:
-    """Tiles along an axis: pixels `dilation` apart are an image of their own, and 4 of them a tile."""
+    """The number of tiles along an axis: pixels `dilation` apart form a separate image, and 4 of them a tile."""
     return size // (4 * dilation) * dilation + min(size % (4 * dilation), dilation)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
-    r"""Convolve images with 3x3 weights, padded by `dilation` zeros so that they keep their size.
+    r"""Convolve images with 3x3 weights, with zero padding of `dilation` pixels, which preserves their size.
 
     .. math:: y_{b,o,i,j} = \beta_o + \sum_{c,k,l} w_{o,c,k,l} \, x_{b,c,i+d(k-1),j+d(l-1)}
 
-    On CPUs in float32, where it is faster (`wins`), by Winograd's F(4x4, 3x3), which takes a quarter of the
-    multiplications; by torch's own convolution otherwise.
+    On CPUs in float32, if that is faster (`wins`), this uses Winograd's F(4x4, 3x3), which takes a quarter of the
+    multiplications; otherwise it calls torch's convolution.
 
     Args:
         x: (B, C, H, W); channels_last is fastest, other layouts are copied.
         weight: (O, C, 3, 3).
         bias: (O,), or None.
-        dilation: Pixels between neighbouring weights, d >= 1.
+        dilation: The dilation d >= 1.
 
     Returns:
         y, (B, O, H, W), dtype of `x`; channels_last if `x` is.
 
     Raises:
-        TypeError: If a tensor has no floating-point dtype, or an argument the wrong type.
+        TypeError: If a tensor does not have a floating-point dtype, or an argument has the wrong type.
         ValueError: If a shape or `dilation` is not as described.
 
     Notes:
-        The relative error is about 1e-6, where a direct convolution in float32 has 3e-7. NaN and infinity spread over
-        their tile of 4x4 outputs. Where Winograd serves it is differentiable once, in all three tensors, and a second
-        derivative raises RuntimeError; a sample's result has the same bits whatever the batch, its place in it and the
-        number of threads, and the gradient of the weights whatever the number of threads.
-        `FrozenConv3x3` saves the preparation of the weights, which is worth it where images are small.
+        The relative error is about 1e-6, compared to 3e-7 for a direct convolution in float32. NaN and infinity spread
+        over their tile of 4x4 outputs. With Winograd, the op is differentiable once, in all three tensors, and a second
+        derivative raises RuntimeError; a sample's result has the same bits regardless of the batch, its position in the
+        batch and the number of threads, and the gradient of the weights regardless of the number of threads.
+        `FrozenConv3x3` prepares the weights only once, which pays off for small images.
 
     Reference:
         Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, CVPR 2016, section 4; docs/math.md for the
@@ -244,15 +244,15 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
 
 
 class Frozen(nn.Module):
-    """A copy of a convolution whose weights do not change any more: what FrozenConv3x3 and FrozenConv share.
+    """A copy of a convolution with constant weights: the base class of FrozenConv3x3 and FrozenConv.
 
     Args:
-        convolution: A convolution that the subclass's `accepts` takes.
-        relu: Whether the result is clamped to 0.
-        prepare: From the weights, and whether they are to be transposed, to what the subclass's op reads.
+        convolution: A convolution that the subclass's `accepts` accepts.
+        relu: Whether a ReLU follows.
+        prepare: Maps the weights, and whether to transpose them, to the layout that the subclass's op reads.
     """
 
-    # What `accepts` takes, in words.
+    # A description of what `accepts` accepts, for error messages.
     ACCEPTED: ClassVar[str]
     weight: Tensor
     bias: Tensor | None
@@ -275,7 +275,7 @@ class Frozen(nn.Module):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether `module` is a float32 convolution on the CPU, without groups, that is padded by zeros."""
+        """Whether `module` is a float32 convolution on the CPU, without groups and with zero padding."""
         return (
             type(module) is nn.Conv2d
             and module.groups == 1
@@ -286,19 +286,19 @@ class Frozen(nn.Module):
 
 
 class FrozenConv3x3(Frozen):
-    """A copy of a 3x3 convolution whose weights do not change any more, prepared once: for networks under attack.
+    """A copy of a 3x3 convolution with constant weights, prepared once, for networks under attack.
 
-    relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from `conv3x3` where
-    it wins, from torch's convolution otherwise. The weights have no gradient and are not in the state dict, as they
-    cannot be changed. They take 9 times their memory: a copy and its two prepared forms.
+    Computes relu(convolution(x) + residual) in one pass over the outputs. Forward and input gradient use `conv3x3` if
+    it wins, and torch's convolution otherwise. The weights have no gradient and are not in the state dict, because they
+    cannot be changed. They take 9 times the memory of the original: a copy and two prepared forms.
 
     Args:
-        convolution: A convolution that `accepts` takes.
-        relu: Whether the sum is clamped to 0.
+        convolution: A convolution that `accepts` accepts.
+        relu: Whether a ReLU follows the sum.
 
     Raises:
-        TypeError: If `convolution` is no nn.Conv2d.
-        ValueError: If it is one that `accepts` does not take.
+        TypeError: If `convolution` is not an nn.Conv2d.
+        ValueError: If `accepts` does not accept it.
 
     Shape:
         (B, C, H, W) and, if there is a residual, (B, O, H, W) to (B, O, H, W), as `convolution`.
@@ -317,7 +317,7 @@ class FrozenConv3x3(Frozen):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether `module` is a convolution that this one can replace, and for images of some size outdo."""
+        """Whether this class can replace `module`, and is faster for images of some size."""
         return (
             Frozen.accepts(module)
             and module.kernel_size == (3, 3)
@@ -328,7 +328,7 @@ class FrozenConv3x3(Frozen):
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Convolve images (B, C, H, W), add the residual and clamp."""
+        """Convolve images (B, C, H, W), add the residual and apply the ReLU, if any."""
         if wins(x, self.weight, self.dilation, prepared=True):
             arguments = (x, self.weight, self.bias, self.prepared, self.prepared_t, self.dilation)
             shape = (len(x), len(self.weight), *x.shape[2:])
@@ -336,7 +336,7 @@ class FrozenConv3x3(Frozen):
         return finished(formula(x, self.weight, self.bias, self.dilation), residual, self.relu)
 
     def extra_repr(self) -> str:
-        """What the weights do not show."""
+        """Channels and options."""
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, dilation={self.dilation}, relu={self.relu}"
 
 
@@ -348,20 +348,20 @@ def check_weight(function: str, weight: Any) -> None:
 
 
 def check_images(function: str, argument: str, x: Any, channels: int, dilation: Any) -> None:
-    """Raise unless `x`, which goes by the name `argument`, has `channels`, and `dilation` is one."""
+    """Raise unless `x`, named `argument` in messages, is images with `channels`, and `dilation` is valid."""
     if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
         raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W), H and W >= 1", tuple(x.shape)))
     check_dilation(function, dilation)
 
 
 def check_dilation(function: str, dilation: Any) -> None:
-    """Raise unless `dilation` is one; a compiler knows it as a symbol."""
+    """Raise unless `dilation` is valid; under torch.compile it may be symbolic."""
     if not torch.compiler.is_compiling():
         check_integer(function, "dilation", dilation, low=1, high=MAX_DILATION)
 
 
 def check_bias(function: str, bias: Any, weight: Tensor) -> None:
-    """Raise unless `bias` is None or one number for each output."""
+    """Raise unless `bias` is None or has one number per output."""
     if bias is not None and check_float_tensor(function, "bias", bias).shape != weight.shape[:1]:
         raise ValueError(message(function, "bias", f"of shape ({weight.shape[0]},)", tuple(bias.shape)))
 
@@ -373,7 +373,7 @@ def check_like(function: str, argument: str, t: Tensor, y: Tensor) -> None:
 
 
 def check_float32(function: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError unless all are float32: other dtypes have no kernel."""
+    """Raise TypeError unless all are float32; there are no kernels for other dtypes."""
     for argument, value in tensors.items():
         if value is not None and value.dtype != torch.float32:
             raise TypeError(message(function, argument, "a float32 tensor", value.dtype))

@@ -1,4 +1,4 @@
-"""A network's convolution, by whatever is fastest: the one call that layers make."""
+"""The convolution that layers call, with the fastest available implementation."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from .conv3x3 import conv3x3
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, dilation: int = 1) -> Tensor:
-    """Convolve images with weights of an odd size, padded by zeros so that a stride of 1 keeps the images' size.
+    """Convolve images with weights of odd size, with zero padding that preserves the images' size at stride 1.
 
-    `conv3x3` serves what it can, torch's convolution the rest, and everything under autocast: on CPUs, Winograd in
-    float32 with the casts around it was 0.8 to 1.2 times as fast as oneDNN in bfloat16.
+    Uses `conv3x3` if possible, and torch's convolution otherwise and under autocast: on CPUs, Winograd in float32 with
+    casts around it was 0.8 to 1.2 times as fast as oneDNN in bfloat16.
 
     Args:
         x: (B, C, H, W); channels_last is fastest.
         weight: (O, C, K, L), K and L odd.
         bias: (O,), or None.
-        stride: Pixels between neighbouring outputs.
-        dilation: Pixels between neighbouring weights.
+        stride: The stride.
+        dilation: The dilation.
 
     Returns:
         (B, O, ceil(H / stride), ceil(W / stride)), in the dtype that torch's convolution returns.
 
     Notes:
-        Differentiable in all three tensors; where Winograd serves, once.
+        Differentiable in all three tensors; only once if Winograd is used.
 
     Example:
         >>> atop_fast.ops.convolve(torch.randn(8, 4, 64, 64), torch.randn(32, 4, 5, 5), stride=2).shape

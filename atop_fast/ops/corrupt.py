@@ -21,7 +21,7 @@ from .resize import bilinear, check_size
 
 INPUTS = (torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OUTPUTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# One share of masked blocks, the lowest and the highest one, or one for each sample.
+# One share of masked blocks, the lowest and the highest share, or one share per sample.
 MaskRatio: TypeAlias = float | tuple[float, float] | Tensor
 
 
@@ -38,7 +38,7 @@ def reference(
     dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of the op: the purifier's input, and where the gradient passes if `save`.
+    """The specification of the op: the purifier's input and, if `save`, the bit mask of the gradient.
 
     With t = 2 clip(v, 0, 1) - 1 for the noisy image v, the outputs are [t or 0, 1, mask], rounded once to `dtype`.
     """
@@ -63,7 +63,7 @@ def reference_passes(
     copies: int,
     size: Sequence[int],
 ) -> Tensor:
-    """The second output of the op alone: one bit an element, 1 where the gradient passes the clip and the mask.
+    """The second output of the op alone: one bit per element, 1 where the gradient passes the clip and the mask.
 
     uint8 (B, C, ceil(H W / 8)): bit i of byte j belongs to pixel 8 j + i of the plane. A bit is 0 where the value was
     clipped or is NaN, and, if there is one copy only, where it was masked.
@@ -74,7 +74,7 @@ def reference_passes(
 
 
 def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype) -> Tensor:
-    """dx = 2 sum over the copies of dy, where it was not masked and not clipped; (B, C, H, W) in `dtype`."""
+    """dx = 2 * the sum of dy over the copies, except where masked or clipped; (B, C, H, W) in `dtype`."""
     check_bwd("corrupt_bwd", dy, passes, blocks, patch, copies, dtype)
     channels, (height, width) = dy.shape[1] - 2, dy.shape[2:]
     wide = dy if dy.dtype == torch.float64 else dy.float()
@@ -105,7 +105,7 @@ OP_BWD = define(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], passes: Tensor) -> None:
-    """Save either one bit an element, or what it can be computed from again."""
+    """Save either one bit per element, or the inputs from which the bits can be recomputed."""
     x, blocks, *key, ctx.patch, ctx.copies, ctx.size, _, ctx.saved = inputs
     ctx.dtype, ctx.shape = x.dtype, x.shape
     ctx.save_for_backward(blocks, *((passes,) if ctx.saved else (x, *key)))
@@ -135,7 +135,7 @@ forbid_double_backward("corrupt_bwd")
 
 
 class _Corrupt(torch.autograd.Function):
-    """What register_autograd makes of the op, without its way through Python, which takes longer than small images."""
+    """Same as register_autograd, without its Python overhead, which exceeds the time of the op on small images."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -146,7 +146,7 @@ class _Corrupt(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        # Read while autograd is still active: a checkpoint recomputes them, with gradients.
+        # Read them while autograd is still active, because activation checkpointing recomputes them with gradients.
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _gradient(ctx, dy, saved), None
@@ -169,30 +169,30 @@ def corrupt(
     sample_ids: Tensor | None = None,
     draws: int | Tensor = 0,
 ) -> Tensor:
-    r"""Destroy a perturbation: resize, add noise, clip, mask blocks, and make the purifier's input, in one pass.
+    r"""Destroy a perturbation: resize, add noise, clip, mask blocks, and build the purifier's input, in one pass.
 
     .. math:: y = [(2\,\mathrm{clip}(\mathrm{resize}(x) + \sigma n, 0, 1) - 1)(1 - m),\ 1,\ m]
 
     Args:
         x: Images (B, C, h, w): floats in [0, 1], or uint8 in 0..255, which are divided by 255.
         patch: The side of the square blocks in pixels; divides the height and the width (after resizing).
-        mask_ratio: The share of the blocks that is masked, in [0, 1]: a number, or float32 of shape () or (B,);
-            round(mask_ratio * blocks) is exact. Of two numbers (low, high), every sample and draw gets its own count,
-            all from round(low * blocks) to round(high * blocks) equally likely.
+        mask_ratio: The share of masked blocks, in [0, 1]: a number, or float32 of shape () or (B,); exactly
+            round(mask_ratio * blocks) blocks are masked. With two numbers (low, high), every sample and draw gets its
+            own count, uniformly distributed from round(low * blocks) to round(high * blocks).
         sigma: The standard deviation of the noise in units of [0, 1]: a number, or float32 of shape () or (B,).
-        copies: N masks for every image, disjoint: the masked blocks are dealt out to the copies evenly; 1 to 255.
-        size: Resize to (H, W) first, bilinearly as torch's interpolate with align_corners=False.
-        shared_mask: All samples of a draw get one mask.
-        dtype: The output's dtype, float32, bfloat16 or float16, and float64 for float64; default that of `x`, and
-            float32 for uint8.
-        recompute: Save `x` for the backward pass, which computes the noise again, instead of one bit an element.
+        copies: N disjoint masks for every image, among which the masked blocks are distributed evenly; 1 to 255.
+        size: Resize to (H, W) first, bilinearly like torch's interpolate with align_corners=False.
+        shared_mask: Use the same mask for all samples of a draw.
+        dtype: The dtype of the output: float64 for float64 images, otherwise float32, bfloat16 or float16; default is
+            that of `x`, and float32 for uint8.
+        recompute: Save `x` for the backward pass, which then recomputes the noise, instead of one bit per element.
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every image; default 0..B-1.
-        draws: Which draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
 
     Returns:
-        (B * copies, C + 2, H, W), the copies of a sample adjacent: [masked image in [-1, 1], ones, mask (1 = masked)];
-        channels_last if `x` is.
+        (B * copies, C + 2, H, W), with the copies of a sample adjacent: [masked image in [-1, 1], ones, mask (1 =
+        masked)]; channels_last if `x` is.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
@@ -200,9 +200,9 @@ def corrupt(
 
     Notes:
         The result is a function of `x` and (seed, sample id, draw) alone: the same bits in every backend, for any
-        batch, order or split. Noise and masks number the pixels in (C, H, W) order, whatever the memory layout. Masked
-        pixels are 0 even where `x` is NaN. Differentiable once in floating-point `x`; computed in float32 (float64
-        for float64) and rounded once. Saves an eighth of a byte an element for the backward pass, and not `x`.
+        batch, order or split. Noise and masks number the pixels in (C, H, W) order in any memory layout. Masked pixels
+        are 0 even where `x` is NaN. Differentiable once in floating-point `x`; computed in float32 (float64 for
+        float64) and rounded once. The backward pass needs one saved bit per element, and not `x`.
 
     Reference:
         Lin et al., Adversarial Training on Purification, ICLR 2024, section 3.1.
@@ -248,7 +248,7 @@ def run(
 
 
 def check_x(function: str, x: Tensor) -> None:
-    """Raise unless `x` is images of a dtype that the op takes."""
+    """Raise unless `x` is images of a dtype that the op accepts."""
     if check_tensor(function, "x", x).dtype not in INPUTS:
         expected = "a uint8, float32, float64, bfloat16 or float16 tensor"
         raise TypeError(message(function, "x", expected, x.dtype))
@@ -290,7 +290,7 @@ def check_arguments(
 def check_bwd(
     function: str, dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
 ) -> None:
-    """Raise unless the arguments of the backward op belong together."""
+    """Raise unless the arguments of the backward op match each other."""
     if dy.dtype not in OUTPUTS:
         raise TypeError(message(function, "dy", "a float32, float64, bfloat16 or float16 tensor", dy.dtype))
     if dtype not in OUTPUTS or (dtype == torch.float64) != (dy.dtype == torch.float64):
@@ -348,7 +348,7 @@ def check_mask_ratio(function: str, value: Any) -> float | tuple[float, float]:
 
 
 def _masked(function: str, mask_ratio: MaskRatio, count: int, x: Tensor, key: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """How many of `count` blocks are masked, int64 of shape () or (B,)."""
+    """The number of masked blocks out of `count`, int64 of shape () or (B,)."""
     if isinstance(mask_ratio, Tensor):
         return (_check_per_sample(function, "mask_ratio", mask_ratio, x).to(x.device) * count).round().long()
     if not torch.compiler.is_compiling():
@@ -371,7 +371,7 @@ def _noisy(x: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, draws: Te
     """The resized image plus noise, before the clip; float64 for float64, float32 otherwise."""
     v = x.double() if x.dtype == torch.float64 else x.float()
     if x.dtype == torch.uint8:
-        # torch divides by a number less exactly than by a tensor on some devices.
+        # On some devices, torch divides by a Python number less accurately than by a tensor.
         v = v / v.new_full((), 255)
     if tuple(size) != tuple(x.shape[2:]):
         v = bilinear(v, size)
@@ -381,7 +381,7 @@ def _noisy(x: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, draws: Te
 
 
 def _masks(blocks: Tensor, patch: int, copies: int, size: Sequence[int]) -> Tensor:
-    """Which copy masks which pixel, bool (B, copies, H, W)."""
+    """Whether each copy masks each pixel, bool (B, copies, H, W)."""
     owners = expand_blocks(blocks, patch, size[0], size[1])
     return owners[:, None] == torch.arange(copies, device=blocks.device)[:, None, None]
 

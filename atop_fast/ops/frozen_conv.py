@@ -1,4 +1,4 @@
-"""A convolution of any size and stride on CPUs whose weights do not change any more, with what comes after it."""
+"""A convolution of any size and stride with constant weights, and a fused residual and ReLU, on CPUs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def formula(
 
 
 def prepare(weight: Tensor, stride: int, padding: int, transposed: bool) -> Tensor:
-    """The weights (O, C, K, L) in the order in which the kernel reads them, flat; `transposed` for the gradient.
+    """The weights (O, C, K, L), flattened in the order in which the kernel reads them; `transposed` for the gradient.
 
-    Those of PANEL outputs lie side by side, 0 beyond the outputs, for every row, column and channel. The gradient in
-    images of a stride s has s * s parts, one after the other: pixels with other remainders meet other weights. Or all
-    parts are outputs of one, with zeros where a pixel does not meet a weight, if that takes fewer products.
+    For every row, column and channel, the weights of PANEL outputs are adjacent, zero-padded beyond the outputs. With
+    stride s, the gradient in the images has s * s phases, stored one after the other, because pixels with different
+    remainders meet different weights. If that takes fewer products, all phases are instead outputs of one convolution,
+    with zeros where a pixel does not meet a weight.
     """
     if not transposed:
         return _flat(weight)
@@ -46,15 +47,15 @@ def prepare(weight: Tensor, stride: int, padding: int, transposed: bool) -> Tens
 
 
 def _taps(size: int, stride: int, padding: int, remainder: int) -> dict[int, int]:
-    """Which weights, of `size` along an axis, the pixels with this remainder meet, by the place of their output."""
+    """The weights, out of `size` along an axis, that pixels with this remainder meet, by the offset of the output."""
     reach = remainder + padding
     return {(reach - k) // stride: k for k in range(reach % stride, size, stride)}
 
 
 def _extent(taps: list[dict[int, int]]) -> tuple[int, int]:
-    """The first output that any of the remainders meets, and how many outputs there are to the last one."""
-    places = [place for tap in taps for place in tap]
-    return min(places), max(places) - min(places) + 1
+    """The offset of the first output that any remainder meets, and the number of outputs up to the last."""
+    offsets = [offset for tap in taps for offset in tap]
+    return min(offsets), max(offsets) - min(offsets) + 1
 
 
 def _flat(weight: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def reference_bwd(
     channels_last: bool,
     y: Tensor | None,
 ) -> Tensor:
-    """The gradient in x (B, C, height, width), of dy where y > 0 if there is y."""
+    """The gradient in x (B, C, height, width) of dy, masked by y > 0 if y is given."""
     check_float32("frozen_conv_bwd", dy=dy, weight=weight, y=y)
     if y is not None:
         check_like("frozen_conv_bwd", "y", y, dy)
@@ -142,31 +143,31 @@ torch.library.register_autograd(f"{NAMESPACE}::frozen_conv", _backward, setup_co
 forbid_double_backward("frozen_conv_bwd")
 
 
-# Larger weights do not stay in the caches of a processor, and torch's convolution reads them less often.
+# Larger weights do not stay in the CPU's caches, and torch's convolution reads them less often.
 MOST_WEIGHTS = 1 << 18
-# With more input channels and without a stride, a convolution is what torch's does best.
+# With more input channels and stride 1, torch's convolution is faster.
 FEW_CHANNELS = 16
 
 
 def wins(x: Tensor, weight: Tensor) -> bool:
-    """Whether the op can serve; `FrozenConv.accepts` says where it is faster than torch's convolution."""
+    """Whether the op can be used; `FrozenConv.accepts` tells whether it is faster than torch's convolution."""
     return "cpp" not in MISSING and x.is_cpu and x.dtype == weight.dtype == torch.float32
 
 
 class FrozenConv(Frozen):
-    """A copy of a convolution whose weights do not change any more, with what follows it: for networks under attack.
+    """A copy of a convolution with constant weights and a fused residual and ReLU, for networks under attack.
 
-    relu(convolution(x) + residual), in one pass over the outputs. Forward and input gradient come from the op
-    `frozen_conv` where it wins, from torch's convolution otherwise. The weights have no gradient and are not in the
-    state dict, as they cannot be changed.
+    Computes relu(convolution(x) + residual) in one pass over the outputs. Forward and input gradient use the op
+    `frozen_conv` if it can be used, and torch's convolution otherwise. The weights have no gradient and are not in the
+    state dict, because they cannot be changed.
 
     Args:
-        convolution: A convolution that `accepts` takes.
-        relu: Whether the sum is clamped to 0.
+        convolution: A convolution that `accepts` accepts.
+        relu: Whether a ReLU follows the sum.
 
     Raises:
-        TypeError: If `convolution` is no nn.Conv2d.
-        ValueError: If it is one that `accepts` does not take.
+        TypeError: If `convolution` is not an nn.Conv2d.
+        ValueError: If `accepts` does not accept it.
 
     Shape:
         (B, C, H, W) and, if there is a residual, (B, O, H', W') to (B, O, H', W'), as `convolution`.
@@ -184,10 +185,10 @@ class FrozenConv(Frozen):
 
     @staticmethod
     def accepts(module: nn.Module) -> bool:
-        """Whether `module` is a convolution that this one can replace and outdo.
+        """Whether this class can replace `module` and is faster.
 
-        Measured against oneDNN: forward the two are about as fast, and what follows is free; the gradient in images of
-        few channels takes a third to a half of the time.
+        Measured against oneDNN: the forward passes are about equally fast, and the fused residual and ReLU are free;
+        the gradient in images with few channels takes a third to a half of the time.
         """
         return (
             Frozen.accepts(module)
@@ -200,7 +201,7 @@ class FrozenConv(Frozen):
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Convolve images (B, C, H, W), add the residual and clamp."""
+        """Convolve images (B, C, H, W), add the residual and apply the ReLU, if any."""
         if not wins(x, self.weight):
             return formula(x, self.weight, self.bias, self.stride, self.padding, residual, self.relu)
         weights = (self.weight, self.bias, self.prepared, self.prepared_t, self.stride, self.padding)
@@ -212,7 +213,7 @@ class FrozenConv(Frozen):
         return with_residual(lambda *fused: OP(x, *weights, *fused), residual, self.relu, shape)
 
     def extra_repr(self) -> str:
-        """What the weights do not show."""
+        """Channels, kernel size and options."""
         outputs, channels, *sizes = self.weight.shape
         return f"{channels}, {outputs}, {tuple(sizes)}, stride={self.stride}, padding={self.padding}, relu={self.relu}"
 

@@ -12,7 +12,7 @@ from .._core.checks import check_tensor, message
 from ._images import DTYPES, check_dy, memory_format, widen
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
-# The number of an activation in the op's argument `activation` is its place here.
+# The op's argument `activation` is an index into this tuple.
 ACTIVATIONS = ("elu", "relu")
 ELU, RELU = range(2)
 
@@ -32,7 +32,7 @@ def reference(h: Tensor, bias: Tensor | None, activation: int) -> Tensor:
 
 
 def reference_bwd(dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, with_db: bool) -> tuple[Tensor, Tensor]:
-    """dh and db, its sums over batch and pixels before they are rounded; db has no elements unless `with_db`.
+    """dh, and db, the sum of unrounded dh over batch and pixels; db is empty unless `with_db`.
 
     df = dy sigmoid(g) a'(f) and dg = dy a(f) sigmoid(g) (1 - sigmoid(g)), stacked as in `h`, for the activation a.
     """
@@ -43,7 +43,7 @@ def reference_bwd(dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, w
     f, g = (wide if bias is None else wide + bias.to(wide.dtype)[:, None, None]).chunk(2, dim=1)
     passed = dy * torch.sigmoid(g)
     df = passed * f.clamp(max=0).exp() if activation == ELU else torch.where(f <= 0, 0, passed)
-    # 1 - sigmoid(g) would lose all digits for large g.
+    # For large g, 1 - sigmoid(g) would lose all digits.
     dg = dy * (F.elu(f) if activation == ELU else F.relu(f)) * torch.sigmoid(g) * torch.sigmoid(-g)
     dh = torch.cat([df, dg], dim=1)
     db = dh.sum(dim=(0, 2, 3)).to(bias.dtype) if bias is not None and with_db else h.new_empty(0)
@@ -74,7 +74,7 @@ forbid_double_backward("gated_bwd")
 
 
 def gated_elu(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""Activate the output of a gated convolution: its first half of channels gated by its second.
+    r"""Activate the output of a gated convolution: the second half of the channels gates the first half.
 
     .. math::
         y = \mathrm{elu}(f) \cdot \mathrm{sigmoid}(g), \quad
@@ -89,13 +89,13 @@ def gated_elu(h: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         TypeError: If `h` or `bias` is not a tensor of one of these dtypes.
-        ValueError: If `h` or `bias` has another shape, `h` an odd number of channels, or they are on two devices.
+        ValueError: If `h` or `bias` has the wrong shape, `h` has an odd number of channels, or their devices differ.
 
     Notes:
-        Differentiable once; a second derivative raises RuntimeError. Only `h` and `bias` are kept for the backward
+        Differentiable once; a second derivative raises RuntimeError. Only `h` and `bias` are saved for the backward
         pass, which recomputes the rest. 16-bit inputs are computed in float32, also under autocast, which casts
-        nothing here. The gradient of `bias`, a sum over batch and pixels, is computed with that of `h`, and only if it
-        is needed. Deterministic; every result has the same bits whatever the number of threads.
+        nothing here. The gradient of `bias`, a sum over batch and pixels, is computed together with the gradient of
+        `h`, and only if needed. Deterministic, with the same bits for any number of threads.
 
     Reference:
         Yu et al., Free-Form Image Inpainting with Gated Convolution, ICCV 2019, equation 3.
@@ -110,13 +110,13 @@ def gated_elu(h: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gated_relu(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    """relu(f) * sigmoid(g): `gated_elu` with another activation, whose slope at 0 is 0."""
+    """relu(f) * sigmoid(g): `gated_elu` with ReLU as the activation, whose slope at 0 is 0."""
     check_arguments("gated_relu", h, bias, RELU)
     return OP(h, bias, RELU)
 
 
 def check_arguments(function: str, h: Tensor, bias: Tensor | None, activation: int) -> None:
-    """Raise unless the op takes these."""
+    """Raise unless the op accepts the arguments."""
     if check_tensor(function, "h", h).dtype not in DTYPES:
         raise TypeError(message(function, "h", "a float32, float64, bfloat16 or float16 tensor", h.dtype))
     if h.dim() != 4 or h.shape[1] % 2:
@@ -134,7 +134,7 @@ def check_arguments(function: str, h: Tensor, bias: Tensor | None, activation: i
 
 
 def check_with_db(function: str, bias: Tensor | None, with_db: bool) -> None:
-    """Raise unless there is a bias to have a gradient."""
+    """Raise if the gradient of a missing bias is requested."""
     if with_db and bias is None:
         raise ValueError(message(function, "with_db", "False without a bias", with_db))
 

@@ -1,7 +1,7 @@
-"""The nearest point of a hyperplane inside a box, which FAB steps to.
+"""The nearest point on a hyperplane inside a box, the target of FAB's steps.
 
-It is the root of a monotone, piecewise linear function of one number per row: found by bisection, or, where the
-function has steps, by sorting.
+It is the root of a monotone, piecewise linear function of one number per row, found by bisection or, for the L1 norm,
+whose function has jumps, by sorting.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ._registry import define
 
 def formula(x: Tensor, w: Tensor, change: Tensor, norm: str) -> Tensor:
     """The op as a user would write it."""
-    # With w >= 0, or the step's sign turned; and scaled, lest w * w overflows or vanishes.
+    # Reduce to w >= 0 by flipping signs, and scale so that w * w neither overflows nor underflows.
     direction = w.sign() * torch.where(change < 0, -1.0, 1.0)[:, None]
     scale = w.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
     change, w = change.abs()[:, None] / scale, w.abs() / scale
@@ -23,7 +23,7 @@ def formula(x: Tensor, w: Tensor, change: Tensor, norm: str) -> Tensor:
     if norm == "L1":
         return direction * _fill(w, room, change)
     if norm == "L2":
-        # What contributes nothing would have huge caps.
+        # Coordinates that contribute nothing would have huge caps.
         w = w.masked_fill(w < 1e-8, 0)
         cap = torch.where(w > 0, room / w.clamp_min(1e-8), 0)
         return direction * torch.minimum(_level(w * w, cap, change) * w, room)
@@ -31,10 +31,10 @@ def formula(x: Tensor, w: Tensor, change: Tensor, norm: str) -> Tensor:
 
 
 def _level(weight: Tensor, cap: Tensor, total: Tensor) -> Tensor:
-    """The l (B, 1) with sum_i weight_i min(l, cap_i) = total; the largest cap where total is out of reach.
+    """The l (B, 1) with sum_i weight_i min(l, cap_i) = total; the largest cap if total is out of reach.
 
-    Bisection between the bit patterns of 0 and of the largest cap, as floats >= 0 are ordered as their bits are: exact
-    to the last bit whatever the scale, and several times faster than sorting the caps.
+    Bisection on bit patterns between 0 and the largest cap, since floats >= 0 have the same order as their bits: exact
+    to the last bit at any scale, and several times faster than sorting the caps.
     """
     bits = {4: torch.int32, 8: torch.int64}[cap.element_size()]
     high = cap.amax(dim=1, keepdim=True).view(bits)
@@ -47,7 +47,7 @@ def _level(weight: Tensor, cap: Tensor, total: Tensor) -> Tensor:
 
 
 def _fill(weight: Tensor, room: Tensor, total: Tensor) -> Tensor:
-    """The smallest sum of d, 0 <= d <= room, with sum_i weight_i d_i = total; d = room where that is out of reach."""
+    """The d, 0 <= d <= room, of smallest sum with sum_i weight_i d_i = total; d = room if total is out of reach."""
     weight, order = weight.sort(dim=1, descending=True)
     room = room.gather(1, order)
     gain = weight * room
@@ -57,7 +57,7 @@ def _fill(weight: Tensor, room: Tensor, total: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, w: Tensor, change: Tensor, l2: bool) -> Tensor:
-    """The specification, of the norms L2 and Linf."""
+    """The specification for the norms L2 and Linf."""
     check_arguments(x, w, change)
     return formula(x, w, change, "L2" if l2 else "Linf").contiguous()
 
@@ -70,25 +70,25 @@ def hyperplane_step(norm: str, x: Tensor, w: Tensor, change: Tensor) -> Tensor:
 
         argmin |d|_p   subject to   w . d = change,   0 <= x + d <= 1           Croce & Hein, ICML 2020, equation 4
 
-    Coordinate i can move by at most r_i in the direction that brings it nearer. The solution moves it by
-    min(l, r_i) (Linf) or min(l |w_i|, r_i) (L2), with one l for all; or (L1) moves those of the largest |w_i| all the
-    way, until it is there.
+    Coordinate i can move by at most r_i towards the hyperplane. The solution moves it by min(l, r_i) (Linf) or
+    min(l |w_i|, r_i) (L2), with the same l for all coordinates; for L1, it moves the coordinates with the largest |w_i|
+    as far as possible until the hyperplane is reached.
 
     Args:
         norm: "Linf", "L2" or "L1".
         x: points (B, n) in [0, 1], float32 or float64.
         w: normals (B, n), finite, of the dtype of `x`.
-        change: (B,), what w . d must be, finite, of the dtype of `x`.
+        change: the required value of w . d, (B,), finite, of the dtype of `x`.
 
     Returns:
-        Steps (B, n). Where the box does not meet the hyperplane, the step that comes nearest; 0 where w is 0.
+        Steps (B, n). If the box does not meet the hyperplane, the step that comes nearest to it; 0 where w is 0.
 
     Raises:
         TypeError: If a dtype is not as described.
         ValueError: If `norm` or a shape is not as described.
 
     Notes:
-        C++ on the CPU, but for L1; eager mode serves the rest. Not differentiable.
+        C++ on the CPU, except for L1; eager mode otherwise. Not differentiable.
 
     Example:
         >>> x, w = torch.full((1, 2), 0.5), torch.tensor([[3.0, 1.0]])

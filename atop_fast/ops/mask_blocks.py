@@ -1,4 +1,4 @@
-"""A random subset of exactly so many blocks of every image, dealt out to the copies that mask them."""
+"""A random subset of the blocks of every image, of exact size, distributed among the copies that mask them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .random_normal import check_key
 
 
 def reference(seed: Tensor, sample_ids: Tensor, draws: Tensor, masked: Tensor, blocks: int, copies: int) -> Tensor:
-    """The specification: rank the blocks by their random words; the first `masked` go to the copies in turn."""
+    """The specification: rank the blocks by random words; the first `masked` go to the copies in turn."""
     check_arguments("mask_blocks", seed, sample_ids, draws, masked, blocks, copies)
     ranks = random_ranks(blocks, seed, sample_ids, draws, Tag.MASK)
     owners = torch.where(ranks < masked.reshape(-1, 1), ranks % copies, copies)
@@ -34,19 +34,19 @@ def mask_blocks(
     draws: int | Tensor = 0,
     copies: int = 1,
 ) -> Tensor:
-    """Which copy of an image masks each of its blocks: a uniformly random subset of exactly `masked` blocks.
+    """Choose a uniformly random subset of exactly `masked` blocks of every image, and the copy that masks each of them.
 
     Args:
         blocks: The number of blocks of an image.
-        masked: How many of them are masked: an int, or int64 of shape () or (B,); clipped to [0, blocks].
+        masked: The number of masked blocks: an int, or int64 of shape () or (B,); clipped to [0, blocks].
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every sample.
-        draws: Which draw: an int in [0, 2**32), or int64 of shape () or (B,).
-        copies: How many copies share the masked blocks, evenly: each gets floor or ceil of masked / copies; 1 to 255.
+        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        copies: The number of copies that share the masked blocks; each gets floor or ceil of masked / copies; 1 to 255.
 
     Returns:
-        uint8 (B, blocks) on the device of `sample_ids`: the copy 0..copies-1 that masks a block, or `copies` where
-        none does.
+        uint8 (B, blocks) on the device of `sample_ids`: the copy 0..copies-1 that masks a block, or `copies` if none
+        does.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -54,7 +54,7 @@ def mask_blocks(
 
     Notes:
         Every backend returns the same numbers, in any batch, order or split. Each block draws a word, and the blocks
-        are ranked by their words; equal words (chance below blocks**2 / 2**33) rank by position.
+        are ranked by their words; ties (probability below blocks**2 / 2**33) are broken by position.
 
     Example:
         >>> atop_fast.ops.mask_blocks(16, 4, seed=0, sample_ids=torch.arange(8)).eq(0).sum(dim=1)

@@ -59,14 +59,14 @@ def pgd_step_l1(
 
     Args:
         x: The current images in [0, 1], (B, ...), float32 or float64.
-        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
-            (draws, *x.shape), of which the step takes the sum, added in their order.
-        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
-        alpha: The L1 length of the step in units of [0, 1], finite. A number, or a tensor of shape () or, one for each
-            sample, (B,), of dtype and device of `x`.
-        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
-        k: How many entries move, >= 1: an int, or int64 of shape () or (B,). More than there are is all; a tensor's
-            numbers below 1 are 1.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or the gradients of several draws,
+            (draws, *x.shape), which the step adds up in order.
+        x0: The clean images in [0, 1], the center of the ball; shape, dtype and device of `x`.
+        alpha: The L1 length of the step in units of [0, 1], finite. A number, or a tensor of shape () or (B,), one
+            number per sample, of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor like `alpha`.
+        k: The number of entries that move, >= 1: an int, or int64 of shape () or (B,). Tensors are clamped to at least
+            1, and all numbers to the number of entries.
 
     Returns:
         x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
@@ -74,7 +74,7 @@ def pgd_step_l1(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape, device or number is not as described, or a tensor requires grad while gradients are
-            recorded. What a tensor `alpha`, `eps` or `k` holds is not read.
+            recorded. The values of tensors `alpha`, `eps` and `k` are not checked.
 
     Notes:
         Entries as large as the k-th move too, entries of 0 do not. NaN in the gradient counts as 0 and infinity as the

@@ -1,4 +1,4 @@
-"""One projected normalised-gradient step in the L2 ball."""
+"""One projected normalized-gradient step in the L2 ball."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def reference(
     alphas: Tensor | None = None,
     epsilons: Tensor | None = None,
 ) -> Tensor:
-    """The specification: `formula`, but for small gradients, in the memory layout that torch.empty_like gives `x`."""
+    """The specification: `formula` except for small gradients, in the memory layout of torch.empty_like(x)."""
     check_arguments("pgd_step_l2", x, grad, x0, alpha, eps, alphas, epsilons)
     moved = _moved(x, grad, spread(either(alpha, alphas), x))
     return in_layout_of(x, _project(moved, x0, spread(either(eps, epsilons), x)))
@@ -81,7 +81,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     projected = x0 + delta * scale
     dy = dy * ((projected >= 0) & (projected <= 1))
     along = (dy * delta)[:, None].flatten(1).sum(dim=1).view_as(length) / length.clamp_min(TINY) ** 2
-    # Where the length is below TINY, or the ball is not left, the scale is a constant.
+    # The scale is constant if the length is below TINY or v lies inside the ball.
     dx = dy * scale - torch.where((ratio <= 1) & (length >= TINY), delta * (along * scale), 0)
     return dx, None, dy - dx, None, None, None, None
 
@@ -90,32 +90,32 @@ torch.library.register_autograd(f"{NAMESPACE}::pgd_step_l2", _backward, setup_co
 
 
 def pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
-    r"""Step along the normalised gradient, then project onto the L2 ball around `x0`, and clip to the image range.
+    r"""Step along the normalized gradient, then project onto the L2 ball around `x0`, and clip to the image range.
 
     .. math:: v = x + \alpha g / |g|_2, \quad x' = \mathrm{clamp}(x_0 + (v - x_0) \min(1, \epsilon / |v - x_0|_2), 0, 1)
 
     Args:
-        x: The current images in [0, 1], (B, ...), float32 or float64; the norms are over each sample.
-        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
-            (draws, *x.shape), of which the step takes the sum, added in their order.
-        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
+        x: The current images in [0, 1], (B, ...), float32 or float64; norms are taken over each sample.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or the gradients of several draws,
+            (draws, *x.shape), which the step adds up in order.
+        x0: The clean images in [0, 1], the center of the ball; shape, dtype and device of `x`.
         alpha: The length of the step in units of [0, 1], finite; negative to descend. A number, or a tensor of shape ()
-            or, one for each sample, (B,), of dtype and device of `x`.
-        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
+            or (B,), one number per sample, of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor like `alpha`.
 
     Returns:
         x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or number is not as described. What a tensor `alpha` or `eps` holds is not read.
+        ValueError: If a shape, device or number is not as described. Values of tensors are not checked.
 
     Notes:
         NaN in the gradient counts as 0 and infinity as the largest number (torch.nan_to_num). A gradient of 0 moves
-        nothing; any other one, however small, moves by `alpha` (a norm in [2^-40, 1e-12) counts as 1e-12). NaN in a
-        sample of `x` or `x0` makes that sample NaN.
-        Clipping follows the projection onto the ball: the result lies in both, but is not always their nearest point.
-        Differentiable once in `x` and `x0`; `grad`, `alpha` and `eps` get no gradient, as if the direction were given.
+        nothing; any other gradient, however small, moves the sample by `alpha` (a norm in [2^-40, 1e-12) counts as
+        1e-12). NaN in a sample of `x` or `x0` makes that sample NaN.
+        Clipping follows the projection onto the ball: the result lies in both sets but is not always the nearest point.
+        Differentiable once in `x` and `x0`; `grad`, `alpha` and `eps` receive no gradient.
         torch.compile makes one graph for each pair of numbers, and one for all tensors.
 
     Reference:
@@ -135,10 +135,10 @@ def pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps:
 def pgd_step_l2_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
     r"""Take the step of :func:`pgd_step_l2` in place.
 
-    .. math:: x \leftarrow x' \text{ as there}
+    .. math:: x \leftarrow x'
 
     Args:
-        x: The images to move; see :func:`pgd_step_l2`. Shares no memory with `grad` and `x0`.
+        x: The images to move; see :func:`pgd_step_l2`. Must not share memory with `grad` or `x0`.
         grad: The loss gradient at `x`, or those of several draws.
         x0: The clean images.
         alpha: The length of the step.
@@ -153,11 +153,11 @@ def pgd_step_l2_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps
             tensor requires grad while gradients are recorded.
 
     Notes:
-        Not differentiable: autograd would not see the step. As with torch's own in-place functions, the version of `x`
-        counts up, so that a graph which still needs the old values notices.
+        Not differentiable: autograd would not see the step. Like torch's in-place functions, it increments the version
+        of `x`, so that a graph which still needs the old values raises an error.
 
     Reference:
-        As :func:`pgd_step_l2`.
+        See :func:`pgd_step_l2`.
 
     Example:
         >>> x0 = torch.rand(8, 3, 32, 32)

@@ -79,24 +79,24 @@ def pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, ep
 
     Args:
         x: The current images in [0, 1], any shape, float32 or float64.
-        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or those of several draws of a random model,
-            (draws, *x.shape), of which the step takes the sum, added in their order.
-        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
-        alpha: The step size in units of [0, 1], finite; negative to descend. A number, or a tensor of shape () or, one
-            for each sample, (B,), of dtype and device of `x`.
-        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor as `alpha`.
+        grad: The loss gradient at `x`; shape, dtype and device of `x`. Or the gradients of several draws,
+            (draws, *x.shape), which the step adds up in order.
+        x0: The clean images in [0, 1], the center of the ball; shape, dtype and device of `x`.
+        alpha: The step size in units of [0, 1], finite; negative to descend. A number, or a tensor of shape () or (B,),
+            one number per sample, of dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0; a number or a tensor like `alpha`.
 
     Returns:
         x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If a shape, device or number is not as described. What a tensor `alpha` or `eps` holds is not read.
+        ValueError: If a shape, device or number is not as described. Values of tensors are not checked.
 
     Notes:
         sign(NaN) is 0, as in torch.sign; NaN in `x` or `x0` gives NaN. Every backend returns the same bits.
-        Differentiable in `x` (inside of both clamps) and `x0` (on the edge of the ball); `grad`, `alpha` and `eps` get
-        no gradient. torch.compile makes one graph for each pair of numbers, and one for all tensors.
+        Differentiable in `x` (inside both clamps) and `x0` (on the boundary of the ball); `grad`, `alpha` and `eps`
+        receive no gradient. torch.compile makes one graph for each pair of numbers, and one for all tensors.
 
     Reference:
         Madry et al., Towards Deep Learning Models Resistant to Adversarial Attacks, ICLR 2018, equation 2.
@@ -116,10 +116,10 @@ def pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, ep
 def pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
     r"""Take the step of :func:`pgd_step_linf` in place.
 
-    .. math:: x \leftarrow x' \text{ as there}
+    .. math:: x \leftarrow x'
 
     Args:
-        x: The images to move; see :func:`pgd_step_linf`. Shares no memory with `grad` and `x0`.
+        x: The images to move; see :func:`pgd_step_linf`. Must not share memory with `grad` or `x0`.
         grad: The loss gradient at `x`, or those of several draws.
         x0: The clean images.
         alpha: The step size.
@@ -134,11 +134,11 @@ def pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, e
             tensor requires grad while gradients are recorded.
 
     Notes:
-        Not differentiable: autograd would not see the step. As with torch's own in-place functions, the version of `x`
-        counts up, so that a graph which still needs the old values notices.
+        Not differentiable: autograd would not see the step. Like torch's in-place functions, it increments the version
+        of `x`, so that a graph which still needs the old values raises an error.
 
     Reference:
-        As :func:`pgd_step_linf`.
+        See :func:`pgd_step_linf`.
 
     Example:
         >>> x0 = torch.rand(8, 3, 32, 32)

@@ -8,12 +8,12 @@ from torch import Tensor
 from ._registry import define
 from ._steps import check_step, either, in_layout_of, refuse_gradients, split
 
-# Beyond this, how far an image is away makes no difference.
+# Distances are clamped to this; larger ones make no difference.
 FAR = 1e30
 
 
 def formula(x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
-    """The op as a user would write it, from the sorted points at which its threshold's equation bends."""
+    """The op as a user would write it, from the sorted breakpoints of the equation for the threshold."""
     y = (x - x0).clamp(-FAR, FAR)[:, None].flatten(1)
     length, cap = y.abs(), torch.where(y > 0, 1 - x0[:, None].flatten(1), x0[:, None].flatten(1)).clamp_min(0)
     threshold = _threshold(length.double(), cap.double(), eps)[:, None].to(x.dtype)
@@ -23,10 +23,10 @@ def formula(x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
 
 
 def _threshold(length: Tensor, cap: Tensor, eps: float | Tensor) -> Tensor:
-    """The smallest number (B,) such that min(cap, max(length - number, 0)) sums up to eps at most."""
+    """The smallest number (B,) such that the sum of min(cap, max(length - number, 0)) is at most eps."""
     if not length.shape[1]:
         return length.new_zeros(len(length))
-    # From length - cap on an element shrinks, until nothing is left of it at length.
+    # An element starts to shrink at the threshold length - cap and vanishes at length.
     bends, order = torch.cat(((length - cap).clamp_min(0), length), dim=1).sort(dim=1)
     slope = torch.where(order < length.shape[1], 1.0, -1.0).to(length.dtype).cumsum(dim=1)
     steps = torch.cat((torch.zeros_like(bends[:, :1]), slope[:, :-1] * bends.diff(dim=1)), dim=1)
@@ -53,10 +53,10 @@ def project_l1(x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
     .. math:: x' = \arg\min_p |p - x|_2 \quad \text{with } |p - x_0|_1 \le \epsilon,\ p \in [0, 1]
 
     Args:
-        x: The images to project, (B, ...), float32 or float64; the norm is over each sample.
-        x0: The clean images in [0, 1], the centre of the ball; shape, dtype and device of `x`.
-        eps: The radius of the ball in units of [0, 1], finite and >= 0. A number, or a tensor of shape () or, one for
-            each sample, (B,), of dtype and device of `x`.
+        x: The images to project, (B, ...), float32 or float64; the norm is taken over each sample.
+        x0: The clean images in [0, 1], the center of the ball; shape, dtype and device of `x`.
+        eps: The radius of the ball in units of [0, 1], finite and >= 0. A number, or a tensor of shape () or (B,), one
+            number per sample, of dtype and device of `x`.
 
     Returns:
         x', shape and dtype of `x`, in the memory layout of torch.empty_like(x).
@@ -64,12 +64,12 @@ def project_l1(x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape, device or number is not as described, or a tensor requires grad while gradients are
-            recorded. What a tensor `eps` holds is not read.
+            recorded. The values of a tensor `eps` are not checked.
 
     Notes:
-        Points of the set stay as they are. NaN in a sample makes that sample NaN. The constraint on the L1 norm holds
-        up to rounding, about 1e-5 of eps in float32. Not differentiable, as an attack needs no gradient through it.
-        C++ on the CPU; eager mode serves other devices.
+        Points inside the set are returned unchanged. NaN in a sample makes that sample NaN. The constraint on the L1
+        norm holds up to rounding, about 1e-5 of eps in float32. Not differentiable, because attacks need no gradient
+        through it. C++ on the CPU; eager mode on other devices.
 
     Reference:
         Croce and Hein, Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers, ICML 2021,

@@ -1,4 +1,4 @@
-"""Standard normal numbers that belong to samples: Box-Muller on the words of Philox."""
+"""Sample-keyed standard normal numbers: Box-Muller on the words of Philox."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ._registry import define
 
 
 def reference(seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: int) -> Tensor:
-    """The specification: integer and correctly rounded float32 operations only, so that every backend has its bits."""
+    """The specification, with only integer and correctly rounded float32 operations, so that all backends agree."""
     check_arguments("random_normal", seed, sample_ids, draws, tag, count)
     return normals(seed, sample_ids, draws, tag, count)
 
 
 def normals(seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: int) -> Tensor:
-    """`reference` without its checks, for sizes that are symbols."""
+    """`reference` without checks, for symbolic sizes."""
     words = random_bits(count + count % 2, seed, sample_ids, draws, tag)
-    # torch's float32 square root is not correctly rounded on every CPU; by way of float64 it is.
+    # torch's float32 square root is not correctly rounded on every CPU; computed in float64 it is.
     radius = _minus_2_log(words[:, 0::2]).double().sqrt_().float()
     cosine, sine = _cos_sin(words[:, 1::2])
     return torch.stack((radius * cosine, radius * sine), dim=-1).flatten(1)[:, :count].contiguous()
@@ -38,14 +38,14 @@ OP = define(
 def random_normal(
     shape: Sequence[int], seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor = 0, tag: Tag = Tag.NOISE
 ) -> Tensor:
-    """Standard normal numbers, a function of (seed, sample id, draw, tag, place in the sample) alone.
+    """Standard normal numbers, a function of (seed, sample id, draw, tag, position in the sample) alone.
 
     Args:
-        shape: The shape of one sample's numbers.
+        shape: The shape of one sample.
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every sample.
-        draws: Which draw: an int in [0, 2**32), or int64 of shape () or (B,).
-        tag: What the numbers are for; different uses never share numbers.
+        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        tag: The purpose of the numbers; different purposes never share numbers.
 
     Returns:
         float32 (B, *shape) on the device of `sample_ids`; |n| <= 6.67.
@@ -96,7 +96,7 @@ def check_key(function: str, seed: Tensor, sample_ids: Tensor, draws: Tensor) ->
 
 
 def _minus_2_log(word: Tensor) -> Tensor:
-    """-2 log(u) of u = (word // 2 + 1/2) / 2**31; a polynomial in the mantissa m of [sqrt(1/2), sqrt(2)) less 1."""
+    """-2 log(u) for u = (word // 2 + 1/2) / 2**31: a polynomial in m, the mantissa in [sqrt(1/2), sqrt(2)) minus 1."""
     u = (word >> 1).float() + 0.5
     bits = u.view(torch.int32) - 0x3F3504F3
     exponent = (bits >> 23).float() - 31
@@ -109,7 +109,7 @@ def _minus_2_log(word: Tensor) -> Tensor:
 
 
 def _cos_sin(word: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angle 2 pi word / 2**32: polynomials within an eighth of a turn of the nearest axis."""
+    """cos and sin of the angle 2 pi word / 2**32: polynomials in the angle to the nearest axis."""
     x = (word << 2).int().float() * 3.65729529994141e-10
     z = x * x
     s = ((z * -0.00019495634478516877 + 0.00833197869360447) * z + -0.16666650772094727) * (z * x) + x

@@ -1,4 +1,4 @@
-"""Random resizing and padding, a defence of its own and a transform before purifiers."""
+"""Random resizing and padding, which is a defense by itself and a transform in front of purifiers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .resize import check_images
 
 
 class Placement(NamedTuple):
-    """Where each resized image lies in its frame: side, top and left, int64 (B,)."""
+    """The placement of each resized image in its frame: side, top and left, int64 (B,)."""
 
     side: Tensor
     top: Tensor
@@ -29,15 +29,15 @@ def random_resize_pad(
     sample_ids: Tensor | None = None,
     draws: int | Tensor = 0,
 ) -> Tensor:
-    """Resize every image to a random size, and put it at a random place of a frame of zeros.
+    """Resize every image to a random size and place it at a random position in a frame of zeros.
 
     Args:
         x: Images (B, C, h, w), float32, float64, bfloat16 or float16.
         min_size: The smallest side s of the resized image, which is s x s pixels.
-        max_size: The largest side, and that of the frame.
+        max_size: The largest side, which is also the side of the frame.
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every image; default 0..B-1.
-        draws: Which draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
 
     Returns:
         (B, C, max_size, max_size) in the dtype of `x`; channels_last if `x` is.
@@ -47,9 +47,9 @@ def random_resize_pad(
         ValueError: If a shape or number is not as described.
 
     Notes:
-        The side is uniform in min_size..max_size, then top and left are uniform among the places that fit. Bilinear as
-        :func:`resize`. Differentiable any number of times, without atomics. Every backend returns the same bits, in
-        any batch, order or split. All images are resized in one launch.
+        The side is uniform in min_size..max_size, then top and left are uniform among the positions that fit. Bilinear,
+        like :func:`resize`. Differentiable any number of times, without atomics. Every backend returns the same bits,
+        in any batch, order or split. All images are resized in one launch.
 
     Reference:
         Xie et al., Mitigating Adversarial Effects Through Randomization, ICLR 2018, section 3.
@@ -87,7 +87,7 @@ def place(x: Tensor, placement: Placement, frame: int) -> Tensor:
     axes = ((x.shape[2], top), (x.shape[3], left))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     forward = [_rows(side, offset, given, frame, dtype) for given, offset in axes]
-    # The transposed matrices serve the backward pass alone.
+    # The transposed matrices are needed only for the backward pass.
     recorded = x.requires_grad and torch.is_grad_enabled()
     transposed = [_columns(side, offset, given, frame, dtype) for given, offset in axes] if recorded else forward
     return OP(x, *forward[0], *forward[1], *transposed[0], *transposed[1])
@@ -101,22 +101,22 @@ def check_sizes(function: str, min_size: int, max_size: int) -> None:
 
 
 def _rows(side: Tensor, offset: Tensor, given: int, frame: int, dtype: torch.dtype) -> Taps:
-    """The matrix (B, frame, given) along one axis: two taps a row."""
+    """The matrix (B, frame, given) along one axis, with two taps per row."""
     place = torch.arange(frame, device=side.device) - offset[:, None]
     first, weight = _source(place, side[:, None], given)
     inside = ((place >= 0) & (place < side[:, None])).to(dtype)
     if given == 1:
         return Taps(torch.zeros_like(place), inside[:, :, None])
-    # The last pixel is the second of two.
+    # At the border, the last pixel is the second tap.
     start = first.clamp(max=given - 2)
     second = torch.where(first > start, 1, weight).to(dtype)
     return Taps(start, torch.stack(((1 - second) * inside, second * inside), dim=2))
 
 
 def _columns(side: Tensor, offset: Tensor, given: int, frame: int, dtype: torch.dtype) -> Taps:
-    """Its transpose (B, given, frame): the places that draw on a pixel follow one another.
+    """The transpose (B, given, frame) of _rows: the outputs that read a pixel are contiguous.
 
-    Place j draws on pixel p if its position is above p - 1 and below p + 1, which no more than 2 side / given + 1 do.
+    Output j reads pixel p if its position lies in (p - 1, p + 1), which holds for at most 2 side / given + 1 outputs.
     """
     taps = min(frame, 2 * frame // given + 2)
     pixel = torch.arange(given, device=side.device)
@@ -130,14 +130,14 @@ def _columns(side: Tensor, offset: Tensor, given: int, frame: int, dtype: torch.
 
 
 def _source(place: Tensor, side: Tensor, given: int) -> tuple[Tensor, Tensor]:
-    """The first source pixel of a place and the weight of the second, as resize.bilinear_taps, for many sizes."""
+    """The first source pixel of an output and the weight of the second: resize.bilinear_taps for many sizes."""
     position = ((2 * place + 1) * given - side).clamp(min=0)
     first = (position // (2 * side)).clamp(max=given - 1)
     return first, (position % (2 * side)).double() / (2 * side)
 
 
 def _weight(first: Tensor, weight: Tensor, inside: Tensor, pixel: Tensor, given: int) -> Tensor:
-    """What places draw from `pixel`, (B, n, K)."""
+    """The weights with which outputs read `pixel`, (B, n, K)."""
     second = (first + 1).clamp(max=given - 1)
     total = torch.where(first == pixel, 1 - weight, 0) + torch.where(second == pixel, weight, 0)
     return torch.where(inside, total, 0)

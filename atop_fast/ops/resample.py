@@ -1,4 +1,4 @@
-"""A separable sparse linear map of images: what every resize is, and its gradient too."""
+"""A separable sparse linear map of images, on which every resize and its gradient are based."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ._registry import LIBRARY, NAMESPACE, define
 class Taps(NamedTuple):
     """The rows of a sparse matrix along one axis: row i is `weight[i, k]` at columns `start[i] + k`.
 
-    start int64 (G, n), weight (G, n, K), where G is 1 or the number of samples. All columns exist, also those of
-    weight 0.
+    start int64 (G, n), weight (G, n, K), where G is 1 or the number of samples. All columns are valid indices, even if
+    their weight is 0.
     """
 
     start: Tensor
@@ -36,9 +36,9 @@ def reference(
 ) -> Tensor:
     """The specification: one axis after the other, each sum in the order of its taps.
 
-    Along the rows first, but across them first if that makes fewer of them: it is less work. A tap of weight 0 does not
-    read its pixel. The last four arguments, the transposed matrices, are for the backward pass. 16-bit images are
-    computed in float32 and rounded once.
+    The column matrix is applied first, unless the row matrix reduces the number of rows, which saves work. A tap of
+    weight 0 does not read its pixel. The last four arguments, the transposed matrices, are for the backward pass.
+    16-bit images are computed in float32 and rounded once.
     """
     rows, columns = Taps(row_start, row_weight), Taps(column_start, column_weight)
     check_arguments("resample", x, rows, columns)
@@ -56,7 +56,7 @@ def rows_first(x: Tensor, rows: Taps) -> bool:
 
 
 def _apply(x: Tensor, taps: Taps, dim: int) -> Tensor:
-    """The matrix of `taps` along axis `dim` of x (B, C, H, W)."""
+    """Apply the matrix of `taps` along axis `dim` of x (B, C, H, W)."""
     shape = [taps.start.shape[0], 1, 1, 1]
     shape[dim] = taps.start.shape[1]
     size = list(x.shape)
@@ -90,7 +90,7 @@ torch.library.register_autograd(f"{NAMESPACE}::resample", _backward, setup_conte
 
 
 def check_arguments(function: str, x: Tensor, rows: Taps, columns: Taps) -> None:
-    """Raise unless the images and the taps belong together. That the columns exist is the caller's promise."""
+    """Raise unless images and taps match. The caller guarantees that the columns are valid indices."""
     if check_tensor(function, "x", x).dtype not in DTYPES:
         raise TypeError(message(function, "x", "a float32, float64, bfloat16 or float16 tensor", x.dtype))
     if x.dim() != 4:

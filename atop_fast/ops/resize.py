@@ -1,4 +1,4 @@
-"""Resizing: bilinear and antialiased, as two sparse matrices."""
+"""Bilinear and antialiased resizing as two sparse matrices."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _resize_bwd(dy: Tensor, size: Sequence[int], antialias: bool) -> Tensor:
     return RESAMPLE(dy, *rows_t, *columns_t, *rows, *columns)
 
 
-# Ops of their own, over `resample`, so that tracing does not look into the making of the matrices. Each is the other's
-# gradient.
+# Separate ops on top of `resample`, so that tracing does not enter the construction of the matrices. Each is the
+# gradient of the other.
 for _name, _function in (("resize", _resize), ("resize_bwd", _resize_bwd)):
     LIBRARY.define(f"{_name}(Tensor x, int[] size, bool antialias) -> Tensor")
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
@@ -59,7 +59,7 @@ def resize(x: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
     Args:
         x: Images (B, C, h, w), float32, float64, bfloat16 or float16.
         size: The new height and width (H, W).
-        antialias: When shrinking, widen the filter so that no pixel is skipped.
+        antialias: Widen the filter when shrinking, so that no pixel is skipped.
 
     Returns:
         (B, C, H, W) in the dtype of `x`; channels_last if `x` is. Equal to torch's interpolate(mode="bilinear",
@@ -82,7 +82,7 @@ def resize(x: Tensor, size: tuple[int, int], antialias: bool = False) -> Tensor:
 
 
 def bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear resize in plain operations, in the order of `corrupt`; float32 or float64 (B, C, h, w)."""
+    """Bilinear resize by elementary operations, in the same order as in `corrupt`; float32 or float64 (B, C, h, w)."""
     for dim in (3, 2):
         first, second, weight = bilinear_taps(x.shape[dim], size[dim - 2], x.device)
         weight = weight.to(x.dtype).unsqueeze(1) if dim == 2 else weight.to(x.dtype)
@@ -93,17 +93,17 @@ def bilinear(x: Tensor, size: Sequence[int]) -> Tensor:
 def bilinear_taps(given: int, wanted: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Two source pixels for each of `wanted` pixels, and the weight of the second, float64, along one axis.
 
-    Pixel i lies at (i + 1/2) given / wanted - 1/2, raised to 0; in integers, so that nothing is rounded.
+    Pixel i lies at max(0, (i + 1/2) given / wanted - 1/2), computed in integers to avoid rounding.
     """
     position = ((2 * torch.arange(wanted, device=device) + 1) * given - wanted).clamp(min=0)
     first = position // (2 * wanted)
-    # torch divides by a number less exactly than by a tensor on some devices.
+    # On some devices, torch divides by a Python number less accurately than by a tensor.
     weight = (position % (2 * wanted)).double() / torch.full((), 2 * wanted, dtype=torch.float64, device=device)
     return first, (first + 1).clamp(max=given - 1), weight
 
 
 def _taps(x: Tensor, given: Sequence[int], wanted: Sequence[int], antialias: bool) -> list[tuple[Taps, Taps]]:
-    """For rows and columns, the matrix of a resize from `given` to `wanted` and its transpose, as `x` needs them."""
+    """For rows and columns, the matrix of a resize from `given` to `wanted` and its transpose, matching `x`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     pairs = [axis_taps(g, w, antialias) for g, w in zip(given, wanted, strict=True)]
     return [(_on(x.device, dtype, rows), _on(x.device, dtype, transposed)) for rows, transposed in pairs]
@@ -117,7 +117,7 @@ def _on(device: torch.device, dtype: torch.dtype, taps: Taps) -> Taps:
 def axis_taps(given: int, wanted: int, antialias: bool) -> tuple[Taps, Taps]:
     matrix = torch.zeros(wanted, given, dtype=torch.float64)
     if antialias and wanted < given:
-        # The triangle filter, as wide as a new pixel, normalised over the pixels that exist.
+        # A triangle filter as wide as an output pixel, normalized over the pixels inside the image.
         scale = given / wanted
         centre = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
         distance = (torch.arange(given) + 0.5 - centre[:, None]).abs() / scale
@@ -144,7 +144,7 @@ def _sparse(matrix: Tensor) -> Taps:
 
 
 def check_images(function: str, x: Tensor) -> None:
-    """Raise unless `x` is images that the op takes."""
+    """Raise unless `x` is images that the op accepts."""
     if check_tensor(function, "x", x).dtype not in DTYPES:
         raise TypeError(message(function, "x", "a float32, float64, bfloat16 or float16 tensor", x.dtype))
     if x.dim() != 4 or min(x.shape[2:]) < 1:

@@ -1,4 +1,4 @@
-"""The candidates of Square Attack: images with a change of a square."""
+"""The candidates of Square Attack: images with a modified square."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ._registry import define
 
 
 def square_linf(x: Tensor, x0: Tensor, signs: Tensor, rows: Tensor, columns: Tensor, eps: float) -> Tensor:
-    """Images x, and in the square, where both masks are 1, x0 + eps * signs, clipped to [0, 1].
+    """Images x, with x0 + eps * signs, clipped to [0, 1], in the square where both masks are 1.
 
     Args:
         x, x0: (B, C, H, W), float32 or float64, contiguous.
@@ -23,7 +23,7 @@ def square_linf(x: Tensor, x0: Tensor, signs: Tensor, rows: Tensor, columns: Ten
     Reference:
         Andriushchenko et al., ECCV 2020, algorithm 2.
     """
-    # torch.lerp by 0 or 1 is exact, and many times faster on CPUs than torch.where.
+    # torch.lerp with weight 0 or 1 is exact, and on CPUs many times faster than torch.where.
     return torch.lerp(x, torch.add(x0, signs, alpha=eps).clamp_(0, 1), rows * columns)
 
 
@@ -42,23 +42,24 @@ def square_bump(
     eps: float,
     l2: bool,
 ) -> Tensor:
-    """In the first square, a bump added to what is there, of the size that both squares and the rest of the budget
-    allow; in the second square, x0.
+    """Add a bump to the first square and reset the second square to x0.
+
+    The bump is scaled to the norm that both squares and the unused budget allow.
 
     Args:
         x, x0, signs, rows, columns: as in square_linf.
-        other_rows, other_columns: the same of the second square.
-        top, left: (B, 1, 1, 1), int64, the place of the first square.
-        bump: (B, 1, 1, 1), int64, which of `bumps` it gets.
-        bumps: (N, S, S), in their top left corners.
-        eps: radius, of the L2 norm or of the L1 norm.
-        l2: which.
+        other_rows, other_columns: the masks of the second square.
+        top, left: position of the first square, (B, 1, 1, 1), int64.
+        bump: index into `bumps`, (B, 1, 1, 1), int64.
+        bumps: (N, S, S), each bump in its top left corner.
+        eps: radius in the L2 norm or the L1 norm.
+        l2: whether the norm is L2.
 
     Returns:
-        (B, C, H, W): for L2 scaled to the norm eps and clipped to [0, 1], for L1 as it comes.
+        (B, C, H, W): for L2, scaled to the norm eps and clipped to [0, 1]; for L1, neither.
 
     Reference:
-        Andriushchenko et al., ECCV 2020, algorithm 3; for L1 as AutoAttack has it.
+        Andriushchenko et al., ECCV 2020, algorithm 3; for L1, AutoAttack's variant.
     """
     p = 2 if l2 else 1
     delta, channels, side = x - x0, x.shape[1], bumps.shape[1]
@@ -72,7 +73,7 @@ def square_bump(
     budget = spare + power.mul_(torch.maximum(inside, cleared)).sum(dim=(2, 3), keepdim=True)
     new = torch.addcmul(delta / (here ** (1 / p) + 1e-12), shape, signs).mul_(inside)
     size = (new * new if l2 else new.abs()).sum(dim=(2, 3), keepdim=True) ** (1 / p)
-    # The original's L1 gives every channel the whole; the projection takes back what is too much.
+    # For L1, the original gives every channel the whole budget; the projection removes the excess.
     scale = budget.sqrt() if l2 else budget * channels
     delta = torch.lerp(delta * (1 - cleared), new.mul_(scale / (size + 1e-12)), inside)
     if not l2:
