@@ -1,7 +1,7 @@
-"""Square blocks of pixels, and where pixels lie: what corrupt and assemble share.
+"""Square blocks of pixels and pixel offsets, shared by corrupt and assemble.
 
-A program handles a block of pixels of one sample in all its channels. Images are [B, C, H W], or [B, H W, C] where
-IS_LAST; pixels number the rows of an image one after another, whatever the layout.
+A program handles a block of pixels of one sample in all channels. Images are [B, C, H W], or [B, H W, C] if IS_LAST;
+pixels are numbered in row-major order in either layout.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def place(HW, BLOCK: tl.constexpr):
-    """Of one program: its sample, its first pixel, its pixels and which of them exist."""
+    """The program's sample, its first pixel, its pixels, and the mask of valid pixels."""
     i_block, n_blocks = tl.program_id(0), tl.cdiv(HW, BLOCK)
     i_first = i_block % n_blocks * BLOCK
     o_pixel = i_first + tl.arange(0, BLOCK)
@@ -21,14 +21,14 @@ def place(HW, BLOCK: tl.constexpr):
 
 @triton.jit
 def offsets(i_image, i_channel, o_pixel, C, HW, IS_LAST: tl.constexpr):
-    """Where pixels of a channel lie; the number of the image is of 64 bits, and no image has 2**31 elements."""
+    """The offsets of pixels of a channel; the image index has 64 bits, and no image has 2**31 elements."""
     o = o_pixel * C + i_channel if IS_LAST else i_channel * HW + o_pixel
     return i_image * C * HW + o
 
 
 @triton.jit
 def read_owners(blocks, i_sample, i_first, H, W, PATCH, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """Which copy masks each pixel, int32; runs of UNIT pixels lie in one block."""
+    """The copy that masks each pixel, int32; runs of UNIT pixels lie in one block."""
     o_unit = i_first + tl.arange(0, BLOCK // UNIT) * UNIT
     o_block = o_unit // W // PATCH * (W // PATCH) + o_unit % W // PATCH
     b_owner = tl.load(blocks + i_sample * (H // PATCH) * (W // PATCH) + o_block, o_unit < H * W).to(tl.int32)

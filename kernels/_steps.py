@@ -1,8 +1,8 @@
-"""What the kernels of the projected steps share: where a program's elements lie, their gradient, and norms.
+"""Shared by the kernels of the projected steps: element offsets, the gradient, and norms.
 
-A program handles a block of elements of one sample. Norms over a sample of several blocks take one launch each: in
-phase r the programs store the sums of squares of their blocks for norm r, and in later ones they add them up. A sample
-of one block takes one launch, in phase ALL.
+A program handles a block of elements of one sample. For samples of several blocks, each norm takes one launch: in phase
+r, the programs store the sums of squares of their blocks for norm r, and in later phases they add them up. A sample of
+one block takes a single launch, in phase ALL.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from atop_fast.ops import _steps as ops_steps
 
 from ._launch import EXACT, in_layout_of, launch, stride_of
 
-# Where a norm is taken, a block is as long as registers allow, and a sample of up to so many elements is one block.
+# In kernels with norms, blocks are as long as registers allow; a sample of up to this many elements is a single block.
 NORM_BLOCK = 4096
 NORM_WARPS = 8
 ALL = tl.constexpr(-1)
-# As torch.nan_to_num has it.
+# The largest float32, to which torch.nan_to_num maps infinity.
 LARGEST = tl.constexpr(3.4028234663852886e38)
 TINY = tl.constexpr(ops_steps.TINY)
 SMALL = tl.constexpr(ops_steps.SMALL)
@@ -31,7 +31,7 @@ LEAST_DIVISOR = tl.constexpr(1 / ops_steps.MAGNIFIED[torch.float32])
 
 @triton.jit
 def place(N, BLOCK: tl.constexpr):
-    """Of one program: its sample, its block in the sample, where its elements lie and which of them exist."""
+    """The program's sample, its block in the sample, its element offsets, and the mask of valid elements."""
     i_program, n_blocks = tl.program_id(0), tl.cdiv(N, BLOCK)
     i_sample, i_block = (i_program // n_blocks).to(tl.int64), i_program % n_blocks
     o = i_block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -40,7 +40,7 @@ def place(N, BLOCK: tl.constexpr):
 
 @triton.jit
 def read_number(number, values, STRIDE, i_sample):
-    """A number, or that of the sample."""
+    """A number, or the number of the sample."""
     if values is None:
         return number
     else:
@@ -49,7 +49,7 @@ def read_number(number, values, STRIDE, i_sample):
 
 @triton.jit
 def read_gradient(grad, DRAWS: tl.constexpr, DRAW_STRIDE, o, mask):
-    """The draws' gradients added in their order."""
+    """The gradients of all draws added up in order."""
     b_g = tl.load(grad + o, mask, other=0.0)
     for i_draw in range(1, DRAWS):
         b_g += tl.load(grad + (i_draw * DRAW_STRIDE + o), mask, other=0.0)
@@ -63,7 +63,7 @@ def sign(b_g):
 
 @triton.jit
 def clamp(b_v, low, high):
-    # Comparisons rather than tl.clamp, so that NaN passes as in torch.clamp.
+    # Comparisons instead of tl.clamp, so that NaN passes as in torch.clamp.
     b_v = tl.where(b_v < low, low, b_v)
     return tl.where(b_v > high, high, b_v)
 
@@ -86,8 +86,10 @@ def norm(
     b_v, mask, partials, i_sample, i_block, N, ROW: tl.constexpr, R: tl.constexpr, PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norm R of the sample from phase R + 1 on, by row ROW of `partials`; in phase R that of this block, and store its
-    share. Before that, 0."""
+    """Norm R of the sample from phase R + 1 on, from row ROW of `partials`.
+
+    In phase R, it is the norm of this block, whose sum of squares is stored; before phase R, it is 0.
+    """
     if PHASE == ALL:
         return tl.sqrt_rn(tl.sum(tl.where(mask, b_v * b_v, 0.0)))
     else:
@@ -110,18 +112,18 @@ def norm(
 def gradient_norm(
     b_g, mask, partials, i_sample, i_block, N, NORMS: tl.constexpr, PHASE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradient, multiplied by a power of two where squares could underflow; its norm; the least divisor of it."""
+    """The gradient, scaled by a power of two if its squares could underflow; its norm; the lower bound of divisors."""
     length = norm(b_g, mask, partials, i_sample, i_block, N, 0, 0, PHASE, BLOCK)
     is_small = length < SMALL
     if is_small:
-        # A block of a small sample is small, so that what is read of the last row was stored.
+        # All blocks of a small sample are small, so every value read from the last row has been stored.
         length = norm(b_g * MAGNIFIED, mask, partials, i_sample, i_block, N, NORMS, 0, PHASE, BLOCK)
     b_g = b_g * tl.where(is_small, MAGNIFIED, 1.0)
     return b_g, length, tl.where(is_small, LEAST_DIVISOR, TINY)
 
 
 def dense_arguments(x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Tensor) -> tuple[Tensor, ...] | None:
-    """The tensors in the layout of `out`, if a sample's elements lie together there, and in every draw."""
+    """The tensors in the layout of `out`, or None unless samples are dense in it and in every draw."""
     if not (out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)):
         return None
     if grad.dim() == x.dim():
@@ -136,7 +138,7 @@ def dense_arguments(x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Te
 def step(
     run: Callable[..., None], x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Tensor | None = None
 ) -> Tensor:
-    """Have `run(x, grad, *others, out)` write the step of dense tensors to `out`, which may be x."""
+    """Call `run(x, grad, *others, out)` on dense tensors, which writes the step to `out`; `out` may be x."""
     result = torch.empty_like(x) if out is None else out
     dense = dense_arguments(x, grad, others, result)
     if dense is not None:
@@ -149,19 +151,19 @@ def step(
 
 
 def numbers(*pairs: tuple[float, Tensor | None]) -> tuple[Any, ...]:
-    """Each number with the tensor in its place, and the distance between the samples' numbers there."""
+    """Each number, the tensor that replaces it, and the stride between samples in that tensor."""
     return tuple(
         item for number, values in pairs for item in (number, values, 0 if values is None else stride_of(values))
     )
 
 
 def draws(x: Tensor, grad: Tensor) -> tuple[int, int]:
-    """The number of draws, and the distance between two of them."""
+    """The number of draws, and the stride between them."""
     return (grad.shape[0], grad.stride(0)) if grad.dim() > x.dim() else (1, 0)
 
 
 def launch_elements(kernel: Any, tensors: tuple[Tensor, ...], grad: Tensor, values: tuple[Any, ...]) -> None:
-    """Run `kernel` without norms; all samples count as one where no number is a sample's own."""
+    """Run `kernel` without norms; all samples are treated as one unless a number is given per sample."""
     x = tensors[0]
     rows = len(x) if any(isinstance(v, Tensor) and v.dim() for v in values) else 1
     n = x.numel() // rows

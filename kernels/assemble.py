@@ -29,7 +29,7 @@ def assemble_fwd_kernel(
     HW = H * W // UNIT * UNIT
     i_sample, i_first, o_pixel, mask = place(HW, BLOCK)
     b_owner = read_owners(blocks, i_sample, i_first, H, W, PATCH, UNIT, BLOCK)
-    # Lets the loads be as wide as a run.
+    # These hints allow loads as wide as a run of UNIT pixels.
     i_image, is_owned = tl.max_constancy(i_sample * N + b_owner, UNIT), tl.max_constancy(b_owner < N, UNIT)
     for c in range(C):
         b_y = tl.load(copies + offsets(i_image, c, o_pixel, C, HW, IS_LAST), mask & is_owned, other=0.0)

@@ -1,6 +1,6 @@
 """The losses of an attack, their gradients and correct predictions                         docs/math.md#attack_loss
 
-A program handles ROWS samples whole. NaN is taken out first, as it has an order of its own in every reduction.
+A program handles ROWS complete samples. NaN is replaced first, because reductions differ in how they order it.
 """
 
 import torch
@@ -14,27 +14,27 @@ from ._launch import launch
 from .exp import exp_and_expm1
 from .log1p import log1p
 
-# A program keeps its rows in registers; beyond this many classes the reference sorts faster than it would spill.
+# A program keeps its rows in registers; beyond this many classes, sorting in the reference is faster than spilling.
 MAX_CLASSES = 4096
-# The numbers of a row are held by many threads at a time, so that many short rows would take many registers.
+# Several threads hold copies of a row's scalars, so many short rows per program would take many registers.
 MIN_BLOCK = 256
 
 
 @triton.jit
 def _divide(a, b):
-    # The plain division of float32 is only good to 2 ulp; that of float64 is exact.
+    # Plain float32 division has an error of up to 2 ulp; float64 division is correctly rounded.
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
 def _pick(b_z, o_class, b_index):
-    """The logit of one class of every row, and 0 for what is no class."""
+    """The logit of one class per row, and 0 for an index outside the classes."""
     return tl.sum(tl.where(o_class == b_index[:, None], b_z, 0.0), axis=1)
 
 
 @triton.jit
 def _take(b_z, o_class):
-    """The greatest logit of every row and its class, the lowest among equals; and the logits without it."""
+    """The largest logit of every row, its class (the lowest in a tie), and the remaining logits."""
     b_value = tl.max(b_z, axis=1)
     b_index = tl.min(tl.where(b_z == b_value[:, None], o_class, 2147483647), axis=1)
     return b_value, b_index, tl.where(o_class == b_index[:, None], float("-inf"), b_z)
@@ -72,7 +72,7 @@ def _ranked(b_z, o_class, b_y, b_target, b_first, b_i1, b_rest, KIND: tl.constex
         b_spread -= tl.where(o_class == b_i1[:, None], 1.0, 0.0)
         b_slope = _divide(tl.full(b_low.shape, 1.0, b_low.dtype), (b_first - b_low) + 1e-12)
         b_loss *= b_slope
-        # Each term by itself, as what another class has must not come in as infinity times 0.
+        # Separate terms, so that 0 times an infinity from another class does not give NaN.
         b_move = tl.where(b_move == 0.0, 0.0, b_move * b_slope[:, None])
         b_move += tl.where(b_spread == 0.0, 0.0, b_spread * (b_loss * b_slope)[:, None])
     return b_loss, b_move.to(b_z.dtype)
@@ -114,7 +114,7 @@ def _odds(b_z, o_class, b_y, b_other, KIND: tl.constexpr):
     b_log_b = log1p((WEIGHT * b_e_y - 1.0) + b_rest * b_unit_b)
     b_loss = (b_top_a - b_top_b) + (b_log_a - b_log_b)
     if IN_A and IN_B:
-        # A - B = 2 (e_o - e_y), as A and B may be nearly equal.
+        # A and B may be nearly equal: compute their difference as A - B = 2 (e_o - e_y).
         is_above = b_z_y > b_z_o
         _, b_gap = exp_and_expm1(tl.where(is_above, b_z_o - b_z_y, b_z_y - b_z_o))
         b_difference = -WEIGHT * b_gap * tl.where(is_above, b_unit_a * b_e_y, b_unit_b * b_e_o)
@@ -141,7 +141,7 @@ def attack_loss_kernel(
     correct,  # [B]
     B,
     K,
-    KIND: tl.constexpr,  # the place in LOSSES of the op
+    KIND: tl.constexpr,  # the index in LOSSES
     COLUMNS: tl.constexpr,  # K or more
     BLOCK: tl.constexpr,
 ):
@@ -161,7 +161,7 @@ def attack_loss_kernel(
     if KIND == 0:
         b_loss, b_gradient = _cross_entropy(b_z, o_class, b_y, b_first)
     elif KIND == 4 or (KIND > 2 and targets is None):
-        # Not from the ranks: with nothing but -inf beside the first they would name its class once more.
+        # The ranks cannot be used: if all other logits are -inf, they would return the first class again.
         is_y = o_class == b_y[:, None]
         b_others = tl.where(is_y, float("-inf"), b_z)
         is_greatest = (b_others == tl.max(b_others, axis=1)[:, None]) & (is_y == 0)
@@ -177,7 +177,7 @@ def attack_loss_kernel(
         else:
             b_loss, b_gradient = _ranked(b_z, o_class, b_y, b_target, b_first, b_i1, b_rest, KIND, True)
     b_loss = tl.where(is_broken | (b_nan < K), float("nan"), b_loss)
-    # NaN for the cross-entropy, not finite for the other losses.
+    # The gradient is NaN if the cross-entropy is NaN, or another loss is not finite.
     is_lost = b_loss != b_loss if KIND == 0 else b_loss - b_loss != 0.0
     b_gradient = tl.where(is_lost[:, None], float("nan"), b_gradient)
     is_right = (tl.where(b_nan < K, b_nan, b_i1) == b_y) & (is_broken == 0)

@@ -1,8 +1,8 @@
-"""What lies between the products of contextual attention                             docs/math.md#contextual_attention
+"""The steps between the matrix products of contextual attention                      docs/math.md#contextual_attention
 
-Matrices are [B, COUNT, COUNT], row p and column l, for the COUNT = HEIGHT WIDTH places of a sample. A program handles a
-tile of one: LINES rows by BLOCK / LINES columns. It reads along diagonals, where the rows of a tile share most. The
-products are torch's.
+Matrices are [B, COUNT, COUNT], row p and column l, for the COUNT = HEIGHT WIDTH positions of a sample. A program
+handles a tile of one matrix: LINES rows by BLOCK / LINES columns. It reads along diagonals, which the rows of a tile
+largely share. The products themselves are computed by torch.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ from atop_fast.ops.contextual_attention import (
 from ._launch import launch
 from .exp import exp_and_expm1
 
-# Tiles of sums along diagonals, and the most columns of one.
+# The size of a tile in sums along diagonals, and its maximum number of columns.
 TILE = 1024
 MAX_COLUMNS = 64
-# Tiles of softmax hold whole rows, or a part of one at a time where it is longer.
+# A softmax tile holds whole rows or, if a row is longer, a part of one row at a time.
 ROW_TILE = 2048
 ROW_WARPS = 8
 NEIGHBOURS = ((-1, 0, 1), (-1, 0, 1))
@@ -45,7 +45,7 @@ def _exp(x):
 
 @triton.jit
 def _tile(COUNT, LINES: tl.constexpr, BLOCK: tl.constexpr):
-    """Of one program: its sample, the number of its rows' tile among all, its rows and its columns."""
+    """The program's sample, the index of its row tile among all samples, its rows and its columns."""
     COLUMNS: tl.constexpr = BLOCK // LINES
     n_columns, n_lines = tl.cdiv(COUNT, COLUMNS), tl.cdiv(COUNT, LINES)
     i_line = tl.program_id(0) // n_columns
@@ -56,34 +56,34 @@ def _tile(COUNT, LINES: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _read(matrix, o_p, o_l, m_p, m_l, COUNT):
-    """A tile of one sample's matrix, 0 where there is none."""
+    """A tile of one sample's matrix, zero-padded."""
     p_row = matrix + o_p[:, None].to(tl.int64) * COUNT
     return tl.load(p_row + o_l[None, :], m_p[:, None] & m_l[None, :], other=0.0)
 
 
 @triton.jit
 def _beside(o, row_step, column_step, HEIGHT, WIDTH):
-    """The places so many rows and columns further, and which of them exist."""
+    """The positions shifted by the given rows and columns, and the mask of valid positions."""
     i_row, i_column = o // WIDTH + row_step, o % WIDTH + column_step
     return i_row * WIDTH + i_column, (i_row >= 0) & (i_row < HEIGHT) & (i_column >= 0) & (i_column < WIDTH)
 
 
 @triton.jit
 def _after(o, step, COUNT, WIDTH, BY_ROWS: tl.constexpr):
-    """The next (step 1) or last (-1) places in the order of rows or of columns, and which of them exist."""
+    """The next (step 1) or previous (-1) positions in row-major or column-major order, and the mask of valid ones."""
     if BY_ROWS:
         o_next = o + step
     else:
         o_next = o + step * WIDTH
-        # Below the last row is the first one, a column further, and the other way round.
+        # In column-major order, the last row is followed by the first row of the next column, and vice versa.
         o_next += tl.where(o_next < 0, COUNT - 1, tl.where(o_next >= COUNT, 1 - COUNT, 0))
-    # The first place and the last one are the same in both orders.
+    # The first and the last position are the same in both orders.
     return o_next, (o + step >= 0) & (o + step < COUNT)
 
 
 @triton.jit
 def _fuse(matrix, o_p, o_l, COUNT, WIDTH, IS_TRANSPOSED: tl.constexpr):
-    """A tile of the matrix fused by rows and then by columns, or in the other order where transposed."""
+    """A tile of the matrix fused by rows and then by columns, or in the opposite order if transposed."""
     b_sum = tl.zeros([o_p.shape[0], o_l.shape[0]], matrix.dtype.element_ty)
     for i in tl.static_range(-1, 2):
         o_p_1, m_p_1 = _after(o_p, i, COUNT, WIDTH, IS_TRANSPOSED)
@@ -102,10 +102,10 @@ def diagonals_kernel(
     sums,  # [B, COUNT, COUNT]
     HEIGHT,
     WIDTH,
-    ROW_STEP,  # the first of STEPS steps by which both places move
+    ROW_STEP,  # the first of STEPS shifts of both positions
     COLUMN_STEP,
     STEPS: tl.constexpr,
-    ADDS: tl.constexpr,  # whether the sums are added to what is there
+    ADDS: tl.constexpr,  # whether to accumulate into `sums`
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -130,7 +130,7 @@ def diagonals_kernel(
 
 @triton.jit
 def _scaled_scores(scores, valid, o_p, o_l, COUNT, WIDTH):
-    """Of a tile: what softmax is taken of, -infinity beyond the places; and the flags."""
+    """The logits of softmax in a tile, -infinity beyond the matrix; and the flags."""
     m_l = o_l < COUNT
     b_valid = tl.load(valid + o_l, m_l, other=0).to(scores.dtype.element_ty)[None, :]
     b_z = _SCALE * _fuse(scores, o_p, o_l, COUNT, WIDTH, False) * b_valid
@@ -148,7 +148,7 @@ def weigh_fwd_kernel(
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """weights = valid softmax(10 valid fuse(scores)) by rows. Rows in parts are fused twice."""
+    """weights = valid softmax(10 valid fuse(scores)) by rows. Rows that span several tiles are fused twice."""
     COLUMNS: tl.constexpr = BLOCK // LINES
     n_lines = tl.cdiv(COUNT, LINES)
     i_sample = (tl.program_id(0) // n_lines).to(tl.int64)
@@ -185,13 +185,13 @@ def weigh_fwd_kernel(
 @triton.jit
 def weigh_bwd_kernel(
     weights,  # [N, COUNT]
-    d,  # [N, COUNT], the gradient in the weights, replaced by that in the fused scores
-    N,  # the rows of all samples
+    d,  # [N, COUNT], the gradient in the weights, overwritten by the gradient in the fused scores
+    N,  # the number of rows in all samples
     COUNT,
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """d = 10 weights (d - the sum of weights d) by rows, as the weights are 0 where valid is."""
+    """d = 10 weights (d - the sum of weights d) by rows; weights are 0 where valid is 0."""
     COLUMNS: tl.constexpr = BLOCK // LINES
     o_row = tl.program_id(0) * LINES + tl.arange(0, LINES)
     m_row = o_row < N
@@ -224,7 +224,7 @@ def fuse_bwd_kernel(
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient in the products for constant norms, and, by columns, its share in that of the norms times -norm."""
+    """The gradient in the products for constant norms and, per column, -norm times its part of the norms' gradient."""
     i_sample, i_line, o_p, o_l = _tile(COUNT, LINES, BLOCK)
     m_p, m_l = o_p < COUNT, o_l < COUNT
     b_d = _fuse(d + i_sample * COUNT * COUNT, o_p, o_l, COUNT, WIDTH, True)
@@ -272,7 +272,7 @@ def _backward(dy: Tensor, b: Tensor, valid: Tensor) -> Tensor:
     dweights: Tensor | None = None
     for (*steps, part), (_, _, dpart), (_, _, to) in zip(parities(b), parities(dy), parities(db), strict=True):
         dpart = 0.25 * dpart.flatten(2)
-        # As values: pasting is linear in them, and its transpose pastes by the transposed weights.
+        # As values: pasting is linear in them, and its transpose is pasting with the transposed weights.
         to.copy_((dpart @ _diagonals(weights, size, steps)).view_as(to))
         # As keys: through the weights to the scores.
         back = [[-step for step in axis] for axis in steps]
@@ -284,7 +284,7 @@ def _backward(dy: Tensor, b: Tensor, valid: Tensor) -> Tensor:
 
 
 def _attend(b: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [p, l] before they are fused, the norms of the keys, and the weights [p, l]."""
+    """Scores [p, l] before fusing, the norms of the keys, and the weights [p, l]."""
     batch, height, width = valid.shape
     count = height * width
     x = b[:, :, ::2, ::2].flatten(2)
@@ -292,7 +292,7 @@ def _attend(b: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     squares = products.diagonal(dim1=1, dim2=2).reshape(batch, 1, height, width)
     norms = F.avg_pool2d(squares, 3, stride=1, padding=1, divisor_override=1).sqrt().clamp(min=MIN_NORM).flatten(1)
     scores = _diagonals(products, (height, width), NEIGHBOURS, norms)
-    # Nobody needs the products any more.
+    # The products are no longer needed.
     weights, (lines, columns) = products, _tile_of(count, ROW_TILE, ROW_TILE)
     tensors = (scores, valid.contiguous().view(torch.uint8), weights)
     programs, numbers = batch * -(-count // lines), (count, width, count <= columns, lines)
@@ -313,7 +313,7 @@ def _attend_bwd(dweights: Tensor, weights: Tensor, scores: Tensor, norms: Tensor
     tensors, numbers = (dweights, scores, norms, dproducts, partials), (count, size[1], lines)
     programs = batch * parts * -(-count // columns)
     launch(fuse_bwd_kernel, TILE, norms.device, *tensors, *numbers, rows=programs, block=TILE)
-    # The norm of a key is in its scores, and the square of it on the diagonal of the products.
+    # Scores are divided by the norm of their key, whose square is on the diagonal of the products.
     diagonal = dproducts.diagonal(dim1=1, dim2=2)
     diagonal -= torch.where(norms > MIN_NORM, partials.sum(1) / (2 * norms * norms), 0)
     return _diagonals(dproducts, size, NEIGHBOURS)
@@ -326,7 +326,7 @@ def _diagonals(
     divisors: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> Tensor:
-    """Sum over `steps` along rows and columns, the same ones of both places; added to `sums`, if given."""
+    """Sum over `steps` along rows and columns, equal for both positions; accumulated into `sums`, if given."""
     count, adds = size[0] * size[1], sums is not None
     lines, columns = _tile_of(count, TILE, MAX_COLUMNS)
     programs = len(matrix) * -(-count // lines) * -(-count // columns)
@@ -337,6 +337,6 @@ def _diagonals(
 
 
 def _tile_of(count: int, block: int, most: int) -> tuple[int, int]:
-    """The rows and columns of a tile of `block` numbers, with `most` columns at most."""
+    """The numbers of rows and columns of a tile of `block` numbers, with at most `most` columns."""
     columns = min(most, max(16, triton.next_power_of_2(count)))
     return block // columns, columns

@@ -1,6 +1,6 @@
 """y = [(2 clip(resize(x) + sigma n, 0, 1) - 1) (1 - m), 1, m] and its gradient                     docs/math.md#corrupt
 
-The noise of an element is computed once and serves all copies. 16-bit images are computed in float32.
+The noise of an element is computed once for all copies. 16-bit images are computed in float32.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ._launch import BLOCK as MAX_BLOCK
 from ._launch import EXACT, GATHER_BLOCK, MAX_ROW, launch, stride_of
 from .philox import normals_of_elements, normals_of_groups, read_key
 
-# Up to this height and width the positions of a resize are counted in 32 bits.
+# Up to this height and width, the positions of a resize fit in 32 bits.
 MAX_SIDE = 2**15 - 1
 
 
@@ -106,7 +106,7 @@ def corrupt_fwd_kernel(
                 is_inside = is_inside & (b_owner != 0)
             _store_bits(passes, i_sample * C + c, i_first, HW, is_inside, BLOCK)
         if y is not None:
-            # Comparisons rather than tl.clamp, so that NaN passes as in torch.clamp.
+            # Comparisons instead of tl.clamp, so that NaN passes as in torch.clamp.
             b_v = tl.where(b_v < 0.0, 0.0, b_v)
             b_t = tl.where(b_v > 1.0, 1.0, b_v) * 2.0 - 1.0
             for n in range(COPIES):

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def exp_and_expm1(x):
-    """Both functions of one block x <= 0, float32 or float64; NaN gives NaN."""
+    """exp and expm1 of a block x <= 0, float32 or float64; NaN gives NaN."""
     if x.dtype == tl.float64:
         x = tl.where(x < -709.0, -709.0, x)
         shifted = x * 1.4426950408889634 + 6755399441055744.0

@@ -1,8 +1,8 @@
 """y = a(f) sigmoid(g) and its gradients, a = elu or relu                                            docs/math.md#gated
 
-Lines as in csrc: h is [lines of f | lines of g] for each image. In NCHW a line is a channel; in channels_last a pixel
-is an image of one line, and without bias that serves for NCHW too. Every load is widened at once: the interpreter
-cannot compute in bfloat16, and the specification asks for float32.
+Lines are defined as in csrc: h is [lines of f | lines of g] for each image. In NCHW, a line is a channel; in
+channels_last, each pixel is treated as an image of one line. Without bias, an image in NCHW is also a single line.
+Every load is widened immediately: the interpreter cannot compute in bfloat16, and the specification requires float32.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from ._launch import BLOCK as MAX_BLOCK
 from ._launch import in_layout_of, launch
 from .exp import exp_and_expm1
 
-# Outputs of a program that sums gradients, how many of them it takes at a time, and of how many channels at most.
+# In the kernel that sums gradients: outputs per program, outputs at a time, and the maximum number of channels.
 PART = 16384
 TILE = 1024
 MAX_CHANNELS = 64
@@ -32,7 +32,7 @@ def _widen(b):
 
 @triton.jit
 def _activation(f, ELU: tl.constexpr):
-    """a(f), and what `_times_slope` needs."""
+    """a(f), and the value that `_times_slope` needs."""
     if ELU:
         e, em1 = exp_and_expm1(tl.where(f > 0.0, 0.0, f))
         return tl.where(f > 0.0, f, em1), e
@@ -43,14 +43,14 @@ def _activation(f, ELU: tl.constexpr):
 
 @triton.jit
 def _times_slope(v, slope, ELU: tl.constexpr):
-    """v a'(f); where relu is 0, NaN is not passed on."""
+    """v a'(f); where relu is 0, NaN does not propagate."""
     return v * slope if ELU else tl.where(slope <= 0.0, 0.0, v)
 
 
 @triton.jit
 def _sigmoid(g):
     e, _ = exp_and_expm1(tl.where(g > 0.0, -g, g))
-    # The plain division of float32 is only good to 2 ulp; that of float64 is exact.
+    # Plain float32 division has an error of up to 2 ulp; float64 division is correctly rounded.
     inverse = 1.0 / (1.0 + e) if g.dtype == tl.float64 else tl.div_rn(1.0, 1.0 + e)
     small = e * inverse
     return tl.where(g > 0.0, inverse, small), small * inverse
@@ -65,9 +65,9 @@ def _gradients(b_dy, b_f, b_g, ELU: tl.constexpr):
 
 @triton.jit
 def _offsets(LENGTH, LINES, N, IS_LARGE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """Of one block of outputs: where they and their f lie, the numbers of their biases, and the mask."""
+    """For one block of outputs: their offsets, the offsets of their f, the indices of their biases, and the mask."""
     i_block = tl.program_id(0)
-    # Division of 64 bits costs several times that of 32.
+    # 64-bit division costs several times as much as 32-bit division.
     if IS_LARGE:
         i_block = i_block.to(tl.int64)
     o_y = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -145,7 +145,7 @@ def gated_sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: a part of an image's pixels and BLOCK_C channels. In channels_last all images count as one."""
+    """A program handles a part of an image's pixels in BLOCK_C channels. In channels_last, all images count as one."""
     n_columns = tl.cdiv(CHANNELS, BLOCK_C)
     i_part, i_column = tl.program_id(0) // n_columns, tl.program_id(0) % n_columns
     i_image, i_first = (i_part // PARTS).to(tl.int64), (i_part % PARTS).to(tl.int64) * PART_PIXELS
@@ -229,7 +229,7 @@ def _widened(bias: Tensor | None, h: Tensor) -> Tensor | None:
 
 
 def _lines(h: Tensor, bias: Tensor | None, n: int) -> tuple[int, int, int, int, bool, bool]:
-    """Of `n` outputs: LENGTH, LINES, CHANNELS, N, IS_LARGE and LAST."""
+    """LENGTH, LINES, CHANNELS, N, IS_LARGE and LAST for `n` outputs."""
     channels, last = h.shape[1] // 2, memory_format(h) is torch.channels_last
     lines = 1 if last or bias is None else channels
     length = channels if last else channels * h.shape[2] * h.shape[3] // lines

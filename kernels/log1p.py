@@ -1,4 +1,4 @@
-"""log(1 + u) of u >= 0, the formula of csrc/math/log1p.h in Triton.                              docs/math.md#log1p"""
+"""log(1 + u) for u >= 0, the formula of csrc/math/log1p.h in Triton.                             docs/math.md#log1p"""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def _divide(a, b):
-    # The plain division of float32 is only good to 2 ulp; that of float64 is exact.
+    # Plain float32 division has an error of up to 2 ulp; float64 division is correctly rounded.
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
 def log1p(u):
-    """Of one block u >= 0, float32 or float64; NaN gives NaN."""
+    """log(1 + u) of a block u >= 0, float32 or float64; NaN gives NaN."""
     w = 1.0 + u
     if u.dtype == tl.float64:
         bits = w.to(tl.int64, bitcast=True) - 0x3FE6A09E667F3BCD

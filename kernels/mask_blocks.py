@@ -1,4 +1,4 @@
-"""owner = rank % copies if rank < masked else copies, of blocks ranked by random words      docs/math.md#mask_blocks"""
+"""owner = rank % copies if rank < masked else copies, for blocks ranked by random words     docs/math.md#mask_blocks"""
 
 import torch
 import triton
@@ -11,9 +11,9 @@ from atop_fast.randomness import Tag
 from ._launch import launch, stride_of
 from .philox import interleave, read_key, words_of_groups
 
-# A program compares so many blocks with so many others at a time: 8 pairs a thread.
+# A program compares this many blocks with as many others at a time: 8 pairs per thread.
 TILE = 32
-# Counting grows with the square; beyond this many blocks a sort is faster.
+# Counting takes quadratic time; beyond this many blocks a sort is faster.
 MAX_COUNT = 4096
 
 
@@ -35,7 +35,7 @@ def mask_blocks_kernel(
     TAG,
     COPIES,
     COUNT,
-    N_BLOCKS: tl.constexpr,  # of BLOCK numbers in COUNT
+    N_BLOCKS: tl.constexpr,  # blocks of BLOCK numbers in COUNT
     BLOCK: tl.constexpr,
 ):
     i_sample, i_first = (tl.program_id(0) // N_BLOCKS).to(tl.int64), tl.program_id(0) % N_BLOCKS * BLOCK
@@ -44,7 +44,7 @@ def mask_blocks_kernel(
     b_rank = tl.zeros([BLOCK], tl.int32)
     for i in range(N_BLOCKS):
         o_other = i * BLOCK + tl.arange(0, BLOCK)
-        # The largest word at the last places is below none.
+        # Padding is the largest word at the last positions, so that it never counts as smaller.
         b_other = tl.where(o_other < COUNT, _words(i * BLOCK, b_seed, c1, c2, c3, BLOCK), 0xFFFFFFFF)
         is_tie = (b_other[None, :] == b_word[:, None]) & (o_other[None, :] < o_word[:, None])
         b_rank += tl.sum(((b_other[None, :] < b_word[:, None]) | is_tie).to(tl.int32), axis=1)

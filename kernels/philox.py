@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def read_key(seed, sample_ids, draws, DRAW_STRIDE, TAG, i_sample):
-    """The seed and three words of the counter; from memory, so that a CUDA graph replays with other values."""
+    """The seed and three words of the counter, read from memory so that a CUDA graph can replay with other values."""
     b_id = tl.load(sample_ids + i_sample)
     c2 = tl.load(draws + i_sample * DRAW_STRIDE).to(tl.uint32)
     c3 = (((b_id >> 32) & 0xFFFF) | (TAG << 16)).to(tl.uint32)
@@ -19,13 +19,13 @@ def read_key(seed, sample_ids, draws, DRAW_STRIDE, TAG, i_sample):
 @triton.jit
 def words_of_groups(o_group, b_seed, c1, c2, c3):
     """The four words of every group of elements."""
-    # A counter of 64 bits would choose another generator.
+    # A 64-bit counter would select another generator.
     return tl.philox(b_seed, o_group.to(tl.uint32), c1, c2, c3)
 
 
 @triton.jit
 def interleave(b_0, b_1, b_2, b_3):
-    """[N] four times as [4 N]: element 4 i + j is element i of block j."""
+    """Interleave four blocks [N] into [4 N]: element 4 i + j is element i of block j."""
     pairs = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
     return pairs.reshape(4 * b_0.shape[0])
 
@@ -41,7 +41,7 @@ def normals_of_groups(o_group, b_seed, c1, c2, c3):
 
 @triton.jit
 def normals_of_elements(o_element, b_seed, c1, c2, c3):
-    """The normal numbers of single elements, [N]; a quarter of the work is used."""
+    """The normal numbers of single elements, [N]; three quarters of the work are discarded."""
     w0, w1, w2, w3 = words_of_groups(o_element >> 2, b_seed, c1, c2, c3)
     is_second_pair = (o_element & 2) != 0
     cosine, sine = _normal_pair(tl.where(is_second_pair, w2, w0), tl.where(is_second_pair, w3, w1))
@@ -57,7 +57,7 @@ def _normal_pair(w_radius, w_angle):
 
 @triton.jit
 def _minus_2_log(w):
-    """-2 log of u = (w // 2 + 1/2) / 2**31; a polynomial in the mantissa m of [sqrt(1/2), sqrt(2)) less 1."""
+    """-2 log(u) for u = (w // 2 + 1/2) / 2**31: a polynomial in m, the mantissa in [sqrt(1/2), sqrt(2)) minus 1."""
     u = (w >> 1).to(tl.int32).to(tl.float32) + 0.5
     bits = u.to(tl.int32, bitcast=True) - 0x3F3504F3
     exponent = (bits >> 23).to(tl.float32) - 31.0
@@ -73,7 +73,7 @@ def _minus_2_log(w):
 
 @triton.jit
 def _cos_sin(w):
-    """cos and sin of the angle 2 pi w / 2**32: polynomials within an eighth of a turn of the nearest axis."""
+    """cos and sin of the angle 2 pi w / 2**32: polynomials in the angle to the nearest axis."""
     x = (w << 2).to(tl.int32, bitcast=True).to(tl.float32) * 3.65729529994141e-10
     z = x * x
     s = ((z * -0.00019495634478516877 + 0.00833197869360447) * z + -0.16666650772094727) * (z * x) + x
@@ -81,6 +81,6 @@ def _cos_sin(w):
     quadrant = (w + 0x20000000) >> 30
     is_odd = (quadrant & 1) != 0
     cosine, sine = tl.where(is_odd, s, c), tl.where(is_odd, c, s)
-    # Triton's minus is a subtraction from 0, which loses the sign of 0.
+    # Triton's unary minus subtracts from 0, which loses the sign of 0.
     cosine = tl.where((quadrant == 1) | (quadrant == 2), cosine * -1.0, cosine)
     return cosine, tl.where(quadrant >= 2, sine * -1.0, sine)

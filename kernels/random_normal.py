@@ -1,4 +1,4 @@
-"""Standard normal numbers that belong to samples                                          docs/math.md#random_normal"""
+"""Sample-keyed standard normal numbers                                                    docs/math.md#random_normal"""
 
 import torch
 import triton
