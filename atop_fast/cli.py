@@ -285,8 +285,8 @@ def evaluate(
             (docs/evaluation.md).
         norm: norm of the threat model; default the protocol's.
         eps: its radius, in units of [0, 1] pixels; default the protocol's.
-        steps: PGD steps of the protocol quick; default 20.
-        eot_iter: draws in each gradient of the protocol quick; default 4.
+        steps: PGD steps of the protocol quick; default 80 for random models and 20 for others.
+        eot_iter: draws in each gradient of PGD in the protocol quick; default 1.
         gradient: of the protocol quick: exact (default), bpda (identity through transform and purifier) or blind.
         draws: K, fresh draws of the verdict; default the protocol's.
         selection_draws: draws of the choice among an image's candidates.

@@ -72,14 +72,11 @@ def demo() -> str:
     document = json.loads(DEMO.read_text())
     run, *others = document["runs"]
     config = run["config"]
-    attacks = {"clean": "no attack", "fgsm": "FGSM", "pgd20_eot": "PGD-20 with EOT"}
-    lines = ["| system | " + " | ".join(attacks.values()) + " |", "|---|" + "---|" * len(attacks)]
-    for name, verdicts in {**run["systems"], **run["findings"]}.items():
-        lines.append(f"| `{name}` | " + " | ".join(_accuracy(verdicts[attack]) for attack in attacks) + " |")
+    systems = {f"`{name}`": verdicts for name, verdicts in {**run["systems"], **run["findings"]}.items()}
     seconds = ", ".join(str(r["seconds"]) for r in (run, *others))
     return (
         f"Accuracy of one draw on {config['test_images']} digits, mean of {config['draws']} fresh draws, with 95 % "
-        f"intervals; Linf, eps {config['eps']}:\n\n" + "\n".join(lines) + "\n\n"
+        f"intervals; Linf, eps {config['eps']}:\n\n" + _verdicts("system", systems) + "\n\n"
         f"{_source(document)} Seed {run['seed']} is shown; seeds {', '.join(str(r['seed']) for r in others)} tell the "
         f"same ([demo--cpu.json](benchmarks/results/demo--cpu.json)). Times of the three runs: {seconds} s."
     )
@@ -280,6 +277,19 @@ def filled(text: str, name: str) -> str:
     return f"{before}{start}{TABLES[name]()}\n{end}{after}"
 
 
+# Titles of verdicts; older result files have PGD of 20 steps.
+VERDICTS = {"clean": "no attack", "fgsm": "FGSM, 4 draws", "pgd20_eot": "PGD, 20 steps x 4 draws",
+            "pgd_eot": "PGD, 80 steps x 1 draw, momentum"}  # fmt: skip
+
+
+def _verdicts(title: str, systems: dict[str, Any]) -> str:
+    columns = {name: text for name, text in VERDICTS.items() if name in next(iter(systems.values()))}
+    lines = [f"| {title} | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    for name, verdicts in systems.items():
+        lines.append(f"| {name} | " + " | ".join(_accuracy(verdicts[column]) for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def _accuracy(verdict: dict[str, Any]) -> str:
     low, high = verdict["mean_ci"]
     return f"{verdict['mean']:.2f} [{low:.2f}, {high:.2f}]"
@@ -310,11 +320,7 @@ def engine(document: dict[str, Any]) -> str:
 
 def cifar(document: dict[str, Any]) -> str:
     """The verdicts of a recipe's report: means of fresh draws with their intervals."""
-    columns = {"clean": "no attack", "fgsm": "FGSM, 4 draws", "pgd20_eot": "PGD-20, 4 draws"}
-    lines = ["| purifier | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    for name, verdicts in document["systems"].items():
-        lines.append(f"| {name} | " + " | ".join(_accuracy(verdicts[column]) for column in columns) + " |")
-    return "\n".join(lines) + f"\n\n`{document['command']}`"
+    return _verdicts("purifier", document["systems"]) + f"\n\n`{document['command']}`"
 
 
 def restoration(document: dict[str, Any]) -> str:

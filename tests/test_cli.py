@@ -70,7 +70,7 @@ def test_the_whole_flow(files, capsys):
     ])  # fmt: skip
     report = json.loads((files / "e/report.json").read_text())
     assert report["threat_model"] == {"norm": "Linf", "eps": 0.1}
-    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd2_eot"}
+    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd_eot"}
     assert report["systems"]["defense"]["clean"]["images"] == 6
     assert "<table>" in (files / "e/report.html").read_text()
     assert sorted(p.name for p in (files / "f").iterdir()) == [
@@ -150,7 +150,7 @@ def test_options_come_from_yaml_and_flags(files):
     main(["evaluate", "--config=run.yaml", "--steps=1", "--out=y"])
     report = json.loads((files / "y/report.json").read_text())
     assert report["threat_model"]["eps"] == 0.05
-    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd1_eot"}
+    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd_eot"}
     assert report["systems"]["defense"]["clean"]["draws"] == 2
 
 
@@ -169,7 +169,7 @@ def test_an_evaluation_by_protocol_with_a_budget_goes_on(files, capsys):
     report = json.loads((files / "e/report.json").read_text())
     assert report["complete"]
     assert (report["protocol"], report["randomness"], report["eps"]) == ("quick", "fixed", 8 / 255)
-    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd20_eot"}
+    assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd_eot"}
     assert [point["eps"] for point in report["curve"]] == [0, 0.05]
     assert len(report["samples"]) == 6
 
@@ -269,7 +269,7 @@ def test_demo_report(tmp_path, capsys):
     assert report["threat_model"]["norm"] == "Linf"
     assert list(report["systems"]) == ["classifier", "rt_only", "pretrained", "finetuned"]
     for verdicts in (*report["systems"].values(), *report["findings"].values()):
-        assert list(verdicts) == ["clean", "fgsm", "pgd1_eot"]
+        assert list(verdicts) == ["clean", "fgsm", "pgd_eot"]
         for v in verdicts.values():
             assert list(v) == ["mean", "majority", "worst", "mean_ci", "majority_ci", "worst_ci", "draws", "images"]
             assert v["worst"] <= v["mean"]
@@ -381,7 +381,7 @@ def test_a_console_without_utf_8_gets_its_table(files):
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert "caf?" in out
-    assert "pgd1_eot" in out
+    assert "pgd_eot" in out
 
 
 @pytest.mark.slow
@@ -408,7 +408,7 @@ def test_variables_of_half_a_launch_are_none(files, capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     part = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
     main(part)
-    assert "pgd1_eot" in capsys.readouterr().out
+    assert "pgd_eot" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "WORLD_SIZE must be a number of processes, or unset, got 'two'" in fail(capsys, *part)
 

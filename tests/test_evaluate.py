@@ -208,7 +208,7 @@ def test_a_deterministic_model_is_judged_by_one_draw():
 def test_passes_are_counted():
     report = evaluate(DEFENSE, X[:16], Y[:16], eps=0.1, draws=5, selection_draws=3, progress=False)
     # Choice and verdict take 8 draws, FGSM 4 and PGD 80.
-    expected = {"clean": (8, 0), "fgsm": (4 + 8, 4), "pgd20_eot": (80 + 8, 80), "eight_bit": (5, 0)}
+    expected = {"clean": (8, 0), "fgsm": (4 + 8, 4), "pgd_eot": (80 + 8, 80), "eight_bit": (5, 0)}
     assert list(report.passes) == list(expected)
     for name, (forward, backward) in expected.items():
         passes = report.passes[name]
@@ -252,7 +252,7 @@ def test_the_curve_falls_to_zero():
     assert means == sorted(means, reverse=True)
     assert means[0] == pytest.approx(report.clean.mean, abs=0.1)
     assert means[2] == 0
-    assert report.attacks.keys() == {"fgsm", "pgd20_eot"}
+    assert report.attacks.keys() == {"fgsm", "pgd_eot"}
 
 
 def test_a_budget_gives_an_upper_bound_and_a_later_call_the_rest(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_a_budget_gives_an_upper_bound_and_a_later_call_the_rest(tmp_path, monke
     nothing = run(0)
     assert not nothing.complete
     assert nothing.robust == nothing.clean
-    assert nothing.attacks == {"fgsm": None, "pgd3_eot": None}
+    assert nothing.attacks == {"fgsm": None, "pgd_eot": None}
     assert table().splitlines()[2].endswith("0 of 100 attacked  0 of 100 attacked")
     assert (tmp_path / "run/report.html").read_text().count("0 of 100 attacked") >= 6
     begin = time.monotonic()

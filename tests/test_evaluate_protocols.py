@@ -12,12 +12,12 @@ from test_evaluate import DEFENSE, QUIET, X, Y
 from torch import nn
 
 from atop_fast import evaluate
-from atop_fast.evaluation import PROTOCOLS
+from atop_fast.evaluation import PROTOCOLS, quick_attacks
 from atop_fast.evaluation.protocols import Entry, Protocol, build_attacks
 
 
 def test_quick_and_unknown_protocols():
-    assert list(build_attacks(PROTOCOLS["quick"], DEFENSE, "Linf", 0.1, 0)) == ["fgsm", "pgd20_eot"]
+    assert list(build_attacks(PROTOCOLS["quick"], DEFENSE, "Linf", 0.1, 0)) == ["fgsm", "pgd_eot"]
     assert all(plan.citation and plan.attacks for plan in PROTOCOLS.values())
     with pytest.raises(ValueError, match="evaluate: protocol must be one of 'quick', 'pgd-eot', 'autoattack-rand'"):
         evaluate(DEFENSE, X, Y, protocol="slow")
@@ -35,6 +35,14 @@ def test_pgd_protocols_run_with_their_settings(name, monkeypatch):
     report = evaluate(DEFENSE, X[:8], Y[:8], protocol=name, progress=False)
     assert report.robust.draws == {"pgd-eot": 20, "bpda-eot": 150}[name]
     assert report.passes["short"]["backward"] == 8 * 3 * expected[2]
+
+
+def test_quick_takes_80_passes_of_random_models_and_20_of_others():
+    random, other = (build_attacks(PROTOCOLS["quick"], DEFENSE, "Linf", 0.1, 0, d)["pgd_eot"] for d in (False, True))
+    assert (random.steps, random.eot_iter, random.momentum, random.schedule) == (80, 1, 0.9, "cosine")
+    assert (other.steps, other.eot_iter, other.momentum, other.schedule) == (20, 1, 0.0, "constant")
+    by_hand = quick_attacks(DEFENSE, "Linf", 0.1, 0)["pgd_eot"]
+    assert torch.equal(by_hand(X[:8], Y[:8]), random(X[:8], Y[:8]))
 
 
 def test_eot_fast_takes_400_passes_an_image():

@@ -108,14 +108,14 @@ def test_shards_hold_the_candidates(tmp_path):
 
     run(tmp_path / "run")
     shards = {p.name.split("-")[0]: load_file(p) for p in sorted((tmp_path / "run/shards").iterdir())}
-    assert {"clean", "fgsm", "pgd2_eot", "pgd2_eot@8bit"} <= shards.keys()
+    assert {"clean", "fgsm", "pgd_eot", "pgd_eot@8bit"} <= shards.keys()
     assert "images" not in shards["clean"]
-    shard = shards["pgd2_eot"]
+    shard = shards["pgd_eot"]
     assert shard["images"].dtype == torch.float32
     assert (shard["images"] - images()[shard["ids"]]).abs().max() <= 0.1 + 1e-6
     assert shard["values.predictions"].shape == (10, 4)
     assert shard["values.predictions"].dtype == torch.uint8
-    assert shards["pgd2_eot@8bit"]["images"].dtype == torch.uint8
+    assert shards["pgd_eot@8bit"]["images"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize(

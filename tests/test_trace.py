@@ -166,7 +166,7 @@ def run(trace, out=None, batch_size=5, interrupt=None, **options):
     def attacks(model):
         named = quick_attacks(model, eps=0.1, steps=3)
         if interrupt is not None:
-            inner = named["pgd3_eot"].callback = Interrupt(interrupt)
+            inner = named["pgd_eot"].callback = Interrupt(interrupt)
             assert inner.left == interrupt
         return named
 
@@ -196,10 +196,10 @@ def test_file_and_report_have_every_step_once(tmp_path):
     report = run(tmp_path / "trace.jsonl", tmp_path / "run")
     found = lines(tmp_path / "trace.jsonl")
     expected = [("fgsm", first, 0) for first in (0, 5, 10)]
-    expected += [("pgd3_eot", first, step) for first in (0, 5, 10) for step in range(3)]
+    expected += [("pgd_eot", first, step) for first in (0, 5, 10) for step in range(3)]
     assert [(line["attack"], line["first"], line["step"]) for line in found] == expected
     assert report.trace == mean_trace(found)
-    assert [(line["attack"], line["images"]) for line in report.trace] == [("fgsm", 12)] + [("pgd3_eot", 12)] * 3
+    assert [(line["attack"], line["images"]) for line in report.trace] == [("fgsm", 12)] + [("pgd_eot", 12)] * 3
     assert json.loads((tmp_path / "run/report.json").read_text())["trace"] == report.trace
     assert "accuracy and loss against passes" in (tmp_path / "run/report.html").read_text()
     # Means over images do not depend on the batch size.
@@ -265,10 +265,10 @@ def test_scalars_of_tensorboard(tmp_path):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for _ in range(2):
         report = run(None, tensorboard=tmp_path / "log")
-    events = loader.EventAccumulator(str(tmp_path / "log/pgd3_eot"))
+    events = loader.EventAccumulator(str(tmp_path / "log/pgd_eot"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "accuracy", "forward", "backward"}
-    own = [line for line in report.trace if line["attack"] == "pgd3_eot"]
+    own = [line for line in report.trace if line["attack"] == "pgd_eot"]
     assert [(e.step, e.value) for e in events.Scalars("accuracy")] == [
         (line["step"], pytest.approx(line["accuracy"], abs=1e-6)) for line in own
     ]

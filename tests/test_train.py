@@ -126,7 +126,7 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     report = json.loads(text)
     assert list(report["systems"]) == ["pretrained", "finetuned"]
     for verdicts in report["systems"].values():
-        assert list(verdicts) == ["clean", "robust", "eight_bit", "fgsm", "pgd20_eot"]
+        assert list(verdicts) == ["clean", "robust", "eight_bit", "fgsm", "pgd_eot"]
         assert all((v["images"], v["draws"]) == (8, 2) for v in verdicts.values())
     assert report["threat_model"] == {"norm": "Linf", "eps": 0.2}
     assert report["recipe"]["purifier"]["options"] == {"width": 8}
@@ -193,7 +193,7 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
 
 def test_a_published_recipe_runs_in_small(tiny, monkeypatch):
     """DeepFillV2 with few channels, at 32x32 pixels, to which the defence resizes the images."""
-    attacks = {"fgsm": Entry("FGSM"), "pgd20_eot": Entry("PGD", {"steps": 2})}
+    attacks = {"fgsm": Entry("FGSM"), "pgd_eot": Entry("PGD", {"steps": 2})}
     monkeypatch.setitem(PROTOCOLS, "quick", replace(PROTOCOLS["quick"], attacks=attacks))
     recipe = load_recipe("cifar10-rt2")
     recipe = replace(
@@ -215,7 +215,7 @@ def test_a_published_recipe_runs_in_small(tiny, monkeypatch):
         ),
     )
     report = run_recipe(recipe, "run", progress=False)
-    assert report["systems"]["finetuned"]["pgd20_eot"]["images"] == 1
+    assert report["systems"]["finetuned"]["pgd_eot"]["images"] == 1
 
 
 def test_a_resized_classifier_sees_its_own_size():

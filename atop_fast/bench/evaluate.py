@@ -83,10 +83,13 @@ def torchattacks_eotpgd(
 
 @torch.no_grad()
 def peer_protocol(model: Defense, x: Tensor, y: Tensor, eps: float) -> float:
-    """The protocol `quick` around torchattacks: the same attacks, draws of the choice and draws of the verdicts."""
+    """The protocol `quick` around torchattacks: the same steps, draws of the choice and draws of the verdicts.
+
+    PGD has no momentum, which torchattacks lacks with EOT: as many passes, but a weaker attack.
+    """
     with torch.enable_grad():
         fgsm = torchattacks_eotpgd(model, x, y, eps, eps, 1, 4)
-        pgd = torchattacks_eotpgd(model, x, y, eps, 2.5 * eps / 20, 20, 4)
+        pgd = torchattacks_eotpgd(model, x, y, eps, 2.5 * eps / 80, 80, 1)
     candidates = [x, fgsm, pgd]
     chosen = torch.stack([_right(model, candidate, y) for candidate in candidates]).argmin(dim=0)
     judged = torch.stack([_right(model, candidate, y) for candidate in candidates])

@@ -105,7 +105,7 @@ def evaluate(
         randomness: "fresh", or "fixed": each image's mask and noise are the same in attack, choice and verdict, and
             known to the attacker; needs a Defense.
         interval: of the means: "wilson", which is conservative, or "bootstrap" over images.
-        curve: radii at which PGD-20 (with 4 draws a gradient) is repeated for the curve of accuracy against eps.
+        curve: radii at which PGD of the protocol quick is repeated for the curve of accuracy against eps.
         diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}; by default
             those of atop_fast.doctor, with a warning for each that is not a pass: with `out` all of its checks on at
             most 64 of the images, without it those of the contract that take a few passes, on at most 32. () for none.

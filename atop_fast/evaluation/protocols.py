@@ -18,10 +18,17 @@ Attack = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Entry:
-    """One attack of a protocol: the name of its class in atop_fast.attacks, and its options besides model and seed."""
+    """One attack of a protocol.
+
+    Attributes:
+        attack: name of its class in atop_fast.attacks.
+        options: its options besides model and seed.
+        deterministic: options that take the place of those for deterministic models.
+    """
 
     attack: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    deterministic: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ def _apgd(loss: str, **options: Any) -> Entry:
     return Entry("APGD", {"loss": loss, "steps": 100, **options})
 
 
+# One draw a step, which momentum averages over steps: at equal passes stronger than several draws (docs/attacks.md).
+_STRONG: dict[str, Any] = {"momentum": 0.9, "schedule": "cosine"}
+_QUICK = Entry("PGD", {"steps": 80, **_STRONG}, {"steps": 20, "momentum": 0.0, "schedule": "constant"})
 _RAND = {"apgd_ce": _apgd("ce", eot_iter=20), "apgd_dlr": _apgd("dlr", eot_iter=20)}
 _CROCE = "Croce and Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse attacks, ICML 2020"
 _LEE = "Lee and Kim, Robust evaluation of diffusion-based adversarial purification, ICCV 2023"
@@ -60,8 +70,9 @@ _ATOP = "Lin et al., Adversarial training on purification, ICLR 2024"
 
 PROTOCOLS: dict[str, Protocol] = {
     "quick": Protocol(
-        {"fgsm": Entry("FGSM", {"eot_iter": 4}), "pgd20_eot": Entry("PGD", {"steps": 20, "eot_iter": 4})},
-        "Goodfellow et al., ICLR 2015; Madry et al., ICLR 2018; Athalye et al., ICML 2018: a first look",
+        {"fgsm": Entry("FGSM", {"eot_iter": 4}), "pgd_eot": _QUICK},
+        "Goodfellow et al., ICLR 2015; Madry et al., ICLR 2018; Athalye et al., ICML 2018; Dong et al., CVPR 2018: a "
+        "first look",
     ),
     "pgd-eot": Protocol(
         {"pgd200_eot20": Entry("PGD", {"steps": 200, "alpha": 0.007, "eot_iter": 20, "random_start": False})},
@@ -99,7 +110,7 @@ PROTOCOLS: dict[str, Protocol] = {
         eps=0.5,
     ),
     "eot-fast": Protocol(
-        {"pgd400": Entry("PGD", {"steps": 400, "momentum": 0.9, "schedule": "cosine"})},
+        {"pgd400": Entry("PGD", {"steps": 400, **_STRONG})},
         "Athalye et al., ICML 2018; Dong et al., CVPR 2018: one draw a step, averaged by momentum over 400 steps",
     ),
     "fast": Protocol(
@@ -110,7 +121,7 @@ PROTOCOLS: dict[str, Protocol] = {
 }  # fmt: skip
 
 # The cheapest attack that is not easily masked: what the curve of accuracy against eps repeats.
-CURVE = Entry("PGD", {"steps": 20, "eot_iter": 4})
+CURVE = _QUICK
 
 
 def build_attack(
@@ -128,6 +139,8 @@ def build_attack(
     """
     attack = getattr(importlib.import_module("atop_fast.attacks"), entry.attack)
     options: dict[str, Any] = {**entry.options, "seed": derive_seed(seed, "attack")}
+    if deterministic:
+        options |= entry.deterministic
     if entry.attack != "StAdv":
         options |= {"norm": norm, "eps": eps}
     if max_batch is not None:
@@ -161,13 +174,18 @@ def quick_attacks(
     eps: float = 8 / 255,
     seed: int = 0,
     gradient: str = "exact",
-    steps: int = 20,
-    eot_iter: int = 4,
+    steps: int = 80,
+    eot_iter: int = 1,
     max_batch: int | None = None,
 ) -> dict[str, Attack]:
-    """FGSM and PGD with EOT through the whole model: {"fgsm", "pgd<steps>_eot"}. See PGD for the arguments."""
-    options: dict[str, Any] = {"eot_iter": eot_iter, "gradient": gradient, "seed": derive_seed(seed, "attack")}
+    """The attacks of the protocol quick for random models, through the whole model: {"fgsm", "pgd_eot"}.
+
+    Args:
+        steps, eot_iter: of PGD, with momentum 0.9 and cosine steps; FGSM takes 4 draws, or eot_iter if that is more.
+        model, norm, eps, seed, gradient, max_batch: see PGD.
+    """
+    options: dict[str, Any] = {"gradient": gradient, "seed": derive_seed(seed, "attack")}
     if max_batch is not None:
         options["max_batch"] = max_batch
-    fgsm = FGSM(model, norm, eps, **options)
-    return {"fgsm": fgsm, f"pgd{steps}_eot": PGD(model, norm, eps, steps=steps, **options)}
+    fgsm = FGSM(model, norm, eps, eot_iter=max(4, eot_iter), **options)
+    return {"fgsm": fgsm, "pgd_eot": PGD(model, norm, eps, steps=steps, eot_iter=eot_iter, **_STRONG, **options)}
