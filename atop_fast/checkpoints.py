@@ -116,8 +116,8 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
         defense: a Defense whose networks come from build_classifier, build_purifier, load_model or load_classifier
             (except RobustBench models); the classifier may be inside Normalised or Resized. Any other network needs an
             attribute `architecture` = (name, options).
-        dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense returns float32 weights
-            with the rounded values, so evaluate the loaded defense. Default: the type of the weights.
+        dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense returns float32 with
+            the rounded values, so evaluate the loaded defense. Default: the type of the weights.
         metadata: further JSON-ready contents. Commands read `classes`, the ordered names of the classes, `shape`,
             (C, H, W) of the images, and `norm` and `eps` of the training attack. Add anything that users should know:
             recipe, commit, data, license.
