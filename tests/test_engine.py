@@ -269,6 +269,27 @@ def written(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_saves_the_update_in_which_it_comes(tmp_path, capsys, number, error):
+    class Stopped(Line):
+        def losses(self, *args):
+            if len(self.seen) == 3:
+                os.kill(os.getpid(), number)
+            return super().losses(*args)
+
+    whole, rest = (Line(epochs=3, batch_size=5) for _ in range(2))
+    run(whole)
+    before = signal.getsignal(number)
+    with pytest.raises(error) as stop:
+        run(Stopped(epochs=3, batch_size=5), checkpoint=tmp_path / "run.pt")
+    assert error is KeyboardInterrupt or stop.value.code == 143
+    assert signal.getsignal(number) is before
+    assert "run.pt has update 4 of 9, and the same call goes on" in capsys.readouterr().err
+    run(rest, checkpoint=tmp_path / "run.pt")
+    assert len(rest.seen) == 5
+    assert torch.equal(rest.now(), whole.now())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, stop):

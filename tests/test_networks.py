@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from atop_fast import (
     save_model,
 )
 from atop_fast._core import transformer as _transformer
+from atop_fast._core.files import load_weights
 from atop_fast.checkpoints import read_header
 from atop_fast.classifiers import fold_batch_norm
 from atop_fast.ops.conv3x3 import FrozenConv3x3
@@ -403,6 +405,32 @@ def test_defense_takes_a_new_draw_with_every_bare_call():
 def test_wrong_input_is_named(call, error, pattern):
     with pytest.raises(error, match=pattern):
         call()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_model_files_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_model(tmp_path / "m.safetensors", build_purifier("unet", width=4), "purifier", "unet", width=4)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_weights_of_another_network_are_named_by_threes():
+    """And counted: a network has hundreds."""
+    other, own = (build_classifier(name, width=4) for name in ("small_cnn", "resnet18"))
+    with pytest.raises(ValueError, match=r"^Missing key") as error:
+        load_weights(own, other.state_dict())
+    missing, unexpected = (set(a.state_dict()) - set(b.state_dict()) for a, b in ((own, other), (other, own)))
+    first, second, *_ = str(error.value).split("; ")
+    assert first.endswith(f"and {len(missing) - 3} more")
+    assert sum(name in first for name in missing) >= 3
+    assert "Unexpected key(s) " in second
+    assert len(unexpected) < 4 or second.endswith(f"and {len(unexpected) - 3} more")
+    changed = {key: torch.zeros(7) if key.endswith("weight") else value for key, value in own.state_dict().items()}
+    with pytest.raises(ValueError, match=r"size mismatch for .* \(\(7,\) in the file, \(4, 3, 3, 3\) in the network\)"):
+        load_weights(own, changed)
 
 
 def test_model_files_round_trip(tmp_path):

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file next to `path`, then rename it to `path`; OSError if that fails."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        # As the umask has it: safetensors makes files that only their owner can read.
+        temporary.chmod(stat.S_IMODE(mode))
         _sync(temporary)
         temporary.replace(path)
         # Without this, the rename may not survive a power failure.
@@ -237,10 +242,33 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
             raise ValueError(f"{name} is of {tensor.dtype}")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        if problems := _misfits(own, state):
+            raise ValueError(problems) from error
+        raise
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """The names that make a state dict another network's, three of each kind and how many more there are."""
+    kinds = {
+        "Missing key(s)": [name for name in own if name not in state],
+        "Unexpected key(s)": [name for name in state if name not in own],
+        "size mismatch for": [
+            f"{name} ({tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the network)"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    parts = []
+    for kind, names in kinds.items():
+        more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+        parts += [f"{kind} {', '.join(names[:3])}{more}"] if names else []
+    return "; ".join(parts)
 
 
 def describe(*tensors: Tensor) -> str:

@@ -29,6 +29,7 @@ from .._core.checks import (
 )
 from .._core.distributed import process_group
 from .._core.memory import halved
+from .._core.signals import stop_requests
 from .._core.threads import Queueing
 from ..attacks import NORMS, Model, Passes, counted_passes, frozen
 from ..attacks import Attack as KeyedAttack
@@ -119,6 +120,7 @@ def evaluate(
     same Report; rank 0 writes it.
 
     Raises:
+        KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM (status 143); what was saved is printed.
         TypeError, ValueError: naming the argument that is wrong; `out` of another run or damaged: nothing is changed.
     """
     start = time.monotonic()
@@ -182,8 +184,13 @@ def evaluate(
         tracing = trace is not None or tensorboard is not None
         file = None if trace is None else _trace_file(Path(trace), run, names)
         work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
-        with frozen(model):
-            work.all(title, progress and group.rank == 0)
+        with frozen(model), stop_requests(at_once=True) as stop:
+            try:
+                work.all(title, progress and group.rank == 0)
+            except (KeyboardInterrupt, SystemExit):
+                if stop.signal is not None and group.rank == 0:
+                    print(f"evaluate: stopped; {run.saved([CLEAN, *names])}", file=sys.stderr)
+                raise
         run.share()
         if file is not None:
             file.write(run.trace(names))

@@ -123,6 +123,14 @@ class Run:
         units = sorted((unit for unit in self.units if unit.trace), key=lambda unit: int(unit.ids[0]))
         return [step for name in names for unit in units if unit.name == name for step in unit.trace]
 
+    def saved(self, names: Sequence[str]) -> str:
+        """What a process that is stopped leaves behind, in a sentence."""
+        if self.folder is None:
+            return "nothing is saved, as no folder was given (out)"
+        counts = [f"{name} {int(self.done(name).sum())}" for name in names if self.done(name).any()]
+        what = f"has {', '.join(counts)} of {self.count} images" if counts else "has no image yet"
+        return f"{self.folder} {what}, and the same call goes on"
+
     def agree(self, work: Callable[[], object]) -> None:
         """Do something in every process; if it fails in one, raise its ValueError in all."""
         problem = None
@@ -170,6 +178,18 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
         return replace(unit, images=path if "images" in tensors else None)
+
+
+def read_candidates(folder: Path, name: str, ids: Sequence[int]) -> dict[int, Tensor]:
+    """The candidates `name` (C, H, W) of those of the images `ids` that the run in `folder` has; by image."""
+    found: dict[int, Tensor] = {}
+    for path in sorted(folder.glob("log*.jsonl")):
+        for record in _read_log(path):
+            if record["name"] != name:
+                continue
+            tensors = _load(folder / "shards" / record["shard"])
+            found |= {i: tensors["images"][row] for row, i in enumerate(tensors["ids"].tolist()) if i in ids}
+    return found
 
 
 def _open_folder(folder: Path, header: dict[str, Any]) -> None:

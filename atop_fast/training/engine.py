@@ -6,11 +6,8 @@ seed, epoch and sample, so a run that was killed resumes to the same bits as one
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from tqdm import tqdm
 from .._core.checks import message
 from .._core.distributed import Group, process_group
 from .._core.files import describe, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
+from .._core.signals import stop_requests
 from .._core.threads import Queueing
 from ..randomness import derive_seed, permutation
 from .average import Average
@@ -68,8 +66,8 @@ def fit(
         seed: key of the data order.
         held_out: images that are evaluated every `evaluate_every` history entries (see TrainingConfig).
         checkpoint: file from which an interrupted call with the same `fingerprint` resumes to the same result. It is
-            written every `checkpoint_minutes`, at the end and on SIGTERM, and holds only tensors and numbers. If
-            writing fails, the previous file remains.
+            written every `checkpoint_minutes`, at the end, and on SIGTERM or Ctrl-C, and holds only tensors and
+            numbers. If writing fails, the previous file remains.
         checkpoint_minutes: minutes between checkpoints; 0 writes one after every update.
         metrics: JSON-lines file to which every history entry adds its losses, learning rate and images per second.
         tensorboard: folder for TensorBoard logs with the same numbers and purified images; needs the package.
@@ -85,25 +83,29 @@ def fit(
         ValueError: `checkpoint` is damaged, belongs to another run or cannot be written; processes have different
             networks, data or options; or a loss or a weight became NaN or infinite. The latter is detected at the end
             of an epoch and before every checkpoint, so that it is never saved.
-        SystemExit: after SIGTERM, once the checkpoint is written; status 143.
+        SystemExit, KeyboardInterrupt: after SIGTERM (status 143) or Ctrl-C, once the checkpoint is written; a second
+            Ctrl-C does not wait for that.
     """
     checkpoint, metrics, tensorboard = (None if p is None else Path(p) for p in (checkpoint, metrics, tensorboard))
     for module in step.modules.values():
         module.train()
     try:
-        with process_group() as group, _terminated() as terminated:
+        with process_group() as group, stop_requests() as stop:
             training = _Training(step, feed, group, seed, fingerprint, held_out)
             training.load(checkpoint)
             deadline = time.monotonic() + 60 * checkpoint_minutes
             files = (metrics, tensorboard) if group.rank == 0 else (None, None)
             record = Metrics(files[0], title, training.done, files[1])
             for _ in training.run(title, record, progress and group.rank == 0):
-                if time.monotonic() >= deadline or terminated.is_set():
+                if time.monotonic() >= deadline or stop.signal is not None:
                     training.check()
                     training.save(checkpoint)
                     deadline = time.monotonic() + 60 * checkpoint_minutes
-                if terminated.is_set():
-                    raise SystemExit(128 + signal.SIGTERM)
+                if stop.signal is not None:
+                    if checkpoint is not None and group.rank == 0:
+                        done = f"update {training.done:,} of {training.total:,}"
+                        print(f"{title}: stopped; {checkpoint} has {done}, and the same call goes on", file=sys.stderr)
+                    stop.leave()
             training.save(checkpoint)
             training.average.apply()
             return training.history
@@ -282,17 +284,3 @@ def _factor(schedule: str, done: int, total: int) -> float:
     if schedule == "linear":
         return 1 - part
     return 0.1 ** (int(part >= 0.5) + int(part >= 0.75)) if schedule == "step" else 1.0
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets in the block; never set outside the main thread, where Python allows no handlers."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
