@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 from contextvars import ContextVar
 from pathlib import Path
@@ -92,6 +93,34 @@ def test_a_stopped_run_goes_on_with_another_batch_size(tmp_path, whole, stop_at)
     assert written(tmp_path / "run") == whole
     # Once finished, nothing is attacked again.
     assert results(run(tmp_path / "run", before=lambda ids: pytest.fail("attacked again"))) == whole
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_stopped_evaluation_says_what_was_saved(tmp_path, capsys, number, error):
+    def stop_in_the_third(ids):
+        if int(ids[0]) == 20:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    for out, expected in ((tmp_path / "run", "clean 40, fgsm 20 of 40 images, and the same call"), (None, "nothing")):
+        with pytest.raises(error) as stop:
+            run(out, before=stop_in_the_third)
+        assert error is KeyboardInterrupt or stop.value.code == 143
+        assert signal.getsignal(number) is before
+        assert expected in capsys.readouterr().err
+
+
+def test_a_report_shows_itself_as_a_table():
+    report = run(None)
+    lines = repr(report).splitlines()
+    assert lines[0] == "Report by the protocol custom, Linf, eps 0.1"
+    assert lines[1].split() == ["system", "clean", "robust", "eight_bit", "fgsm", "pgd2_eot"]
+    assert f"{report.robust.mean:.3f}" in lines[3]
+    assert len(lines) == 6
+    cut = run(None, budget=0)
+    assert "upper bounds" in repr(cut)
+    assert [{s["attacked"] for s in r.samples} for r in (report, cut)] == [{True}, {False}]
+    assert report.chance == 0.1
 
 
 def test_a_torn_last_line_is_ignored(tmp_path, whole):

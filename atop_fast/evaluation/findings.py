@@ -22,6 +22,8 @@ from .runs import Run
 # Checks of the contract that take a few passes, without `mode` and `cost`: evaluate sets the mode and shows the time.
 CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalisation", "zero_gradient")
 IMAGES = 32
+# Share of the predictions on clean images from which one class stands for a constant answer.
+CONSTANT = 0.9
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,17 @@ def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, An
     text = f"The budget ended before every attack had got to every image ({', '.join(cut)}): their columns are of the "
     text += "attacked images alone, and the robust accuracy is an upper bound."
     return [_finding("budget", "warn", text, dict(reached))] if cut else []
+
+
+def constant_finding(predictions: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """A finding on predictions (N, K) of clean images that hardly depend on these: a verdict on them says little."""
+    counts = predictions.flatten().bincount()
+    share, label = float(counts.max()) / predictions.numel(), int(counts.argmax())
+    expected = float(labels.bincount().max()) / len(labels)
+    text = f"{share:.0%} of the predictions on clean images are class {label}, the most frequent class has "
+    text += f"{expected:.0%} of the images: the model hardly looks at them."
+    numbers = {"share": share, "class": label, "most_frequent": expected}
+    return [_finding("constant", "warn", text, numbers)] if share >= CONSTANT and share > expected + 0.2 else []
 
 
 def _finding(name: str, status: str, reason: str, numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,23 +19,38 @@ from .tracing import trace_picture
 # A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict(), or None where nothing was attacked.
 Verdicts = Mapping[str, Mapping[str, Any] | None]
 MEASURES = (("mean", "mean of draws"), ("majority", "majority vote"), ("worst", "worst of K"))
+# Of a system with attacks that a budget cut, columns that only bound the robust accuracy.
+BOUNDS = ("robust", "eight_bit")
 # In a line of metrics.jsonl, besides the losses.
 NOT_DRAWN = ("training", "epoch", "updates", "lr", "seconds", "images_per_second")
 
 
-def format_table(systems: Mapping[str, Verdicts]) -> str:
-    """The mean accuracies with their 95 % intervals, and the other two measures under each attack, as text."""
+def format_table(systems: Mapping[str, Verdicts], chance: float | None = None) -> str:
+    """The mean accuracies with their 95 % intervals, and the other two measures under each attack, as text.
+
+    Args:
+        systems: name -> Verdicts; in those that a budget cut, robust and eight_bit are marked as upper bounds.
+        chance: see Report; a last line says it.
+    """
     columns = list(next(iter(systems.values())))
     rows = [["system", *columns]]
     for name, verdicts in systems.items():
         images = _images(verdicts)
-        rows.append([name, *(_cell(v, images) for v in verdicts.values())])
+        bounds = BOUNDS if _is_cut(verdicts) else ()
+        rows.append([name, *(("<= " if key in bounds else "") + _cell(v, images) for key, v in verdicts.items())])
         both = [f"{v['majority']:.3f} / {v['worst']:.3f}" if v else "" for v in verdicts.values()]
         rows.append(["  majority / worst", *both])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    if chance is not None:
+        lines.append(f"chance, by always naming the most frequent class: {chance:.3f}")
     return "\n".join(lines)
+
+
+def _is_cut(verdicts: Verdicts) -> bool:
+    """Whether a budget kept an attack from some of the images."""
+    return any(v is None or v["images"] < _images(verdicts) for v in verdicts.values())
 
 
 def _images(verdicts: Verdicts) -> int:
@@ -110,7 +125,7 @@ def write_report(
         folder: an existing folder.
         title: heading of the page.
         data: the JSON: "seed", "threat_model", "systems" (name -> Verdicts), and whatever else the run records; further
-            groups of systems under "findings" get a table of their own.
+            groups of systems under "findings" get a table of their own, and the sentences under "answer" come first.
         notes: paragraphs under the tables.
         picture, picture_caption: a PNG and what it shows.
         curves: a PNG of the trainings' losses (see training_picture).
@@ -245,10 +260,13 @@ def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
     tables = [
         (heading, part, _note(part), max(map(_images, part.values()))) for heading, part in groups.items() if part
     ]
+    bounds = {name: BOUNDS for _, part, *_ in tables for name, verdicts in part.items() if _is_cut(verdicts)}
     # Sections without their values are left out.
     keys = ("details", "curve", "tries", "trace", "strips", "notes", "picture", "picture_caption", "curves")
     given = {key: values.get(key) for key in keys}
-    return environment.from_string(template).render(title=title, data=data, tables=tables, measures=MEASURES, **given)
+    return environment.from_string(template).render(
+        title=title, data=data, tables=tables, measures=MEASURES, bounds=bounds, **given
+    )
 
 
 def _base64(data: bytes) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .findings import budget_finding
-from .report import versions
+from .findings import budget_finding, constant_finding
+from .report import format_table, versions
 from .resubmission import resubmission_curve
 from .runs import Run
 from .tracing import mean_trace
@@ -43,8 +43,9 @@ class Report:
         headline: which of them the protocol's source reports, or None.
         complete: whether every attack got to every image; if not, `robust` is an upper bound on the robust accuracy.
         curve: "eps" of every radius asked for, how many images were "attacked", and the verdict on these, if any.
-        samples: for every image its id, label, share of right draws ("clean", "robust"), chosen "attack", and the norm
-            of its perturbation ("distance").
+        chance: accuracy of always naming the most frequent class of these images.
+        samples: for every image its id, label, share of right draws ("clean", "robust"), chosen "attack", the norm of
+            its perturbation ("distance"), and whether every attack got to it ("attacked").
         passes: attack -> images through the model "forward" and "backward", verdicts included (None: not counted), and
             how many "images" it attacked.
         seconds: the same of the time, summed over processes, and "total".
@@ -64,6 +65,7 @@ class Report:
     headline: str | None
     complete: bool
     curve: list[dict[str, Any]]
+    chance: float
     samples: list[dict[str, Any]]
     passes: dict[str, dict[str, int | None]]
     seconds: dict[str, float]
@@ -71,6 +73,14 @@ class Report:
     settings: dict[str, Any]
     diagnostics: list[dict[str, Any]]
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        """The table of the report, and whether a budget cut it."""
+        columns = {name: getattr(self, name).to_dict() for name in ("clean", "robust", "eight_bit")}
+        columns |= {name: verdict and verdict.to_dict() for name, verdict in self.attacks.items()}
+        heading = f"Report by the protocol {self.settings['protocol']}, {self.settings['norm']}, eps"
+        cut = "" if self.complete else "\nThe budget cut attacks: robust and eight_bit are upper bounds."
+        return f"{heading} {self.settings['eps']:.4g}\n{format_table({'model': columns}, self.chance)}{cut}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the settings stand beside the results."""
@@ -147,11 +157,16 @@ def summarise(
         headline=headline,
         complete=all(count == run.count for count in counts.values()),
         curve=[_point(run, radius, verdict) for radius in radii],
-        samples=_samples(run, labels, names, chosen, right[0], stands["robust"]),
+        chance=float(labels.bincount().max()) / len(labels),
+        samples=_samples(run, labels, names, chosen, right[0], stands["robust"], reached),
         **_costs(run, names),
         trace=mean_trace(run.trace([*attacks, *map(curve_name, radii)])),
         settings=settings,
-        diagnostics=[*map(dict, diagnostics), *budget_finding(counts, run.count)],
+        diagnostics=[
+            *map(dict, diagnostics),
+            *constant_finding(predictions[0], labels),
+            *budget_finding(counts, run.count),
+        ],
         versions=versions(),
     )
 
@@ -169,7 +184,13 @@ def _point(run: Run, radius: float, verdict: Any) -> dict[str, Any]:
 
 
 def _samples(
-    run: Run, labels: Tensor, names: Sequence[str], chosen: Tensor, clean: Tensor, robust: Tensor
+    run: Run,
+    labels: Tensor,
+    names: Sequence[str],
+    chosen: Tensor,
+    clean: Tensor,
+    robust: Tensor,
+    reached: Sequence[Tensor],
 ) -> list[dict[str, Any]]:
     distances = torch.stack(
         [run.tables[name]["distance"] if name in run.tables else torch.zeros(run.count) for name in names]
@@ -181,6 +202,7 @@ def _samples(
         "robust": robust.double().mean(dim=1).tolist(),
         "attack": [names[row] for row in chosen.tolist()],
         "distance": _pick(list(distances), chosen).tolist(),
+        "attacked": torch.stack([*reached, torch.ones(run.count, dtype=torch.bool)]).all(dim=0).tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -106,6 +106,25 @@ def bootstrap_interval(values: Tensor, seed: int = 0, resamples: int = 1000, lev
     return bootstrap_intervals(values[:, None], seed, resamples, level)[0]
 
 
+def paired_interval(differences: Tensor, z: float = 1.959963984540054) -> Interval:
+    """An interval of the mean of differences in [-1, 1] between two systems on the same images; 95 % by default.
+
+    Agresti and Min's for matched pairs (Statistics in Medicine, 2005), for differences of shares, too: the normal
+    interval after two more pairs, of which half a pair speaks for either system and one for neither. It never collapses
+    to a point.
+
+    Args:
+        differences: float (n,), such as each image's accuracy under one system minus that under the other.
+    """
+    if differences.dim() != 1 or not len(differences) or not (differences.abs() <= 1).all():
+        raise ValueError(message("paired_interval", "differences", "of shape (n,), not empty, in [-1, 1]", differences))
+    values, count = differences.double(), len(differences) + 2
+    mean = float(values.sum()) / count
+    variance = (float(values.square().sum()) + 1) / count - mean**2
+    half, found = z * math.sqrt(variance / count), float(values.mean())
+    return max(-1.0, min(mean - half, found)), min(1.0, max(mean + half, found))
+
+
 def bootstrap_intervals(values: Tensor, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> list[Interval]:
     """bootstrap_interval of each column of `values` (n, m), whose rows are resampled together."""
     values, key = values.double().cpu(), derive_seed(seed, "bootstrap")
