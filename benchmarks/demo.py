@@ -12,7 +12,8 @@ from pathlib import Path
 from _results import RESULTS, metadata
 
 from atop_fast._core.files import write_text
-from atop_fast.recipes.demo import DemoConfig, run_demo
+from atop_fast.recipes.run import run_recipe
+from atop_fast.recipes.schema import load_recipe
 
 PICTURE = Path(__file__).parent.parent / "docs" / "demo.png"
 
@@ -27,7 +28,7 @@ def main() -> None:
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            report = run_demo(folder, DemoConfig(seed=seed))
+            report = run_recipe(load_recipe("demo"), folder, seed=seed)
             runs.append({"seconds": round(time.perf_counter() - start), **report})
             if seed == args.seeds[0]:
                 shutil.copyfile(Path(folder) / "gallery.png", PICTURE)

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from _results import RESULTS, metadata, print_table, write
 
-from atop_fast import RT2, Defense, FinetuneConfig, build_classifier, build_purifier
+from atop_fast import Defense, FinetuneConfig, build_classifier, build_purifier
 from atop_fast._core.threads import seconds_queued
 from atop_fast.attacks import frozen
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.randomness import seeded
-from atop_fast.recipes.demo import CLASSIFIER, PURIFIER
+from atop_fast.recipes.schema import load_recipe
 from atop_fast.training.step import FinetuneStep
 
 # How threads wait, and how many there are; the first is the baseline.
@@ -102,9 +102,10 @@ def busy_loop() -> Iterator[None]:
 def train(seconds: float) -> dict[str, float]:
     """Fine-tune like the demo for so long: images, seconds of computing and of queueing for a core, each a second."""
     with seeded(0):
-        classifier = build_classifier("small_cnn", **CLASSIFIER).eval()
-        defense = Defense(RT2(4, 0.25, 0.25), build_purifier("unet", **PURIFIER), classifier)
-        discriminator = SNPatchDiscriminator(channels=1, width=16, depth=3)
+        recipe = load_recipe("demo")
+        classifier = build_classifier("small_cnn", channels=1, **recipe.classifier.options).eval()
+        defense = Defense(recipe.transform.build(), build_purifier("unet", **recipe.purifier.options), classifier)
+        discriminator = SNPatchDiscriminator(**recipe.discriminator.options)
         x = torch.rand(BATCH, 1, 28, 28)
     ids = torch.arange(BATCH)
     config = FinetuneConfig(lr=3e-3, gan_weight=0.005, ce_weight=2.0, attack="pgd", steps=3, eps=0.25)

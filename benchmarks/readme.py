@@ -71,12 +71,12 @@ def demo() -> str:
     """Mean accuracies with their 95 % intervals, of the first recorded run."""
     document = json.loads(DEMO.read_text())
     run, *others = document["runs"]
-    config = run["config"]
+    images, draws = (run["systems"]["finetuned"]["clean"][key] for key in ("images", "draws"))
     systems = {f"`{name}`": verdicts for name, verdicts in {**run["systems"], **run["findings"]}.items()}
     seconds = ", ".join(str(r["seconds"]) for r in (run, *others))
     return (
-        f"Accuracy of one draw on {config['test_images']} digits, mean of {config['draws']} fresh draws, with 95 % "
-        f"intervals; Linf, eps {config['eps']}:\n\n" + _verdicts("system", systems) + "\n\n"
+        f"Accuracy of one draw on {images} digits, mean of {draws} fresh draws, with 95 % "
+        f"intervals; Linf, eps {run['threat_model']['eps']}:\n\n" + _verdicts("system", systems) + "\n\n"
         f"{_source(document)} Seed {run['seed']} is shown; seeds {', '.join(str(r['seed']) for r in others)} tell the "
         f"same ([demo--cpu.json](benchmarks/results/demo--cpu.json)). Times of the three runs: {seconds} s."
     )

@@ -18,7 +18,7 @@ from atop_fast._core.distributed import Group
 from atop_fast.cli import main
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.recipes import budget
-from atop_fast.recipes.schema import EvaluationConfig
+from atop_fast.recipes.evaluation import EvaluationConfig
 
 STAGES = ["pretrain", "finetune", "evaluate"]
 
@@ -63,18 +63,26 @@ def test_a_shorter_training_keeps_its_phases():
 
 @pytest.mark.parametrize(
     ("rate", "protocol", "images"),
-    [(1e6, "pgd-eot", 512), (4e3, "pgd-eot", None), (100.0, "quick", None), (1.0, "quick", 1)],
+    [(1e6, "pgd-eot", 512), (2e3, "pgd-eot", None), (50.0, "quick", None), (0.5, "quick", 1)],
 )
 def test_an_evaluation_takes_what_fits(tmp_path, clock, rate, protocol, images):
-    """All images; fewer; a lighter protocol; at least one image."""
+    """All images; fewer; a lighter protocol; at least one image. The time is divided as the systems need it."""
     made = budget.Budget(400, clock[0], tmp_path / "plan.json", ["evaluate"], Group())
     config = EvaluationConfig("pgd-eot")
-    planned = made.evaluate(config, 512, lambda: (1000, 1000 / rate))
+    # The rate is that of three systems together, which take turns.
+    took = {"first": 100 / rate, "second": 400 / rate, "third": 500 / rate}
+    planned = made.evaluate(config, 512, lambda: (1000, took))
     assert planned.protocol == protocol
     # Passes of the attack; 40 draws judge each candidate, and 20 the rounded one.
     passes = 200 * 20 + 0.4 * 100 if protocol == "pgd-eot" else 4 + 20 * 4 + 0.4 * 140
-    assert planned.images == (images or int(0.8 * 200 * rate / passes))
-    assert (planned.norm, planned.eps, planned.draws) == ("Linf", 8 / 255, PROTOCOLS["pgd-eot"].draws)
+    assert planned.images == (images or int(0.8 * 400 * rate / passes))
+    assert (*planned.threat, planned.draws or PROTOCOLS["pgd-eot"].draws) == ("Linf", 8 / 255, 20)
+    # Each has its share, and the margin as long as nobody else has taken it.
+    assert made.limit("first") == pytest.approx(400 - 0.8 * 360)
+    clock[0] += 100
+    assert made.limit("second") == pytest.approx(max(160, 300 - 0.8 * 200))
+    clock[0] += 290
+    assert made.limit("third") == pytest.approx(200)
     text = f"evaluation: {planned.images} of 512 images"
     assert text + (" by the protocol quick instead of pgd-eot" if protocol == "quick" else ",") in made.notes(config)[0]
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,8 +19,8 @@ from atop_fast.cli import COMMANDS, main
 from atop_fast.randomness import seeded
 
 DEMO = [
-    *("--options.train_images=64", "--options.test_images=8", "--options.classifier_epochs=1"),
-    *("--options.pretrain_epochs=1", "--options.finetune_epochs=1", "--options.steps=1", "--options.draws=2"),
+    *("--data.holdout=4936", "--evaluation.images=8", "--classifier.training.epochs=1", "--pretrain.epochs=1"),
+    *("--finetune.epochs=1", "--evaluation.steps=1", "--evaluation.draws=2"),
 ]
 
 
@@ -56,16 +57,29 @@ def fail(capsys, *args):
     return error
 
 
+# A recipe in small for these images; the length of each training is given beside it.
+TRAIN = [
+    *("train", "cifar10-native-rt2", *DATA, "--classifier.name=small_cnn", "--classifier.options.width=16"),
+    *("--classifier.training={epochs: 30, batch_size: 4, lr: 0.02, optimizer: adam, weight_decay: 0.0, augment: false}",),
+    *("--classifier.training={schedule: cosine, average: none, label_smoothing: 0.0, evaluate_every: 0}",),
+    *("--transform.sigma=0.1", "--finetune.epochs=1", "--finetune.evaluate_every=0"),
+    *("--purifier.options={channels: 1, width: 4}", "--pretrain.epochs=1", "--pretrain.evaluate_every=0"),
+]
+
+
 def test_the_whole_flow(files, capsys):
-    main(["classifier", "--out=c", *DATA, "--training.epochs=30", "--training.batch_size=4", "--training.lr=0.02"])
-    assert "Held-out accuracy 1.000" in capsys.readouterr().out
-    main(["pretrain", "--out=p", *DATA, "--training.epochs=1", "--width=4"])
+    main([*TRAIN, "--out=t", "--until=classifier"])
+    out = capsys.readouterr().out
+    assert "16 images: class0 class1; 10 train, 6 held out" in out
+    assert "Accuracy of the classifier on 6 held-out images: 1.000" in out
+    assert "Wrote classifier.safetensors into t" in out
+    main([*TRAIN, "--out=t", "--until=finetune"])
+    assert sorted(p.name for p in (files / "t").iterdir()) == [
+        *("classifier.safetensors", "defense.safetensors", "finetuned.safetensors", "metrics.jsonl"),
+        *("pretrained.safetensors", "run.json"),
+    ]
     main([
-        *("finetune", "--classifier=c/classifier.safetensors", "--purifier=p/purifier.safetensors", "--out=f", *DATA),
-        *("--discriminator=p/discriminator.safetensors", "--training.epochs=1", "--training.eps=0.1"),
-    ])  # fmt: skip
-    main([
-        *("evaluate", "--classifier=c/classifier.safetensors", "--purifier=f/purifier.safetensors", "--out=e", *DATA),
+        *("evaluate", "--classifier=t/classifier.safetensors", "--purifier=t/finetuned.safetensors", "--out=e", *DATA),
         *("--steps=2", "--eot_iter=2", "--draws=3", "--eps=0.1", "--gradient=bpda"),
     ])  # fmt: skip
     report = json.loads((files / "e/report.json").read_text())
@@ -73,24 +87,20 @@ def test_the_whole_flow(files, capsys):
     assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd_eot"}
     assert report["systems"]["defense"]["clean"]["images"] == 6
     assert "<table>" in (files / "e/report.html").read_text()
-    assert sorted(p.name for p in (files / "f").iterdir()) == [
-        *("defense.safetensors", "purifier.safetensors", "run.json")
-    ]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "doctor", "finetune"])
+@pytest.mark.parametrize("command", ["evaluate", "doctor"])
 def test_a_checkpoint_of_torch_can_be_defended(files, command):
     """Its channels and classes are those of the data."""
     with seeded(0):
         state = build_classifier("small_cnn", channels=1, classes=2).state_dict()
         torch.save({"online": state, "ema": state}, "classifier.pt")
-    length = {"finetune": "--training.epochs=1", "doctor": "--images=2", "evaluate": "--images=2"}[command]
-    out = {"finetune": "f", "doctor": "findings.json", "evaluate": "e"}[command]
+    out = {"doctor": "findings.json", "evaluate": "e"}[command]
     systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--key=ema"]
     systems += ["--purifier=purifier.safetensors", "--transform.name=rt2"]
     # What the doctor finds in a network with random weights is a failure.
     with contextlib.suppress(SystemExit) if command == "doctor" else contextlib.nullcontext():
-        main([command, *systems, *DATA, length, f"--out={out}", *(["--steps=1"] if command != "finetune" else [])])
+        main([command, *systems, *DATA, "--images=2", f"--out={out}", "--steps=1"])
     assert (files / out).exists()
 
 
@@ -119,11 +129,9 @@ def test_without_a_purifier_the_classifier_alone_is_evaluated(files):
 
 
 def test_files_say_their_transform_and_contradictions_are_refused(files, capsys):
-    main(["pretrain", "--out=p", *DATA, "--training.epochs=0", "--width=4", "--transform.sigma=0.1"])
-    networks = ["--classifier=classifier.safetensors", "--purifier=p/purifier.safetensors"]
+    main([*TRAIN, "--classifier.path=classifier.safetensors", "--out=f", "--until=finetune"])
+    networks = ["--classifier=classifier.safetensors", "--purifier=f/finetuned.safetensors"]
     part = [*DATA, "--steps=1", "--images=2", "--draws=2", "--diagnostics=false"]
-    main(["finetune", *networks, "--out=f", *DATA, "--training.epochs=0", "--transform.patch=4"])
-    networks[1] = "--purifier=f/purifier.safetensors"
     main(["evaluate", *networks, *part, "--out=e"])
     main(["evaluate", "--defense=f/defense.safetensors", *part, "--out=d"])
     reports = [json.loads((files / f"{out}/report.json").read_text()) for out in ("e", "d")]
@@ -131,8 +139,10 @@ def test_files_say_their_transform_and_contradictions_are_refused(files, capsys)
     assert reports[0]["samples"] == reports[1]["samples"]
     assert "sigma=0.1" in (files / "e/run.json").read_text()
     assert "sigma=0.1" in capsys.readouterr().out
-    for command in ("evaluate", "doctor", "finetune"):
-        assert "that of f/purifier.safetensors, RT2" in fail(capsys, command, *networks, *DATA, "--transform.sigma=0.2")
+    for command in ("evaluate", "doctor"):
+        assert "that of f/finetuned.safetensors, RT2" in fail(
+            capsys, command, *networks, *DATA, "--transform.sigma=0.2"
+        )
     other = ["--defense=f/defense.safetensors", *DATA]
     assert "that of f/defense.safetensors" in fail(capsys, "evaluate", *other, "--transform.name=rt1")
     assert "left out for a defense" in fail(capsys, "evaluate", *other, "--purifier=purifier.safetensors")
@@ -227,10 +237,11 @@ def test_env_prints_owners(capsys):
             ["evaluate", "--classifier=classifier.safetensors", *DATA, "--transform={name: rt2, patch: 3}"],
             "divisible by patch=3",
         ),
-        (["pretrain", *DATA, "--device=cuda:99"], "pretrain: device must be a device of this machine, got 'cuda:99'"),
-        (["pretrain", *DATA, "--training.epochs=-1"], "epochs must be an integer and >= 0, got -1"),
-        (["demo", "--options.train_images=4900"], "test_images must be an integer and <= 100, got 200"),
-        (["demo", "--options.draws=0"], "draws must be an integer and >= 1, got 0"),
+        ([*TRAIN, "--device=cuda:99"], "train: device must be a device of this machine, got 'cuda:99'"),
+        ([*TRAIN, "--pretrain.epochs=-1"], "epochs must be an integer and >= 0, got -1"),
+        ([*TRAIN, "--until=report"], "until"),
+        (["train", "demo", "--evaluation.steps=0"], "steps must be an integer and >= 1, got 0"),
+        (["demo", "--seed=-1"], "seed must be an integer and >= 0"),
         (["fly"], "fly"),
     ],
     ids=lambda value: " ".join(a for a in value if "data" not in a) if isinstance(value, list) else "",
@@ -246,13 +257,13 @@ def test_missing_data_package_gives_one_line_and_exit_code_2(tmp_path, capsys, m
 
 def test_a_corrupt_image_gives_one_line_and_exit_code_2(files, capsys):
     (files / "images/class0/0.png").write_bytes(b"no image")
-    assert "image_folder: path" in fail(capsys, "pretrain", *DATA)
+    assert "image_folder: path" in fail(capsys, *TRAIN)
 
 
 def demo(out, seed):
     """The report of the demo in small."""
     pytest.importorskip("mlxtend")
-    main(["demo", f"--out={out}", f"--options.seed={seed}", *DEMO])
+    main(["train", "demo", f"--out={out}", f"--seed={seed}", *DEMO])
     return (out / "report.json").read_text()
 
 
@@ -269,46 +280,40 @@ def test_demo_report(tmp_path, capsys):
     assert report["threat_model"]["norm"] == "Linf"
     assert list(report["systems"]) == ["classifier", "rt_only", "pretrained", "finetuned"]
     for verdicts in (*report["systems"].values(), *report["findings"].values()):
-        assert list(verdicts) == ["clean", "fgsm", "pgd_eot"]
+        assert list(verdicts) == ["clean", "robust", "eight_bit", "fgsm", "pgd_eot"]
         for v in verdicts.values():
             assert list(v) == ["mean", "majority", "worst", "mean_ci", "majority_ci", "worst_ci", "draws", "images"]
             assert v["worst"] <= v["mean"]
             assert v["mean_ci"][0] <= v["mean"] <= v["mean_ci"][1]
     v = report["systems"]["classifier"]["clean"]
     assert v["mean"] == v["majority"] == v["worst"]
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        *("classifier.safetensors", "defense.safetensors", "finetuned.safetensors", "gallery.png"),
-        *("pretrained.safetensors", "report.html", "report.json"),
-    ]
     assert (tmp_path / "a/gallery.png").read_bytes().startswith(b"\x89PNG")
     assert "finetuned" in capsys.readouterr().out
+    assert "do not carry over to natural images" in (tmp_path / "a/report.html").read_text()
     assert torch.initial_seed() == 0
 
 
-@pytest.mark.parametrize("command", ["classifier", "pretrain"])
-def test_a_folder_of_another_training_is_refused(files, capsys, command):
-    part = [*DATA, "--training.epochs=0", "--width=4"]
-    main([command, *part, "--out=run"])
-    before = {p.name: p.read_bytes() for p in (files / "run").iterdir()}
-    assert json.loads(before["run.json"])["command"] == command
-    main([command, *part, "--out=run"])
-    capsys.readouterr()
-    assert "belongs to a run with another seed" in fail(capsys, command, *part, "--out=run", "--seed=1")
-    assert "with another training" in fail(capsys, command, *part, "--out=run", "--training.lr=0.5")
-    assert "holds 'class0' and no run.json" in fail(capsys, command, *part, "--out=images")
-    assert {p.name: p.read_bytes() for p in (files / "run").iterdir()} == before
+def test_demo_is_the_preset(tmp_path, monkeypatch):
+    """`atop-fast demo` runs the recipe that `atop-fast train demo` does, with the same options."""
+    calls = []
+    monkeypatch.setattr("atop_fast.cli.run_recipe", lambda *args, **options: calls.append((args, options)))
+    for command in (["demo"], ["train", "demo"]):
+        main([*command, f"--out={tmp_path}", "--seed=3", "--budget=1h"])
+    (args, options), (others, more) = calls
+    assert args == others
+    assert options == {key: value for key, value in more.items() if key != "until"}
+    assert more["until"] == "evaluate"
 
 
-def test_fine_tuning_claims_its_folder_for_its_networks(files, capsys):
-    part = ["finetune", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", *DATA, "--out=f"]
-    part += ["--transform.name=rt1", "--training.epochs=0"]
+def test_a_run_claims_its_folder_for_the_given_networks(files, capsys):
+    part = [*TRAIN, "--purifier.path=purifier.safetensors", "--out=f", "--until=classifier"]
     main(part)
     with seeded(1):
         other = build_purifier("unet", channels=1)
         save_model("purifier.safetensors", other, "purifier", "unet", channels=1)
     capsys.readouterr()
     assert "belongs to a run with another weights" in fail(capsys, *part)
-    assert "holds 'class0' and no run.json" in fail(capsys, *part, "--out=images")
+    assert "holds 'class0' and no run.json" in fail(capsys, *part[:-2], "--out=images")
 
 
 def test_radii_are_read_as_fractions(files):
@@ -339,7 +344,7 @@ def test_equal_keys_in_a_file_of_options_are_refused(files, capsys):
 
 def test_every_command_says_its_images(files, capsys):
     expected = "16 images: class0 class1; 10 train, 6 held out"
-    main(["pretrain", "--out=p", *DATA, "--training.epochs=0", "--width=4"])
+    main([*TRAIN, "--classifier.training.epochs=0", "--out=t", "--until=classifier"])
     assert expected in capsys.readouterr().out
     main(["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"])
     assert expected in capsys.readouterr().out
@@ -347,7 +352,7 @@ def test_every_command_says_its_images(files, capsys):
 
 def test_labels_follow_the_classifier_s_classes(files, capsys):
     """The same images score the same, whatever the order in which the classifier's file names its classes."""
-    main(["classifier", "--out=c", *DATA, "--training.epochs=30", "--training.batch_size=4", "--training.lr=0.02"])
+    main([*TRAIN, "--out=c", "--until=classifier"])
     os.rename("images/class0", "images/z")
     part = ["evaluate", "--classifier=other.safetensors", *DATA, "--steps=1", "--diagnostics=false"]
     model, shape = load_model("c/classifier.safetensors", "classifier"), {"channels": 1, "classes": 2, "width": 16}
@@ -400,6 +405,26 @@ def test_a_process_that_waits_for_others_says_so(files):
     assert "unset WORLD_SIZE" in line
     # Python's own start counts, too.
     assert time.monotonic() - start < 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_commands_save_and_end_with_the_signal_s_status(files, number, status):
+    long = ["--classifier.training.epochs=100000", "--until=classifier"]
+    evaluation = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1000000", "--diagnostics=false"]
+    for args, file, saved in (
+        ([*TRAIN, *long, "--out=t"], "t/metrics.jsonl", "t/classifier.pt has update"),
+        ([*evaluation, "--out=e"], "e/log.jsonl", "e has clean 6"),
+    ):
+        process = run(*args, PYTHONWARNINGS="ignore")
+        while not os.path.exists(file):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == status, error
+        assert saved in error
+    assert os.path.exists("t/classifier.pt")
 
 
 def test_variables_of_half_a_launch_are_none(files, capsys, monkeypatch):

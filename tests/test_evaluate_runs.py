@@ -114,7 +114,7 @@ def test_a_report_shows_itself_as_a_table():
     report = run(None)
     lines = repr(report).splitlines()
     assert lines[0] == "Report by the protocol custom, Linf, eps 0.1"
-    assert lines[1].split() == ["system", "clean", "robust", "eight_bit", "fgsm", "pgd2_eot"]
+    assert lines[1].split() == ["system", "clean", "robust", "eight_bit", "fgsm", "pgd_eot"]
     assert f"{report.robust.mean:.3f}" in lines[3]
     assert len(lines) == 6
     cut = run(None, budget=0)

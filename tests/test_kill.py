@@ -15,8 +15,8 @@ from test_evaluate_runs import COUNT, finish, results, run, start, written
 pytestmark = pytest.mark.slow
 
 ARGS = [
-    *("--options.train_images=256", "--options.test_images=8", "--options.classifier_epochs=2"),
-    *("--options.pretrain_epochs=2", "--options.finetune_epochs=2", "--options.steps=2", "--options.draws=2"),
+    *("--data.holdout=4744", "--evaluation.images=8", "--classifier.training.epochs=2", "--pretrain.epochs=2"),
+    *("--finetune.epochs=2", "--evaluation.steps=2", "--evaluation.draws=2"),
 ]
 
 
@@ -24,15 +24,15 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
     pytest.importorskip("mlxtend")
 
     def start(out):
-        command = [sys.executable, "-m", "atop_fast.cli", "demo", f"--out={out}", *ARGS]
+        command = [sys.executable, "-m", "atop_fast.cli", "train", "demo", f"--out={out}", *ARGS]
         with open(f"{out}.log", "a") as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL)
 
     whole = start(tmp_path / "whole")
     assert whole.wait(timeout=300) == 0
-    state, seen = tmp_path / "killed/demo-state", set()
+    state, seen = tmp_path / "killed", set()
     # Each round is killed as soon as one more of these files exists.
-    for name in ("classifier.pt", "finetune_pipeline.pt", "evaluate_pretrained/log.jsonl"):
+    for name in ("classifier.pt", "ablation.pt", "evaluate_pretrained/log.jsonl"):
         run = start(tmp_path / "killed")
         while not (state / name).exists():
             assert run.poll() is None, "the demo ended before it could be killed"
@@ -42,10 +42,10 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
         seen |= set(os.listdir(state))
     run = start(tmp_path / "killed")
     assert run.wait(timeout=300) == 0
-    assert "Going on with the run that was stopped" in (tmp_path / "killed.log").read_text()
-    assert {"classifier.pt", "pretrain.pt", "finetune_pipeline.pt", "evaluate_pretrained"} <= seen
+    assert "Going on with the run in" in (tmp_path / "killed.log").read_text()
+    assert {"classifier.pt", "pretrained.safetensors", "ablation.pt", "evaluate_pretrained"} <= seen
     assert (tmp_path / "killed/report.json").read_text() == (tmp_path / "whole/report.json").read_text()
-    assert not state.exists()
+    assert not list(state.glob("*.pt"))
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from atop_fast.evaluation import PROTOCOLS
 from atop_fast.evaluation.protocols import Entry
 from atop_fast.purifiers import DISCRIMINATORS
 from atop_fast.randomness import seeded
-from atop_fast.recipes.run import Resized, run_recipe
+from atop_fast.recipes.networks import Resized
+from atop_fast.recipes.run import run_recipe
 from atop_fast.recipes.schema import Recipe, load_recipe, preset_names
+from atop_fast.recipes.verdicts import ABLATION
 from atop_fast.training.metrics import read_metrics
 
 PUBLISHED = [
@@ -42,10 +45,11 @@ TINY = {
     "evaluation": {"protocol": "quick", "eps": 0.2, "draws": 2, "selection_draws": 2, "diagnostics": False},
 }
 FILES = [
-    *("classifier.safetensors", "defense.safetensors", "discriminator.safetensors", "evaluate_finetuned"),
-    *("evaluate_pretrained", "finetuned.safetensors", "metrics.jsonl", "pretrained.safetensors", "report.html"),
-    *("report.json", "run.json"),
+    *("classifier.safetensors", "defense.safetensors", "discriminator.safetensors", "evaluate_classifier"),
+    *("evaluate_finetuned", "evaluate_pretrained", "evaluate_rt_only", "finetuned.safetensors", "gallery.png"),
+    *("metrics.jsonl", "pretrained.safetensors", "report.html", "report.json", "run.json"),
 ]
+SYSTEMS = ["classifier", "rt_only", "pretrained", "finetuned"]
 
 
 @pytest.fixture
@@ -70,6 +74,12 @@ def tiny(files, monkeypatch):
     monkeypatch.chdir(files)
 
 
+def samples(system):
+    """(clean, robust, label) of the images that the run evaluated."""
+    report = json.loads(Path(f"run/evaluate_{system}/report.json").read_text())
+    return [(sample["clean"], sample["robust"], sample["label"]) for sample in report["samples"]]
+
+
 def fail(capsys, *args):
     """The last line on standard error of a command that must end with exit code 2."""
     with pytest.raises(SystemExit) as stop:
@@ -79,7 +89,7 @@ def fail(capsys, *args):
 
 
 def test_presets_are_the_documented_ones():
-    assert preset_names() == sorted([*PUBLISHED, *NATIVE])
+    assert preset_names() == sorted([*PUBLISHED, *NATIVE, "demo"])
     for name in preset_names():
         text = importlib.resources.files("atop_fast.recipes").joinpath(f"presets/{name}.yaml").read_text("utf-8")
         assert text.startswith("# ")
@@ -120,15 +130,25 @@ def test_published_values(name):
 
 def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     main(["train", "tiny.yaml", "--out=run", "--finetune.epochs=1", "--purifier.options.width=8"])
-    assert "pretrained" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pretrained" in out
     assert sorted(path.name for path in Path("run").iterdir()) == FILES
     text = Path("run/report.json").read_text()
     report = json.loads(text)
-    assert list(report["systems"]) == ["pretrained", "finetuned"]
-    for verdicts in report["systems"].values():
+    assert list(report["systems"]) == SYSTEMS
+    for name, verdicts in report["systems"].items():
         assert list(verdicts) == ["clean", "robust", "eight_bit", "fgsm", "pgd_eot"]
-        assert all((v["images"], v["draws"]) == (8, 2) for v in verdicts.values())
+        draws = 1 if name == "classifier" else 2
+        assert all((v["images"], v["draws"]) == (8, draws) for v in verdicts.values())
     assert report["threat_model"] == {"norm": "Linf", "eps": 0.2}
+    assert report["chance"] == max(Counter(label for *_, label in samples("finetuned")).values()) / 8
+    own, other = (torch.tensor([row[1] for row in samples(name)]) for name in ("finetuned", "classifier"))
+    assert report["gains"]["classifier"]["robust"]["difference"] == pytest.approx(float((own - other).mean()))
+    assert report["answer"][0].startswith("The defence ")
+    assert report["answer"][0] in out.splitlines()
+    page = Path("run/report.html").read_text()
+    assert page.index("The defence ") < page.index("<table>")
+    assert Path("run/gallery.png").read_bytes().startswith(b"\x89PNG")
     assert report["recipe"]["purifier"]["options"] == {"width": 8}
     assert report["recipe"]["finetune"]["epochs"] == 1
     assert "finetuned" in Path("run/report.html").read_text()
@@ -156,6 +176,53 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     assert Path("run/report.json").read_text() == text
 
 
+def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
+    """--until ends it after a stage; a later one goes on; the ablation is a fine-tuning that differs in the attack."""
+    args = ["train", "tiny.yaml", "--ablation=true", "--notes=Small <b>images</b>."]
+    main([*args, "--out=whole"])
+    capsys.readouterr()
+    expected = {"classifier.safetensors", "run.json", "metrics.jsonl"}
+    for stage, files in (
+        ("classifier", set()),
+        ("pretrain", {"pretrained.safetensors", "discriminator.safetensors"}),
+        ("finetune", {"finetuned.safetensors", "defense.safetensors", f"{ABLATION}.safetensors"}),
+    ):
+        main([*args, "--out=parts", f"--until={stage}"])
+        expected |= files | ({"metrics-ablation.jsonl"} if stage == "finetune" else set())
+        assert {path.name for path in Path("parts").iterdir()} == expected
+        out = capsys.readouterr().out
+        assert all(file in out for file in files)
+        assert "Accuracy of the classifier on 8 held-out images: " in out
+        assert ("Going on with the run in parts" in out) is (stage != "classifier")
+    main([*args, "--out=parts"])
+    text = Path("whole/report.json").read_text()
+    assert Path("parts/report.json").read_text() == text
+    assert list(json.loads(text)["findings"]) == [ABLATION]
+    assert "Small &lt;b&gt;images" in Path("whole/report.html").read_text()
+    one, other = (load_model(f"whole/{name}.safetensors", "purifier").state_dict() for name in ("finetuned", ABLATION))
+    assert not all(torch.equal(value, other[key]) for key, value in one.items())
+    # A recipe whose fine-tuning attacks the classifier alone is the ablation.
+    main(["train", "tiny.yaml", "--finetune.attacked=classifier", "--out=blind", "--until=finetune"])
+    blind = load_model("blind/finetuned.safetensors", "purifier").state_dict()
+    assert all(torch.equal(value, other[key]) for key, value in blind.items())
+
+
+def test_a_given_purifier_is_fine_tuned(tiny, capsys):
+    """From the files of another run, to the bits of that; under another transform it is refused."""
+    main(["train", "tiny.yaml", "--out=one", "--until=finetune"])
+    given = [f"--{kind}.path=one/{file}.safetensors" for kind, file in (
+        ("classifier", "classifier"), ("purifier", "pretrained"), ("discriminator", "discriminator"))]  # fmt: skip
+    main(["train", "tiny.yaml", "--out=two", "--until=finetune", *given])
+    for name in ("pretrained", "finetuned", "discriminator"):
+        kind = "discriminator" if name == "discriminator" else "purifier"
+        one, two = (load_model(f"{out}/{name}.safetensors", kind).state_dict() for out in ("one", "two"))
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert [line["training"] for line in read_metrics(Path("two/metrics.jsonl"))] == ["finetune"] * 2
+    error = fail(capsys, "train", "tiny.yaml", "--out=three", given[1], "--transform.sigma=0.2")
+    assert "purifier.path must be one that was trained under RT2(" in error
+    assert not Path("three").exists()
+
+
 def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_adversarially(tiny):
     recipe = load_recipe("tiny.yaml")
     run_recipe(replace(recipe, pretrain=replace(recipe.pretrain, gan_weight=0.0)), "one", progress=False)
@@ -173,18 +240,21 @@ def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_
     assert losses[1] > losses[0]
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "key"])
 def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     with seeded(7):
         classifier = build_classifier("small_cnn", channels=3, classes=2, width=8)
     if kind == "safetensors":
         save_model("given.safetensors", classifier, "classifier", "small_cnn", channels=3, classes=2, width=8)
-    else:
+    elif kind == "pt":
         torch.save({"state_dict": classifier.state_dict()}, "given.pt")
+    else:
+        torch.save({"online": build_classifier("small_cnn").state_dict(), "ema": classifier.state_dict()}, "given.key")
     recipe = load_recipe("tiny.yaml")
     # What a .safetensors file says counts more than the recipe.
     name, options = ("wrn_28_10", {}) if kind == "safetensors" else ("small_cnn", {"width": 8})
     source = replace(recipe.classifier, path=f"given.{kind}", name=name, options=options)
+    source = replace(source, key="ema" if kind == "key" else None)
     run_recipe(replace(recipe, classifier=source), "run", progress=False)
     taken = load_model("run/classifier.safetensors", "classifier").state_dict()
     assert all(torch.equal(value, taken[key]) for key, value in classifier.state_dict().items())

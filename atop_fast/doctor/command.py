@@ -41,8 +41,8 @@ def doctor(
             as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
         purifier: purifier.safetensors; without it the classifier alone is examined, or, if `transform` is given, that
             transform before it.
-        defense: instead of both, defense.safetensors of the commands train, finetune or demo, or the name of a defence
-            that the package carries.
+        defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defence that the
+            package carries.
         out: file for the findings as JSON; none by default.
         data: images and their split; the held-out part is used.
         transform: the random transform, where no file says it.

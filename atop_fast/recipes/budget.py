@@ -17,10 +17,10 @@ from .._core.distributed import Group
 from .._core.files import write_text
 from ..evaluation import PROTOCOLS
 from ..training import FinetuneConfig, TrainingConfig
-from .schema import EvaluationConfig
+from .evaluation import EvaluationConfig
 
 # Fine-tuning decides what a defence is worth.
-SHARES = {"classifier": 1, "pretrain": 1, "finetune": 2, "evaluate": 1}
+SHARES = {"classifier": 1, "pretrain": 1, "finetune": 2, "ablation": 2, "evaluate": 1}
 # Of a stage's time, what its plan counts on: the machine may slow down, and files are to be written.
 MARGIN = {"train": 0.9, "evaluate": 0.8}
 # Of a training's time, what is spent on measuring its updates.
@@ -77,42 +77,40 @@ class Budget:
         return shorten(config, self.plan[stage]["updates"], epoch)
 
     def evaluate(
-        self, config: EvaluationConfig, images: int, measure: Callable[[], tuple[int, float]]
+        self, config: EvaluationConfig, images: int, measure: Callable[[], tuple[int, dict[str, float]]]
     ) -> EvaluationConfig:
-        """The options of the two evaluations, of as many images as fit into their time.
+        """The options of the evaluations, of as many images as fit into their time.
 
         Args:
             config: of the whole evaluation, of `images` images.
-            measure: passes of images with their gradient through the defence, and the seconds of these.
+            measure: passes of images with their gradient, and the seconds that these take in each system.
         """
-        protocol = PROTOCOLS[config.protocol]
         if "evaluate" not in self.plan:
             seconds, start = self._seconds("evaluate"), time.monotonic()
             passes, took = measure()
-            room = MARGIN["evaluate"] * (seconds - (time.monotonic() - start)) / 2 * passes / took * self.group.size
-            names = (config.protocol, "quick")
-            fits = {name: min(images, max(1, int(room / _passes(name, config)))) for name in names}
-            name = config.protocol if fits[config.protocol] >= min(images, IMAGES) else "quick"
-            self._keep("evaluate", seconds, {"images": fits[name], "of": images, "protocol": name})
+            total = sum(took.values())
+            room = MARGIN["evaluate"] * (seconds - (time.monotonic() - start)) * passes / total * self.group.size
+            count, protocol = evaluation_that_fits(config, images, room)
+            shares = {name: round(one / total, 4) for name, one in took.items()}
+            self._keep("evaluate", seconds, {"images": count, "of": images, "protocol": protocol, "shares": shares})
         plan = self.plan["evaluate"]
         return replace(
-            config,
-            protocol=plan["protocol"],
-            norm=config.norm or protocol.norm,
-            eps=protocol.eps if config.eps is None else config.eps,
-            draws=config.draws or protocol.draws,
+            config if plan["protocol"] == config.protocol else _lighter(config),
             images=plan["images"],
             batch_size=min(config.batch_size, -(-plan["images"] // self.group.size)),
             diagnostics=False,
         )
 
-    def limit(self, first: bool) -> float:
-        """Seconds after which the first or the second evaluation starts no further attack.
+    def limit(self, system: str) -> float:
+        """Seconds after which the evaluation of a system starts no further attack.
 
-        As many images were planned as take two fifths of the time each; a machine that became slower may need more.
+        All together were planned to leave a margin, which those that turn out slower than measured may take.
         """
-        seconds = self.plan["evaluate"]["seconds"]
-        return 0.6 * seconds if first else max(0.4 * seconds, self.left())
+        plan = self.plan["evaluate"]
+        shares: dict[str, float] = plan["shares"]
+        names = list(shares)
+        later = sum(shares[name] for name in names[names.index(system) + 1 :])
+        return max(shares[system] * plan["seconds"], self.left() - MARGIN["evaluate"] * later * plan["seconds"])
 
     def notes(self, config: EvaluationConfig) -> list[str]:
         """What was reduced, for the report; `config` is of the whole evaluation."""
@@ -158,12 +156,25 @@ def shorten(config: Config, updates: int, epoch: int) -> Config:
     return replace(config, **changes)
 
 
-def _passes(name: str, config: EvaluationConfig) -> float:
-    """About how many passes with gradients an image costs under a protocol."""
-    protocol = PROTOCOLS[name]
+def evaluation_that_fits(config: EvaluationConfig, images: int, passes: float) -> tuple[int, str]:
+    """How many of the images can be attacked by so many passes with gradients, and by which protocol."""
+    count, lighter = (min(images, max(1, int(passes / _passes(c)))) for c in (config, _lighter(config)))
+    return (count, config.protocol) if count >= min(images, IMAGES) else (lighter, "quick")
+
+
+def _lighter(config: EvaluationConfig) -> EvaluationConfig:
+    """The same evaluation by the protocol "quick"."""
+    norm, eps = config.threat
+    draws = config.draws or PROTOCOLS[config.protocol].draws
+    return replace(config, protocol="quick", norm=norm, eps=eps, draws=draws)  # type: ignore[arg-type]
+
+
+def _passes(config: EvaluationConfig) -> float:
+    """About how many passes with gradients an image costs."""
+    protocol = PROTOCOLS[config.protocol]
     attacks = 0
     for entry in protocol.attacks.values():
-        options = entry.options
+        options = {**entry.options, **{key: value for key, value in config.quick.items() if key in entry.options}}
         steps = options.get("steps", options.get("queries", 1)) * (2 if entry.attack == "PMA" else 1)
         attacks += steps * options.get("eot_iter", 1) * options.get("target_classes", 1)
     draws = config.draws or protocol.draws

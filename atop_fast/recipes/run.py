@@ -2,13 +2,14 @@
 
     <out>/run.json                    which run it is: recipe, seed, images
     <out>/classifier.safetensors      the classifier, given or trained
-    <out>/pretrained.safetensors      the purifier trained on clean images
+    <out>/pretrained.safetensors      the purifier trained on clean images, or the given one
     <out>/discriminator.safetensors   its discriminator, where a GAN term has a weight
     <out>/finetuned.safetensors       the purifier trained on adversarial images
+    <out>/<ablation>.safetensors      the same, trained on adversarial images of the classifier alone, if asked for
     <out>/defense.safetensors         the classifier, the fine-tuned purifier and the transform: see load_defense
-    <out>/evaluate_<which>/           the evaluation of both purifiers, each with a report of its own
-    <out>/metrics.jsonl               losses of every epoch of the trainings
-    <out>/report.json, report.html    both verdicts
+    <out>/evaluate_<system>/          the evaluation of each system, with a report of its own
+    <out>/metrics.jsonl               losses of every epoch of the trainings; of the ablation, metrics-ablation.jsonl
+    <out>/report.json, report.html    all verdicts; gallery.png
     <out>/tensorboard/                if asked for, logs of the trainings
     <out>/plan.json                   under a budget, what fits into it
     <out>/<stage>.pt                  the checkpoint of a training that has not ended
@@ -22,71 +23,59 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .._core.checks import check_device, check_fits, check_integer, message
+from .._core.checks import check_choice, check_device, check_integer
 from .._core.distributed import Group, process_group
-from .._core.files import claim_folder
-from ..attacks import PGD, frozen
-from ..checkpoints import load_model, read_header, save_defense, save_model
-from ..classifiers import Resized, build_classifier
-from ..classifiers.zoo import load_classifier, match_classes
+from .._core.files import claim_folder, describe
+from ..attacks import PGD
+from ..checkpoints import load_model, save_defense, save_model
+from ..classifiers.zoo import match_classes
 from ..data import Dataset
 from ..defense import Defense
-from ..evaluation import PROTOCOLS, evaluate
 from ..evaluation.evaluate import parse_budget
-from ..evaluation.report import training_picture, versions, write_report
-from ..purifiers import DISCRIMINATORS, build_purifier
-from ..randomness import derive_seed, seeded
-from ..training import PretrainStep, TrainingConfig, finetune, pretrain, train_classifier
-from ..training.metrics import read_metrics, summary_writer
+from ..randomness import derive_seed
+from ..training import TrainingConfig, finetune, pretrain, train_classifier
+from ..training.metrics import summary_writer
 from .budget import Budget
-from .schema import EvaluationConfig, Recipe
+from .evaluation import EvaluationConfig
+from .forecast import Forecast, seconds_per_update
+from .networks import build_networks, check_networks, resized
+from .schema import Recipe
+from .verdicts import ABLATION, write_verdicts
 
-NOTES = (
-    "pretrained: the purifier has seen clean images only. finetuned: AToP, trained on adversarial images. Every column "
-    "but clean, robust and eight_bit is one attack; robust takes each image's worst candidate, and eight_bit rounds it "
-    "to what a file can hold.",
-    "The folders evaluate_pretrained and evaluate_finetuned have a full report each, and the adversarial images.",
-)
+STAGES = ("classifier", "pretrain", "finetune", "evaluate")
 # Images of the evaluations within a training.
 HELD_OUT = 512
-INCOMPLETE = "evaluate_{}: the time ended before every image was attacked: the robust accuracy is an upper bound."
-
-
-@dataclass
-class _Network:
-    """A network and how to build it."""
-
-    module: nn.Module
-    name: str
-    options: dict[str, Any]
 
 
 def run_recipe(
     recipe: Recipe,
     out: str | Path,
     *,
+    until: str = "evaluate",
     device: str | torch.device = "cpu",
     seed: int = 0,
     budget: float | str | None = None,
     tensorboard: bool = False,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defence after both.
+) -> dict[str, Any] | None:
+    """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defence and its parts.
 
-    A call that was stopped or killed is taken up by the same call. Under torchrun every process does its part of the
-    trainings and of the evaluation, in a common folder; rank 0 writes.
+    A call that was stopped or killed is taken up by the same call, and one that ended early by one with a later stage.
+    Under torchrun every process does its part of the trainings and of the evaluation, in a common folder; rank 0
+    writes.
 
     Args:
         recipe: Recipe, such as of load_recipe.
         out: folder of the run: new, empty, or of this run.
+        until: the last stage: "classifier", "pretrain", "finetune" or "evaluate".
         device: where to compute.
         seed: key of all randomness: weights, data order, noise, masks, attacks and verdict.
         budget: seconds, or text such as "90s", "45m", "2h", in which a reduced form of the recipe is to end: with fewer
@@ -96,20 +85,21 @@ def run_recipe(
         progress: show progress bars with the time left.
 
     Returns:
-        The contents of report.json.
+        The contents of report.json; None if the run ended before the evaluation.
 
     Raises:
         ValueError: `out` of another run or with something else in it: nothing is changed; or networks, transform and
             images that do not fit one another.
     """
     check_integer("run_recipe", "seed", seed, low=0, high=2**63 - 1)
+    check_choice("run_recipe", "until", until, STAGES)
     place = check_device("run_recipe", "device", str(device))
     seconds = None if budget is None else parse_budget(budget, "run_recipe")
     if tensorboard:
         summary_writer()
     with process_group() as group:
         options: dict[str, Any] = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress}
-        return _Pipeline(recipe, Path(out), place, seed, group, **options).run()
+        return _Pipeline(recipe, Path(out), place, seed, group, until, **options).run()
 
 
 class _Pipeline:
@@ -122,6 +112,7 @@ class _Pipeline:
         device: torch.device,
         seed: int,
         group: Group,
+        until: str,
         *,
         seconds: float | None,
         tensorboard: bool,
@@ -130,128 +121,171 @@ class _Pipeline:
         start = time.monotonic()
         self.tensorboard = out / "tensorboard" if tensorboard else None
         self.recipe, self.out, self.device, self.seed = recipe, out, device, seed
-        self.progress, self.group = progress, group
-        train, held_out = recipe.data.load(print if progress and group.rank == 0 else None)
+        self.progress, self.group, self.until = progress, group, until
+        self.say: Callable[[str], object] | None = print if progress and group.rank == 0 else None
+        train, held_out = recipe.data.load(self.say)
         if recipe.classifier.path is not None:
             train, held_out = (match_classes("run_recipe", recipe.classifier.path, part) for part in (train, held_out))
             assert isinstance(held_out, Dataset)
         self.train = train.to(device)
-        plan = PROTOCOLS[recipe.evaluation.protocol]
-        self.test = held_out.take(slice(0, recipe.evaluation.images or plan.images)).to(device)
+        self.test = recipe.evaluation.part(held_out).to(device)
         self.transform = recipe.transform.build()
-        self.networks = self._build()
-        self._check()
+        self.networks = build_networks(recipe, self.train, seed, device)
+        check_networks(recipe, self.networks, self.train, seed)
         if group.rank == 0:
             images = f"{train.description()} {held_out.description()}"
             header = {**asdict(recipe), "seed": seed, "images": images}
+            if given := [kind for kind in self.networks if getattr(recipe, kind).path is not None]:
+                states = {kind: self.networks[kind].module.state_dict().values() for kind in given}
+                header["weights"] = {kind: describe(*state) for kind, state in states.items()}
+            known = (out / "run.json").exists()
             claim_folder("run_recipe", out, header if seconds is None else {**header, "budget": seconds})
+            if known and self.say is not None:
+                self.say(f"Going on with the run in {out}")
         group.gather(None)
         self.budget: Budget | None = None
         if seconds is not None:
-            stages = ["pretrain", "finetune", "evaluate"]
-            if recipe.classifier.path is None:
-                stages.insert(0, "classifier")
+            paths = {"classifier": recipe.classifier.path, "pretrain": recipe.purifier.path}
+            stages = [stage for stage in STAGES[: STAGES.index(until) + 1] if paths.get(stage) is None]
+            if recipe.ablation and "finetune" in stages:
+                stages.insert(stages.index("finetune") + 1, "ablation")
             self.budget = Budget(seconds, start, out / "plan.json", stages, group)
+            if not self.budget.plan:
+                sentence = group.gather(self._forecast(seconds, stages).sentence(seconds))[0]
+                if self.say is not None:
+                    self.say(sentence)
 
-    def run(self) -> dict[str, Any]:
-        """All stages; the contents of report.json."""
+    def run(self) -> dict[str, Any] | None:
+        """The stages up to the last one; the contents of report.json."""
+        last = STAGES.index(self.until)
         classifier = self.classifier()
-        self.pretrain()
-        self.finetune(classifier)
-        self._save_defense(classifier)
-        config = self.recipe.evaluation
-        if self.budget is not None:
-            config = self.budget.evaluate(config, len(self.test), lambda: self._measure(classifier))
-        reports = {which: self.evaluate(which, classifier, config) for which in ("pretrained", "finetuned")}
-        threat = {key: reports["finetuned"][key] for key in ("norm", "eps")}
-        data = {
-            "seed": self.seed,
-            "threat_model": threat,
-            "systems": {which: _verdicts(report) for which, report in reports.items()},
-            "protocol": config.protocol,
-            "recipe": asdict(self.recipe),
-            "versions": versions(),
-        }
-        notes = list(NOTES)
-        if self.budget is not None:
-            data["budget"] = self.budget.plan
-            notes = [*self.budget.notes(self.recipe.evaluation), *notes]
-            notes += [INCOMPLETE.format(which) for which, report in reports.items() if not report["complete"]]
-        if self.group.rank == 0:
-            curves = training_picture(read_metrics(self.out / "metrics.jsonl"))
-            write_report(self.out, "atop_fast: AToP from images to verdict", data, notes, curves=curves)
-        self.group.gather(None)
-        return data
+        if last >= STAGES.index("pretrain"):
+            self.pretrain()
+        if last >= STAGES.index("finetune"):
+            self.finetune(classifier)
+        return self.evaluate(classifier) if self.until == "evaluate" else None
 
     def classifier(self) -> nn.Module:
         """The classifier that the other stages leave as it is."""
-        source = self.recipe.classifier
-
-        # A classifier that is trained on adversarial images meets them as the defence will, behind the transform.
-        transform = None if source.training.attack == "none" else self.transform
-
-        def train(classifier: nn.Module, **options: Any) -> None:
-            options["transform"] = transform
-            train_classifier(self._at_its_size(classifier), *self.train.training(), **options)
+        source, module = self.recipe.classifier, self.networks["classifier"].module
 
         def make() -> None:
             if source.path is None:
-                self._train("classifier", source.training, train, (self.networks["classifier"].module,))
-            self._save("classifier", "classifier")
+                self._train("classifier", source.training, self._fit_classifier, (module,))
+            self._save("classifier", "classifier", module)
 
         self._stage("classifier", make, "classifier")
-        return self._at_its_size(self._load("classifier", "classifier"))
+        classifier = resized(self.recipe, self._load("classifier", "classifier"))
+        if self.say is not None:
+            with torch.no_grad():
+                classes = torch.cat([classifier(part).argmax(dim=1) for part in self.test.images.split(256)])
+            accuracy = float((classes == self.test.labels).float().mean())
+            self.say(f"Accuracy of the classifier on {len(self.test):,} held-out images: {accuracy:.3f}")
+        return classifier
 
     def pretrain(self) -> None:
         """Train the purifier and its discriminator, if there is one, on clean images."""
-
-        def train(purifier: nn.Module, judge: nn.Module | None = None, **options: Any) -> None:
-            pretrain(purifier, self.transform, self.train.training()[0], discriminator=judge, **options)
+        modules = {kind: network.module for kind, network in self.networks.items() if kind != "classifier"}
 
         def make() -> None:
-            kinds = [kind for kind in ("purifier", "discriminator") if kind in self.networks]
-            self._train("pretrain", self.recipe.pretrain, train, tuple(self.networks[kind].module for kind in kinds))
+            if self.recipe.purifier.path is None:
+                self._train("pretrain", self.recipe.pretrain, self._fit_purifier, tuple(modules.values()))
             # The stage is finished with its last file.
-            if "discriminator" in self.networks:
-                self._save("discriminator", "discriminator")
-            self._save("pretrained", "purifier")
+            if "discriminator" in modules:
+                self._save("discriminator", "discriminator", modules["discriminator"])
+            self._save("pretrained", "purifier", modules["purifier"])
 
         self._stage("pretrain", make, "pretrained")
 
     def finetune(self, classifier: nn.Module) -> None:
-        """Train the pre-trained purifier on adversarial images."""
+        """Train the pre-trained purifier on adversarial images; and another copy for the ablation."""
 
-        def train(purifier: nn.Module, judge: nn.Module | None = None, **options: Any) -> None:
-            defense = Defense(self.transform, purifier, classifier)
-            finetune(defense, *self.train.training(), discriminator=judge, **options)
-
-        def make() -> None:
+        def make(name: str, config: TrainingConfig, file: str) -> None:
             purifier = self._load("pretrained", "purifier")
             judges = [self._load(kind, kind) for kind in ("discriminator",) if kind in self.networks]
-            self._train("finetune", self.recipe.finetune, train, (purifier, *judges))
-            self.networks["purifier"].module = purifier
-            self._save("finetuned", "purifier")
+            self._train(name, config, functools.partial(self._fit_defense, classifier), (purifier, *judges))
+            self._save(file, "purifier", purifier)
 
-        self._stage("finetune", make, "finetuned")
+        self._stage("finetune", lambda: make("finetune", self.recipe.finetune, "finetuned"), "finetuned")
+        if self.recipe.ablation:
+            self._stage("ablation", lambda: make("ablation", self._ablation(), ABLATION), ABLATION)
+        self._save_defense(classifier)
 
-    def evaluate(self, which: str, classifier: nn.Module, config: EvaluationConfig) -> dict[str, Any]:
-        """The evaluation's report of the defence with the "pretrained" or the "finetuned" purifier."""
-        part = self.test.take(slice(0, config.images))
-        return evaluate(
-            Defense(self.transform, self._load(which, "purifier"), classifier).to(self.device),
-            part.images,
-            part.labels,
-            protocol=config.protocol,
-            norm=config.norm,
-            eps=config.eps,
+    def _ablation(self) -> TrainingConfig:
+        return replace(self.recipe.finetune, attacked="classifier")
+
+    def _fit_classifier(self, classifier: nn.Module, **options: Any) -> None:
+        # A classifier that is trained on adversarial images meets them as the defence will, behind the transform.
+        transform = None if self.recipe.classifier.training.attack == "none" else self.transform
+        train_classifier(resized(self.recipe, classifier), *self.train.training(), transform=transform, **options)
+
+    def _fit_purifier(self, purifier: nn.Module, judge: nn.Module | None = None, **options: Any) -> None:
+        pretrain(purifier, self.transform, self.train.training()[0], discriminator=judge, **options)
+
+    def _fit_defense(
+        self, classifier: nn.Module, purifier: nn.Module, judge: nn.Module | None = None, **options: Any
+    ) -> None:
+        defense = Defense(self.transform, purifier, classifier)
+        finetune(defense, *self.train.training(), discriminator=judge, **options)
+
+    def _forecast(self, seconds: float, stages: Sequence[str]) -> Forecast:
+        """What the run is made of, measured on untrained copies of the networks."""
+        classifier, *others = (network.module for network in self.networks.values())
+        frozen = resized(self.recipe, copy.deepcopy(classifier).eval())
+        fit_defense = functools.partial(self._fit_defense, frozen)
+        trainings: dict[str, tuple[TrainingConfig, Callable[..., None], Sequence[nn.Module]]] = {
+            "classifier": (self.recipe.classifier.training, self._fit_classifier, [classifier]),
+            "pretrain": (self.recipe.pretrain, self._fit_purifier, others),
+            "finetune": (self.recipe.finetune, fit_defense, others),
+            "ablation": (self._ablation(), fit_defense, others),
+        }
+        found = {}
+        for name in stages:
+            if name in trainings:
+                config, fit, networks = trainings[name]
+                train = functools.partial(fit, *copy.deepcopy(networks), seed=self.seed, progress=False)
+                each = seconds_per_update(config, train, seconds / 50)
+                found[name] = (config.epochs * -(-len(self.train) // config.batch_size), each)
+        if "evaluate" not in stages:
+            return Forecast(found, None, 0, 0.0)
+        systems = self._systems(frozen, dict.fromkeys(("pretrained", "finetuned"), others[0]))
+        passes, took = self._measure(systems, images=8, steps=1, draws=1)
+        each = sum(took.values()) / passes / self.group.size
+        return Forecast(found, self.recipe.evaluation, len(self.test), each)
+
+    def evaluate(self, classifier: nn.Module) -> dict[str, Any]:
+        """Judge the classifier alone and every defence in front of it on the same images, and write the report."""
+        config = self.recipe.evaluation
+        purifiers = {name: self._load(name, "purifier") for name in ("pretrained", "finetuned")}
+        if self.recipe.ablation:
+            purifiers[ABLATION] = self._load(ABLATION, "purifier")
+        systems = self._systems(classifier, purifiers)
+        if self.budget is not None:
+            config = self.budget.evaluate(config, len(self.test), lambda: self._measure(systems))
+        reports = {name: self._judge(name, system.to(self.device), config) for name, system in systems.items()}
+        options: dict[str, Any] = {"config": config, "test": self.test, "systems": systems, "reports": reports}
+        return write_verdicts(self.out, self.recipe, self.seed, self.budget, self.group, **options)
+
+    def _systems(self, classifier: nn.Module, purifiers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """The classifier alone, the transform in front of it, and the defences."""
+        alone = Defense(self.transform, None, classifier)
+        defenses = {name: Defense(self.transform, purifier, classifier) for name, purifier in purifiers.items()}
+        return {"classifier": classifier, "rt_only": alone, **defenses}
+
+    def _judge(self, name: str, system: nn.Module, config: EvaluationConfig) -> dict[str, Any]:
+        """The evaluation's report of one system."""
+        if not isinstance(system, Defense):
+            config = replace(config, randomness="fresh")
+        if name not in ("pretrained", "finetuned"):
+            # What the report rests on is the defence.
+            config = replace(config, diagnostics=False)
+        return config.run(
+            system,
+            self.test.take(slice(0, config.images)),
             seed=self.seed,
-            draws=config.draws,
-            selection_draws=config.selection_draws,
-            batch_size=config.batch_size,
-            out=self.out / f"evaluate_{which}",
-            budget=None if self.budget is None else self.budget.limit(which == "pretrained"),
-            diagnostics=None if config.diagnostics else (),
-            title=which,
+            out=self.out / f"evaluate_{name}",
+            budget=None if self.budget is None else self.budget.limit(name),
+            title=name,
             progress=self.progress,
         ).to_dict()
 
@@ -269,7 +303,9 @@ class _Pipeline:
         self, name: str, config: TrainingConfig, train: Callable[..., None], networks: tuple[nn.Module, ...]
     ) -> None:
         """Let `train` change the networks; as far as the budget goes, if there is one."""
-        seed = derive_seed(self.seed, name)
+        # Both fine-tunings differ in nothing but what the attack sees.
+        seed = derive_seed(self.seed, "finetune" if name == "ablation" else name)
+        own = "-ablation" if name == "ablation" else ""
         held_out = self.test.take(slice(0, HELD_OUT))
         if self.budget is not None:
 
@@ -283,25 +319,28 @@ class _Pipeline:
             seed=seed,
             held_out=(held_out.images, held_out.labels),
             checkpoint=self.out / f"{name}.pt",
-            metrics=self.out / "metrics.jsonl",
-            tensorboard=self.tensorboard,
+            metrics=self.out / f"metrics{own}.jsonl",
+            tensorboard=None if self.tensorboard is None else self.tensorboard.with_name(f"tensorboard{own}"),
             progress=self.progress,
         )
 
-    def _measure(self, classifier: nn.Module, images: int = 32, steps: int = 2, draws: int = 4) -> tuple[int, float]:
-        """Passes of images with their gradient through the defence, and the seconds that these took."""
-        defense = Defense(self.transform, self._load("finetuned", "purifier"), classifier).to(self.device)
+    def _measure(
+        self, systems: dict[str, nn.Module], images: int = 32, steps: int = 2, draws: int = 4
+    ) -> tuple[int, dict[str, float]]:
+        """Passes of images with their gradient through a system, and the seconds that these take in each system."""
         part = self.test.take(slice(0, min(images, self.recipe.evaluation.batch_size)))
-        attack = PGD(defense, steps=steps, eot_iter=draws)
-        seconds = 0.0
-        # The first time, memory is laid out and kernels are made.
-        for _ in range(2):
-            start = time.monotonic()
-            attack(part.images, part.labels).cpu()
-            seconds = time.monotonic() - start
+        times: dict[bool, float] = {}
+        for name in ("rt_only", "finetuned"):
+            attack = PGD(systems[name].to(self.device), steps=steps, eot_iter=draws)
+            # The first time, memory is laid out and kernels are made.
+            for _ in range(2):
+                start = time.monotonic()
+                attack(part.images, part.labels).cpu()
+                times[name == "finetuned"] = time.monotonic() - start
+        seconds = {name: times[name not in ("classifier", "rt_only")] for name in systems}
         return len(part) * steps * draws, seconds
 
-    def _save(self, file: str, kind: str) -> None:
+    def _save(self, file: str, kind: str, module: nn.Module) -> None:
         if self.group.rank == 0:
             network = self.networks[kind]
             about: dict[str, Any] = {}
@@ -309,7 +348,7 @@ class _Pipeline:
                 about["metadata"] = {"classes": self.train.classes, "shape": self.train.shape}
             if kind == "purifier":
                 about["transform"] = self.transform
-            save_model(self.out / f"{file}.safetensors", network.module, kind, network.name, **about, **network.options)
+            save_model(self.out / f"{file}.safetensors", module, kind, network.name, **about, **network.options)
 
     def _save_defense(self, classifier: nn.Module) -> None:
         path = self.out / "defense.safetensors"
@@ -322,59 +361,3 @@ class _Pipeline:
 
     def _load(self, file: str, kind: str) -> nn.Module:
         return load_model(self.out / f"{file}.safetensors", kind).to(self.device)
-
-    def _at_its_size(self, classifier: nn.Module) -> nn.Module:
-        size = self.recipe.classifier.size
-        return classifier if size is None else Resized(classifier, size)
-
-    def _build(self) -> dict[str, _Network]:
-        """The networks as the first stage of each finds them."""
-        recipe, source = self.recipe, self.recipe.classifier
-        shape = {"channels": self.train.shape[0], "classes": len(self.train.classes)}
-        sources: dict[str, tuple[str, dict[str, Any], Callable[..., nn.Module]]] = {
-            "classifier": (source.name, {**shape, **source.options}, build_classifier),
-            "purifier": (recipe.purifier.name, recipe.purifier.options, build_purifier),
-        }
-        if recipe.pretrain.gan_weight or recipe.finetune.gan_weight:
-            sources["discriminator"] = (
-                recipe.discriminator.name,
-                recipe.discriminator.options,
-                lambda name, **options: DISCRIMINATORS[name](**options),
-            )
-        if source.path is not None and source.path.endswith(".safetensors"):
-            path, header = source.path, read_header(source.path)
-            sources["classifier"] = (header["name"], header["options"], lambda *_, **__: load_model(path, "classifier"))
-        elif source.path is not None:
-            sources["classifier"] = (*sources["classifier"][:2], functools.partial(load_classifier, source.path))
-        networks = {}
-        for kind, (name, options, build) in sources.items():
-            with seeded(derive_seed(self.seed, f"init {kind}")):
-                try:
-                    module = build(name, **options)
-                except TypeError as error:
-                    given = f"{options} ({error})"
-                    raise ValueError(message("run_recipe", kind, f"{name} with options of it", given)) from error
-            networks[kind] = _Network(module.to(self.device), name, options)
-        return networks
-
-    def _check(self) -> None:
-        """Raise before anything is written if the networks do not fit the images or one another."""
-        classifier, purifier = (self.networks[kind].module for kind in ("classifier", "purifier"))
-        judge = self.networks["discriminator"].module if "discriminator" in self.networks else None
-        classifier, count = self._at_its_size(classifier), len(self.train.classes)
-        image = self.train.take(slice(0, 1)).floats().images
-        PretrainStep(self.transform, purifier, judge, self.recipe.pretrain, self.seed).check(image)
-        defense = Defense(self.transform, purifier, classifier)
-        with torch.no_grad(), frozen(defense), frozen(judge), check_fits("run_recipe", "images", image):
-            purified = defense.purify(image, draws=0)
-            if judge is not None:
-                judge(purified, purified[:, :1])
-            classifier(image)
-            classes = classifier(purified).shape[1]
-        if classes < count:
-            raise ValueError(message("run_recipe", "classifier", f"one of the data's {count} classes", classes))
-
-
-def _verdicts(report: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a report's table."""
-    return {**{name: report[name] for name in ("clean", "robust", "eight_bit")}, **report["attacks"]}

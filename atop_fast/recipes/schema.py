@@ -14,9 +14,9 @@ import jsonargparse
 from .._core.checks import check_choice, check_integer, message
 from .._core.yaml import parse_yaml
 from ..classifiers import CLASSIFIERS
-from ..evaluation import PROTOCOLS
 from ..purifiers import DISCRIMINATORS, PURIFIERS
 from ..training import ClassifierConfig, FinetuneConfig, PretrainConfig
+from .evaluation import EvaluationConfig
 from .options import DataConfig, TransformConfig
 
 SUFFIXES = (".yaml", ".yml")
@@ -29,6 +29,7 @@ class ClassifierSource:
     Attributes:
         path: trained weights: a .safetensors file of atop-fast, or a checkpoint of torch.save with architecture `name`
             (see load_classifier); none trains one.
+        key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
         name: architecture, a name of build_classifier.
         options: of the architecture; channels and classes are those of the data unless given.
         size: side in pixels at which it works; images of another size are resized to it. None takes them as they come.
@@ -36,6 +37,7 @@ class ClassifierSource:
     """
 
     path: str | None = None
+    key: str | None = None
     name: str = "resnet18"
     options: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
@@ -52,10 +54,12 @@ class PurifierSource:
     """The purifier.
 
     Attributes:
+        path: pre-trained weights: a purifier's .safetensors file, which also says its architecture; none trains one.
         name: architecture, a name of build_purifier.
         options: of the architecture.
     """
 
+    path: str | None = None
     name: str = "unet"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -68,46 +72,17 @@ class DiscriminatorSource:
     """The discriminator.
 
     Attributes:
+        path: its weights for a purifier that is pre-trained; none starts with new ones.
         name: architecture: sn_patch (SNPatchDiscriminator).
         options: of the architecture: channels, width, depth.
     """
 
+    path: str | None = None
     name: str = "sn_patch"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_choice("DiscriminatorSource", "name", self.name, list(DISCRIMINATORS))
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """The evaluation of the defence after pre-training and after fine-tuning.
-
-    Attributes:
-        protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen, eot-fast or fast
-            (docs/evaluation.md).
-        norm: norm of the threat model; default the protocol's.
-        eps: its radius, in units of [0, 1] pixels; default the protocol's.
-        images: how many held-out images; default as many as the protocol names, or all.
-        draws: K, fresh draws of the verdict; default the protocol's.
-        selection_draws: draws of the choice among an image's candidates.
-        batch_size: images attacked together.
-        diagnostics: examine both defences as the command doctor does.
-    """
-
-    protocol: str = "quick"
-    norm: str | None = None
-    eps: float | None = None
-    images: int | None = None
-    draws: int | None = None
-    selection_draws: int = 20
-    batch_size: int = 100
-    diagnostics: bool = True
-
-    def __post_init__(self) -> None:
-        check_choice("EvaluationConfig", "protocol", self.protocol, list(PROTOCOLS))
-        if self.images is not None:
-            check_integer("EvaluationConfig", "images", self.images, low=1)
 
 
 @dataclass(frozen=True)
@@ -121,6 +96,8 @@ class Recipe:
         purifier, discriminator: the networks.
         pretrain, finetune: the two trainings of the purifier.
         evaluation: how the result is judged.
+        ablation: also fine-tune on adversarial images of the classifier alone, as the public code does, and judge it.
+        notes: what the report says besides.
     """
 
     data: DataConfig = DataConfig()
@@ -131,6 +108,8 @@ class Recipe:
     pretrain: PretrainConfig = PretrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    ablation: bool = False
+    notes: str = ""
 
 
 def preset_names() -> list[str]:

@@ -1,0 +1,102 @@
+"""The networks of a recipe: built with keyed weights, or read from files, and tried on one another."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._core.checks import check_fits, message
+from ..attacks import frozen
+from ..checkpoints import load_model, read_header
+from ..classifiers import Resized, build_classifier
+from ..classifiers.zoo import load_classifier
+from ..data import Dataset, Files
+from ..defense import Defense
+from ..purifiers import DISCRIMINATORS, build_purifier
+from ..randomness import derive_seed, seeded
+from ..training import PretrainStep
+from ..transforms import describe_transform
+from .schema import Recipe
+
+
+@dataclass
+class Network:
+    """A network and how to build it."""
+
+    module: nn.Module
+    name: str
+    options: dict[str, Any]
+
+
+def build_networks(recipe: Recipe, data: Dataset | Files, seed: int, device: torch.device) -> dict[str, Network]:
+    """The networks as the first stage of each finds them: "classifier", "purifier" and perhaps "discriminator".
+
+    Raises:
+        ValueError: options that an architecture does not have, or a file that cannot be read.
+    """
+    source = recipe.classifier
+    shape = {"channels": data.shape[0], "classes": len(data.classes)}
+    sources: dict[str, tuple[str, dict[str, Any], Callable[..., nn.Module]]] = {
+        "classifier": (source.name, {**shape, **source.options}, build_classifier),
+        "purifier": (recipe.purifier.name, recipe.purifier.options, build_purifier),
+    }
+    if recipe.pretrain.gan_weight or recipe.finetune.gan_weight:
+        judge = recipe.discriminator
+        sources["discriminator"] = (judge.name, judge.options, lambda name, **options: DISCRIMINATORS[name](**options))
+    for kind in sources:
+        path = getattr(recipe, kind).path
+        if path is not None and (kind != "classifier" or path.endswith(".safetensors")):
+            header = read_header(path)
+            load = functools.partial(_load, path, kind)
+            sources[kind] = (header.get("name", ""), header.get("options", {}), load)
+        elif path is not None:
+            load = functools.partial(load_classifier, path, key=source.key)
+            sources[kind] = (*sources[kind][:2], load)
+    networks = {}
+    for kind, (name, options, build) in sources.items():
+        with seeded(derive_seed(seed, f"init {kind}")):
+            try:
+                module = build(name, **options)
+            except TypeError as error:
+                given = f"{options} ({error})"
+                raise ValueError(message("run_recipe", kind, f"{name} with options of it", given)) from error
+        networks[kind] = Network(module.to(device), name, options)
+    return networks
+
+
+def check_networks(recipe: Recipe, networks: dict[str, Network], data: Dataset | Files, seed: int) -> None:
+    """Raise if the networks do not fit the images or one another."""
+    transform = recipe.transform.build()
+    classifier, purifier = (networks[kind].module for kind in ("classifier", "purifier"))
+    judge = networks["discriminator"].module if "discriminator" in networks else None
+    trained = getattr(purifier, "trained_under", None)
+    if trained not in (None, describe_transform(transform)):
+        expected = f"one that was trained under {transform}, the recipe's"
+        raise ValueError(message("run_recipe", "purifier.path", expected, f"{recipe.purifier.path} ({trained})"))
+    classifier, count = resized(recipe, classifier), len(data.classes)
+    image = data.take(slice(0, 1)).floats().images
+    PretrainStep(transform, purifier, judge, recipe.pretrain, seed).check(image)
+    defense = Defense(transform, purifier, classifier)
+    with torch.no_grad(), frozen(defense), frozen(judge), check_fits("run_recipe", "images", image):
+        purified = defense.purify(image, draws=0)
+        if judge is not None:
+            judge(purified, purified[:, :1])
+        classifier(image)
+        classes = classifier(purified).shape[1]
+    if classes < count:
+        raise ValueError(message("run_recipe", "classifier", f"one of the data's {count} classes", classes))
+
+
+def resized(recipe: Recipe, classifier: nn.Module) -> nn.Module:
+    """The classifier at the size at which the recipe has it work."""
+    size = recipe.classifier.size
+    return classifier if size is None else Resized(classifier, size)
+
+
+def _load(path: str, kind: str, name: str, **options: Any) -> nn.Module:
+    return load_model(path, kind)
