@@ -51,8 +51,10 @@ def test_versions():
     assert settings("rand", eot_iter=3) == [("APGD", "ce", 1, 3, False), ("APGD", "dlr", 1, 3, False)]
     assert settings("custom", attacks_to_run=("square", "apgd-dlr")) == [square, dlr]
     pma = ("PMA", "pm", 1, 1, True)
-    assert settings("fast") == [pma, targeted]
-    assert settings("fast", complete=True) == [pma, targeted, ce, fab, square]
+    assert settings("fast") == [pma, targeted, square]
+    assert settings("fast", complete=True) == [pma, targeted, square, ce, fab, square]
+    fast = attack(version="fast", queries=500)
+    assert [fast.build(name).queries for name in ("probe", "square")] == [200, 500]
 
 
 def test_defaults_are_those_of_the_original():
@@ -247,6 +249,44 @@ def test_fast_leaves_as_much_as_standard_in_fewer_passes(loader, norm, eps):
     assert left[1] <= left[0] + 2
     assert left[2] <= left[1]
     assert passes[1] < passes[0]
+
+
+class Steep(nn.Module):
+    """A network behind steps, whose gradient is 0 everywhere."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((8 * x).round() / 8 + 0 * x)
+
+
+def test_fast_goes_on_where_gradients_mislead():
+    """Behind steps, whose gradient is 0, PMA and APGD-T find nothing; on a plain network they find it all."""
+    plain, steep = trained_classifier(), Steep(trained_classifier())
+    options = {"norm": "Linf", "eps": 0.3, "version": "fast", "steps": 20, "queries": 300}
+    sure = AutoAttack(plain, complete="auto", **options)
+    sure(X, Y)
+    fast = ["clean", "pma", "apgd-t", "probe"]
+    assert list(sure.accuracy) == fast
+    whole = [AutoAttack(steep, complete=complete, **options) for complete in (False, "auto", True)]
+    with pytest.warns(RuntimeWarning, match="AutoAttack: 'fast' may leave too many images"):
+        images = [attack(X, Y) for attack in whole]
+    assert list(whole[0].accuracy) == fast
+    assert list(whole[1].accuracy) == [*fast, "apgd-ce", "fab-t", "square"]
+    assert torch.equal(images[1], images[2])
+    assert whole[1].accuracy["square"] < whole[0].accuracy["probe"] < whole[0].accuracy["apgd-t"]
+
+
+@pytest.mark.parametrize(
+    ("pma", "apgd", "probe", "doubted"),
+    [(0.5, 0.499, 0.499, False), (0.5, 0.497, 0.497, True), (0.5, 0.5, 0.499, True)],
+)
+def test_what_raises_doubt(pma, apgd, probe, doubted):
+    whole = attack(version="fast", complete="auto")
+    whole.accuracy = {"clean": 0.9, "pma": pma, "apgd-t": apgd, "probe": probe}
+    assert whole.in_doubt is doubted
 
 
 @pytest.mark.parametrize(

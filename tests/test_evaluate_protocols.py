@@ -92,6 +92,21 @@ def test_the_guide_lists_every_protocol_and_its_example_runs(tmp_path, monkeypat
     assert (tmp_path / "runs/mine/report.html").exists()
 
 
+class Levels(nn.Module):
+    """The classes are pixels in eight levels, whose gradient is 0."""
+
+    def forward(self, x):
+        return ((8 * x).round() / 8 + 0 * x).flatten(1)
+
+
+@pytest.mark.parametrize(("model", "doubted"), [(Levels(), True), (nn.Flatten(), False)])
+def test_fast_says_where_it_may_have_left_too_many(model, doubted):
+    report = evaluate(model, X[:20], Y[:20], protocol="fast", eps=0.15, diagnostics=(), progress=False)
+    left = [report.attacks[name].mean for name in ("pma", "apgd_t", "square")]
+    assert (left[2] < left[1]) is doubted
+    assert [finding["name"] for finding in report.diagnostics] == ["doubt"] * doubted
+
+
 def test_a_cascade_attacks_only_what_still_stands(monkeypatch):
     entries = {"fgsm": Entry("FGSM"), "pgd": Entry("PGD", {"steps": 5})}
     plan = Protocol(entries, "test", eps=0.12, cascade=True)

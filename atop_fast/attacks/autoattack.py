@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,10 +27,18 @@ VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab-t", "square", "apgd-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
-    "fast": ("pma", "apgd-t"),
+    "fast": ("pma", "apgd-t", "probe"),
     "custom": (),
 }
-NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma")
+NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma", "probe")
+# What completes "fast", which is in doubt where APGD-T fools more than this share of the images after PMA, or a random
+# search of so many queries any image after both.
+REST = ("apgd-ce", "fab-t", "square")
+DOUBT, PROBE = 0.002, 200
+DOUBTED = (
+    "AutoAttack: 'fast' may leave too many images: APGD-T fooled some that PMA had left, or a random search some that "
+    "both had; use complete='auto', or version 'standard'"
+)
 
 
 class AutoAttack:
@@ -38,9 +47,10 @@ class AutoAttack:
     - "standard": APGD-CE, APGD-T, FAB-T and Square, for deterministic models.
     - "plus": with APGD-DLR, and five restarts of APGD and FAB-T.
     - "rand": APGD-CE and APGD-DLR with 20 draws a step, for random defences.
-    - "fast": PMA, and APGD-T on what is left (as PMA+ of Xie et al., CVPR 2025), for deterministic models; with
-      `complete` the rest of "standard" on what is left then. Far fewer passes than "standard" for a robust network;
-      its result is, like that of every attack, an upper bound on the robust accuracy.
+    - "fast": PMA, and APGD-T on what is left (as PMA+ of Xie et al., CVPR 2025), for deterministic models; then
+      "probe", a Square of 200 queries. Far fewer passes than "standard" for a robust network; its result is, like that
+      of every attack, an upper bound on the robust accuracy. It is in doubt if APGD-T fools more than 0.2 % of the
+      images after PMA, which then has missed something, or the probe an image after both, whose gradients then mislead.
     - "custom": `attacks_to_run`, each as in "standard".
 
     An image that one draw of the model gets wrong counts as not robust and is attacked no further. For a random
@@ -50,8 +60,9 @@ class AutoAttack:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
         norm, eps: threat model, "Linf", "L2" or "L1"; eps in units of [0, 1] pixels.
         version: see above.
-        attacks_to_run: for "custom": some of "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma".
-        complete: for "fast": go on with "apgd-ce", "fab-t" and "square".
+        attacks_to_run: for "custom": some of "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma", "probe".
+        complete: for "fast": True goes on with "apgd-ce", "fab-t" and "square"; "auto" does so in doubt, so that an
+            image's result depends on the others of the call; False, the default, warns in doubt.
         seed: key of all randomness.
         precision: of the networks in the attacks; what counts as fooled is always decided in float32. With "bfloat16"
             or "float16" the images that survive are attacked once more in float32 (`finish` of the attacks).
@@ -86,7 +97,7 @@ class AutoAttack:
         max_batch: int | None = None,
         progress: bool = False,
         callback: Callback | None = None,
-        complete: bool = False,
+        complete: bool | str = False,
     ) -> None:
         name = "AutoAttack"
         refuse_wrapped(name, model)
@@ -97,11 +108,12 @@ class AutoAttack:
             raise ValueError(
                 message(name, "attacks_to_run", "given with version 'custom', and only then", attacks_to_run)
             )
+        if complete not in (False, True, "auto"):
+            raise ValueError(message(name, "complete", "True, False or 'auto'", complete))
+        self.complete = complete
         if complete and version != "fast":
             raise ValueError(message(name, "complete", "False for all versions but 'fast'", complete))
-        self.attacks_to_run = tuple(attacks_to_run or VERSIONS[version])
-        if complete:
-            self.attacks_to_run += tuple(a for a in VERSIONS["standard"] if a not in self.attacks_to_run)
+        self.attacks_to_run = tuple(attacks_to_run or VERSIONS[version]) + (REST if complete is True else ())
         for argument, attacks in (("attacks_to_run", self.attacks_to_run), ("finish", finish)):
             for attack in attacks:
                 check_choice(name, argument, attack, NAMES)
@@ -141,7 +153,8 @@ class AutoAttack:
             return PMA(self.model, steps=self.steps, restarts=restarts, **options)
         if attack == "fab-t":
             return FAB(self.model, steps=self.steps, restarts=restarts, **options)
-        return Square(self.model, queries=self.queries, resc_schedule=False, **options)
+        queries = min(PROBE, self.queries) if attack == "probe" else self.queries
+        return Square(self.model, queries=queries, resc_schedule=False, **options)
 
     def run_standard_evaluation(self, x: Tensor, y: Tensor, bs: int = 250) -> Tensor:
         """Adversarial images of x (N, C, H, W) in [0, 1] with labels y, int64 (N,); where all attacks fail, x itself.
@@ -182,7 +195,17 @@ class AutoAttack:
                 self.accuracy[title] = _share(robust)
                 if self.progress:
                     tqdm.write(f"{name}: robust accuracy after {title}: {self.accuracy[title]:.4f}")
+                if attack == "probe" and self.complete == "auto" and self.in_doubt:
+                    plan += [(further, "float32") for further in REST]
+        if self.version == "fast" and self.complete is False and self.in_doubt:
+            warnings.warn(DOUBTED, RuntimeWarning, stacklevel=3)
         return result
+
+    @property
+    def in_doubt(self) -> bool:
+        """After a run of "fast": whether it may have left images that "standard" fools."""
+        after_pma, after_both, after_probe = (self.accuracy[name] for name in ("pma", "apgd-t", "probe"))
+        return after_pma - after_both > DOUBT or after_probe < after_both
 
     def _title(self, attack: str, precision: str | None) -> str:
         return attack if precision in (None, self.precision) else f"{attack} ({precision})"

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from .._core.files import write_text
 from ..attacks import NORMS, GradientEstimator, Model, frozen
+from ..attacks.autoattack import DOUBT
 from ..doctor import Finding, check_contract, diagnose
 from .judge import full_precision, judged
 from .protocols import Attack
 from .runs import Run
+from .verdict import Verdict
 
 # Checks of the contract that take a few passes, without `mode` and `cost`: evaluate sets the mode and shows the time.
 CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalisation", "zero_gradient")
@@ -131,6 +133,19 @@ def constant_finding(predictions: Tensor, labels: Tensor) -> list[dict[str, Any]
     text += f"{expected:.0%} of the images: the model hardly looks at them."
     numbers = {"share": share, "class": label, "most_frequent": expected}
     return [_finding("constant", "warn", text, numbers)] if share >= CONSTANT and share > expected + 0.2 else []
+
+
+def doubt_finding(attacks: Mapping[str, Verdict | None]) -> list[dict[str, Any]]:
+    """A finding where the protocol fast may have left too many images, by the signs of AutoAttack's "fast"."""
+    left = {name: verdict.mean for name, verdict in attacks.items() if verdict is not None}
+    if left.keys() != {"pma", "apgd_t", "square"}:
+        return []
+    late, probed = left["pma"] - left["apgd_t"], left["apgd_t"] - left["square"]
+    if late <= DOUBT and probed <= 0:
+        return []
+    text = f"APGD-T fooled {late:.2%} of the images after PMA, and a short random search {probed:.2%} after both: this "
+    text += "protocol may have left too many; use 'paper', whose attacks are those of AutoAttack standard."
+    return [_finding("doubt", "warn", text, left)]
 
 
 def _finding(name: str, status: str, reason: str, numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,8 +114,13 @@ PROTOCOLS: dict[str, Protocol] = {
         "Athalye et al., ICML 2018; Dong et al., CVPR 2018: one draw a step, averaged by momentum over 400 steps",
     ),
     "fast": Protocol(
-        {"pma": Entry("PMA", {"steps": 100}), "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 9})},
-        _XIE + " (PMA+)",
+        {
+            "pma": Entry("PMA", {"steps": 100}),
+            "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 9}),
+            # Fools nothing after the others, unless their gradients mislead.
+            "square": Entry("Square", {"queries": 200, "resc_schedule": False}),
+        },
+        _XIE + " (PMA+); Andriushchenko et al., ECCV 2020",
         cascade=True,
     ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .findings import budget_finding, constant_finding
+from .findings import budget_finding, constant_finding, doubt_finding
 from .report import format_table, versions
 from .resubmission import resubmission_curve
 from .runs import Run
@@ -145,6 +145,8 @@ def summarise(
 
     verdicts = [verdict(p, rows) if rows.any() else None for p, rows in zip(predictions[1:], reached, strict=True)]
     counts = {name: int(rows.sum()) for name, rows in zip(attacks, reached, strict=True)}
+    if cascade and settings["protocol"] == "fast":
+        diagnostics = [*diagnostics, *doubt_finding(dict(zip(attacks, verdicts, strict=True)))]
     robust = _pick(predictions, chosen)
     stands = {CLEAN: right[0], "robust": robust == labels[:, None]}
     return Report(
