@@ -1,4 +1,4 @@
-// What is not a tensor op: how this build was made, and which SIMD level the CPU kernels run at.
+// Everything except tensor ops: information on this build, and the SIMD level of the CPU kernels.
 
 #include <pybind11/pybind11.h>
 

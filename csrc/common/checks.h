@@ -1,5 +1,5 @@
 #pragma once
-// The checks of atop_fast/_core/checks.py that memory safety rests on, in the same words.
+// Those checks of atop_fast/_core/checks.py on which memory safety depends, with the same messages.
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -25,7 +25,7 @@ std::string text(const Parts&... parts) {
   throw std::runtime_error(text(function, ": ", argument, " must be ", expected, ", got ", given));
 }
 
-// A macro, because the texts must not be made unless they are needed: they would cost more than a small op.
+// A macro, so that the texts are built only on failure: building them takes longer than a small op.
 #define ATOP_CHECK(met, function, argument, expected, given)               \
   do {                                                                     \
     if (!(met)) ::atop::fail((function), (argument), (expected), (given)); \

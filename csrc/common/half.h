@@ -1,6 +1,6 @@
 #pragma once
-// The 16-bit storage types, without torch headers. `load` widens to the type that the formulas compute in, `store`
-// rounds to nearest even. On the CPU both are integer arithmetic that the compiler turns into SIMD on every target.
+// The 16-bit storage types, without torch headers. `load` widens to the type in which the formulas compute, `store`
+// rounds to nearest even. On the CPU, both are integer arithmetic that the compiler vectorizes on every target.
 
 #include <cstdint>
 
@@ -38,7 +38,7 @@ ATOP_HD float load(Half v) {
   const uint32_t w = uint32_t(v.bits) << 16;
   const uint32_t sign = w & 0x80000000u;
   const uint32_t magnitude = w + w;
-  // Move exponent and mantissa into place, then correct the exponent's bias by a product; infinity and NaN come out.
+  // Move exponent and mantissa into place, then correct the exponent bias by a product; preserves infinity and NaN.
   const float normal = math::from_bits<float>((magnitude >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
   const float subnormal = math::from_bits<float>((magnitude >> 17) | (126u << 23)) - 0.5f;
   return math::from_bits<float>(sign | math::to_bits(magnitude < (1u << 27) ? subnormal : normal));
@@ -65,7 +65,7 @@ ATOP_HD void store(float v, Half* p) {
   const uint32_t w = math::to_bits(v);
   const uint32_t sign = w & 0x80000000u;
   const uint32_t shifted = w + w;
-  // Overflow to infinity first, then let a float addition round at the bit where half's mantissa ends.
+  // Overflow to infinity first, then round by a float addition at the last bit of half's mantissa.
   const float base = (math::from_bits<float>(w & 0x7FFFFFFFu) * 0x1.0p+112f) * 0x1.0p-110f;
   const uint32_t exponent = shifted & 0xFF000000u;
   const uint32_t bias = exponent < 0x71000000u ? 0x71000000u : exponent;
@@ -75,7 +75,7 @@ ATOP_HD void store(float v, Half* p) {
 #endif
 }
 
-// The type in which values of a storage type are computed.
+// The type in which computations with a storage type are done.
 template <typename T>
 struct Compute {
   using type = float;

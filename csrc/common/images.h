@@ -1,5 +1,5 @@
 #pragma once
-// Images in blocks, as corrupt and assemble receive them.
+// Images in blocks, as received by corrupt and assemble.
 
 #include <array>
 
@@ -19,7 +19,7 @@ inline void check_float_images(const char* function, const char* argument, const
   ATOP_CHECK(t.dim() == 4, function, argument, "images of shape (B, C, H, W)", shape_text(t));
 }
 
-// Of the ops that have kernels for float32 on CPUs alone.
+// The check for ops that only have float32 kernels for CPUs.
 inline void check_floats(const char* function, const char* argument, const Tensor& t) {
   ATOP_CHECK(t.scalar_type() == ScalarType::Float, function, argument, "a float32 tensor", dtype_text(t.scalar_type()));
   ATOP_CHECK(t.is_cpu(), function, argument, "on the CPU", device_text(t));
@@ -63,7 +63,7 @@ inline Tensor empty_images(const Tensor& like, int64_t batch, int64_t channels, 
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// `t` with planes as `channels_last` says and without gaps; the copy, if one is needed, is made by torch.
+// `t` as a dense tensor, channels_last or contiguous; torch makes the copy if one is needed.
 inline Tensor dense_images(const Tensor& t, bool channels_last) {
   if (channels_last || t.is_contiguous()) return t;
   return in_layout_of(t, empty(t.sizes(), t, false));

@@ -1,5 +1,5 @@
 #pragma once
-// The key of sample-keyed randomness, as ops receive it.
+// The key of sample-keyed randomness, as received by ops.
 
 #include "common/launchers.h"
 #include "common/tensors.h"
@@ -25,7 +25,7 @@ inline int64_t per_sample_stride(const Tensor& t) {
   return t.dim() == 0 ? 0 : t.stride(0);
 }
 
-// Checks the key and returns where it lies.
+// Checks the key and returns pointers to it.
 inline Key checked_key(const char* function, const Tensor& seed, const Tensor& sample_ids, const Tensor& draws) {
   ATOP_CHECK(sample_ids.scalar_type() == ScalarType::Long, function, "sample_ids", "an int64 tensor",
              dtype_text(sample_ids.scalar_type()));

@@ -1,7 +1,7 @@
 #pragma once
-// What csrc/ops (host side) calls. csrc/cpu defines these functions for the CPU library and csrc/cuda for the CUDA
-// library, with the same signatures: each library links one of them. Sizes are positive. `stream` is a cudaStream_t,
-// and null on the CPU. They return null, or what went wrong.
+// The functions that csrc/ops (host side) calls. csrc/cpu defines them for the CPU library and csrc/cuda for the CUDA
+// library, with the same signatures: each library links one of them. Sizes are positive. `stream` is a cudaStream_t, or
+// null on the CPU. They return null or an error message.
 
 #include <cstdint>
 
@@ -11,7 +11,7 @@
 
 namespace atop {
 
-// A number for all samples, or one for each in device memory, so that a captured graph can be replayed with others.
+// One number for all samples, or one per sample in device memory, so that a captured graph can replay with new values.
 template <typename T>
 struct PerSample {
   const T* values;  // [batch], or [1] with stride 0, or null
@@ -21,24 +21,24 @@ struct PerSample {
   ATOP_HD T operator[](int64_t sample) const { return values ? values[sample * stride] : number; }
 };
 
-// What the projected steps of attacks read and write. Where no number is a sample's own and there are no norms, all
-// samples may count as one.
+// Inputs and outputs of the projected steps of attacks. Without per-sample numbers and norms, all samples may be
+// treated as one.
 template <typename T>
 struct StepArguments {
   const T* x;       // [batch, inner]
-  const T* grad;    // [draws, batch, inner], the samples without gaps
+  const T* grad;    // [draws, batch, inner], with dense samples
   const T* x0;      // [batch, inner]
-  const T* x_prev;  // [batch, inner]; x where the op has none
+  const T* x_prev;  // [batch, inner]; x if the op has none
   T* out;           // [batch, inner], may be x
-  T* partials;      // [norms + 1, batch, step_parts(inner)], or null if that is 1
-  T* total;         // [batch, inner] where there are partials and draws > 1, or null
+  T* partials;      // [norms + 1, batch, step_parts(inner)], or null if step_parts is 1
+  T* total;         // [batch, inner] if there are partials and draws > 1, or null
   int64_t draws, draw_stride, batch, inner;
   PerSample<T> alpha, eps, momentum;
 
   ATOP_HD math::StepNumbers<T> numbers(int64_t sample) const { return {alpha[sample], eps[sample], momentum[sample]}; }
 };
 
-// Into how many parts a sample is divided while its norms are computed.
+// The number of parts into which a sample is divided to compute its norms.
 int64_t step_parts(int64_t inner);
 
 template <typename T>
@@ -57,7 +57,7 @@ struct Gates {
   int activation;  // of math/gated.h
 };
 
-// How many partial sums of the gradients there are for each of the 2 * channels biases; of the sizes alone.
+// The number of partial sums of the gradient for each of the 2 * channels biases; depends only on the sizes.
 int64_t gated_parts(const Gates& size);
 
 // y = a(f) sigmoid(g), f and g the halves of h plus the bias.                             docs/math.md#gated
@@ -76,7 +76,7 @@ const char* launch_gated_bwd(const T* dy,                            // [batch, 
                              typename Compute<T>::type* db,          // [2 * channels] or null
                              Gates size, void* stream);
 
-// Where the key of the randomness lies: in device memory, so that a captured graph can be replayed with another one.
+// Pointers to the key of the randomness, in device memory, so that a captured graph can replay with another key.
 struct Key {
   const int64_t* seed;        // [1]
   const int64_t* sample_ids;  // [batch]
@@ -93,15 +93,15 @@ struct Key {
 const char* launch_random_normal(Key key, float* y,  // [batch, count]
                                  int64_t batch, int64_t count, uint32_t tag, void* stream);
 
-// Which copy masks which block, `copies` for none: the first `masked` blocks in the order of their random words.
+// The copy that masks each block, or `copies` for none: masks the first `masked` blocks in the order of random words.
 const char* launch_mask_blocks(Key key,
                                const int64_t* masked,  // [batch], or [1] with stride 0
                                int64_t masked_stride,
                                uint8_t* owners,  // [batch, blocks]
                                int64_t batch, int64_t blocks, int copies, void* stream);
 
-// Images, their copies and their blocks. Planes are [channels, height, width], or [height, width, channels] if
-// channels_last; elements are numbered in the first order either way.
+// Images, their copies and their blocks. The layout is [channels, height, width], or [height, width, channels] if
+// channels_last; elements are numbered in the first order in either case.
 struct Images {
   int64_t batch, channels, height, width;  // after resizing
   int64_t patch;
@@ -110,11 +110,11 @@ struct Images {
 
   ATOP_HD int64_t pixels() const { return height * width; }
   ATOP_HD int64_t blocks() const { return (height / patch) * (width / patch); }
-  // Bytes of a plane's bits.
+  // The number of bytes for one bit per pixel of a plane.
   ATOP_HD int64_t packed() const { return (pixels() + 7) / 8; }
 };
 
-// The noisy, masked purifier input and where the gradient passes; either output may be null.   docs/math.md#corrupt
+// The noisy, masked purifier input and the bit mask of the gradient; either may be null.       docs/math.md#corrupt
 template <typename In, typename Out>
 const char* launch_corrupt(const In* x,            // [batch, channels, x_height, x_width]
                            const uint8_t* owners,  // [batch, blocks]
@@ -132,7 +132,7 @@ const char* launch_corrupt_bwd(const Dy* dy,           // [batch, copies, channe
                                Dx* dx,  // [batch, channels, height, width]
                                void* stream);
 
-// Every block from the copy that masked it, 0 where none did.                             docs/math.md#assemble
+// Every block from the copy that masked it, 0 if none did.                                docs/math.md#assemble
 template <typename T>
 const char* launch_assemble(const T* copies,        // [batch, copies, channels, height, width]
                             const uint8_t* owners,  // [batch, blocks]
@@ -147,12 +147,12 @@ const char* launch_assemble_bwd(const T* dy,            // [batch, channels, hei
                                 T* dcopies,  // [batch, copies, channels, height, width]
                                 void* stream);
 
-// What an attack maximises, and its gradient; of a label or target that is no class, NaN.  docs/math.md#attack_loss
+// The loss of an attack and its gradient; NaN for a label or target outside the classes.   docs/math.md#attack_loss
 template <typename T>
 const char* launch_attack_loss(const T* logits,         // [batch, classes], fewer than 2**31 classes
                                const int64_t* labels,   // [batch]
                                const int64_t* targets,  // [batch] or null
-                               int kind,                // of math/attack_loss.h, with as many classes as it needs
+                               int kind,                // see math/attack_loss.h, which gives the minimum of classes
                                typename Compute<T>::type* losses,    // [batch]
                                typename Compute<T>::type* gradient,  // [batch, classes]
                                bool* correct,                        // [batch]
@@ -163,7 +163,7 @@ template <typename C>
 struct Taps {
   const int64_t* start;  // [groups, rows]
   const C* weight;       // [groups, rows, count]
-  int64_t group_stride;  // rows between the matrices of two samples: `rows`, or 0 if all share one
+  int64_t group_stride;  // rows between the matrices of two samples: `rows`, or 0 for a shared matrix
   int64_t rows, count;
 };
 
@@ -175,20 +175,20 @@ const char* launch_resample(const T* x,  // [batch, channels, height, width]
                             int64_t batch, int64_t channels, int64_t height, int64_t width, bool channels_last,
                             void* stream);
 
-// Outputs whose prepared weights lie side by side.
+// The number of outputs whose prepared weights are adjacent in memory.
 constexpr int64_t kConvPanel = 16;
 
 struct Conv3x3 {
   int64_t batch, channels, outputs, height, width;
-  int64_t dilation;  // and the padding
+  int64_t dilation;  // also the padding
 };
 
-// What goes into a convolution and out of it besides; null where there is none.
+// Optional inputs that are fused into a convolution; null if absent.
 struct ConvFusion {
-  const float* mask;      // like x, which is 0 where this is not positive
+  const float* mask;      // like x; where it is not positive, x counts as 0
   const float* bias;      // [outputs]
-  const float* residual;  // like y, and added to it
-  bool relu;              // of the sum
+  const float* residual;  // like y, added to y
+  bool relu;              // applied to the sum
 };
 
 // The convolution with 3x3 weights, on the CPU only.                                      docs/math.md#conv3x3
@@ -211,8 +211,8 @@ const char* launch_conv3x3_bwd_weight(const float* dy,  // [batch, height, width
                                       float* dw,  // [outputs, channels, 3, 3]
                                       void* stream);
 
-// A convolution with square strides and padding; or, transposed, the gradient of one, of which x is the gradient of the
-// outputs and y that of the images.
+// A convolution with equal strides and paddings on both axes; or, if transposed, its gradient: x is then the gradient
+// in the outputs, and y the gradient in the images.
 struct StridedConv {
   int64_t batch, channels, outputs;
   int64_t height, width, y_height, y_width;
@@ -220,7 +220,7 @@ struct StridedConv {
   bool transposed, channels_last, y_channels_last;
 };
 
-// How many numbers its prepared weights have.
+// The number of elements of its prepared weights.
 int64_t frozen_conv_weights(const StridedConv& size);
 
 // On the CPU only.                                                                        docs/math.md#frozen_conv
@@ -228,12 +228,12 @@ const char* launch_frozen_conv(const float* x,
                                const float* prepared,  // see atop_fast/ops/frozen_conv.py
                                ConvFusion fusion, StridedConv size, float* y, void* stream);
 
-// The features of contextual_attention, (batch, channels, 2 rows, 2 columns), with one place for every second pixel.
+// The features of contextual_attention, (batch, channels, 2 rows, 2 columns), with one position per 2x2 pixels.
 struct Attention {
   int64_t batch, channels, rows, columns;
 };
 
-// Where the elements of features lie; strides in the order of batch, channel, row, column.
+// A pointer to features with their strides, in the order batch, channel, row, column.
 template <typename T>
 struct Strided {
   T* first;

@@ -7,10 +7,10 @@
 
 namespace atop {
 
-// As in ATen: below this many elements a second thread costs more than it saves.
+// The same as in ATen: with fewer elements, a second thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
-// The grain for items of `products` multiply-adds each; a core does about 16 of these in the time of one element.
+// The grain size for items of `products` multiply-adds each; a core does about 16 of these per element.
 inline int64_t grain_of_products(int64_t products) {
   return std::max<int64_t>(1, 16 * kGrain / std::max<int64_t>(1, products));
 }
@@ -20,8 +20,8 @@ void parallel_for(int64_t n, const Body& body) {
   torch::stable::parallel_for(0, n, kGrain, body);
 }
 
-// Calls body(row, first, count) on the pieces of rows that make up [0, rows * inner), whatever the shape, so that
-// few long rows and many short ones spread equally over the threads.
+// Calls body(row, first, count) on pieces of rows that cover [0, rows * inner), so that both few long rows and many
+// short rows are distributed evenly over the threads.
 template <typename Body>
 void parallel_for_rows(int64_t rows, int64_t inner, const Body& body) {
   parallel_for(rows * inner, [&](int64_t begin, int64_t end) {

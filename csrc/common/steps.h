@@ -11,12 +11,12 @@
 
 namespace atop {
 
-// A number, or a tensor of them in its place.
+// A number, or a tensor that replaces it.
 struct StepNumber {
   const char* name;
   double number;
   const std::optional<Tensor>& values;
-  double low;  // of the number; what a tensor holds is not read
+  double low;  // lower bound of the number; values of a tensor are not checked
 };
 
 struct StepNumbers {
@@ -24,14 +24,14 @@ struct StepNumbers {
 };
 
 struct StepTensors {
-  Tensor x, grad, x0, x_prev;  // x_prev is x where the op has none
+  Tensor x, grad, x0, x_prev;  // x_prev is x if the op has none
 };
 
 inline int64_t samples_of(const Tensor& x) {
   return x.dim() ? x.size(0) : 1;
 }
 
-// `grad` is like x, or has draws in front of x's dimensions.
+// `grad` is like x, or has a leading dimension of draws.
 inline bool has_draws(const Tensor& x, const Tensor& grad) {
   return grad.dim() == x.dim() + 1;
 }
@@ -70,7 +70,7 @@ PerSample<T> per_sample(const StepNumber& n) {
   return {input<T>(*n.values), per_sample_stride(*n.values), T(0)};
 }
 
-// All tensors have the layout of `out`, contiguous or channels_last: a sample's elements lie together.
+// All tensors have the layout of `out`, contiguous or channels_last, so that samples are dense.
 template <typename Launch>
 void launch_dense(const char* function, const StepTensors& t, const StepNumbers& numbers, int norms, const Tensor& out,
                   const Launch& launch) {
@@ -134,7 +134,7 @@ Tensor step(const char* function, const StepTensors& t, const StepNumbers& numbe
   return out;
 }
 
-// Whether the bytes between the first and the last element of `a` and `b` meet.
+// Whether the memory ranges of `a` and `b`, from the first to the last element, overlap.
 inline bool may_overlap(const Tensor& a, const Tensor& b) {
   const auto end = [](const Tensor& t) {
     int64_t last = 0;

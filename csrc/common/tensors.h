@@ -1,5 +1,5 @@
 #pragma once
-// What the host side of every op needs from torch, within its stable ABI.
+// Torch utilities for the host side of all ops, within the stable ABI.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,7 +28,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// `t`, or a copy of it with the strides of `model`, which has its shape and leaves no gaps.
+// `t`, or a copy of it with the strides of `model`, a dense tensor of the same shape.
 inline Tensor in_layout_of(const Tensor& t, const Tensor& model) {
   if (t.numel() == 0 || same_layout(t, model)) return t;
   Tensor copy = torch::stable::empty_like(model);
@@ -52,8 +52,8 @@ inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// Contiguous, on the device of `like`. torch::stable::empty looks aten::empty up by name, which takes longer than a
-// small op.
+// A contiguous tensor on the device of `like`. torch::stable::empty would look up aten::empty by name, which takes
+// longer than a small op.
 inline Tensor empty_contiguous(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype, const Tensor& like) {
   int64_t strides[4], step = 1;
   for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(1, sizes[i])) strides[i] = step;
@@ -79,7 +79,7 @@ void run_on_device_of([[maybe_unused]] const Tensor& t, const char* function, co
   if (const char* error = launch(stream)) throw std::runtime_error(text(function, ": ", error));
 }
 
-// Calls body with a null pointer of the storage type that belongs to `dtype`.
+// Calls body with a null pointer to the storage type of `dtype`.
 template <typename Body>
 void with_float_type(ScalarType dtype, const Body& body) {
   if (dtype == ScalarType::Float) return body(static_cast<float*>(nullptr));
@@ -94,7 +94,7 @@ void with_float_or_half_type(ScalarType dtype, const Body& body) {
   with_float_type(dtype, body);
 }
 
-// As above, for the types that are computed in float32.
+// The same for the types whose computations use float32.
 template <typename Body>
 void with_output_type(ScalarType dtype, const Body& body) {
   if (dtype == ScalarType::Float) return body(static_cast<float*>(nullptr));

@@ -3,7 +3,8 @@
 namespace atop {
 namespace {
 
-// Runs of pixels of one row that one copy owns: blocks are copied whole, `body(copy, pixel, pixels)`.
+// Calls body(copy, pixel, pixels) on runs of pixels in a row that belong to one copy, so that they are copied as a
+// whole.
 template <typename Body>
 void for_each_run(const uint8_t* owners, const Images& im, int64_t row, const Body& body) {
   const int64_t columns = im.width / im.patch;
@@ -25,8 +26,8 @@ void for_each_row(const Images& im, const Body& body) {
   });
 }
 
-// The pieces of a run of pixels: one of all channels in channels_last, one a channel otherwise; body(offset, elements)
-// with the offset within the image.
+// Calls body(offset, elements) on the pieces of a run of pixels, with the offset within the image: one piece with all
+// channels in channels_last, otherwise one per channel.
 template <typename Body>
 void for_each_piece(const Images& im, int64_t pixel, int64_t pixels, const Body& body) {
   if (im.channels_last) return body(pixel * im.channels, pixels * im.channels);

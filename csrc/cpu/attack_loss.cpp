@@ -10,10 +10,10 @@
 namespace atop {
 namespace {
 
-// Loops run over so many numbers at a time, so that the compiler needs no remainders and sums have one order.
+// The number of lanes of a loop: fixed, so that there are no remainder loops and sums have a fixed order.
 constexpr int64_t kLanes = 16;
 
-// Whether torch.argmax of the logits is y: NaN counts as the greatest, and the first of equals wins.
+// Whether torch.argmax of the logits is y: NaN counts as the largest value, and the first of a tie wins.
 template <typename T>
 ATOP_HD bool is_argmax(const T* z, int64_t classes, int64_t y) {
   int beaten = 0;
@@ -58,7 +58,7 @@ ATOP_HD C sum(C* lanes) {
   return lanes[0];
 }
 
-// Floats are ordered as their bits are, flipped below 0: of integers the compiler makes maxima in SIMD.
+// Floats are ordered like their bits, flipped if negative; the compiler vectorizes maxima of integers.
 ATOP_HD int32_t ordered(int32_t bits) {
   return bits ^ ((bits >> 31) & INT32_MAX);
 }
@@ -70,7 +70,7 @@ ATOP_HD int64_t ordered(int64_t bits) {
 template <typename C>
 using Order = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
 
-// The greatest logit, also if it is NaN.
+// The largest logit, where NaN counts as the largest value.
 template <typename T, typename C = typename Compute<T>::type>
 ATOP_HD C greatest_of(const T* z, int64_t n) {
   using I = Order<C>;
@@ -87,7 +87,7 @@ ATOP_HD C greatest_of(const T* z, int64_t n) {
   return math::from_bits<C>(static_cast<math::Bits<C>>(ordered(lanes[0])));
 }
 
-// e = exp(z - greatest), added to `total`, of whole lanes.
+// e = exp(z - greatest) over whole lanes, accumulated into `total`.
 template <typename T, typename C>
 ATOP_HD void exponentials(const T* __restrict__ z, int64_t n, C greatest, C* __restrict__ e, C* __restrict__ total) {
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -99,7 +99,7 @@ ATOP_HD void exponentials(const T* __restrict__ z, int64_t n, C greatest, C* __r
   }
 }
 
-// A part of the batch: where its first row lies.
+// Pointers to the first row of a part of the batch.
 template <typename T>
 struct Rows {
   using C = typename Compute<T>::type;
@@ -118,7 +118,7 @@ struct Rows {
   }
 };
 
-// One sample after the other, the classes in the lanes.
+// One sample at a time, with classes in the lanes.
 template <typename T, typename C>
 ATOP_CLONES void cross_entropy_by_class(Rows<T> rows) {
   const int64_t whole = rows.classes / kLanes * kLanes, rest = rows.classes - whole;
@@ -133,7 +133,7 @@ ATOP_CLONES void cross_entropy_by_class(Rows<T> rows) {
     const C greatest = greatest_of(z, rows.classes), z_y = load(z[y]);
     C total[kLanes], tail[kLanes], own[kLanes];
     fill(total, kLanes, C(0));
-    // The lanes of the label, and those beyond the last class, count for 0.
+    // The lane of the label and the lanes beyond the last class count as 0.
     fill(tail, kLanes, C(-INFINITY));
     widen(z + whole, tail, rest);
     widen(mine < whole ? z + mine : z, own, kLanes);
@@ -155,7 +155,7 @@ ATOP_CLONES void cross_entropy_by_class(Rows<T> rows) {
   }
 }
 
-// Samples side by side in the lanes, piece by piece of the classes.
+// Samples in the lanes, with classes in pieces.
 template <typename T, typename C>
 struct Tile {
   static constexpr int64_t kPiece = 64;
@@ -169,7 +169,7 @@ struct Tile {
   }
 };
 
-// Labels or targets of a tile; of a class that does not exist, 0.
+// Labels or targets of a tile, with 0 for a class that does not exist.
 struct Classes {
   int32_t index[kLanes];
   bool broken[kLanes];
@@ -221,14 +221,14 @@ ATOP_CLONES void cross_entropy_by_sample(Rows<T> rows) {
   }
 }
 
-// The greatest logits of the samples in the lanes.
+// The largest logits of the samples in the lanes.
 template <typename C, int N>
 struct Lanes {
   C value[N][kLanes];
   int32_t index[N][kLanes];
   C odd[kLanes];  // NaN if a logit is NaN or infinite, else 0
 
-  // Slots that are never filled, as with -inf, name a class all the same.
+  // Slots that are never filled, for example if all other logits are -inf, still need a valid class.
   ATOP_HD Lanes() {
     for (int i = 0; i < N; ++i) {
       for (int64_t l = 0; l < kLanes; ++l) value[i][l] = -INFINITY, index[i][l] = i;
@@ -236,7 +236,7 @@ struct Lanes {
     fill(odd, kLanes, C(0));
   }
 
-  // Class k of all samples, after all lower ones: what it exceeds makes room for it.
+  // Insert class k of all samples; all lower classes have been inserted, and smaller logits move down.
   ATOP_HD void insert(const C* z, int32_t k) {
     for (int64_t l = 0; l < kLanes; ++l) odd[l] += z[l] - z[l];
 #pragma GCC unroll 4
@@ -252,7 +252,7 @@ struct Lanes {
   }
 };
 
-// The N greatest logits of each sample of a tile; leaves the last piece of the classes in it.
+// The N largest logits of each sample of a tile, which afterwards holds the last piece of the classes.
 template <typename T, typename C, int N>
 ATOP_HD void rank(Tile<T, C>& tile, Lanes<C, N>& top, const T* logits, int64_t samples, int64_t classes) {
   for (int64_t k = 0; k < classes; k += tile.kPiece) {
@@ -269,7 +269,7 @@ ATOP_HD math::Greatest<C, N> greatest_of_lane(const Lanes<C, N>& top, int64_t l)
   return greatest;
 }
 
-// The outputs for the loss of sample l, apart from NaN among its logits.
+// The outputs for the loss of sample l, except for the effect of NaN among its logits.
 template <typename T, typename C, int N>
 ATOP_HD void judge(const Rows<T>& rows, const Lanes<C, N>& top, int64_t row, int64_t l, int64_t y, C loss) {
   const T* z = rows.logits + row * rows.classes;
@@ -319,7 +319,7 @@ ATOP_CLONES void ranked(Rows<T> rows) {
   }
 }
 
-// pm and its parts: the ranks first, then the exponentials, which the gradient keeps until all of them are added up.
+// pm and its parts: first the ranks, then the exponentials, stored in the gradient until their sum is known.
 template <typename T, typename C>
 ATOP_CLONES void odds(Rows<T> rows, int kind) {
   Tile<T, C> tile;
@@ -335,7 +335,7 @@ ATOP_CLONES void odds(Rows<T> rows, int kind) {
     int32_t other[kLanes] = {};
     for (int64_t l = 0; l < samples; ++l) {
       const auto greatest = greatest_of_lane(top, l);
-      // Slots beside a single logit above -inf may name its class once more.
+      // If only one logit is above -inf, other slots may name its class again.
       int32_t rival = greatest.index[2];
       for (int i = 1; i >= 0; --i) rival = greatest.index[i] == y.index[l] ? rival : greatest.index[i];
       other[l] = rows.targets ? target.index[l] : rival;
@@ -349,7 +349,7 @@ ATOP_CLONES void odds(Rows<T> rows, int kind) {
     for (int64_t k = 0; k < classes; k += tile.kPiece) {
       const int64_t n = std::min(tile.kPiece, classes - k);
       if (classes > tile.kPiece) tile.read(logits, samples, classes, k, n);
-      // Sums of a few terms each, added up in pairs: one of all of them would lose digits.
+      // Pairwise summation of short sums, because a single long sum would lose digits.
       constexpr int64_t kSums = 8;
       C part[kSums][kLanes] = {};
       for (int64_t i = 0; i < n; ++i) {

@@ -13,7 +13,7 @@ namespace atop {
 namespace {
 
 constexpr double kScale = 10, kMinNorm = 1e-4;
-// Rows that are multiplied together, and numbers that are added side by side.
+// The number of rows that are multiplied together, and the number of lanes of a sum.
 constexpr int64_t kBlock = 8 * kRows, kLanes = 16;
 
 template <typename T>
@@ -21,7 +21,7 @@ ATOP_CLONES void scale_by(const T* by, T* __restrict__ row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] *= by[i];
 }
 
-// a = valid softmax(z valid), of whole lanes; z is -infinity beyond the places.
+// a = valid softmax(z valid) over whole lanes; z is -infinity beyond the positions.
 template <typename T>
 ATOP_CLONES void weigh(const T* valid, T* __restrict__ z, int64_t n) {
   T lanes[kLanes];
@@ -61,8 +61,8 @@ ATOP_CLONES void add_products(const T* a, const T* b, T* __restrict__ sum, int64
   for (int64_t i = 0; i < n; ++i) sum[i] += a[i] * b[i];
 }
 
-// The pixels of one parity, and how the places are reached whose patches share one: patch i covers the pixels 2 i - 1
-// to 2 i + 2, so that pixel 2 i is of the patches i and i - 1, and pixel 2 i + 1 of i and i + 1.
+// The pixels of one parity, and the moves between positions whose patches share a pixel: patch i covers pixels 2 i - 1
+// to 2 i + 2, so that pixel 2 i belongs to patches i and i - 1, and pixel 2 i + 1 to i and i + 1.
 struct Parity {
   int64_t row, column;
 
@@ -74,7 +74,7 @@ constexpr Parity kParities[4] = {{0, 0}, {0, 1}, {1, 0}, {1, 1}};
 
 using List = std::vector<int64_t>;
 
-// One sample's attention; T is the type that it is computed in.
+// The attention of one sample; T is the type of the computation.
 template <typename T>
 struct Sample {
   Places places;
@@ -88,7 +88,7 @@ struct Sample {
         channels(size.channels),
         count(places.count()),
         width(padded(places)),
-        // A cache line more: a column of the matrix should not lie in one set of the cache.
+        // One cache line of padding, so that a column of the matrix does not map to a single cache set.
         pitch(width + 16),
         depth(round_up(channels, kPanel)),
         is_valid(nullptr),
@@ -105,11 +105,11 @@ struct Sample {
 
   void use(const bool* flags) {
     is_valid = flags;
-    // Beyond the places the scores are -infinity, which times 0 would be NaN.
+    // Beyond the positions the scores are -infinity, and -infinity times 0 would be NaN.
     for (int64_t i = 0; i < width; ++i) valid.get()[i] = i >= count || flags[i] ? T(1) : T(0);
   }
 
-  // The places whose pixel of this parity has a share in the patch of a valid place.
+  // The positions whose pixel of this parity contributes to the patch of a valid position.
   List shared(Parity parity) const {
     List list;
     for (int64_t place = 0; place < count; ++place) {
@@ -122,7 +122,7 @@ struct Sample {
     return list;
   }
 
-  // Calls body(element of a row for the place and channel, element of the tensor), along what lies side by side.
+  // Calls body(element of a row for position and channel, element of the tensor), along adjacent elements in memory.
   template <typename Rows, typename Pixel, typename Body>
   void over_pixels(Parity parity, Rows* to, Pixel* first, const int64_t* strides, const Body& body) const {
     const int64_t of_c = strides[1], of_i = strides[2], of_j = strides[3];
@@ -159,7 +159,7 @@ struct Sample {
                 [](const T& element, S& pixel) { store(element, &pixel); });
   }
 
-  // Panels of channels of the listed places: what weights are multiplied with.
+  // Panels of channels of the listed positions, as factors for weights.
   void pack_values(const T* from, const List& list) const {
     const int64_t n = static_cast<int64_t>(list.size());
     for (int64_t panel = 0; panel < depth / kPanel; ++panel) {
@@ -169,7 +169,7 @@ struct Sample {
     }
   }
 
-  // Panels of the listed places, for products of their channels.
+  // Panels of the listed positions, for products of their channels.
   void pack_keys(const T* from, const List& list) const {
     const int64_t n = static_cast<int64_t>(list.size());
     for (int64_t first = 0; first < n; first += kPanel) {
@@ -181,7 +181,7 @@ struct Sample {
     }
   }
 
-  // to[p][l] = <rows[p], keys[l]>, 0 for places that are not listed.
+  // to[p][l] = <rows[p], keys[l]>, and 0 for positions that are not listed.
   void compare(const T* queries, const List& list, Pairs<T> to) const {
     const int64_t n = static_cast<int64_t>(list.size()), packed = (n + kPanel - 1) / kPanel;
     over_rows(count, width, [&](int64_t begin, int64_t end) {
@@ -200,7 +200,7 @@ struct Sample {
     });
   }
 
-  // total[p] += sum over the `from` places l of the weights shared by (p, l) times the packed values, for listed p.
+  // total[p] += sum over the `from` positions l of the weights shared by (p, l) times the packed values, for listed p.
   void paste(Pairs<T> weights, Parity parity, const List& to, const List& from, T* total) const {
     const int64_t n = static_cast<int64_t>(from.size());
     over_rows(static_cast<int64_t>(to.size()), width, [&](int64_t begin, int64_t end) {
@@ -219,7 +219,7 @@ struct Sample {
     });
   }
 
-  // The scores, and the weights by which patches are pasted; x are rows of the features at the places.
+  // The scores, and the weights with which patches are pasted; x holds rows of the features at the positions.
   void attend(const T* x, Pairs<T> scores, Pairs<T> scratch, Pairs<T> weights) const {
     pack_keys(x, all);
     compare(x, all, scores);
@@ -243,8 +243,8 @@ struct Sample {
     });
   }
 
-  // The gradient in the weights from that in what was pasted, and then in the scores before they were fused.
-  // 0 is sent to where the weights are 0.
+  // From the gradient in the output to the gradient in the weights, and then in the scores before fusing; it is 0 where
+  // the weights are 0.
   template <typename S>
   void unpaste(Strided<const S> dy, Strided<const S> features, int64_t sample, Pairs<T> products, Pairs<T> to) const {
     over_rows(count, width, [&](int64_t begin, int64_t end) { std::fill(to.row(begin), to.row(end), T(0)); });
@@ -264,7 +264,8 @@ struct Sample {
     }
   }
 
-  // The gradient in the products of pixels, and its transpose added, from that in the scores, which it overwrites.
+  // From the gradient in the scores, which is overwritten, to the gradient in the products of pixels plus its
+  // transpose.
   void compare_bwd(Pairs<T> scores, Pairs<T> dscores, Pairs<T> dproducts) const {
     std::vector<T> diagonal(static_cast<size_t>(width)), inverse(static_cast<size_t>(width));
     over_rows(width / kLanes, kLanes * count, [&](int64_t begin, int64_t end) {
@@ -276,7 +277,7 @@ struct Sample {
     for (int64_t place = 0; place < count; ++place) {
       const T norm = norms.get()[place];
       inverse[place] = 1 / norm;
-      // The norm of a key divides its scores, and its square is on the diagonal of the products.
+      // Scores are divided by the norm of their key, whose square is on the diagonal of the products.
       diagonal[place] = norm > T(kMinNorm) ? -diagonal[place] / (2 * norm * norm) : T(0);
     }
     over_rows(count, width, [&](int64_t begin, int64_t end) {
@@ -318,7 +319,7 @@ struct Sample {
     sum_diagonals(places, Line::kOrderOfRows, scratch, d);
     compare_bwd(scores, d, scratch);
     const Pairs<T> dproducts = scratch, transposed = d;
-    // As values: pasting is linear in them, and its transpose pastes by the transposed weights.
+    // As values: pasting is linear in them, and its transpose is pasting with the transposed weights.
     transpose<T>(places, weights, nullptr, transposed);
     for (Parity parity : kParities) {
       std::fill_n(other_rows.get(), count * depth, T(0));
@@ -340,7 +341,7 @@ struct Sample {
   }
 };
 
-// A sample for each thread, or all threads for one sample after the other where there are more of them.
+// One sample per thread, or all threads on one sample at a time if there are more threads than samples.
 template <typename T, typename Body>
 void over_samples(const bool* valid, Attention size, int64_t matrices, const Body& body) {
   const int64_t products = size.rows * size.columns * size.rows * size.columns * size.channels;

@@ -13,8 +13,8 @@ namespace {
 
 using namespace winograd;
 
-// How many tiles go through the three steps together: the more, the less often weights are read; the fewer, the more
-// of their values stay in the cache. Every thread gets as many groups. Results do not depend on any of it.
+// The number of tiles that go through the three steps together: more tiles read the weights less often, fewer tiles
+// stay in the cache. All threads get the same number of groups. Results do not depend on the grouping.
 int64_t tiles_together(int64_t tiles) {
   constexpr int64_t kMost = 6 * kRows;
   const int64_t threads = torch::stable::get_num_threads();
@@ -28,7 +28,7 @@ struct Convolution {
   int64_t channels, outputs;
   float* y;
   Tiles tiles;
-  // Where pixels outside of the image are read.
+  // Zeros, read in place of pixels outside the image.
   std::vector<float> zeros;
 
   void run(int64_t first, int64_t count, float* v, int64_t v_step, float* m, int64_t m_step) const {
@@ -59,7 +59,7 @@ struct Convolution {
   }
 };
 
-// G g G' of the weights g[3 i + j] of kPanel outputs, to u[6 i + j] at `step` from one another.
+// Writes G g G' for the weights g[3 i + j] of kPanel outputs to u[6 i + j], which are `step` apart.
 ATOP_CLONES void prepare_panel(const double* g, float* __restrict__ u, int64_t step) {
   double columns[6 * 3 * kPanel], points[6];
   for (int64_t j = 0; j < 3; ++j) {
@@ -88,7 +88,7 @@ const char* launch_conv3x3(const float* x, const float* prepared, ConvFusion fus
                                 Tiles(size),
                                 std::vector<float>(static_cast<size_t>(size.channels))};
   const int64_t tiles = convolution.tiles.count(), together = tiles_together(tiles);
-  // The matrices of the points a cache line further apart than they are large: not all in one set of the cache.
+  // One cache line of padding between the matrices of the points, so that they do not map to the same cache set.
   const int64_t v_step = together * round_up(size.channels, kPanel) + kPanel;
   const int64_t m_step = together * kPanels * kPanel + kPanel;
   const int64_t grain = grain_of_products(kPoints * together * size.channels * size.outputs);

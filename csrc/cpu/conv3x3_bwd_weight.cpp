@@ -12,17 +12,17 @@ namespace {
 
 using namespace winograd;
 
-// Tiles are summed in chunks, one after the other, and the sums of the chunks in their order. Chunks and groups must
-// not depend on the number of threads, as sums are rounded. The sums of one chunk take 36 floats for each pair of
-// channels: beyond some 32 MB their traffic outweighs the gain from more threads.
+// Tiles are summed sequentially in chunks, and the sums of the chunks are added in order. Chunks and groups must not
+// depend on the number of threads, because sums are rounded. The sums of one chunk take 36 floats per pair of channels:
+// beyond about 32 MB, their memory traffic outweighs the gain from more threads.
 int64_t chunk_count(int64_t tiles, int64_t channels, int64_t outputs) {
   constexpr int64_t kBytes = int64_t{32} << 20, kLeast = 64;
   const int64_t sums = kPoints * static_cast<int64_t>(sizeof(float)) * channels * outputs;
   return std::min(std::clamp<int64_t>(kBytes / sums, 4, 32), (tiles + kLeast - 1) / kLeast);
 }
 
-// How many tiles of a chunk go through both steps together: the more, the less often its sums are read and written; the
-// fewer, the more of the values stay in the cache.
+// The number of tiles of a chunk that go through both steps together: more tiles read and write the sums less often,
+// fewer tiles stay in the cache.
 int64_t tiles_together(int64_t channels, int64_t outputs) {
   constexpr int64_t kBytes = int64_t{2} << 20;
   const int64_t tile = kPoints * static_cast<int64_t>(sizeof(float)) * (channels + outputs);
@@ -33,13 +33,13 @@ struct WeightGradient {
   const float *dy, *x;
   int64_t channels, outputs;
   Tiles tiles;
-  // Where pixels outside of the image are read.
+  // Zeros, read in place of pixels outside the image.
   std::vector<float> zeros;
 
   int64_t width() const { return round_up(channels, kPanel); }
   int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
 
-  // The sums m[point * m_step] of tiles that go together.
+  // The sums m[point * m_step] of the tiles of a group.
   void run(int64_t first, int64_t count, float* v, int64_t v_step, float* z, int64_t z_step, float* m, int64_t m_step,
            bool add) const {
     for (int64_t t = 0; t < count; ++t) {
@@ -54,7 +54,7 @@ struct WeightGradient {
   }
 };
 
-// dw[o] = G' u G of kPanel outputs, with u from the sum over chunks of u[chunk * chunk_step + (6 i + j) * step + lane].
+// dw[o] = G' u G for kPanel outputs, where u is the sum over chunks of u[chunk * chunk_step + (6 i + j) * step + lane].
 ATOP_CLONES void restore_panel(const float* __restrict__ u, int64_t step, int64_t chunks, int64_t chunk_step,
                                int64_t outputs, float* __restrict__ dw, int64_t dw_step) {
   double rows[6 * 3 * kPanel], points[6 * kPanel], g[9][kPanel];
@@ -95,7 +95,7 @@ const char* launch_conv3x3_bwd_weight(const float* dy, const float* x, Conv3x3 s
   const int64_t wanted = chunk_count(tiles, channels, outputs), length = (tiles + wanted - 1) / wanted;
   const int64_t chunks = (tiles + length - 1) / length;
   const int64_t together = std::min(length, tiles_together(channels, outputs));
-  // As in the convolution, the matrices of the points a cache line further apart than they are large.
+  // As in the convolution, one cache line of padding between the matrices of the points.
   const int64_t v_step = together * gradient.width() + kPanel, z_step = (together * panels + 1) * kPanel;
   const int64_t m_step = (channels * panels + 1) * kPanel, chunk_step = kPoints * m_step;
   const Scratch<float> m(chunks * chunk_step);

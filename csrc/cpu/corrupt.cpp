@@ -38,7 +38,7 @@ ATOP_CLONES void blend(const C* above, const C* below, C weight, C* __restrict__
   for (int64_t i = 0; i < n; ++i) out[i] = math::interpolate(above[i], below[i], weight);
 }
 
-// float64 is for gradient checks: plain loops will do.
+// float64 is only for gradient checks, so plain loops suffice.
 void clip(const double* x, const float* noise, float sigma, const uint8_t* kept, double* t, uint8_t* passes,
           int64_t n) {
   if (passes) memset(passes, 0, static_cast<size_t>((n + 7) / 8));
@@ -54,7 +54,7 @@ void clip(const float* x, const float* noise, float sigma, const uint8_t* kept, 
   simd::corrupt(x, noise, sigma, kept, t, passes, n);
 }
 
-// Images in their working type: as they are, or with every row resized already.
+// Images in the type of the computation, either unchanged or with all rows already resized.
 template <typename In>
 struct Source {
   using C = typename Compute<In>::type;
@@ -62,7 +62,7 @@ struct Source {
   const C* resized_rows;  // [batch, channels, x_height, width], or null
   int64_t x_height, x_width;
 
-  // The pixels [first, first + n) of a plane, as they lie in memory or in `buffer`.
+  // A pointer to the pixels [first, first + n) of a plane, in place or in `buffer`.
   const C* pixels(const Images& im, int64_t sample, int64_t channel, int64_t first, int64_t n, C* buffer) const {
     if (resized_rows) {
       const C* plane = resized_rows + (sample * im.channels + channel) * x_height * im.width;
@@ -87,7 +87,7 @@ struct Source {
   }
 };
 
-// Every row of the images, resized to `width` columns.
+// All rows of the images, resized to `width` columns.
 template <typename In, typename C = typename Compute<In>::type>
 void resize_rows(const In* x, const Images& im, int64_t x_height, int64_t x_width, C* out) {
   std::vector<math::BilinearTap<C>> taps;
@@ -110,13 +110,13 @@ void resize_rows(const In* x, const Images& im, int64_t x_height, int64_t x_widt
 // The random numbers of a strip, channel by channel, in the order of the pixels.
 class Noise {
  public:
-  // Blocks that are masked in the only copy need none. That can be told from a group's first pixel if no group
-  // reaches over two blocks.
+  // Blocks masked in the only copy need no random numbers. A group's first pixel decides, provided that no group spans
+  // two blocks.
   explicit Noise(const Images& im)
       : pixels_(im.pixels()),
         skips_(im.copies == 1 && im.pixels() % 4 == 0 && im.width % 4 == 0 && im.patch % 4 == 0) {}
 
-  // Another strip, with these owners.
+  // Starts another strip, with these owners.
   void start(const int32_t* owners, int64_t n) {
     if (!skips_) return;
     used_ = 0;
@@ -124,7 +124,7 @@ class Noise {
       groups_.offsets[used_] = static_cast<uint32_t>(i);
       used_ += owners[4 * i] != 0;
     }
-    // What fills the last batch goes beyond the strip.
+    // The padding of the last batch writes beyond the strip.
     std::fill_n(groups_.offsets + used_, simd::kBatch, static_cast<uint32_t>(kStrip / 4));
   }
 
@@ -146,7 +146,7 @@ class Noise {
   alignas(64) float numbers_[4 * simd::Groups::kMost] = {};
 };
 
-// What a thread needs for one strip, about 30 KB.
+// The buffers of a thread for one strip, about 30 KB.
 template <typename C, typename Out>
 struct Buffers {
   alignas(64) int32_t owners[kStrip];
@@ -183,7 +183,7 @@ struct Place {
         stride(im.channels_last ? channels : 1),
         around_cache(stream) {}
 
-  // Whether a loop may write its results here at once.
+  // Whether a loop may write its results here directly.
   bool direct() const { return stride == 1 && !around_cache; }
 
   void write(const Out* values, int64_t n) const {
@@ -193,7 +193,7 @@ struct Place {
   }
 };
 
-// One call of the op: what all strips share.
+// One call of the op: the state shared by all strips.
 template <typename In, typename Out>
 struct Call {
   using C = typename Compute<Out>::type;
@@ -222,7 +222,7 @@ struct Call {
   void channel(const math::Stream& stream, float sigma, Buffers<C, Out>& b, int64_t sample, int64_t c, int64_t first,
                int64_t n) const {
     const C* x = source.pixels(im, sample, c, first, n, b.x);
-    // The images arrive while the noise is made.
+    // Prefetch the images while the noise is generated.
     for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(x + i);
     const float* noise = sigma == 0.0f ? b.silence : b.noise.fill(stream, c, first, n);
     uint8_t* bits = passes ? passes + (sample * im.channels + c) * im.packed() + first / 8 : nullptr;
@@ -242,7 +242,7 @@ struct Call {
   }
 };
 
-// total = the gradient of a copy where it was not masked, added to that of the copies before.
+// Adds the gradient of a copy, where it was not masked, to the total of the previous copies.
 template <typename Dy, typename C>
 ATOP_CLONES void add_unmasked(const Dy* dy, int64_t stride, const int32_t* owners, int32_t copy, C* __restrict__ total,
                               int64_t n) {

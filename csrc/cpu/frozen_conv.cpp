@@ -10,15 +10,15 @@
 namespace atop {
 namespace {
 
-// Outputs origin + step * u, u < count, along an axis, of the inputs first + stride * u + k, k < taps: of a convolution
-// all of them, of its gradient those with the same remainder.
+// Along one axis: outputs origin + step * u, u < count, which read inputs first + stride * u + k, k < taps. A
+// convolution has all outputs in one phase, its gradient one phase per remainder.
 struct Axis {
   int64_t origin, step, count, first, stride, taps;
 
   int64_t end(int64_t u) const { return taps ? first + stride * u + taps : first; }
 };
 
-// Of weights k of the gradient, output i takes input (i + padding - k) / stride where that is an integer.
+// The phases of the gradient: with weight k, output i reads input (i + padding - k) / stride if that is an integer.
 std::vector<Axis> axes(int64_t weights, int64_t stride, int64_t padding, int64_t outputs, bool transposed) {
   if (!transposed) return {{0, 1, outputs, -padding, stride, weights}};
   std::vector<Axis> phases;
@@ -30,7 +30,7 @@ std::vector<Axis> axes(int64_t weights, int64_t stride, int64_t padding, int64_t
   return phases;
 }
 
-// All of them as one, whose outputs take the inputs that any of them takes.
+// All phases as one, whose outputs read the union of their inputs.
 Axis together(const std::vector<Axis>& phases) {
   int64_t first = INT64_MAX, end = INT64_MIN;
   for (const Axis& a : phases) {
@@ -45,12 +45,12 @@ int64_t panels_of(int64_t outputs) {
   return (outputs + kPanel - 1) / kPanel;
 }
 
-// to = from, and 0 where `by` is not positive.
+// to = from where `by` is positive, and 0 elsewhere.
 ATOP_CLONES void copy_masked(const float* from, const float* by, int64_t n, float* __restrict__ to) {
   for (int64_t i = 0; i < n; ++i) to[i] = by[i] <= 0 ? 0.0f : from[i];
 }
 
-// The rows of `outputs` sums, `pitch` apart, plus bias and residual, and 0 instead of what is negative, to y.
+// Writes rows of `outputs` sums, which are `pitch` apart, plus bias and residual, after the ReLU if any, to y.
 template <bool kResidual, bool kRelu>
 ATOP_CLONES void finish(const float* sums, int64_t pitch, const float* bias, const float* residual, int64_t count,
                         int64_t outputs, float* __restrict__ y, int64_t y_step) {
@@ -69,8 +69,8 @@ struct FrozenConvolution {
   StridedConv size;
   float* y;
   std::vector<Axis> rows, columns;
-  // Sums of every place of the axes: the outputs, or, where these are few, those of all remainders side by side, most
-  // of whose weights are not 0.
+  // The sums per position: the outputs or, if these are few, the outputs of all remainders side by side, most of whose
+  // weights are not 0.
   int64_t lanes;
   std::vector<float> bias;  // of whole panels
 
@@ -97,7 +97,7 @@ struct FrozenConvolution {
 
   int64_t panels() const { return panels_of(lanes); }
 
-  // The inputs that the outputs u of [begin, end) take, along an axis.
+  // The inputs that outputs u in [begin, end) read, along an axis.
   static int64_t low(const std::vector<Axis>& axis, int64_t begin) {
     int64_t least = INT64_MAX;
     for (const Axis& a : axis) {
@@ -116,7 +116,7 @@ struct FrozenConvolution {
   int64_t left() const { return low(columns, 0); }
   int64_t pitch() const { return (high(columns, columns[0].count) - left()) * size.channels; }
 
-  // Row i of an image with zeros around it.
+  // Row i of an image with zero padding.
   void pad(int64_t image, int64_t i, float* to) const {
     const int64_t channels = size.channels, from = std::max<int64_t>(0, left());
     const int64_t count = std::max<int64_t>(0, std::min(size.width, left() + pitch() / channels) - from);
@@ -138,7 +138,7 @@ struct FrozenConvolution {
     }
   }
 
-  // Row i of the outputs of an image, as far as they are on the axis, from their sums for `outputs` from o on.
+  // Writes row i of the outputs of a phase, for `outputs` channels from o on, from their sums.
   void store(int64_t image, int64_t i, const Axis& axis, int64_t o, int64_t outputs, int64_t pitch,
              const float* sums) const {
     if (!size.y_channels_last) {
@@ -160,7 +160,7 @@ struct FrozenConvolution {
     }
   }
 
-  // The same of sums of all remainders, lanes [o, o + count).
+  // The same for sums of all remainders, lanes [o, o + count).
   void store_all(int64_t image, int64_t u, const Axis& axis, int64_t o, int64_t count, int64_t pitch,
                  const float* sums) const {
     const int64_t plane = size.y_channels_last ? 1 : size.y_height * size.y_width;
@@ -174,7 +174,7 @@ struct FrozenConvolution {
     }
   }
 
-  // The outputs of one phase in the rows u of [begin, end), from padded rows of which the first is input row `top`.
+  // The outputs of one phase in rows u in [begin, end), from padded rows that begin with input row `top`.
   void phase(int64_t image, const Axis& row, const Axis& column, int64_t begin, int64_t end, const float* weights,
              const float* padded, int64_t top, float* sums) const {
     const int64_t depth = column.taps * size.channels;
@@ -231,7 +231,7 @@ int64_t frozen_conv_weights(const StridedConv& size) {
 const char* launch_frozen_conv(const float* x, const float* prepared, ConvFusion fusion, StridedConv size, float* y,
                                void*) {
   const FrozenConvolution conv(x, prepared, fusion, size, y);
-  // As many rows at a time as stay in the second-level cache.
+  // Process as many rows at a time as fit into the L2 cache.
   constexpr int64_t kFloats = 32768;
   const int64_t count = conv.rows[0].count, most = std::max<int64_t>(1, kFloats / (conv.pitch() * conv.rows[0].stride));
   const int64_t bands = (count + most - 1) / most, band = (count + bands - 1) / bands;

@@ -12,17 +12,19 @@ namespace {
 
 using gates::kLanes;
 
-// Outputs of a run: its copies, biases and sums stay in the first-level cache.
+// The number of outputs in a run, whose copies, biases and sums fit into the L1 cache.
 constexpr int64_t kRun = 512;
-// Outputs of a part, which has sums of its own: fixed, so that no result depends on the number of threads.
+// The number of outputs in a part, which has separate sums: fixed, so that results do not depend on the number of
+// threads.
 constexpr int64_t kPart = 8192;
 
 int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// h as lines of rows of [f | g]: in channels_last one line, a row being a pixel; in NCHW a line is a channel of an
-// image (without bias, all channels), and a row one number of it. A run is some rows of a line, a part some runs.
+// h as lines of rows of [f | g]. In channels_last there is one line, and each pixel is a row; in NCHW, a line is a
+// channel of an image (without bias, all its channels), and each number is a row. A run consists of rows, a part of
+// runs.
 struct Lines {
   bool channels_last;
   int64_t count, rows, width;          // a row is f of `width` outputs and g of as many
@@ -43,14 +45,14 @@ struct Lines {
       width = row_step = 1;
       gap = size.channels * size.pixels;
     }
-    // Whole vectors, if possible.
+    // Prefer whole vectors.
     const int64_t even = kLanes / std::gcd(kLanes, width), most = std::max<int64_t>(1, kRun / width);
     run_rows = most >= even ? most / even * even : most;
     part_rows = run_rows * std::max<int64_t>(1, kPart / (run_rows * width));
     parts = divide_up(rows, part_rows);
   }
 
-  // Where f begins in h, and the outputs in y.
+  // The offsets of f in h and of the outputs in y.
   int64_t f(int64_t line, int64_t row) const {
     const int64_t image = line / channels, channel = line - image * channels;
     return image * 2 * gap + channel * rows + row * row_step;
@@ -58,7 +60,7 @@ struct Lines {
   int64_t y(int64_t line, int64_t row) const { return (line * rows + row) * width; }
 };
 
-// `rows` pieces of `width` numbers, `from_step` and `to_step` apart, each moved as pieces of kBytes that may overlap.
+// Copies `rows` rows of `width` numbers, `from_step` and `to_step` apart, each in pieces of kBytes that may overlap.
 template <int kBytes, typename T>
 ATOP_CLONES void move_rows(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t width) {
   const int64_t last = width - kBytes / int64_t(sizeof(T));
@@ -77,7 +79,7 @@ void copy_rows(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t
   move_rows<sizeof(T)>(from, from_step, to, to_step, rows, width);
 }
 
-// What one thread needs for its runs.
+// The buffers of a thread for its runs.
 template <typename T>
 class Worker {
  public:
@@ -107,7 +109,7 @@ class Worker {
 
   void forward(math::Activation a, const T* h, T* y, int64_t rows) { gates::forward(a, inputs(h, rows), y); }
 
-  // Adds the gradients to the two halves of the sums, if there are any.
+  // Adds the gradients to the two halves of the sums, if sums are wanted.
   void backward(math::Activation a, const T* dy, const T* h, T* dh, int64_t rows) {
     T *const df = direct_ ? dh : buffer(2), *const dg = direct_ ? dh + lines_.gap : buffer(3);
     C* const sums_f = sums_.data();
@@ -119,7 +121,7 @@ class Worker {
 
   void clear_sums() { sums_.assign(sums_.size(), C(0)); }
 
-  // The sums of each column of f, or of g if `half` is 1; added over the rows in pairs.
+  // The sums of each column of f, or of g if `half` is 1, by pairwise summation over the rows.
   const C* folded_sums(int half) {
     C* const sums = sums_.data() + half * size_;
     for (int64_t rows = lines_.run_rows; rows > 1;) {
@@ -134,7 +136,7 @@ class Worker {
   gates::Inputs<T> inputs(const T* f, int64_t rows) {
     const C *const bias_f = biases_.data(), *const bias_g = bias_f + size_;
     const T* const g = f + lines_.gap;
-    // In NCHW, the rows make up one long one.
+    // In NCHW, the rows form one long row.
     if (!lines_.channels_last) return {f, g, 1, rows, 0, bias_f, bias_g, 0};
     if (direct_) return {f, g, rows, lines_.width, lines_.row_step, bias_f, bias_g, 1};
     copy_rows(f, lines_.row_step, buffer(0), lines_.width, rows, lines_.width);
@@ -147,7 +149,7 @@ class Worker {
   const Lines& lines_;
   const C* bias_;
   int64_t size_;  // of a buffer of a run
-  bool direct_;   // the numbers of a run lie side by side in h
+  bool direct_;   // the numbers of a run are contiguous in h
   std::vector<C> biases_, sums_;
   std::vector<T> copies_;
 };

@@ -1,6 +1,6 @@
 #pragma once
-// The gate over numbers that lie side by side: csrc/cpu/gates.inc, compiled for three x86-64 levels and chosen by the
-// machine it runs on. All return the same bits.
+// The gate over contiguous numbers: csrc/cpu/gates.inc, compiled for three x86-64 levels, one of which is selected for
+// the machine. All return the same bits.
 
 #include <cstdint>
 
@@ -9,11 +9,11 @@
 
 namespace atop::gates {
 
-// A multiple of the numbers that vectors take at once on every machine.
+// A multiple of the vector length of every machine.
 constexpr int64_t kLanes = 48;
 
-// Rows of f, and of g, `step` apart, and the biases bias_f[i * bias_step] of number i of each row. The biases can be
-// read up to the next multiple of kLanes, of which a bias_step of 0 repeats the first.
+// Rows of f and of g, `step` apart, and biases: bias_f[i * bias_step] belongs to number i of each row. Biases must be
+// readable up to the next multiple of kLanes; a bias_step of 0 repeats the first.
 template <typename T>
 struct Inputs {
   using C = typename Compute<T>::type;
@@ -23,12 +23,12 @@ struct Inputs {
   int64_t bias_step;
 };
 
-// The rows of y leave no gaps.
+// The rows of y are contiguous.
 template <typename T>
 void forward(math::Activation a, const Inputs<T>& in, T* y);
 
-// Rows as of f and g, for df and dg `step` apart. Adds the gradients, before they are rounded, to sums_f and sums_g, of
-// rows without gaps, unless they are null.
+// Rows like f and g; those of df and dg are `step` apart. Adds the gradients, before rounding, to the contiguous rows
+// sums_f and sums_g, unless these are null.
 template <typename T>
 void backward(math::Activation a, const T* dy, const Inputs<T>& in, T* df, T* dg, typename Compute<T>::type* sums_f,
               typename Compute<T>::type* sums_g);

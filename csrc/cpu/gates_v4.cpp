@@ -7,7 +7,7 @@
 #define LEVEL v4
 #define BYTES 64
 #define VECTORS 3
-// gcc would compare and then choose.
+// gcc would emit a comparison and a blend.
 #define ATOP_EITHER(f, a, b)                                                   \
   (sizeof((a)[0]) == 4 ? (decltype((a) + (b)))f##_ps((__m512)(a), (__m512)(b)) \
                        : (decltype((a) + (b)))f##_pd((__m512d)(a), (__m512d)(b)))

@@ -9,11 +9,11 @@
 #include "common/tensors.h"
 #include "cpu/scratch.h"
 
-// The host side stands here, and not in csrc/ops, as the op has no CUDA kernel.
+// The host side is in this file instead of csrc/ops, because the op has no CUDA kernel.
 namespace atop {
 namespace {
 
-// Sums of so many numbers side by side: vectors, whose order does not depend on the machine.
+// The number of lanes of a sum: vectorizable, in an order that does not depend on the machine.
 constexpr int64_t kLanes = 16;
 
 // sum_i weight_i min(l, cap_i), and its slope to the right of l; n is a multiple of kLanes.
@@ -34,8 +34,8 @@ ATOP_CLONES void evaluate(const T* weight, const T* cap, int64_t n, T l, double*
   }
 }
 
-// The l where that is `total`, by Newton's method: as the function is concave, it comes from below and never goes
-// beyond the solution. The largest number where `total` is out of reach.
+// The l at which that sum is `total`, by Newton's method: the function is concave, so the iteration approaches the
+// solution from below and never overshoots. The largest cap if `total` is out of reach.
 template <typename T>
 T level(const T* weight, const T* cap, int64_t n, double total) {
   T l = 0;
@@ -49,14 +49,14 @@ T level(const T* weight, const T* cap, int64_t n, double total) {
   }
 }
 
-// How much the elements of a row count, and how far they can go.
+// The weights and the caps of the elements of a row.
 template <typename T>
 ATOP_CLONES void weigh(const T* x, const T* w, int64_t n, T scale, bool falls, bool l2, T* __restrict__ weight,
                        T* __restrict__ cap) {
   for (int64_t i = 0; i < n; ++i) {
     const bool up = (w[i] > 0) != falls;
     const T size = std::abs(w[i]) / scale, room = w[i] == 0 ? T(0) : up ? 1 - x[i] : x[i];
-    // What contributes nothing would have huge caps.
+    // Elements that contribute nothing would have huge caps.
     const bool counts = size >= T(1e-8);
     weight[i] = !l2 ? size : counts ? size * size : T(0);
     cap[i] = !l2 ? room : counts ? room / size : T(0);

@@ -1,7 +1,6 @@
 #pragma once
-// The x86-64 level of this machine, among the three of ATOP_CLONES, for loops that are compiled once for each in the
-// namespaces v1, v3 and v4, as that attribute cannot choose between intrinsics. Without the attribute there is v1
-// alone.
+// The x86-64 level of this machine, one of the three of ATOP_CLONES, for loops with intrinsics, between which that
+// attribute cannot choose: they are compiled in the namespaces v1, v3 and v4. Without the attribute, only v1 exists.
 
 #include "common/macros.h"
 
@@ -11,7 +10,7 @@
 
 #include <immintrin.h>
 
-// gcc 12 takes the undefined lanes inside of its own intrinsics for a mistake.
+// gcc 12 warns about undefined lanes inside its own intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 namespace atop {

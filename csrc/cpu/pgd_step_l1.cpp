@@ -5,7 +5,7 @@
 #include "common/steps.h"
 #include "cpu/project_l1.h"
 
-// The host side stands here, and not in csrc/ops, as the op has no CUDA kernel.
+// The host side is in this file instead of csrc/ops, because the op has no CUDA kernel.
 namespace atop {
 namespace {
 
@@ -30,7 +30,7 @@ ATOP_CLONES void move(const T* x, const T* g, const T* magnitude, T least, T alp
   for (int64_t i = 0; i < n; ++i) out[i] = x[i] + alpha * (magnitude[i] >= least ? math::sign(g[i]) : T(0));
 }
 
-// The k-th largest of `values`, in `room`.
+// The k-th largest of `values`, using the buffer `room`.
 template <typename T>
 T kth_largest(const std::vector<T>& values, int64_t k, std::vector<T>& room) {
   if (k >= static_cast<int64_t>(values.size())) return T(0);

@@ -1,6 +1,6 @@
 #pragma once
-// Matrices whose rows and columns are the places of a grid, and sums along their diagonals: over pairs of places that
-// are moved together.                                                             docs/math.md#contextual_attention
+// Matrices whose rows and columns are the positions of a grid, and sums along their diagonals: over pairs of positions
+// that are shifted together.                                                       docs/math.md#contextual_attention
 
 #include <algorithm>
 
@@ -9,11 +9,11 @@
 
 namespace atop {
 
-// What comes next: in a row or a column of the grid, where they end nothing; in the order of rows or of columns, one
-// after the other.
+// The next position: within a row or a column of the grid, after whose end there is none; or in row-major or
+// column-major order, where one line follows the other.
 enum class Line { kRow, kColumn, kOrderOfRows, kOrderOfColumns };
 
-// To the next place, or with -1 to the last one.
+// A move to the next position, or with -1 to the previous one.
 struct Move {
   Line line;
   int64_t step;
@@ -26,7 +26,7 @@ ATOP_CLONES void add(const T* from, T* __restrict__ to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] += from[i];
 }
 
-// All but the last column of a grid, as long as the pointers differ by less.
+// Adds all but the last column of a grid; the caller shifts one of the pointers by a column.
 template <typename T>
 ATOP_CLONES void add_columns(const T* from, T* __restrict__ to, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -39,7 +39,7 @@ struct Places {
 
   int64_t count() const { return rows * columns; }
 
-  // Where `place` moves, or -1 if it leaves the grid.
+  // The position to which `place` moves, or -1 if it leaves the grid.
   int64_t moved(Move move, int64_t place) const {
     const int64_t i = place / columns + move.step, j = place % columns + move.step;
     const bool has_row = i >= 0 && i < rows, has_column = j >= 0 && j < columns;
@@ -57,7 +57,7 @@ struct Places {
     return !has_column ? -1 : move.step > 0 ? j : (rows - 1) * columns + j;
   }
 
-  // to[place] += from[moved(place)] for all places.
+  // to[place] += from[moved(place)] for all positions.
   template <typename T>
   void add_moved(Move move, const T* from, T* to) const {
     const bool forward = move.step > 0;
@@ -65,12 +65,12 @@ struct Places {
     const int64_t step = move.line == Line::kOrderOfRows ? 1 : columns, last = count() - columns;
     add(from + forward * step, to + !forward * step, count() - step);
     if (move.line != Line::kOrderOfColumns) return;
-    // Where one column ends, the next begins.
+    // The end of one column is followed by the beginning of the next.
     add(from + (forward ? 1 : last), to + (forward ? last : 1), columns - 1);
   }
 };
 
-// A matrix of places by places. Its rows are padded with what sums may read.
+// A matrix of positions by positions. Its rows are padded, because sums may read beyond their end.
 template <typename T>
 struct Pairs {
   T* first;
@@ -79,25 +79,25 @@ struct Pairs {
   T* row(int64_t place) const { return first + place * pitch; }
 };
 
-// Elements of a row that are computed: whole vectors.
+// The number of elements of a row that are computed, in whole vectors.
 inline int64_t padded(const Places& places) {
   return (places.count() + 15) / 16 * 16;
 }
 
-// Calls body(begin, end) on pieces of the `rows` of a matrix that is `width` wide.
+// Calls body(begin, end) on ranges of the `rows` of a matrix of the given width.
 template <typename Body>
 void over_rows(int64_t rows, int64_t width, const Body& body) {
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / width), body);
 }
 
-// Adds to row `place` what lies at the moved pairs.
+// Adds the elements at the moved pairs to row `place`.
 template <typename T>
 void add_moved_row(const Places& places, Pairs<T> from, Move move, int64_t place, T* to) {
   const int64_t at = places.moved(move, place);
   if (at >= 0) places.add_moved(move, from.row(at), to);
 }
 
-// to = the sum over the pairs themselves, the next and the last ones; then calls then(place, row).
+// to = the sum over the pairs, the next pairs and the previous pairs; calls then(place, row) after each row.
 template <typename T, typename Then>
 void sum_diagonals(const Places& places, Line line, Pairs<T> from, Pairs<T> to, const Then& then) {
   over_rows(places.count(), padded(places), [&](int64_t begin, int64_t end) {
@@ -115,7 +115,7 @@ void sum_diagonals(const Places& places, Line line, Pairs<T> from, Pairs<T> to) 
   sum_diagonals(places, line, from, to, [](int64_t, T*) {});
 }
 
-// Row `place` of the sum over the pairs themselves and those moved by one of the moves, or by both.
+// Row `place` of the sum over the pairs and the pairs moved by one of the moves or by both.
 template <typename T>
 void sum_of_four(const Places& places, Pairs<T> from, Move down, Move right, int64_t place, T* sum, T* scratch) {
   std::copy_n(from.row(place), padded(places), sum);

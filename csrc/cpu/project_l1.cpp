@@ -4,7 +4,7 @@
 
 #include "common/steps.h"
 
-// The host side stands here, and not in csrc/ops, as the op has no CUDA kernel.
+// The host side is in this file instead of csrc/ops, because the op has no CUDA kernel.
 namespace atop {
 namespace {
 

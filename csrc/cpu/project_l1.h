@@ -10,7 +10,7 @@
 
 namespace atop {
 
-// What is left of the lengths, and how many of them shrink as lambda grows.
+// The sum of the remaining lengths, and the number of elements that shrink as lambda grows.
 struct L1Left {
   double sum, slope;
 };
@@ -56,14 +56,15 @@ ATOP_CLONES void shrink_all(const T* x, const T* x0, T lambda, T* out, int64_t n
   for (int64_t i = 0; i < n; ++i) out[i] = math::project_l1(x[i], x0[i], lambda);
 }
 
-// The smallest lambda for which no more than eps is left. What is left is piecewise linear in lambda and falls:
-// Newton's step is exact on a piece, and every third step halves the bracket, which bounds their number.
+// The smallest lambda for which at most eps remains. The remainder is a decreasing, piecewise linear function of
+// lambda: Newton's step is exact on a piece, and every third step bisects the bracket, which bounds the number of
+// steps.
 template <typename T>
 T l1_threshold(const std::vector<T>& lengths, const std::vector<T>& caps, double eps) {
   const int64_t n = static_cast<int64_t>(lengths.size());
   L1Left left = left_at(lengths.data(), caps.data(), T(0), n);
   if (left.sum <= eps) return T(0);
-  // NaN has no place in an order; it makes the sample NaN.
+  // NaN cannot be ordered; it makes the sample NaN.
   if (!(left.sum > eps)) return std::numeric_limits<T>::quiet_NaN();
   constexpr double kClose = 1 - double(std::numeric_limits<T>::epsilon());
   T at = T(0), low = at, high = *std::max_element(lengths.begin(), lengths.end());
@@ -79,7 +80,7 @@ T l1_threshold(const std::vector<T>& lengths, const std::vector<T>& caps, double
   }
 }
 
-// Room for one sample.
+// Buffers for one sample.
 template <typename T>
 struct L1Buffers {
   std::vector<T> lengths, caps, moved, gradient;
@@ -95,7 +96,7 @@ void project_sample_l1(const T* x, const T* x0, T eps, L1Buffers<T>& buffers, T*
   shrink_all(x, x0, l1_threshold(buffers.lengths, buffers.caps, eps), out, n);
 }
 
-// Calls body(sample, its first element, buffers) for all of them, on all threads.
+// Calls body(sample, its first element, buffers) for all samples, on all threads.
 template <typename T, typename Body>
 const char* for_each_sample_l1(const StepArguments<T>& a, const Body& body) {
   torch::stable::parallel_for(0, a.batch, std::max<int64_t>(1, kGrain / (8 * a.inner)),

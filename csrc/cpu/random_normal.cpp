@@ -16,7 +16,7 @@ const char* launch_random_normal(Key key, float* y, int64_t batch, int64_t count
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / pieces, first = task % pieces * kStrip, n = std::min(kStrip, count - first);
       float* const to = y + sample * count + first;
-      // Whole strips may be written at once; the last one's batch would reach beyond its end.
+      // Whole strips may be written directly; the last batch of the last strip would write beyond the end.
       float* const made = n == kStrip && !stream ? to : numbers;
       simd::fill_normals(key.stream(sample, tag), math::group_of(first), all.offsets, (n + 3) / 4, made);
       if (made != to) copy_out(to, made, n * int64_t(sizeof(float)), stream);
@@ -29,7 +29,7 @@ const char* launch_random_normal(Key key, float* y, int64_t batch, int64_t count
 const char* launch_mask_blocks(Key key, const int64_t* masked, int64_t masked_stride, uint8_t* owners, int64_t batch,
                                int64_t blocks, int copies, void*) {
   torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / (16 * blocks)), [&](int64_t begin, int64_t end) {
-    // A block's word above its position: in this order, equal words rank by position.
+    // The word in the high bits and the position in the low bits, so that ties are broken by position.
     std::vector<uint64_t> order(static_cast<size_t>((blocks + 3) / 4 * 4));
     for (int64_t sample = begin; sample < end; ++sample) {
       const math::Stream stream = key.stream(sample, math::kTagMask);

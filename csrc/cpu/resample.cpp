@@ -8,7 +8,7 @@
 namespace atop {
 namespace {
 
-// The first column of row i; bad taps stay inside of the image.
+// The first column of row i, clamped so that invalid taps stay inside the image.
 template <typename C>
 int64_t first_of(const Taps<C>& taps, int64_t group, int64_t i, int64_t pixels) {
   return std::clamp<int64_t>(taps.start[group + i], 0, pixels - taps.count);
@@ -24,7 +24,7 @@ ATOP_CLONES void narrow(const C* sum, T* __restrict__ y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(sum[i], &y[i]);
 }
 
-// The same for two taps and one channel, without branches. Not one of the clones: gathers are slower than loads.
+// The same for two taps and one channel, without branches. Not cloned for higher levels: gathers are slower than loads.
 template <typename T, typename C>
 void resample_row_2(const T* x, const Taps<C>& taps, int64_t group, int64_t width, C* out) {
   const C* weight = taps.weight + group * 2;
@@ -36,7 +36,7 @@ void resample_row_2(const T* x, const Taps<C>& taps, int64_t group, int64_t widt
   }
 }
 
-// One row of an image by the columns' matrix. With channels_last, every tap takes all channels of a pixel.
+// Applies the column matrix to one row of an image. In channels_last, every tap covers all channels of a pixel.
 template <typename T, typename C>
 void resample_row(const T* x, const Taps<C>& taps, int64_t group, int64_t width, int64_t channels, C* out) {
   if (taps.count == 2 && channels == 1) return resample_row_2(x, taps, group, width, out);
@@ -53,7 +53,7 @@ void resample_row(const T* x, const Taps<C>& taps, int64_t group, int64_t width,
   }
 }
 
-// One axis after the other for one image, or plane of an image: `inner` values a pixel.
+// One axis after the other for an image or a plane of it, with `inner` values per pixel.
 template <typename T>
 struct Plane {
   using C = typename Compute<T>::type;
@@ -61,7 +61,7 @@ struct Plane {
   Taps<C> rows, columns;
   int64_t row_group, column_group, height, width, inner;
 
-  // Fewer rows come out than go in: across the rows first.
+  // If the number of rows shrinks, apply the row matrix first.
   void rows_first(T* y, std::vector<C>& sum, std::vector<C>& line) const {
     for (int64_t i = 0; i < rows.rows; ++i) {
       const C* weight = rows.weight + (row_group + i) * rows.count;
@@ -75,7 +75,7 @@ struct Plane {
     }
   }
 
-  // Rows that several results need are made once: `ring` holds as many as a result has taps.
+  // Rows that several outputs need are computed once: `ring` holds as many rows as an output has taps.
   void columns_first(T* y, std::vector<C>& sum, std::vector<C>& ring, std::vector<int64_t>& held) const {
     const int64_t n = columns.rows * inner;
     std::fill(held.begin(), held.end(), -1);

@@ -10,7 +10,7 @@ constexpr int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
 }
 
-// Memory of cache lines, not initialised.
+// Uninitialized memory, aligned to cache lines.
 template <typename T>
 struct Scratch {
   static constexpr std::align_val_t kLine{64};

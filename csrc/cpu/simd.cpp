@@ -69,7 +69,7 @@ namespace v1 {
 namespace atop::simd {
 namespace {
 
-// The rest of a plane that fills no vector, and everything where there are no levels.
+// The remainder of a plane that does not fill a vector, and everything on machines without these levels.
 void corrupt_rest(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* passes,
                   int64_t begin, int64_t n) {
   for (int64_t i = begin; i < n; ++i) {

@@ -1,6 +1,6 @@
 #pragma once
-// Loops for which the compiler's own SIMD is not enough: csrc/cpu/simd.inc, compiled for three x86-64 levels and once
-// in plain C++, and chosen by the machine it runs on. All return the same bits.
+// Loops for which auto-vectorization is not enough: csrc/cpu/simd.inc, compiled for three x86-64 levels and once in
+// plain C++; one is selected for the machine. All return the same bits.
 
 #include <cstdint>
 
@@ -8,19 +8,19 @@
 
 namespace atop::simd {
 
-// The two functions of random numbers take groups in batches of this many. They read offsets, and write numbers, up to
-// the next multiple of it.
+// The two functions for random numbers process groups in batches of this size: they read offsets and write numbers up
+// to its next multiple.
 constexpr int64_t kBatch = 32;
 
 // out[4 i .. 4 i + 3] = the normal numbers of group first_group + offsets[i].
 void fill_normals(const math::Stream& stream, uint32_t first_group, const uint32_t* offsets, int64_t count, float* out);
 
-// The same numbers to out[4 offsets[i] ...].
+// Writes the same numbers to out[4 offsets[i] ...].
 void spread_normals(const math::Stream& stream, uint32_t first_group, const uint32_t* offsets, int64_t count,
                     float* out);
 
-// t = 2 clip(x + sigma noise, 0, 1) - 1 where the bit of `kept` is set, 0 elsewhere; bit i of `passes`, which may be
-// null, where the gradient passes. Bits of `passes` beyond n in the last byte are 0.
+// t = 2 clip(x + sigma noise, 0, 1) - 1 where the bit of `kept` is set, 0 elsewhere. Bit i of `passes`, which may be
+// null, is set where the gradient passes; bits beyond n in the last byte are 0.
 void corrupt(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* passes,
              int64_t n);
 

@@ -9,7 +9,7 @@
 #include "common/parallel.h"
 #include "cpu/scratch.h"
 
-// The host side stands here, and not in csrc/ops, as the ops have no CUDA kernels.
+// The host side is in this file instead of csrc/ops, because the ops have no CUDA kernels.
 namespace atop {
 namespace {
 
@@ -22,7 +22,7 @@ void check_images(const char* function, const Tensor& x, const Tensor& x0) {
   ATOP_CHECK(fits, function, "x0", "of dtype and shape of x", shape_text(x0));
 }
 
-// So many numbers of the dtype for each sample.
+// Checks for this many numbers of the dtype per sample.
 Tensor checked(const char* function, const char* argument, const Tensor& t, ScalarType dtype, int64_t batch,
                int64_t each) {
   ATOP_CHECK(t.scalar_type() == dtype, function, argument, text("of dtype ", dtype_text(dtype)),
@@ -58,7 +58,7 @@ struct Squares {
   }
 };
 
-// Sums of so many numbers side by side: vectors, whose order does not depend on the machine.
+// The number of lanes of a sum: vectorizable, in an order that does not depend on the machine.
 constexpr int64_t kLanes = 16;
 
 template <typename T>
@@ -68,7 +68,7 @@ double total(const T* lanes) {
   return sum;
 }
 
-// Arrays are n long, rounded up to kLanes by zeros. Powers are squares for L2 and absolute values for L1.
+// Arrays have length n, zero-padded to a multiple of kLanes. Powers are squares for L2 and absolute values for L1.
 template <typename T>
 ATOP_CLONES double powers(const T* delta, int64_t n, bool l2) {
   T sums[kLanes] = {};
@@ -83,7 +83,7 @@ ATOP_CLONES void subtract(const T* x, const T* x0, int64_t n, T* __restrict__ de
   for (int64_t i = 0; i < n; ++i) delta[i] = x[i] - x0[i];
 }
 
-// The sums of powers where the masks are 1.
+// The sums of powers over the elements where the masks are 1.
 template <typename T>
 ATOP_CLONES void masked_powers(const T* delta, const T* inside, const T* either, int64_t n, bool l2, double* result) {
   T here[kLanes] = {}, both[kLanes] = {};
@@ -98,7 +98,7 @@ ATOP_CLONES void masked_powers(const T* delta, const T* inside, const T* either,
   result[1] = total(both);
 }
 
-// delta / divisor + shape * sign inside of the square, 0 in the other one; the sum of powers inside.
+// delta / divisor + shape * sign inside the square, 0 in the other square; returns the sum of powers inside.
 template <typename T>
 ATOP_CLONES double add_bump(const T* shape, const T* inside, const T* either, int64_t n, T divisor, T sign, bool l2,
                             T* __restrict__ delta) {
@@ -138,7 +138,7 @@ struct Bumps : Squares<T> {
 
   T root(double v) const { return static_cast<T>(l2 ? std::sqrt(v) : v); }
 
-  // For every pixel of sample b: the bump, whether it is in the square, and whether in one of both.
+  // For every pixel of sample b: the bump, whether it is in the first square, and whether it is in either square.
   void places(int64_t b, T* shape, T* inside, T* either) const {
     for (int64_t i = 0; i < height; ++i) {
       const int64_t row = std::clamp<int64_t>(i - top[b], 0, side - 1);
@@ -155,7 +155,7 @@ struct Bumps : Squares<T> {
     }
   }
 
-  // `buffers` holds 4 rounded-up planes of zeros and a rounded-up image.
+  // `buffers` holds 4 padded planes of zeros and one padded image.
   void run(int64_t b, T* buffers, int64_t whole) const {
     T *const shape = buffers, *const inside = shape + whole, *const either = inside + whole;
     T *const plane = either + whole, *const delta = plane + whole;
@@ -169,7 +169,7 @@ struct Bumps : Squares<T> {
       masked_powers(plane, inside, either, whole, l2, masked);
       const T sign = this->signs[b * channels + c], divisor = root(masked[0]) + T(1e-12);
       const double size = add_bump(shape, inside, either, whole, divisor, sign, l2, plane), budget = spare + masked[1];
-      // The original's L1 gives every channel the whole; the projection takes back what is too much.
+      // For L1, the original gives every channel the whole budget; the projection removes the excess.
       const T left_over = static_cast<T>(l2 ? std::sqrt(budget) : budget * static_cast<double>(channels));
       scale_inside(inside, pixels(), left_over / (root(size) + T(1e-12)), plane);
       std::copy_n(plane, pixels(), delta + c * pixels());
@@ -179,7 +179,7 @@ struct Bumps : Squares<T> {
   }
 };
 
-// The two ops' common arguments, kept dense; body(images) runs for the dtype.
+// The arguments common to both ops, as dense tensors; calls body(images) for the dtype.
 struct Arguments {
   Tensor x, x0, signs, rows, columns;
   double eps;

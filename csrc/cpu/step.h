@@ -10,11 +10,11 @@
 
 namespace atop {
 
-// Sums of squares are kept in so many numbers, whatever the width of the machine's vectors, and for so many elements:
-// the same bits on all of them, and rounding errors that do not grow with the image.
+// Sums of squares have this many lanes for any vector length of the machine, and cover this many elements: the same
+// bits on all machines, and rounding errors that do not grow with the image.
 constexpr int kLanes = 32;
 constexpr int64_t kRun = 4096;
-// While the draws are summed, a piece of the sum stays in the first-level cache.
+// A piece of the sum of draws stays in the L1 cache while it accumulates.
 constexpr int64_t kPiece = 1024;
 
 template <typename T>
@@ -26,7 +26,7 @@ struct Rows {
 
 template <typename Step, typename T>
 ATOP_CLONES void apply_step(Rows<T> rows, T* out, int64_t n, Step step) {
-  // out may be x: each element is read before it is written, so the loop needs no overlap test.
+  // out may be x: every element is read before it is written, so the loop needs no overlap check.
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) out[i] = step(rows[i]);
 }
@@ -85,7 +85,7 @@ ATOP_CLONES void sum_draws(const T* grad, int64_t draws, int64_t stride, T* __re
   }
 }
 
-// A whole sample, with norms; `buffer` keeps its gradient where that must be computed.
+// A whole sample, with norms; `buffer` holds its gradient if that must be computed.
 template <typename Step, typename T>
 void step_with_norms(const StepArguments<T>& a, int64_t sample, std::vector<T>& buffer) {
   const int64_t begin = sample * a.inner, n = a.inner;
@@ -98,7 +98,7 @@ void step_with_norms(const StepArguments<T>& a, int64_t sample, std::vector<T>& 
     rows.g = buffer.data();
   }
   double squares = sum_of_squares<0>(rows, out, n, step);
-  // A finite sum proves that every element is, so that this costs no pass of its own.
+  // A finite sum proves that every element is finite, which saves a separate pass.
   if (!std::isfinite(static_cast<T>(squares))) {
     buffer.resize(static_cast<size_t>(n));
     make_finite(rows.g, buffer.data(), n);

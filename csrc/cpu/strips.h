@@ -1,5 +1,5 @@
 #pragma once
-// Images in strips of pixels that fit into the first-level cache with everything that is computed of them.
+// Images in strips of pixels, which fit into the L1 cache together with everything computed from them.
 
 #include <algorithm>
 #include <cstring>
@@ -19,7 +19,7 @@ constexpr int64_t kStrip = 1024;
 
 namespace simd {
 
-// The groups of random numbers that a strip needs, relative to its first: all of them, at first.
+// The groups of random numbers that a strip needs, relative to its first; initially all.
 struct Groups {
   static constexpr int64_t kMost = kStrip / 4 + kBatch;
   alignas(64) uint32_t offsets[kMost];
@@ -31,10 +31,10 @@ struct Groups {
 
 }  // namespace simd
 
-// Outputs that do not stay in the cache anyway are written around it: that saves reading them first.
+// Outputs larger than this bypass the cache, in which they would not stay; that avoids reading them first.
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
-// memcpy, past the cache if `stream`.
+// memcpy, bypassing the cache if `stream`.
 inline void copy_out(void* to, const void* from, int64_t bytes, bool stream) {
 #if defined(__SSE2__)
   if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
@@ -49,15 +49,15 @@ inline void copy_out(void* to, const void* from, int64_t bytes, bool stream) {
   memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-// Streamed stores become visible to other threads in order only after this.
+// Orders streaming stores before later stores, as seen by other threads.
 inline void finish_streams() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Calls body(local, sample, first pixel, pixels) for every strip of every sample, on all threads, each with a Local of
-// its own.
+// Calls body(local, sample, first pixel, pixels) for every strip of every sample, on all threads, each with its own
+// Local.
 template <typename Local, typename Body>
 void for_each_strip(const Images& images, const Body& body) {
   const int64_t strips = (images.pixels() + kStrip - 1) / kStrip;
@@ -79,7 +79,7 @@ inline void expand_owners(const uint8_t* blocks, const Images& images, int64_t f
   int64_t row = first / width, column = first - row * width;
   for (int64_t i = 0; i < n;) {
     const int64_t in_row = std::min(width - column, n - i);
-    // Inside of a row of blocks, a pixel has the owner of the pixel above it.
+    // Inside a row of blocks, a pixel has the same owner as the pixel above it.
     if (i >= width && row % patch != 0) {
       memcpy(owners + i, owners + i - width, static_cast<size_t>(in_row) * sizeof(int32_t));
     } else {

@@ -1,5 +1,5 @@
 #pragma once
-// The tiles of Winograd's convolution and where their pixels lie.
+// The tiles of Winograd's convolution, and pointers to their pixels.
 
 #include <algorithm>
 #include <vector>
@@ -9,8 +9,8 @@
 
 namespace atop::winograd {
 
-// The first outputs of all tiles along an axis. A tile has 4 outputs `dilation` apart, from 6 pixels `dilation` apart:
-// pixels with the same remainder are an image of their own.
+// The first outputs of all tiles along an axis. A tile has 4 outputs and 6 input pixels, each `dilation` apart: pixels
+// with the same remainder form a separate image.
 inline std::vector<int64_t> tile_starts(int64_t size, int64_t dilation) {
   std::vector<int64_t> starts;
   for (int64_t first = 0; first < std::min(dilation, size); ++first) {
@@ -27,14 +27,14 @@ struct Tiles {
       : batch(size.batch),
         height(size.height),
         width(size.width),
-        // From there on all neighbours lie outside, and larger numbers could overflow.
+        // From this dilation on, all neighbors lie outside the image, and larger numbers could overflow.
         dilation(std::min(size.dilation, std::max(size.height, size.width))),
         rows(tile_starts(height, dilation)),
         columns(tile_starts(width, dilation)) {}
 
   int64_t count() const { return batch * static_cast<int64_t>(rows.size() * columns.size()); }
 
-  // Where the N x N pixels of a tile lie, its 4x4 outputs or the 6x6 pixels around them that these depend on.
+  // Pointers to the N x N pixels of a tile: its 4x4 outputs, or the 6x6 pixels on which they depend.
   template <int N, typename T>
   void find(int64_t tile, T* images, int64_t channels, T* outside, T** pixels) const {
     constexpr int64_t kShift = N == 6 ? -1 : 0;

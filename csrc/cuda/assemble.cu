@@ -9,17 +9,17 @@
 namespace atop {
 namespace {
 
-// Pixels are moved and never computed with, so only their size matters.
+// Pixels are only copied, so only their size matters.
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
-// V consecutive elements of a sample, which is what a thread works on, and their owners.
+// V consecutive elements of a sample, the work of one thread, and their owners.
 template <int V>
 struct Elements {
   int64_t sample, first, per_sample;
   Owners owner;
 
-  // False if there are none for this thread.
+  // False if this thread has no elements.
   __device__ bool find(const uint8_t* owners, const Images& images) {
     per_sample = images.channels * images.pixels();
     const Split pack = split(thread_index(), per_sample / V);
@@ -34,7 +34,7 @@ struct Elements {
   }
 };
 
-// One load for every run of elements with one owner: mostly one in all.
+// One load per run of elements with the same owner, so usually a single load.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     launch_assemble_kernel(const T* __restrict__ copies, const uint8_t* __restrict__ owners, Images images,
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Whether packs of V elements cross neither the end of a plane nor, in channels_last, that of a sample.
+// Whether no pack of V elements crosses the end of a plane or, in channels_last, the end of a sample.
 template <int V>
 bool in_packs(const Images& images) {
   return (images.channels_last ? images.channels * images.pixels() : images.pixels()) % V == 0;

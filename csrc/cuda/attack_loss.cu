@@ -12,7 +12,7 @@ __device__ __forceinline__ V from_lane(V v, int distance) {
   return __shfl_xor_sync(0xFFFFFFFFu, v, distance);
 }
 
-// One sample of a warp: the greatest of its logits, NaN left out, and the first NaN; all lanes hold the same.
+// One sample per warp: its largest logit without NaN, and its first NaN; all lanes hold the same values.
 template <typename T, int N>
 struct Row {
   using C = typename Compute<T>::type;
@@ -44,11 +44,11 @@ struct Row {
   }
 
   __device__ bool has_nan() const { return first_nan < classes; }
-  // As torch.argmax, for which NaN is the greatest.
+  // Like torch.argmax, for which NaN is the largest value.
   __device__ int32_t argmax() const { return has_nan() ? first_nan : top.index[0]; }
 };
 
-// One warp a sample.
+// One warp per sample.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     launch_cross_entropy_kernel(const T* __restrict__ logits,        // [batch, classes]
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
   correct[sample] = !broken && row.argmax() == y;
 }
 
-// Three blocks a multiprocessor: left to itself, ptxas spills around the calls of divisions.
+// Three blocks per multiprocessor: without the hint, ptxas spills around the calls to division.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3)
     launch_odds_kernel(const T* __restrict__ logits,         // [batch, classes]

@@ -7,10 +7,10 @@
 namespace atop {
 namespace {
 
-// Packed octets, of images as they are or to be resized, and whatever else there is.
+// Packed octets of unchanged or of resized images, and the general case.
 enum class Kind { kPlain, kResized, kAny };
 
-// As launch_corrupt.
+// The same arguments as launch_corrupt.
 template <typename In, typename Out>
 struct Arguments {
   const In* __restrict__ x;
@@ -24,11 +24,11 @@ struct Arguments {
   uint8_t* __restrict__ passes;
 
   __host__ __device__ bool resized() const { return x_height != images.height || x_width != images.width; }
-  // What threads are there for: with y, one more, which writes the ones and the masks.
+  // Threads per octet: one per channel and, with y, one more for the ones and the masks.
   __host__ __device__ int64_t channels() const { return images.channels + (y != nullptr); }
 };
 
-// The pixels of a resized plane, one after the other.
+// The pixels of a resized plane, in sequence.
 template <typename In, typename Out>
 class Resized {
   using C = typename Compute<In>::type;
@@ -44,7 +44,7 @@ class Resized {
     find_lines();
   }
 
-  // First along the lines, then across.
+  // First along lines, then across lines.
   __device__ __forceinline__ C next() {
     const math::BilinearTap<C> tap(column_, a_.x_width, a_.images.width);
     const int64_t first = tap.first * stride_, second = tap.second * stride_;
@@ -71,10 +71,10 @@ class Resized {
   const int64_t stride_;
   uint32_t row_, column_;
   const In *x_, *above_, *below_;
-  C weight_;  // of the line below
+  C weight_;  // weight of the line below
 };
 
-// The noise of eight elements from number `index` on, which if Packed is a multiple of 4.
+// The noise of eight elements from `index` on; if Packed, `index` is a multiple of 4.
 template <bool Packed>
 __device__ __forceinline__ void draw(const math::Stream& stream, int64_t index, float (&noise)[8]) {
   float drawn[12] = {};
@@ -86,7 +86,7 @@ __device__ __forceinline__ void draw(const math::Stream& stream, int64_t index, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) drawn[4 * g + i] = normals.n[i];
   }
-  // By 1 and by 2, so that no element is addressed by a variable.
+  // Shift by 1 and by 2, so that array indices are constants and the array stays in registers.
 #pragma unroll
   for (int step = 1; step < 4; step *= 2) {
 #pragma unroll
@@ -101,7 +101,7 @@ template <Kind kind, bool Packed, typename In, typename Out, typename C>
 __device__ __forceinline__ void noisy(const Arguments<In, Out>& a, const Octet<Packed>& at, C (&v)[8]) {
   if (kind == Kind::kResized || (kind == Kind::kAny && a.resized())) {
     Resized<In, Out> pixels(a, at);
-    // A loop with one interpolation, not eight of them: v moves on by one each time.
+    // A loop with a single interpolation instead of eight copies: v advances by one pixel each time.
 #pragma unroll 1
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -123,7 +123,7 @@ __device__ __forceinline__ void noisy(const Arguments<In, Out>& a, const Octet<P
   for (int i = 0; i < 8; ++i) v[i] = v[i] + C(sigma) * C(noise[i]);
 }
 
-// Channel `channel` of all copies: `octet`, but `masked` where a copy masks.
+// Channel `channel` of all copies: `octet`, or `masked` where a copy masks.
 template <bool Packed, typename In, typename Out>
 __device__ __forceinline__ void write(const Arguments<In, Out>& a, const Octet<Packed>& at, int64_t channel,
                                       const Pack<Out, 8>& octet, Out masked) {
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) launch_corrupt_kernel(Arguments<In, 
   if (!at.exists) return;
   if (at.channel == a.images.channels) return write_ones_and_masks(a, at);
 
-  // With one copy, nothing is seen of what it masks.
+  // With a single copy, masked pixels do not matter.
   bool hidden[8], all_hidden = true;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) launch_corrupt_kernel(Arguments<In, 
   }
 }
 
-// dx = 2 sum of dy over the copies, in their order, where it passes.
+// dx = 2 * the sum of dy over the copies, in order, where the gradient passes.
 template <typename Dy, typename Dx, bool Packed>
 __global__ void __launch_bounds__(kThreads)
     launch_corrupt_bwd_kernel(const Dy* __restrict__ dy, const uint8_t* __restrict__ passes,
@@ -190,9 +190,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channels = images.channels + 2;
   const Dy* copy = dy + at.offset(images, at.sample * images.copies, channels, at.channel);
   Pack<Dx, 8> result = {};
-  // Nothing is read where nothing passes.
+  // Skip the reads where no gradient passes.
   if (bits != 0) {
-    // -0 + t is t for every t, also for -0.
+    // -0 + t equals t for every t, even for -0.
     C total[8] = {-C(0), -C(0), -C(0), -C(0), -C(0), -C(0), -C(0), -C(0)};
 #pragma unroll 1
     for (int n = 0; n < images.copies; ++n, copy += channels * images.pixels()) {

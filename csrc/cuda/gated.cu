@@ -7,15 +7,15 @@
 namespace atop {
 namespace {
 
-// Outputs of a part, which has sums of its own: fixed, so that no result depends on the device.
+// The number of outputs in a part, which has separate sums: fixed, so that results do not depend on the device.
 constexpr int64_t kPart = 16384;
-// At least so many blocks share a multiprocessor: told so, ptxas does not spill registers to fit one more.
+// Minimum blocks per multiprocessor: with this bound, ptxas does not spill registers to fit one more block.
 constexpr int kBlocks = 3;
 
-// h as rows of [lines of f | lines of g], for images in NCHW; a pixel in channels_last is an image of one line. Without
-// bias that serves for NCHW too, with one line of all channels.
+// h as rows of [lines of f | lines of g], for images in NCHW; in channels_last, each pixel is treated as an image of
+// one line. Without bias, an image in NCHW is also a single line with all channels.
 struct Lines {
-  int64_t count, length;  // of all images; in outputs
+  int64_t count, length;  // number in all images; outputs per line
   int64_t per_image, channels;
   bool channels_last;
 
@@ -28,7 +28,7 @@ struct Lines {
   __device__ __forceinline__ int64_t gap() const { return per_image * length; }
 };
 
-// Outputs from `y` on: where f lies, and the number of the first bias.
+// For outputs from `y` on: the offset of f, and the index of the first bias.
 struct Place {
   int64_t f, bias;
 
@@ -59,7 +59,7 @@ struct Pairs {
   __device__ __forceinline__ C g_of(int i) const { return load(g.v[i]) + (bias ? bias[channels + i * step] : C(0)); }
 };
 
-// V divides the length of lines, so that no pack crosses the end of one.
+// V divides the length of lines, so that no pack crosses the end of a line.
 template <template <typename> class A, typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     launch_gated_kernel(const T* __restrict__ h, const typename Compute<T>::type* __restrict__ bias, T* __restrict__ y,
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads)
   store_pack(y + pack * V, result);
 }
 
-// The gradients of V outputs from `y` on, which are stored and handed to `take`.
+// Computes the gradients of V outputs from `y` on, stores them and passes them to `take`.
 template <template <typename> class A, typename T, int V, typename Take>
 __device__ __forceinline__ void differentiate(const T* dy, const T* h, const typename Compute<T>::type* bias, T* dh,
                                               const Lines& lines, int64_t y, const Place& at, const Take& take) {
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kThreads)
   differentiate<A, T, V>(dy, h, bias, dh, lines, pack * V, Place(lines, at.quotient, at.remainder * V), nothing);
 }
 
-// Which outputs a block sums. In channels_last some lines at once, with a thread for each pack of a line, or for as
-// many as it has; in NCHW a part of one line, all of whose outputs have one bias.
+// The outputs that a block sums. In channels_last: several lines at a time, with one thread per pack of a line, as far
+// as there are threads. In NCHW: a part of one line, all of whose outputs have the same bias.
 struct Parts {
-  int64_t lines, columns;  // of a part: its lines, or packs of its line; packs side by side
-  int64_t count, groups;   // parts of all lines, or of one; blocks side by side, or lines
+  int64_t lines, columns;  // in a part: lines, or packs of its line; adjacent packs
+  int64_t count, groups;   // parts in all lines, or in one line; adjacent blocks, or lines
 
   Parts(const Lines& all, int64_t V) {
     const int64_t packs = all.length / V;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t begin = block.remainder * parts.lines;
   const int64_t all = lines.channels_last ? lines.count : lines.length / V;
   const int64_t end = min(all, begin + parts.lines);
-  // In channels_last, where the thread's pack begins.
+  // In channels_last, the beginning of the thread's pack.
   const int64_t first = (block.quotient * columns + column) * V;
   const bool works = row < rows && (!lines.channels_last || first < lines.length);
   C sum_f[V] = {}, sum_g[V] = {};
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// One block a bias.
+// One block per bias.
 template <typename C>
 __global__ void __launch_bounds__(kThreads) launch_gated_db_kernel(const C* __restrict__ partials,  // [parts, biases]
                                                                    C* __restrict__ db,              // [biases]

@@ -1,5 +1,5 @@
 #pragma once
-// Images in blocks: what corrupt and assemble share.
+// Images in blocks, shared by corrupt and assemble.
 
 #include "common/launchers.h"
 #include "index.cuh"
@@ -7,20 +7,20 @@
 
 namespace atop {
 
-// Within a plane, 32 bits count pixels.
+// Pixel indices within a plane have 32 bits.
 inline const char* too_large(const Images& images) {
   return images.pixels() > INT32_MAX ? "planes of more than 2147483647 pixels are not supported" : nullptr;
 }
 
-// The owners of up to eight consecutive elements, a byte each.
+// The owners of up to eight consecutive elements, one byte each.
 struct Owners {
   uint64_t bytes;
 
   __device__ __forceinline__ int operator[](int i) const { return int(bytes >> (8 * i) & 0xFF); }
 };
 
-// The owners of `count` elements, which begin with element `phase` of `pixel`; a pixel has `repeat` elements. Only the
-// start needs divisions.
+// The owners of `count` elements, beginning with element `phase` of `pixel`; a pixel has `repeat` elements. Divisions
+// are needed only at the start.
 __device__ __forceinline__ Owners find_owners(const uint8_t* owners,  // [batch, blocks]
                                               const Images& images, int64_t sample, uint32_t pixel, uint32_t phase,
                                               uint32_t repeat, int count) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ Owners find_owners(const uint8_t* owners,  // [batch,
   const uint8_t* owner = owners + sample * (across * down) + block_row * across + block_column;
   Owners result{*owner};
   uint64_t current = *owner;
-  // A small loop rather than a long program: most elements have the owner of the one before.
+  // Not unrolled, because most elements have the same owner as the previous one.
 #pragma unroll 1
   for (int i = 1; i < count; ++i) {
     if (++phase == repeat) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ Owners find_owners(const uint8_t* owners,  // [batch,
         column_in_block = 0;
         ++owner;
         if (++block_column == across) {
-          // The next row of pixels: of the same blocks, or of those below, which follow.
+          // The next row of pixels lies in the same blocks, or in the blocks below, which follow in memory.
           block_column = 0;
           if (++row_in_block == patch) {
             row_in_block = 0;

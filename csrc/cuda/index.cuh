@@ -10,7 +10,7 @@ struct Split {
   int64_t quotient, remainder;
 };
 
-// Of numbers >= 0. Division of 32 bits is several times faster than of 64.
+// Division of numbers >= 0; 32-bit division is several times faster than 64-bit division.
 __device__ __forceinline__ Split split(int64_t i, int64_t n) {
   const int64_t quotient = (i | n) <= UINT32_MAX ? uint32_t(i) / uint32_t(n) : i / n;
   return {quotient, i - quotient * n};

@@ -1,5 +1,5 @@
 #pragma once
-// Eight pixels of a plane: what a thread of corrupt works on, and what one byte of `passes` is about.
+// Eight pixels of a plane: the work of one thread of corrupt, and the pixels of one byte of `passes`.
 
 #include "common/launchers.h"
 #include "images.cuh"
@@ -8,18 +8,18 @@
 
 namespace atop {
 
-// Octets are Packed in NCHW if all are whole and aligned; else their pixels move one by one. Neighbouring threads have
-// neighbouring octets, and in channels_last neighbouring channels.
+// In NCHW, octets are Packed if all are whole and aligned; otherwise their pixels are moved one by one. Adjacent
+// threads have adjacent octets or, in channels_last, adjacent channels.
 template <bool Packed>
 struct Octet {
-  bool exists;  // else there is nothing to do for this thread
+  bool exists;  // whether this thread has an octet
   int64_t sample, channel;
-  int64_t number;  // in the plane
+  int64_t number;  // index in the plane
   uint32_t pixel;  // the first one
   int count;       // fewer than 8 at the end of the plane
   Owners owner;
 
-  // Of images of `channels` planes.
+  // The octet of this thread, for images of `channels` planes.
   __device__ __forceinline__ Octet(const uint8_t* owners, const Images& images, int64_t channels) {
     const int64_t packed = images.packed();
     const bool last = !Packed && images.channels_last;
@@ -34,14 +34,14 @@ struct Octet {
     owner = exists ? find_owners(owners, images, sample, pixel, 0, 1, count) : Owners{0};
   }
 
-  // Where it begins in plane `plane` of image `image`, among images of `planes` planes.
+  // The offset of its first pixel in plane `plane` of image `image`, for images of `planes` planes.
   __device__ __forceinline__ int64_t offset(const Images& images, int64_t image, int64_t planes, int64_t plane) const {
     if (!Packed && images.channels_last) return (image * images.pixels() + pixel) * planes + plane;
     return (image * planes + plane) * images.pixels() + pixel;
   }
 };
 
-// Pixels of one access.
+// The number of pixels per access.
 template <typename T>
 constexpr int kPart = kWidth<T> < 8 ? kWidth<T> : 8;
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_octet(T* p, int count, int64_t stride, con
   }
 }
 
-// Whether octets may be packed; `pointers` are those to pixels.
+// Whether octets may be packed; `pointers` point to pixels.
 template <typename... Pointers>
 bool packable(const Images& images, Pointers... pointers) {
   return !images.channels_last && images.pixels() % 8 == 0 && aligned16(pointers...);

@@ -10,7 +10,7 @@ namespace {
 
 constexpr uint32_t kTile = 4096;  // words in shared memory, 16 KB
 
-// One group of four numbers a thread; if not Aligned, the last group of a sample may be shorter.
+// One group of four numbers per thread; if not Aligned, the last group of a sample may be shorter.
 template <bool Aligned>
 __global__ void __launch_bounds__(kThreads) launch_random_normal_kernel(Key key,
                                                                         float* __restrict__ y,  // [batch, count]
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) launch_random_normal_kernel(Key key,
   }
 }
 
-// A thread ranks one word among all words of its sample, which pass through shared memory tile by tile.
+// A thread ranks one word among all words of its sample, which are staged through shared memory in tiles.
 __global__ void __launch_bounds__(kThreads)
     launch_mask_blocks_kernel(Key key, const int64_t* __restrict__ masked, int64_t masked_stride,
                               uint8_t* __restrict__ owners,  // [batch, blocks]
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
     const int groups = int((min(blocks - first, int64_t(kTile)) + 3) / 4);
     for (int g = threadIdx.x; g < groups; g += blockDim.x) {
       const math::Words drawn = math::random_words(stream, math::group_of(first) + g);
-      // Beyond the last block stands the largest word, which is smaller than none.
+      // Pad beyond the last block with the largest word, which never counts as smaller.
       for (int i = 0; i < 4; ++i) tile[g].v[i] = first + g * 4 + i < blocks ? drawn.w[i] : UINT32_MAX;
     }
     __syncthreads();
@@ -80,7 +80,7 @@ const char* launch_random_normal(Key key, float* y, int64_t batch, int64_t count
 
 const char* launch_mask_blocks(Key key, const int64_t* masked, int64_t masked_stride, uint8_t* owners, int64_t batch,
                                int64_t blocks, int copies, void* stream) {
-  // Whole warps, and no more of them than there are words.
+  // Whole warps, and no more than needed for the words.
   const int threads = int(std::min<int64_t>(kThreads, (blocks + 31) / 32 * 32));
   const int64_t parts = (blocks + threads - 1) / threads;
   launch_mask_blocks_kernel<<<unsigned(batch * parts), threads, 0, static_cast<cudaStream_t>(stream)>>>(

@@ -7,7 +7,7 @@
 namespace atop {
 namespace {
 
-constexpr int kChannels = 4;  // of a pixel in NCHW, done by one thread
+constexpr int kChannels = 4;  // channels of a pixel per thread in NCHW
 
 // Planes in NCHW or channels_last.
 struct Layout {
@@ -21,7 +21,7 @@ struct Layout {
         plane_stride(channels_last ? 1 : h * w) {}
 };
 
-// One row of the matrix; its taps lie within `pixels`, whatever `start` says.
+// One row of the matrix; taps are clamped to `pixels` for any value of `start`.
 template <typename C>
 struct Row {
   int64_t start;
@@ -34,7 +34,7 @@ struct Row {
   }
 };
 
-// One pixel in up to `step` channels a thread; in channels_last `step` is 1, and neighbouring threads have neighbouring
+// One pixel in up to `step` channels per thread; in channels_last, `step` is 1 and adjacent threads have adjacent
 // channels.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t line = from.width * from.pixel_stride;
   x += sample * from.channels * from.height * from.width + row.start * line + column.start * from.pixel_stride;
   y += sample * to.channels * to.height * to.width + (i * to.width + j) * to.pixel_stride;
-  // The inner axis is summed first: rows if that makes fewer of them.
+  // The inner axis is summed first: the row axis if the number of rows shrinks.
   const bool rows_first = to.height < from.height;
   const C *outer = rows_first ? column.weight : row.weight, *inner_weight = rows_first ? row.weight : column.weight;
   const int64_t outer_stride = rows_first ? from.pixel_stride : line,

@@ -9,15 +9,15 @@
 
 namespace atop {
 
-// Elements of a sample that one block handles; a sample of one part takes one launch, and others one for each norm and
-// one more.
+// The number of elements of a sample that one block handles. A sample of one part takes one launch; others take one
+// launch per norm and one more.
 constexpr int64_t kPart = 8192;
-// At least so many blocks share a multiprocessor, with norms and without: told so, ptxas does not spill registers to
-// fit one more.
+// Minimum blocks per multiprocessor, with and without norms: with this bound, ptxas does not spill registers to fit one
+// more block.
 constexpr int kBlocks = 2;
 constexpr int kElementBlocks = 4;
 
-// V elements from index i of all samples on; the draws are added in their order.
+// V elements from index i in all samples on; the draws are added in order.
 template <int V, typename T>
 struct Elements {
   Pack<T, V> x, g, x0, x_prev;
@@ -37,7 +37,8 @@ struct Elements {
   __device__ math::Element<T> operator[](int j) const { return {x.v[j], g.v[j], x0.v[j], x_prev.v[j]}; }
 };
 
-// One pack of V elements a thread; V divides a sample, unless all count as one: then the last pack may be shorter.
+// One pack of V elements per thread. V divides a sample, unless all samples are treated as one: then the last pack may
+// be shorter.
 template <typename Step, int V, typename T>
 __global__ void __launch_bounds__(kThreads, kElementBlocks) step_elements_kernel(StepArguments<T> a) {
   const int64_t first = thread_index() * V, end = a.batch * a.inner;
@@ -73,7 +74,7 @@ const char* launch_step_elements(const StepArguments<T>& a, void* stream) {
   return launch_error();
 }
 
-// The sum of the threads' values, to all of them.
+// The sum of the values of all threads of the block, returned to each of them.
 template <typename T>
 __device__ T block_sum(T value) {
   __shared__ T sums[kThreads];
@@ -90,11 +91,11 @@ __device__ T block_sum(T value) {
 
 // The part of a sample that a block handles.
 struct Part {
-  int64_t sample, index, count;  // of `count` parts
-  int64_t first, end;            // elements, of all samples
+  int64_t sample, index, count;  // part `index` of `count`
+  int64_t first, end;            // elements, counted over all samples
 };
 
-// Makes the gradient finite and multiplies it by `unit`.
+// Makes the gradient finite and scales it by `unit`.
 template <int V, typename T, typename Body>
 __device__ void for_each_pack(const StepArguments<T>& a, const Part& part, T unit, const Body& body) {
   // Unrolled, the loop would take twice the registers.
@@ -107,8 +108,8 @@ __device__ void for_each_pack(const StepArguments<T>& a, const Part& part, T uni
   }
 }
 
-// The sum of the squares of term<R> over the sample, from the parts' sums in row `row` of the partials; in phase R over
-// the part, to be stored there. A phase below 0 means that the sample is one part.
+// The sum of squares of term<R> over the sample, from the parts' sums in row `row` of the partials; in phase R, the sum
+// over this part, to be stored there. A negative phase means that the sample is a single part.
 template <int R, int V, typename Step, typename T>
 __device__ T sum_of_squares(const StepArguments<T>& a, const Part& part, int phase, int row, const Step& step) {
   T* const partials = a.partials + (row * a.batch + part.sample) * part.count;
@@ -130,15 +131,15 @@ __device__ T sum_of_squares(const StepArguments<T>& a, const Part& part, int pha
   return sum;
 }
 
-// Takes the norms from R on: those before `phase` from the parts' sums, that of `phase` as sums of the parts. False if
-// the block is done.
+// Passes the norms from R on to the formula: earlier norms than that of `phase` from the parts' sums; for `phase`,
+// stores the sum of this part. False if the block is done.
 template <int R, int V, typename Step, typename T>
 __device__ bool take_norms(const StepArguments<T>& a, const Part& part, int phase, Step& step) {
   if constexpr (R == Step::kNorms) {
     return true;
   } else {
     T sum = sum_of_squares<R, V>(a, part, phase, R, step);
-    // A part of a small sum is small, so that what is read of the last row was stored.
+    // All parts of a small sum are small, so every value read from the last row has been stored.
     if (R == 0 && sum < math::kSmall<T> * math::kSmall<T>) {
       step.unit = math::kMagnified<T>;
       sum = sum_of_squares<R, V>(a, part, phase, Step::kNorms, step);
@@ -184,7 +185,7 @@ const char* launch_phases(StepArguments<T> a, void* stream) {
     launch_phase<Step, V, T>(a, parts, phase, stream);
     if (const char* error = launch_error()) return error;
     if (a.total) {
-      // From here on the sum of the draws is the gradient.
+      // In later phases, the sum of the draws replaces the gradient.
       a.grad = a.total;
       a.total = nullptr;
       a.draws = 1;

@@ -8,7 +8,7 @@ namespace atop {
 
 constexpr int kThreads = 256;
 
-// V values that move as one access of up to 16 bytes.
+// V values that are moved by one access of up to 16 bytes.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T v[V];

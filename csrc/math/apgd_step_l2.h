@@ -5,7 +5,7 @@
 
 namespace atop::math {
 
-// As PgdStepL2, with three norms: of g, and of the distances from x0 that the two projections shorten.
+// Like PgdStepL2, with three norms: of g, and of the distances from x0 that the two projections shorten.
 template <typename T>
 struct ApgdStepL2 {
   static constexpr int kNorms = 3;

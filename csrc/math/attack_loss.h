@@ -2,7 +2,7 @@
 // The loss of one sample and its gradient in the logits z, for the label y                 docs/math.md#attack_loss
 //
 //   ce      log sum_j exp(z_j) - z_y
-//   margin  z_o - z_y                                     o the greatest logit but y's, or the target
+//   margin  z_o - z_y                                     o the largest logit except y's, or the target
 //   dlr     (z_o - z_y) / (z_1st - low + 1e-12)           low = z_3rd, or (z_3rd + z_4th) / 2 with a target
 //   pm      log (1 + P) / (1 - P),  P = p_o - p_y         p the softmax of z
 //   pm-label  log (1 - p_y) / p_y,   pm-other  log p_o / (1 - p_o)
@@ -25,7 +25,7 @@ ATOP_HD bool is_finite(T v) {
   return v - v == T(0);
 }
 
-// With e_j = exp(z_j - max z), and `others` the sum of all e but the label's: nothing overflows and nothing cancels.
+// With e_j = exp(z_j - max z) and `others` the sum of all e except the label's: no overflow and no cancellation.
 template <typename T>
 ATOP_HD T cross_entropy(T greatest, T z_y, T e_y, T others) {
   return (greatest - z_y) + log1p_of(others + (e_y - T(1)));
@@ -37,7 +37,7 @@ ATOP_HD T cross_entropy_scale(T e_y, T others) {
   return T(1) / (others + e_y);
 }
 
-// The N greatest logits of a sample in descending order, equal ones by their class.
+// The N largest logits of a sample in descending order, ties by class.
 template <typename T, int N>
 struct Greatest {
   T value[N];
@@ -63,8 +63,7 @@ struct Greatest {
   }
 };
 
-// margin with N = 2, dlr with N = 3 and, with a target, 4. The gradient is the sum of the moves, provided that the loss
-// is finite.
+// margin with N = 2; dlr with N = 3, or 4 with a target. The gradient is the sum of the moves if the loss is finite.
 template <typename T, int N>
 struct Ranked {
   static constexpr int kMoves = N == 2 ? 2 : N + 1;
@@ -72,7 +71,7 @@ struct Ranked {
   T move[kMoves];
   int32_t index[kMoves];
 
-  // `target` is below 0 for the greatest other.
+  // A negative `target` means the largest other logit.
   ATOP_HD Ranked(const Greatest<T, N>& top, int32_t y, T z_y, int32_t target, T z_target) {
     const bool first = top.index[0] == y;
     const T z_other = first ? top.value[1] : top.value[0];
@@ -98,7 +97,7 @@ struct Ranked {
   }
 };
 
-// The greatest logit but those of y and `other`, among the three greatest.
+// The largest logit except those of y and `other`, among the three largest.
 template <typename T>
 ATOP_HD T third_of(const Greatest<T, 3>& top, int32_t y, int32_t other) {
   T third = -static_cast<T>(INFINITY);
@@ -106,26 +105,26 @@ ATOP_HD T third_of(const Greatest<T, 3>& top, int32_t y, int32_t other) {
   return third;
 }
 
-// pm and its parts are log A - log B, with e_j = exp(z_j) and the sum R of the e_j of all but y and o:
+// pm and its parts are log A - log B, with e_j = exp(z_j) and the sum R of all e_j except those of y and o:
 //
 //   pm        A = 2 e_o + R     B = 2 e_y + R
 //   pm-label  A = e_o + R       B = e_y
 //   pm-other  A = e_o           B = e_y + R
 //
-// Each of A, B and R has a unit of its own, so that neither overflows nor vanishes beside another. If A / B is above
-// kNear, its logarithm comes from their difference.
+// A, B and R have separate scales, so that none overflows, or underflows next to another. If A / B is above kNear, its
+// logarithm is computed from their difference.
 constexpr double kNear = 0x1p-20;
 
 template <typename T>
 struct Odds {
-  bool in_a, in_b;  // whether R is
+  bool in_a, in_b;  // whether A and B contain R
   T weight, z_y, z_o, top_a, top_b;
   T unit;                           // R is the sum of exp(z_j - unit)
   T loss, at_y, at_other, at_rest;  // at_rest is multiplied by exp(z_j - unit)
 
   ATOP_HD Odds(int kind, T label, T other, T third, bool is_same)
       : in_a(kind != kPmOther), in_b(kind != kPmLabel), weight(kind == kPm ? T(2) : T(1)), z_o(other) {
-    // p_o is in 1 - p_o only once.
+    // If the target is the label, count it only once.
     z_y = is_same && kind == kPmOther ? -static_cast<T>(INFINITY) : label;
     top_a = in_a && third > z_o ? third : z_o;
     top_b = in_b && third > z_y ? third : z_y;
@@ -143,7 +142,7 @@ struct Odds {
     loss = (top_a - top_b) + (log_a - log_b);
     at_other = weight * e_o / a;
     at_y = -(weight * e_y / b);
-    // A - B = 2 (e_o - e_y), as A and B may be nearly equal.
+    // A and B may be nearly equal: compute their difference as A - B = 2 (e_o - e_y).
     const bool is_above = z_y > z_o;
     const T gap = -Exp<T>(is_above ? z_o - z_y : z_y - z_o).expm1();
     const T difference = weight * gap * (is_above ? unit_a * e_y : unit_b * e_o), slope = difference / (a * b);

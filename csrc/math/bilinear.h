@@ -1,7 +1,7 @@
 #pragma once
 // Bilinear interpolation along one axis, align_corners = False                             docs/math.md#resample
 //
-//   pixel i of `wanted` lies at (i + 1/2) given / wanted - 1/2, raised to 0; in integers, so that nothing is rounded
+//   pixel i of `wanted` lies at max(0, (i + 1/2) given / wanted - 1/2), computed in integers to avoid rounding
 
 #include "common/macros.h"
 
@@ -10,7 +10,7 @@ namespace atop::math {
 template <typename T>
 struct BilinearTap {
   int64_t first, second;
-  T weight;  // of the second
+  T weight;  // weight of the second
 
   ATOP_HD BilinearTap(int64_t i, int64_t given, int64_t wanted) {
     const int64_t raw = (2 * i + 1) * given - wanted, position = raw < 0 ? 0 : raw;

@@ -1,5 +1,5 @@
 #pragma once
-// t = 2 clip(v, 0, 1) - 1 for the noisy image v = x + sigma n; the gradient passes inside of the clip
+// t = 2 clip(v, 0, 1) - 1 for the noisy image v = x + sigma n; the gradient passes where v is not clipped
 //                                                                                          docs/math.md#corrupt
 
 #include "common/half.h"
@@ -23,7 +23,7 @@ ATOP_HD bool passes(T v) {
 
 namespace atop {
 
-// Pixels of 0..255 as images in [0, 1].
+// Maps pixels in 0..255 to [0, 1].
 ATOP_HD float load(uint8_t v) {
   return static_cast<float>(v) / 255.0f;
 }

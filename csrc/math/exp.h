@@ -1,12 +1,11 @@
 #pragma once
-// exp and expm1 of x <= 0 without libm, so that loops over them become SIMD.                docs/math.md#exp
+// exp and expm1 of x <= 0 without libm, so that loops over them vectorize.                  docs/math.md#exp
 //
 //   x = n ln2 + r,  |r| <= ln2 / 2,  n integer
 //   p = expm1(r), a polynomial;  scale = 2^n
 //   exp(x) = scale + scale p;  expm1(x) = scale p + (scale - 1)
 //
-// T is float or double, or a class of many of them with the same operators and functions, as that of
-// csrc/cpu/gates.inc.
+// T is float or double, or a vector class with the same operators and functions, such as that of csrc/cpu/gates.inc.
 
 #include <type_traits>
 
@@ -14,7 +13,7 @@
 
 namespace atop::math {
 
-// The type of one number: T itself, or the one that the class T names.
+// The type of a single number: T itself, or the element type that the class T names.
 template <typename T, typename = void>
 struct NumberOf {
   using type = T;
@@ -33,7 +32,7 @@ struct ExpConstants<float> {
   static constexpr float log2e = 0x1.715476p0f;
   static constexpr float ln2_hi = 0x1.63p-1f;  // 9 bits, so that n * ln2_hi is exact
   static constexpr float ln2_lo = -0x1.bd0106p-13f;
-  static constexpr float round = 0x1.8p23f;  // adding it rounds to an integer, which then fills the low bits
+  static constexpr float round = 0x1.8p23f;  // adding it rounds to an integer, stored in the low bits
   static constexpr float lowest = -88.0f;    // here n = -127, and scale is 0
   static constexpr int bias = 127, mantissa = 23;
 };
@@ -58,7 +57,7 @@ ATOP_HD T horner(T r, N c, Rest... rest) {
   return c + r * horner(r, rest...);
 }
 
-// (expm1(r) - r) / r^2 by interpolation in Chebyshev nodes; relative error of expm1 2.5e-8 and 4.1e-17.
+// (expm1(r) - r) / r^2 by interpolation at Chebyshev nodes; relative error of expm1 2.5e-8 and 4.1e-17.
 template <typename T>
 ATOP_HD T expm1_tail(T r, float) {
   return horner(r, 0x1p-1f, 0x1.5554dcp-3f, 0x1.55551ap-5f, 0x1.120ba2p-7f, 0x1.6d113cp-10f);
@@ -71,7 +70,7 @@ ATOP_HD T expm1_tail(T r, double) {
                 0x1.2891a8c1d838dp-22, 0x1.af38d53857513p-26);
 }
 
-// x >= low ? x : low, and NaN if x is that.
+// x >= low ? x : low, and NaN for NaN.
 template <typename T>
 ATOP_HD T at_least(T x, T low) {
   return x < low ? low : x;
@@ -84,7 +83,7 @@ ATOP_HD T power_of_2(T shifted) {
   return from_bits<T>((to_bits(shifted) + C::bias) << C::mantissa);
 }
 
-// Both functions of one argument x <= 0; NaN gives NaN.
+// exp and expm1 of x <= 0; NaN gives NaN.
 template <typename T>
 struct Exp {
   T scale, scaled_p;

@@ -7,7 +7,7 @@
 
 namespace atop::math {
 
-// The activations in the numbers of atop_fast/ops/gated.py.
+// The activations, numbered as in atop_fast/ops/gated.py.
 enum Activation : int { kElu, kRelu };
 
 // x > 0 ? a : b
@@ -16,13 +16,13 @@ ATOP_HD T if_positive(T x, T a, T b) {
   return x > T(0) ? a : b;
 }
 
-// v, but 0 where x <= 0
+// v, or 0 where x <= 0
 template <typename T>
 ATOP_HD T zero_if_negative(T x, T v) {
   return x <= T(0) ? T(0) : v;
 }
 
-// min(x, 0), and NaN if x is that
+// min(x, 0), and NaN for NaN
 template <typename T>
 ATOP_HD T negative_part(T x) {
   return x > T(0) ? T(0) : x;
@@ -57,7 +57,7 @@ struct Relu {
   ATOP_HD T times_slope(T v) const { return zero_if_negative(value, v); }
 };
 
-// With e = exp(-|g|) nothing overflows and nothing cancels: s = 1/(1+e) or e/(1+e), s(1-s) = e/(1+e)^2.
+// With e = exp(-|g|) there is no overflow and no cancellation: s = 1/(1+e) or e/(1+e), s(1-s) = e/(1+e)^2.
 template <typename T>
 struct Sigmoid {
   T value, slope;

@@ -1,5 +1,5 @@
 #pragma once
-// log(1 + u) of u >= 0 without libm, relatively accurate for small u.                       docs/math.md#log1p
+// log(1 + u) for u >= 0 without libm, with a small relative error also for small u.         docs/math.md#log1p
 //
 //   w = fl(1 + u) = 2^n (1 + f),  1 + f in [sqrt(1/2), sqrt(2)),  s = f / (2 + f)
 //   log1p(u) = n ln2 + 2 atanh(s) + (u - (w - 1)) / w
@@ -25,7 +25,7 @@ struct Log1pConstants<double> {
   using Signed = int64_t;
 };
 
-// atanh(s) / s - 1 for z = s^2 <= 0.0295: its series as far as the type can tell.
+// atanh(s) / s - 1 for z = s^2 <= 0.0295, by its series to the precision of the type.
 ATOP_HD float atanh_tail(float z) {
   return z * horner(z, 1.0f / 3, 1.0f / 5, 1.0f / 7, 1.0f / 9);
 }
@@ -44,7 +44,7 @@ ATOP_HD T log1p_of(T u) {
   const T n = static_cast<T>(bits >> ExpConstants<T>::mantissa);
   const T f = from_bits<T>((static_cast<Bits<T>>(bits) & C::mantissa_bits) + C::sqrt_half_bits) - T(1);
   const T s = f / (T(2) + f);
-  // What the rounding of w has lost.
+  // The rounding error of w.
   const T lost = (u - (w - T(1))) / w;
   return n * C::ln2 + ((s + s) * (T(1) + atanh_tail(s * s)) + lost);
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Standard normal numbers by Box-Muller, in correctly rounded operations only              docs/math.md#random_normal
+// Standard normal numbers by Box-Muller, with correctly rounded operations only            docs/math.md#random_normal
 //
 //   n0 = R cos(theta),  n1 = R sin(theta),  R^2 = -2 log((a // 2 + 1/2) / 2^31),  theta = 2 pi b / 2^32
 
@@ -12,7 +12,7 @@
 
 namespace atop::math {
 
-// Polynomials of least maximal error; the same for every backend.
+// Minimax polynomials; the same in every backend.
 constexpr float kLog[6] = {0x1.a213e0p-3f,  -0x1.496cecp-2f, 0x1.5f4c40p-2f,
                            -0x1.97e79ep-2f, 0x1.ffa0cep-2f,  -0x1.55584cp-1f};
 constexpr float kMinus2Log2 = -0x1.62e430p+0f;
@@ -27,13 +27,13 @@ ATOP_HD float minus_2_log(uint32_t word) {
   const int32_t bits = static_cast<int32_t>(to_bits(u)) - kSqrtHalfBits;
   const float exponent = static_cast<float>(bits >> 23) - 31.0f;
   const float m = from_bits<float>(static_cast<uint32_t>((bits & 0x007FFFFF) + kSqrtHalfBits)) - 1.0f;
-  // One expression: in device code nvcc accepts elements of constexpr arrays in initialisers only.
+  // A single expression, because in device code nvcc accepts elements of constexpr arrays only in initializers.
   const float p = ((((m * kLog[0] + kLog[1]) * m + kLog[2]) * m + kLog[3]) * m + kLog[4]) * m + kLog[5];
   const float square = m * m;
   return p * m * square + square + m * -2.0f + exponent * kMinus2Log2;
 }
 
-// Polynomials within an eighth of a turn of the nearest axis; two bits of the word say which axis that is.
+// Polynomials in the angle to the nearest axis, at most an eighth of a turn; two bits of the word select the axis.
 ATOP_HD void cos_sin(uint32_t word, float& cosine, float& sine) {
   const float x = static_cast<float>(static_cast<int32_t>(word << 2)) * kEighthTurn;
   const float z = x * x;

@@ -5,8 +5,8 @@
 
 namespace atop::math {
 
-// A step with norms over the sample: term<R> is the element whose norm take<R> receives, for R = 0, 1, ... in turn. The
-// last term is the distance d from x0 that project() shortens. The gradient is finite, and multiplied by `unit`.
+// A step with norms over the sample: for R = 0, 1, ... in turn, term<R> is the vector whose norm take<R> receives. The
+// last term is the distance d from x0 that project() shortens. The gradient is finite and scaled by `unit`.
 template <typename T>
 struct PgdStepL2 {
   static constexpr int kNorms = 2;

@@ -8,15 +8,15 @@
 
 namespace atop::math {
 
-// What a number is used for; atop_fast/randomness.py names the same.
+// The purpose of a number, as in atop_fast/randomness.py.
 constexpr uint32_t kTagNoise = 1, kTagMask = 2;
 
-// Four words, or the counter that they come from.
+// Four words of output, or the counter.
 struct Words {
   uint32_t w[4];
 };
 
-// All that does not change within one sample.
+// The state that is constant within one sample.
 struct Stream {
   uint32_t key[2];
   uint32_t id, draw, tag_and_id;
@@ -47,7 +47,7 @@ ATOP_HD Words random_words(const Stream& s, uint32_t group) {
   return philox4x32({{group, s.id, s.draw, s.tag_and_id}}, s.key[0], s.key[1]);
 }
 
-// Where element `index` of a sample finds its word; a sample may have 2^34 elements.
+// The word of element `index` of a sample; a sample may have 2^34 elements.
 ATOP_HD uint32_t group_of(int64_t index) {
   return static_cast<uint32_t>(index >> 2);
 }

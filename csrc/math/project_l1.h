@@ -5,7 +5,7 @@
 
 namespace atop::math {
 
-// Beyond this, how far an image is away makes no difference.
+// Distances are clamped to this; larger ones make no difference.
 template <typename T>
 constexpr T kFar = T(1e30);
 
@@ -15,14 +15,14 @@ ATOP_HD T length(T y) {
   return clamp(y < T(0) ? -y : y, T(0), kFar<T>);
 }
 
-// How far an element may go from x0 in the direction of y before it leaves the image range.
+// The distance from x0 in the direction of y at which an element leaves the image range.
 template <typename T>
 ATOP_HD T room(T y, T x0) {
   const T cap = y > T(0) ? T(1) - x0 : x0;
   return cap > T(0) ? cap : T(0);
 }
 
-// What is left of |y| when `lambda` is taken from it. NaN passes.
+// |y| reduced by `lambda`, and at least 0. NaN passes.
 template <typename T>
 ATOP_HD T shrink(T length_of_y, T cap, T lambda) {
   const T left = length_of_y - lambda;
@@ -30,7 +30,7 @@ ATOP_HD T shrink(T length_of_y, T cap, T lambda) {
   return positive > cap ? cap : positive;
 }
 
-// x where nothing is taken, so that points of the set stay as they are, and NaN if lambda is.
+// x if nothing is subtracted, so that points inside the set do not change; NaN if lambda is NaN.
 template <typename T>
 ATOP_HD T project_l1(T x, T x0, T lambda) {
   const T y = x - x0, kept = shrink(length(y), room(y, x0), lambda);

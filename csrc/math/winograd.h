@@ -1,5 +1,5 @@
 #pragma once
-// F(4x4, 3x3) of Winograd, in the interpolation points 0, +-a, +-b and infinity:               docs/math.md#conv3x3
+// Winograd's F(4x4, 3x3) with the interpolation points 0, +-a, +-b and infinity:               docs/math.md#conv3x3
 //   y = A' [(G g G') * (B' d B)] A
 // where d is 6x6 pixels, g the 3x3 weights of a channel, * the product of elements, and y 4x4 outputs.
 
@@ -7,11 +7,11 @@
 
 namespace atop::math {
 
-// Chosen for their error, half of that of 1 and 2; their powers are short, so that only sums are rounded.
+// These points have half the error of 1 and 2, and their powers have few bits, so that only sums are rounded.
 constexpr double kNear = 0.75, kFar = 1.5;
 constexpr double kNear2 = kNear * kNear, kFar2 = kFar * kFar;
 
-// g[0], g[1], g[2] at `step` from one another, at the six points: row by row of G.
+// The rows of G applied to g[0], g[1], g[2], which are `step` apart: the values at the six points.
 template <typename T>
 ATOP_HD void weights_at_points(const T* g, int64_t step, T* u) {
   const T g0 = g[0], g1 = g[step], g2 = g[2 * step];
@@ -26,7 +26,7 @@ ATOP_HD void weights_at_points(const T* g, int64_t step, T* u) {
   u[5] = g2;
 }
 
-// The transpose of that, G', of the values at six points: g[0], g[1], g[2].
+// The transpose G' applied to the values at six points: g[0], g[1], g[2].
 template <typename T>
 ATOP_HD void weights_from_points(const T* u, int64_t step, T* g) {
   const T even_near = (u[step] + u[2 * step]) * T(1 / (2 * kNear2 * (kNear2 - kFar2)));

@@ -9,18 +9,18 @@
 namespace atop {
 namespace {
 
-// Sizes times a larger one could overflow.
+// Products of sizes with a larger dilation could overflow.
 void check_dilation(const char* function, int64_t dilation) {
   ATOP_CHECK(dilation >= 1 && dilation <= 65535, function, "dilation", "an integer and in [1, 65535]", text(dilation));
 }
 
-// Of ConvFusion.
+// The tensors of a ConvFusion.
 struct Extras {
   std::optional<Tensor> mask, bias, residual;
   bool relu = false;
 };
 
-// The weights (outputs, channels, 3, 3) where they lie; of the gradient in x, the same ones transposed and flipped.
+// A view of the weights (outputs, channels, 3, 3); for the gradient in x, transposed and flipped.
 struct Weight {
   const char* function;
   const float* first;
@@ -64,7 +64,7 @@ struct Weight {
   Tensor convolve(const Tensor& x, const Tensor& prepared, const Extras& extras, int64_t dilation) const {
     const bool last = is_channels_last(x);
     const std::array<int64_t, 4> sizes{x.size(0), outputs, x.size(2), x.size(3)};
-    // The kernel takes channels_last; what is not so is copied there and back.
+    // The kernel works in channels_last; other layouts are copied to it and back.
     Tensor y = empty(sizes, x, true);
     if (y.numel() == 0) return last ? y : empty(sizes, x, false);
     const Tensor pixels = last ? x : in_layout_of(x, empty(x.sizes(), x, true));

@@ -9,7 +9,7 @@
 namespace atop {
 namespace {
 
-// Calls body with null pointers of the storage types of the images and of the output.
+// Calls body with null pointers to the storage types of the images and of the output.
 template <typename Body>
 void with_image_types(ScalarType in, ScalarType out, const Body& body) {
   if (in == ScalarType::Double) return body(static_cast<double*>(nullptr), static_cast<double*>(nullptr));

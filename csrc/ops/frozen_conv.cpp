@@ -10,8 +10,7 @@ namespace {
 
 using Sizes = std::array<int64_t, 4>;
 
-// What both directions check; the sizes of images that go with those of `t`, whose channels are weight's second ones,
-// or its first.
+// The checks of both directions: the channels of `t` are the second axis of weight, or the first if transposed.
 void check_arguments(const char* function, const char* argument, const Tensor& t, const Tensor& weight, int64_t stride,
                      int64_t padding, bool transposed) {
   check_floats(function, argument, t);

@@ -36,7 +36,7 @@ ScalarType compute_type(const Tensor& h) {
   return h.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// `t` of one dimension without gaps, in `dtype`.
+// The one-dimensional `t`, dense and in `dtype`.
 Tensor as_type(const Tensor& t, ScalarType dtype) {
   if (t.scalar_type() == dtype) return dense(t);
   const int64_t size[1] = {t.size(0)};
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor> gated_bwd(const Tensor& dy, const Tensor& h, std::opt
   check_arguments("gated_bwd", h, bias, activation);
   ATOP_CHECK(bias || !with_db, "gated_bwd", "with_db", "False without a bias", "True");
   const Gates size = gates_of(h, activation);
-  // The model of the layout that dy must have; it is cheap, as nothing touches its memory.
+  // A model of the layout that dy must have; it is cheap, because its memory is never touched.
   const Tensor y = empty(output_sizes(h), h, size.channels_last);
   check_like("gated_bwd", "dy", dy, "y", y);
   Tensor dh = empty(h.sizes(), h, size.channels_last);
