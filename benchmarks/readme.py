@@ -98,8 +98,33 @@ def attacks(machine: str = "cpu") -> str:
             )
     first = documents()[names[0]]
     peers = ", ".join(f"{peer} {first['versions'][peer]}" for peer in ("torchattacks", "pyautoattack"))
-    files = ", ".join(f"[{name}.json](benchmarks/results/{name}.json)" for name in names)
+    files = ", ".join(f"[{name}.json](../benchmarks/results/{name}.json)" for name in names)
     return "\n".join(lines) + f"\n\n{_source(first)} Peers: {peers}. Files: {files}."
+
+
+# Rows of the README's first screen: file, case, our variant, peer.
+SPEED = (
+    ("attacks--cpu", "PGD-100 to a verdict, 512 images", "float32", "torchattacks"),
+    ("attacks--cpu", "PGD-20 x EOT-20, RT2 + U-Net + ResNet-18, B=8", "float32", "torchattacks"),
+    ("autoattack--cpu", "AutoAttack standard, Linf, CIFAR, 512 images", "float32", "pyautoattack"),
+    ("finetune--cpu", "DeepFillV2", "atop_fast", "public"),
+)
+
+
+def speed() -> str:
+    """One row for each kind of work, in float32 on both sides."""
+    lines = ["| work | against | theirs | ours | faster |", "|---|---|---|---|---|"]
+    for file, *key in SPEED:
+        found = comparisons(documents()[file]["rows"])
+        [(ours, peer, ratio)] = [c for c in found if [c.ours["case"], c.ours["variant"], c.peer["variant"]] == key]
+        work = f"fine-tuning step, {ours['case']}, {ours['shape']}" if ours["shape"] else ours["case"]
+        against = "AToP's public code" if peer["variant"] == "public" else peer["variant"]
+        times = " | ".join(format_time(row["median_s"]) for row in (peer, ours))
+        lines.append(f"| {work} | {against} | {times} | {ratio:.1f}x |")
+    files = ", ".join(
+        f"[{name}.json](benchmarks/results/{name}.json)" for name in dict.fromkeys(name for name, *_ in SPEED)
+    )
+    return "\n".join(lines) + f"\n\n{_source(documents()[SPEED[0][0]]).partition(', commit')[0]}. Files: {files}."
 
 
 def ops() -> str:
@@ -120,7 +145,8 @@ def ops() -> str:
         lines.append(f"| `{op}` | {WORK[direction]} | {shape} | {kind} | {ratio:.1f}x | {compiled} |")
         files.append(ours["file"])
     sources = [
-        f"[{name}.json](benchmarks/results/{name}.json): {_source(documents()[name])}" for name in dict.fromkeys(files)
+        f"- [{name}.json](../benchmarks/results/{name}.json): {_source(documents()[name])}"
+        for name in dict.fromkeys(files)
     ]
     return "\n".join(lines) + "\n\n" + "\n".join(sources)
 
@@ -347,7 +373,7 @@ AVX2_SUITES = ("attacks", "evaluate", "scaling")
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
-    "losses": losses, "processes": processes, "finetune": finetune,
+    "losses": losses, "processes": processes, "finetune": finetune, "speed": speed,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
@@ -356,7 +382,8 @@ TABLES = {
 }  # fmt: skip
 # Where the tables stand.
 PAGES = {
-    "README.md": ("demo", "finetune", "attacks", "attacks avx2", "ops"),
+    "README.md": ("headline", "speed", "demo"),
+    "docs/speed.md": ("attacks", "attacks avx2", "finetune", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
     "docs/benchmarks-avx2.md": tuple(

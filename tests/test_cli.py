@@ -60,10 +60,8 @@ def fail(capsys, *args):
 # A recipe in small for these images; the length of each training is given beside it.
 TRAIN = [
     *("train", "cifar10-native-rt2", *DATA, "--classifier.name=small_cnn", "--classifier.options.width=16"),
-    *(
-        "--classifier.training={epochs: 30, batch_size: 4, lr: 0.02, optimizer: adam, weight_decay: 0.0, augment: false}",
-    ),
-    *("--classifier.training={schedule: cosine, average: none, label_smoothing: 0.0, evaluate_every: 0}",),
+    "--classifier.training={epochs: 30, batch_size: 4, lr: 0.02, optimizer: adam, weight_decay: 0.0}",
+    "--classifier.training={augment: false, schedule: cosine, average: none, label_smoothing: 0.0, evaluate_every: 0}",
     *("--transform.sigma=0.1", "--finetune.epochs=1", "--finetune.evaluate_every=0"),
     *("--purifier.options={channels: 1, width: 4}", "--pretrain.epochs=1", "--pretrain.evaluate_every=0"),
 ]

@@ -86,11 +86,27 @@ def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     defense = Defense(RT2(4), build_purifier("unet", **purifier), build_classifier("small_cnn", **classifier))
     save_defense("runs/demo/defense.safetensors", defense)
     codes = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(codes) == 2
+    printed = []
     for code in codes:
         exec(re.sub(r"slice\(0, \d+\)", "slice(0, 2)", code), {})
-        assert len(capsys.readouterr().out.split()) == 4
+        printed.append([float(value) for value in re.findall(r"[\d.]+", capsys.readouterr().out)])
+    assert [len(values) for values in printed] == [4, 4]
     assert (tmp_path / "runs/report/report.html").is_file()
+    # The first is the coin, and needs no file: fresh draws find its accuracy, AutoAttack's rule finds less.
+    mean, low, high, single_draw = printed[0]
+    assert low < 0.9 < high
+    assert abs(mean - 0.9) < 0.02
+    assert single_draw < low
+
+
+def test_the_first_screen_says_what_the_result_file_says():
+    """The numbers in the README's first sentence, recomputed from the committed experiment."""
+    coin = json.loads((RESULTS / "counted" / "coin-flip.json").read_text())
+    expected, here, measured, mean, low, high = map(float, re.findall(r"\b[01]\.\d\d\b", README)[:6])
+    assert expected == round(coin["right"] ** len(coin["autoattack"]["standard"]), 2)
+    assert here == coin["right"]
+    assert measured == round(coin["autoattack"]["standard"]["square"], 2)
+    assert (mean, low, high) == tuple(round(v, 2) for v in (coin["evaluate"]["mean"], *coin["evaluate"]["mean_ci"]))
 
 
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "examples" / "README.md"])
