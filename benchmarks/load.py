@@ -40,7 +40,7 @@ MAKERS: dict[str, Callable[[Any], Attack]] = {
     "APGDT": lambda model: APGDT(model, eps=0.1, steps=STEPS // 2, target_classes=2),
     "FAB": lambda model: FAB(model, eps=0.1, steps=STEPS // 2, target_classes=2),
     "CW": lambda model: CW(model, steps=STEPS),
-    "Square": lambda model: Square(model, eps=0.1, queries=STEPS),
+    "Square": lambda model: Square(model, eps=0.1, n_queries=STEPS),
     "StAdv": lambda model: StAdv(model, steps=STEPS),
 }
 

@@ -143,7 +143,13 @@ def measured(name: str, count: int, settings: dict[str, Any]) -> dict[str, Any]:
         begin = time.monotonic()
         with counted_passes() as passes:
             ours = AutoAttack(
-                model.model, norm, eps, "fast", steps=settings["steps"], queries=settings["queries"], complete=complete
+                model.model,
+                norm,
+                eps,
+                version="fast",
+                steps=settings["steps"],
+                n_queries=settings["queries"],
+                complete=complete,
             )
             adversarial = ours(x, y)
         seconds = time.monotonic() - begin

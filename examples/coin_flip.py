@@ -32,7 +32,7 @@ def autoattack(images: Tensor, labels: Tensor, version: str) -> dict[str, float]
     """What is left after each attack of AutoAttack, by its own rule."""
     torch.manual_seed(0)
     # Longer attacks would change nothing: there is nothing to find.
-    attack = atop.AutoAttack(Coin(), version=version, steps=2, queries=8, progress=False)
+    attack = atop.AutoAttack(Coin(), version=version, steps=2, n_queries=8)
     attack.run_standard_evaluation(images, labels)
     return attack.accuracy
 
@@ -44,7 +44,7 @@ def sound(images: Tensor, labels: Tensor, draws: int) -> dict[str, object]:
         "apgd-ce": atop.APGD(coin, loss="ce", **options),
         "apgd-t": atop.APGDT(coin, **options),
         "fab-t": atop.FAB(coin, **options),
-        "square": atop.Square(coin, eps=8 / 255, queries=8),
+        "square": atop.Square(coin, eps=8 / 255, n_queries=8),
     }
     report = atop.evaluate(coin, images, labels, attacks=attacks, draws=draws, progress=False)
     return {

@@ -111,7 +111,7 @@ def test_restarts_help_and_keep_what_is_fooled(trained):
     model, x, y = trained
 
     def accuracy(restarts):
-        adversarial = APGD(model, eps=0.06, steps=8, restarts=restarts, early_stop=True)(x, y)
+        adversarial = APGD(model, eps=0.06, steps=8, n_restarts=restarts, early_stop=True)(x, y)
         with torch.no_grad():
             return model(adversarial).argmax(dim=1) == y
 

@@ -31,7 +31,7 @@ def distance(adversarial, norm):
 @pytest.mark.parametrize("model", [CLASSIFIER, DEFENSE], ids=["classifier", "defense"])
 def test_stays_in_ball_and_range(norm, restarts, model):
     eps = 0.1 if norm == "Linf" else 0.7
-    adversarial = PGD(model, norm, eps, steps=3, restarts=restarts, eot_iter=2)(X, Y)
+    adversarial = PGD(model, eps, norm=norm, steps=3, n_restarts=restarts, eot_iter=2)(X, Y)
     assert 0 < distance(adversarial, norm) <= eps * (1 + 1e-5)
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
@@ -39,7 +39,7 @@ def test_stays_in_ball_and_range(norm, restarts, model):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_zero_eps_is_identity(norm):
-    torch.testing.assert_close(PGD(DEFENSE, norm, 0.0, steps=2)(X, Y), X, rtol=0, atol=1e-7)
+    torch.testing.assert_close(PGD(DEFENSE, 0.0, norm=norm, steps=2)(X, Y), X, rtol=0, atol=1e-7)
 
 
 def test_fgsm_equals_torchattacks():
@@ -58,7 +58,7 @@ def test_pgd_equals_torchattacks():
 def test_pgd_l2_equals_torchattacks():
     torchattacks = pytest.importorskip("torchattacks")
     expected = torchattacks.PGDL2(CLASSIFIER, eps=0.5, alpha=0.2, steps=7, random_start=False)(X, Y)
-    ours = PGD(CLASSIFIER, "L2", eps=0.5, alpha=0.2, steps=7, random_start=False)(X, Y)
+    ours = PGD(CLASSIFIER, norm="L2", eps=0.5, alpha=0.2, steps=7, random_start=False)(X, Y)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_blind_is_the_attack_on_the_classifier():
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_result_belongs_to_the_sample(norm):
-    attack = PGD(DEFENSE, norm, 0.1, steps=2, restarts=2)
+    attack = PGD(DEFENSE, 0.1, norm=norm, steps=2, n_restarts=2)
     ids = torch.arange(6)
     whole = attack(X, Y, ids)
     parts = torch.cat([attack(X[i : i + 1], Y[i : i + 1], ids[i : i + 1]) for i in range(6)])
@@ -114,7 +114,7 @@ def test_more_steps_and_restarts_raise_the_loss():
         return F.cross_entropy(CLASSIFIER(adversarial), Y)
 
     one, many = FGSM(CLASSIFIER, eps=0.1)(X, Y), PGD(CLASSIFIER, eps=0.1, steps=20)(X, Y)
-    assert loss(X) < loss(one) <= loss(many) <= loss(PGD(CLASSIFIER, eps=0.1, steps=20, restarts=4)(X, Y)) + 1e-6
+    assert loss(X) < loss(one) <= loss(many) <= loss(PGD(CLASSIFIER, eps=0.1, steps=20, n_restarts=4)(X, Y)) + 1e-6
 
 
 def test_restart_choice_minimises_accuracy_first():
@@ -124,7 +124,7 @@ def test_restart_choice_minimises_accuracy_first():
         right = F.one_hot(Y[:1], 10) * x.mean()
         return right + F.one_hot(Y[1:2], 10) * 0.5
 
-    attack = PGD(model, restarts=2)
+    attack = PGD(model, n_restarts=2)
     ids, candidates = torch.zeros(1, dtype=torch.int64), [torch.full((1, 1, 2, 2), v) for v in (0.9, 0.1)]
     judge = attack.judge(attack.estimator(model))
     robust, fooled = (attack.rank(judge, x, x, Y[:1], ids) for x in candidates)
@@ -158,7 +158,7 @@ def test_model_state_is_restored_also_after_an_error():
 
 def test_inputs_and_global_generator_are_untouched():
     x, state = X.clone(), torch.get_rng_state()
-    PGD(DEFENSE, steps=2, restarts=2)(x, Y)
+    PGD(DEFENSE, steps=2, n_restarts=2)(x, Y)
     assert torch.equal(x, X)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -177,7 +177,7 @@ def test_empty_batch():
 @pytest.mark.parametrize(
     ("call", "error", "pattern"),
     [
-        (lambda: PGD(CLASSIFIER, "L3"), ValueError, "PGD: norm must be one of 'Linf', 'L2', got 'L3'"),
+        (lambda: PGD(CLASSIFIER, norm="L3"), ValueError, "PGD: norm must be one of 'Linf', 'L2', got 'L3'"),
         (lambda: PGD(CLASSIFIER, eps=-0.1), ValueError, r"PGD: eps must be finite and in \[0, 1e\+06\], got -0.1"),
         (lambda: FGSM(CLASSIFIER, eps=float("nan")), ValueError, "FGSM: eps must be finite"),
         (lambda: PGD(CLASSIFIER, steps=0), ValueError, "PGD: steps must be an integer and >= 1, got 0"),

@@ -71,7 +71,7 @@ def test_fgsm_at_the_edges_of_the_range():
     """Linf steps out of [0, 1] are cut off; in L2 as well, so the move is at most eps."""
     x = X.round()
     for norm, eps in (("Linf", 0.1), ("L2", 1.0)):
-        adversarial = FGSM(trained_classifier(), norm, eps)(x, Y)
+        adversarial = FGSM(trained_classifier(), eps, norm=norm)(x, Y)
         delta = (adversarial - x).flatten(1)
         size = delta.abs().amax(dim=1) if norm == "Linf" else delta.norm(dim=1)
         assert adversarial.min() >= 0
@@ -86,7 +86,7 @@ def test_fgsm_l2_is_one_normalised_step():
     loss = torch.nn.functional.cross_entropy(trained_classifier()(leaf), Y, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, leaf)
     expected = x + 0.2 * gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
-    adversarial = FGSM(trained_classifier(), "L2", 0.2)(x, Y)
+    adversarial = FGSM(trained_classifier(), 0.2, norm="L2")(x, Y)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_fgsm_takes_one_pass_and_is_exact_with_a_gradient_of_zero():
         return 0 * x.flatten(1)
 
     for norm in ("Linf", "L2"):
-        assert torch.equal(FGSM(flat, norm, 0.1)(X, Y), X)
+        assert torch.equal(FGSM(flat, 0.1, norm=norm)(X, Y), X)
     with counted_passes() as passes:
         FGSM(trained_classifier())(X[:8], Y[:8])
     assert passes.backward == 8

@@ -15,7 +15,7 @@ from atop_fast.attacks import AutoAttack, counted_passes
 from atop_fast.attacks.autoattack import NAMES, VERSIONS
 
 EPS = {"Linf": 0.07, "L2": 0.8, "L1": 4.5}
-FAST = {"steps": 5, "queries": 30}
+FAST = {"steps": 5, "n_queries": 30}
 X, Y = places(60, seed=999)
 # The classifier is right about all of them: these it shall get wrong.
 Y[:4] = (Y[:4] + 1) % 4
@@ -34,7 +34,7 @@ def settings(version, norm="Linf", **options):
     """(class, loss, restarts, draws, early stop) of every attack."""
     whole = attack(norm, version=version, **options)
     built = [whole.build(name) for name in whole.attacks_to_run]
-    return [(type(a).__name__, a.loss, getattr(a, "restarts", 1), a.eot_iter, a.early_stop) for a in built]
+    return [(type(a).__name__, a.loss, getattr(a, "n_restarts", 1), a.eot_iter, a.early_stop) for a in built]
 
 
 def test_versions():
@@ -72,8 +72,8 @@ def test_l1_has_the_originals_settings(version):
     ce, targeted = whole.build("apgd-ce"), whole.build("apgd-t")
     restarts = {"rand": 1}.get(version, 5)
     sparse = version in ("standard", "custom")
-    assert (ce.shrink_eps, ce.restarts) == (sparse, restarts)
-    assert (targeted.shrink_eps, targeted.restarts, targeted.target_classes) == (sparse, 1, 5 if sparse else 9)
+    assert (ce.shrink_eps, ce.n_restarts) == (sparse, restarts)
+    assert (targeted.shrink_eps, targeted.n_restarts, targeted.target_classes) == (sparse, 1, 5 if sparse else 9)
 
 
 @pytest.mark.parametrize("norm", list(EPS))
@@ -100,7 +100,7 @@ def test_what_comes_back(norm):
 @pytest.mark.parametrize("kind", ["classifier", "defense"])
 def test_result_belongs_to_the_sample(kind):
     model = trained_classifier() if kind == "classifier" else Defense(RT2(2, sigma=0.05), None, trained_classifier())
-    whole = AutoAttack(model, eps=EPS["Linf"], steps=3, queries=8)
+    whole = AutoAttack(model, eps=EPS["Linf"], steps=3, n_queries=8)
     x, y = X[:40], Y[:40]
     expected = whole.run_standard_evaluation(x, y)
     for bs in (7, 16):
@@ -108,7 +108,7 @@ def test_result_belongs_to_the_sample(kind):
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     parts = [whole(x[part], y[part], sample_ids=part) for part in order.split(23)]
     assert torch.equal(torch.cat(parts), expected[order])
-    other = AutoAttack(model, eps=EPS["Linf"], steps=3, queries=8, seed=1)(x, y)
+    other = AutoAttack(model, eps=EPS["Linf"], steps=3, n_queries=8, seed=1)(x, y)
     assert not torch.equal(other, expected)
 
 
@@ -152,7 +152,7 @@ class Coin(nn.Module):
 @pytest.mark.parametrize(("version", "expected"), [("rand", 0.9**3), ("standard", 0.9**5)])
 def test_a_coin_of_090_gets_the_unsound_verdict_of_autoattack(version, expected):
     count = 2000
-    whole = AutoAttack(Coin(0.9), version=version, steps=2, queries=8)
+    whole = AutoAttack(Coin(0.9), version=version, steps=2, n_queries=8)
     whole.run_standard_evaluation(torch.full((count, 1, 4, 4), 0.5), torch.zeros(count, dtype=torch.int64))
     (*_, accuracy) = whole.accuracy.values()
     assert abs(accuracy - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
@@ -183,7 +183,7 @@ def test_leaves_model_and_global_generator_alone():
     model = Defense(RT2(2, sigma=0.05), None, nn.Sequential(nn.Flatten(), nn.Linear(256, 5), nn.BatchNorm1d(5))).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     draw, state = int(model.draw), torch.get_rng_state()
-    AutoAttack(model, steps=2, queries=8)(X[:12], Y[:12])
+    AutoAttack(model, steps=2, n_queries=8)(X[:12], Y[:12])
     assert torch.equal(torch.get_rng_state(), state)
     assert int(model.draw) == draw
     assert all(module.training for module in model.modules())
@@ -191,12 +191,12 @@ def test_leaves_model_and_global_generator_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_no_images_and_progress(capsys):
-    whole = attack(progress=True, version="custom", attacks_to_run=("apgd-ce",))
+def test_no_images_and_verbose(capsys):
+    whole = attack(verbose=True, version="custom", attacks_to_run=("apgd-ce",))
     assert whole(X[:0], Y[:0]).shape == X[:0].shape
     assert math.isnan(whole.accuracy["clean"])
     whole(X[:8], Y[:8])
-    assert f"AutoAttack: robust accuracy after apgd-ce: {whole.accuracy['apgd-ce']:.4f}" in capsys.readouterr().out
+    assert f"AutoAttack: robust accuracy after apgd-ce: {whole.accuracy['apgd-ce']:.2%}" in capsys.readouterr().out
     assert "version='custom'" in repr(whole)
 
 
@@ -213,7 +213,7 @@ def test_no_images_and_progress(capsys):
         ({"finish": ("pgd",)}, "AutoAttack: finish must be one of 'apgd-ce', .* got 'pgd'"),
         ({"precision": "int8"}, "AutoAttack: precision must be one of 'float32', .* got 'int8'"),
         ({"steps": 0}, "AutoAttack: steps must be an integer and >= 1, got 0"),
-        ({"queries": 0}, "AutoAttack: queries must be an integer and >= 1, got 0"),
+        ({"n_queries": 0}, "AutoAttack: n_queries must be an integer and >= 1, got 0"),
         ({"eot_iter": 0}, "AutoAttack: eot_iter must be an integer and >= 1, got 0"),
         ({"max_batch": 0}, "AutoAttack: max_batch must be an integer and >= 1, got 0"),
     ],
@@ -240,7 +240,7 @@ def test_fast_leaves_as_much_as_standard_in_fewer_passes(loader, norm, eps):
     x, y = data.images[:64], data.labels[:64]
     left, passes = [], []
     for version, options in (("standard", {}), ("fast", {}), ("fast", {"complete": True})):
-        whole = AutoAttack(model, norm, eps, version, steps=20, queries=200, **options)
+        whole = AutoAttack(model, norm, eps, version=version, steps=20, n_queries=200, **options)
         with counted_passes() as counted:
             adversarial = whole(x, y)
         left.append(int(right(model, adversarial, y).sum()))
@@ -309,7 +309,7 @@ def test_as_strong_as_the_original(loader, norm, eps):
     original.fab.n_iter, original.square.n_queries = 20, 200
     with torch.random.fork_rng():
         theirs = right(model, original.run_standard_evaluation(x, y, batch_size=64)[0], y)
-    whole = AutoAttack(model, norm, eps, steps=20, queries=200)
+    whole = AutoAttack(model, norm, eps, steps=20, n_queries=200)
     ours = right(model, whole.run_standard_evaluation(x, y, bs=64), y)
     assert 0.1 < theirs.float().mean() < 0.9
     assert abs(ours.float().mean() - theirs.float().mean()) <= 2 / 64

@@ -106,7 +106,7 @@ def test_models_made_in_inference_mode_are_named():
 
 
 @pytest.mark.parametrize(
-    "attack", [lambda m: PGD(m, steps=8), lambda m: APGD(m, steps=2), lambda m: Square(m, queries=5)]
+    "attack", [lambda m: PGD(m, steps=8), lambda m: APGD(m, steps=2), lambda m: Square(m, n_queries=5)]
 )
 def test_attacks_work_in_inference_mode(attack):
     model = network()
@@ -150,12 +150,12 @@ class InPlace(nn.Module):
 
 ATTACKS = {
     "PGD": lambda m: PGD(m, steps=3),
-    "PGD-8": lambda m: PGD(m, steps=8, restarts=2),
-    "APGD": lambda m: APGD(m, steps=3, restarts=2),
+    "PGD-8": lambda m: PGD(m, steps=8, n_restarts=2),
+    "APGD": lambda m: APGD(m, steps=3, n_restarts=2),
     "FAB": lambda m: FAB(m, steps=3, target_classes=2),
-    "Square": lambda m: Square(m, queries=5),
-    "Square L2": lambda m: Square(m, norm="L2", eps=0.5, queries=5),
-    "AutoAttack": lambda m: AutoAttack(m, version="custom", attacks_to_run=["apgd-ce", "square"], steps=2, queries=5),
+    "Square": lambda m: Square(m, n_queries=5),
+    "Square L2": lambda m: Square(m, norm="L2", eps=0.5, n_queries=5),
+    "AutoAttack": lambda m: AutoAttack(m, version="custom", attacks_to_run=["apgd-ce", "square"], steps=2, n_queries=5),
 }
 
 
@@ -226,8 +226,8 @@ def test_a_copy_whose_first_layer_works_in_place(name):
     """The network that stands in for the model writes into its input, too."""
     attacks = {
         "PGD": lambda m: PGD(m, steps=10),
-        "Square": lambda m: Square(m, queries=20),
-        "Square, max_batch": lambda m: Square(m, queries=20, max_batch=8),
+        "Square": lambda m: Square(m, n_queries=20),
+        "Square, max_batch": lambda m: Square(m, n_queries=20, max_batch=8),
         "checkpointed": lambda m: PGD(Defense(RT2(patch=4), None, m), steps=10, gradient="checkpointed"),
     }
     results = []
@@ -316,14 +316,14 @@ def test_models_without_a_gradient_are_named(cut):
             ValueError, match=rf"{attack.__name__}: model must be differentiable .* Square .* gradient='bpda'"
         ):
             attack(cut(network()), steps=2)(X, Y)
-    assert Square(cut(network()), queries=2)(X, Y).shape == X.shape
+    assert Square(cut(network()), n_queries=2)(X, Y).shape == X.shape
 
 
 def test_errors_of_the_model_are_passed_on():
     def model(x):
         raise RuntimeError("the model's own words")
 
-    for attack in (PGD(model, steps=2), Square(model, queries=2)):
+    for attack in (PGD(model, steps=2), Square(model, n_queries=2)):
         with pytest.raises(RuntimeError, match=r"^the model's own words$"):
             attack(X, Y)
 
@@ -353,7 +353,7 @@ def test_errors_of_the_model_are_passed_on():
 def test_other_results_than_logits_are_named(wrap, kind, words):
     net = network().requires_grad_(False)
     with pytest.raises(kind, match="Square: model must " + words):
-        Square(lambda x: wrap(net(x)), queries=2)(X, Y)
+        Square(lambda x: wrap(net(x)), n_queries=2)(X, Y)
 
 
 def test_a_defense_of_another_forward_is_not_taken_apart():

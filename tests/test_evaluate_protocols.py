@@ -61,7 +61,7 @@ def test_every_protocol_can_be_built(name, deterministic):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_runs_in_short(name, monkeypatch):
-    plan, most = PROTOCOLS[name], {"steps": 3, "queries": 4, "eot_iter": 2}
+    plan, most = PROTOCOLS[name], {"steps": 3, "n_queries": 4, "eot_iter": 2}
     short = {
         key: Entry(entry.attack, {k: min(v, most[k]) if k in most else v for k, v in entry.options.items()})
         for key, entry in plan.attacks.items()

@@ -145,7 +145,7 @@ def test_finds_the_nearest_point_of_a_linear_model(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_comes_back_fooled_within_eps_or_as_it_was(norm, digits):
     model, x, y = digits
-    for options in ({}, {"early_stop": True}, {"restarts": 2}):
+    for options in ({}, {"early_stop": True}, {"n_restarts": 2}):
         adversarial = FAB(model, norm, EPS[norm], steps=5, target_classes=2, **options)(x, y)
         distance, wrong = size(adversarial - x, norm), model(adversarial).argmax(dim=1) != y
         clean_wrong = model(x).argmax(dim=1) != y
@@ -184,7 +184,7 @@ def test_restarts_leave_a_plateau(norm):
 
     x, y = torch.full((8, 1, 1, 1), 0.5), torch.zeros(8, dtype=torch.int64)
     assert torch.equal(FAB(model, norm, 0.4, steps=4)(x, y), x)
-    adversarial = FAB(model, norm, 0.4, steps=4, restarts=12)(x, y)
+    adversarial = FAB(model, norm, 0.4, steps=4, n_restarts=12)(x, y)
     assert (model(adversarial).argmax(dim=1) == 1).all()
     assert size(adversarial - x, norm).max() <= 0.4
     begun = torch.full_like(x, 0.7)
@@ -195,7 +195,7 @@ def test_restarts_leave_a_plateau(norm):
 def test_result_belongs_to_the_sample(norm, digits):
     model, x, y = digits
     x, y, ids = x[:11], y[:11], torch.arange(11) * 7
-    attack = FAB(model, norm, EPS[norm], steps=4, target_classes=2, restarts=2)
+    attack = FAB(model, norm, EPS[norm], steps=4, target_classes=2, n_restarts=2)
     whole, order = attack(x, y, ids), torch.tensor([4, 9, 0, 10, 2, 7, 1, 8, 3, 6, 5])
     assert torch.equal(attack(x[order], y[order], ids[order]), whole[order])
     assert torch.equal(torch.cat([attack(x[i : i + 1], y[i : i + 1], ids[i : i + 1]) for i in range(11)]), whole)
@@ -218,7 +218,9 @@ def test_done_rows_do_not_change(digits):
 def test_defense_is_attacked_and_the_global_generator_untouched(digits):
     model, x, y = digits
     state, given = torch.get_rng_state(), x.clone()
-    attack = FAB(Defense(RT2(4, sigma=0.1), None, model), "L2", 2.0, steps=3, target_classes=1, eot_iter=2, restarts=2)
+    attack = FAB(
+        Defense(RT2(4, sigma=0.1), None, model), "L2", 2.0, steps=3, target_classes=1, eot_iter=2, n_restarts=2
+    )
     adversarial = attack(x, y)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(x, given)
@@ -248,7 +250,7 @@ def test_zero_eps_and_empty_batch(norm):
         (lambda: FAB(LINEAR, "L3"), ValueError, "FAB: norm must be one of 'Linf', 'L2', 'L1', got 'L3'"),
         (lambda: FAB(LINEAR, steps=0), ValueError, "FAB: steps must be an integer and >= 1, got 0"),
         (lambda: FAB(LINEAR, target_classes=0), ValueError, "FAB: target_classes must be an integer and >= 1, got 0"),
-        (lambda: FAB(LINEAR, restarts=0), ValueError, "FAB: restarts must be an integer and >= 1, got 0"),
+        (lambda: FAB(LINEAR, n_restarts=0), ValueError, "FAB: n_restarts must be an integer and >= 1, got 0"),
         (lambda: FAB(LINEAR, alpha_max=2.0), ValueError, r"FAB: alpha_max must be finite and in \[0, 1\], got 2"),
         (lambda: FAB(LINEAR, beta=-0.1), ValueError, r"FAB: beta must be finite and in \[0, 1\], got -0.1"),
         (lambda: FAB(LINEAR, eta="x"), TypeError, "FAB: eta must be a number, got str"),

@@ -120,9 +120,9 @@ def test_lower_precision_for_the_networks_alone(precision, tolerance):
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_steps_that_add_up_draws_are_the_same_for_any_passes(norm):
     """Where one pass holds all draws the step op adds them up, otherwise the estimator does: the same bits."""
-    whole = PGD(DEFENSE, norm, 0.2, steps=4, eot_iter=7)(X, Y, IDS)
+    whole = PGD(DEFENSE, 0.2, norm=norm, steps=4, eot_iter=7)(X, Y, IDS)
     for max_batch in (8, 24, 64):
-        assert torch.equal(PGD(DEFENSE, norm, 0.2, steps=4, eot_iter=7, max_batch=max_batch)(X, Y, IDS), whole)
+        assert torch.equal(PGD(DEFENSE, 0.2, norm=norm, steps=4, eot_iter=7, max_batch=max_batch)(X, Y, IDS), whole)
 
 
 def test_passes_are_counted():
@@ -139,7 +139,7 @@ def test_a_model_without_gradients_can_be_asked_for_logits():
 
     logits = GradientEstimator(model).logits(X, IDS, torch.zeros_like(IDS))
     assert torch.equal(logits[:, 0], X.flatten(1)[:, :10])
-    adversarial = Square(model, eps=0.1, queries=8)(X, Y)
+    adversarial = Square(model, eps=0.1, n_queries=8)(X, Y)
     assert (adversarial - X).abs().max() <= 0.1 + 1e-6
 
 

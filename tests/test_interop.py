@@ -67,18 +67,25 @@ def art_classifier(model, images, **options):
 
 
 THEIRS = [torchattacks_pgd, torchattacks_eotpgd, foolbox_pgd, pyautoattack_apgd, art_pgd]
+
+
+def by_keywords(attack):
+    """An attack whose norm is a keyword, as attack(model, norm, eps)."""
+    return lambda model, norm, eps: attack(model, norm=norm, eps=eps)
+
+
 # Our attacks (model, norm, eps) with their norms, and how many of the images they must fool.
 OURS = {
-    "FGSM": (FGSM, ("Linf", "L2"), 0.4),
-    "PGD": (partial(PGD, steps=8), ("Linf", "L2"), 0.9),
-    "MIFGSM": (partial(MIFGSM, steps=8), ("Linf",), 0.9),
+    "FGSM": (by_keywords(FGSM), ("Linf", "L2"), 0.4),
+    "PGD": (by_keywords(partial(PGD, steps=8)), ("Linf", "L2"), 0.9),
+    "MIFGSM": (by_keywords(partial(MIFGSM, steps=8)), ("Linf",), 0.9),
     "PMA": (partial(PMA, steps=8), ("Linf", "L2"), 0.9),
     "APGD": (partial(APGD, steps=8), ("Linf", "L2"), 0.9),
     "APGDT": (partial(APGDT, steps=8, target_classes=2), ("Linf", "L2"), 0.9),
     "FAB": (partial(FAB, steps=8, target_classes=2), ("Linf", "L2"), 0.9),
-    "Square": (partial(Square, queries=40), ("Linf", "L2"), 0.4),
-    "AutoAttack": (partial(AutoAttack, steps=4, queries=16), ("Linf", "L2"), 0.9),
-    "CW": (partial(CW, c=100, steps=40, lr=0.1), ("L2",), 0.7),
+    "Square": (partial(Square, n_queries=40), ("Linf", "L2"), 0.4),
+    "AutoAttack": (partial(AutoAttack, steps=4, n_queries=16), ("Linf", "L2"), 0.9),
+    "CW": (by_keywords(partial(CW, c=100, steps=40, lr=0.1)), ("L2",), 0.7),
     "StAdv": (lambda model, norm, eps: StAdv(model, bound=0.1, steps=8), ("flow",), 0.4),
 }
 EPS_OF = {"Linf": EPS, "L2": 3.0, "flow": None}
@@ -211,7 +218,7 @@ def test_normalised_model_as_torchattacks_attacks_it(digits):
     attack = torchattacks.PGD(normalised, eps=EPS, alpha=EPS / 4, steps=4, random_start=False)
     attack.set_normalization_used(mean=[MEAN], std=[STD])
     theirs = attack((digits.images - MEAN) / STD, digits.labels) * STD + MEAN
-    ours = PGD(lambda x: normalised((x - MEAN) / STD), "Linf", EPS, alpha=EPS / 4, steps=4, random_start=False)
+    ours = PGD(lambda x: normalised((x - MEAN) / STD), EPS, alpha=EPS / 4, steps=4, random_start=False)
     assert ((ours(digits.images, digits.labels) - theirs).abs() > 1e-4).float().mean() < 0.02
 
 

@@ -41,7 +41,7 @@ def plain(norm, steps, draws, momentum, alpha, schedule):
 @pytest.mark.parametrize(("momentum", "schedule"), [(0.9, "cosine"), (0.5, "constant"), (0.0, "cosine")])
 def test_equals_a_plain_loop(norm, draws, momentum, schedule):
     options = {"momentum": momentum, "schedule": schedule}
-    attack = PGD(DEFENSE, norm, EPS[norm], 0.4 * EPS[norm], 6, random_start=False, eot_iter=draws, **options)
+    attack = PGD(DEFENSE, EPS[norm], 0.4 * EPS[norm], 6, False, norm=norm, eot_iter=draws, **options)
     expected = plain(norm, 6, draws, momentum, 0.4 * EPS[norm], schedule)
     torch.testing.assert_close(attack(X, Y, IDS), expected, rtol=0, atol=1e-5)
 
@@ -55,7 +55,7 @@ def test_defaults():
 
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"momentum": 0.9, "schedule": "cosine"}], ids=str)
 def test_result_belongs_to_the_sample(options):
-    attack = PGD(DEFENSE, eps=0.1, steps=4, restarts=2, **options)
+    attack = PGD(DEFENSE, eps=0.1, steps=4, n_restarts=2, **options)
     expected = attack(X, Y, IDS)
     order = torch.randperm(len(X), generator=torch.Generator().manual_seed(1))
     parts = [attack(X[part], Y[part], IDS[part]) for part in order.split(11)]

@@ -87,7 +87,7 @@ def test_pgd_is_that_of_torchattacks(task, norm):
     with iterates(model) as theirs:
         expected = original(Wide(model).eval(), **options)(x, y)
     with iterates(model) as ours:
-        adversarial = PGD(model, norm, **options, max_batch=COUNT)(x, y, start=theirs[0])
+        adversarial = PGD(model, **options, norm=norm, max_batch=COUNT)(x, y, start=theirs[0])
     assert len(ours) == steps
     close = (differences([*ours, adversarial], [*theirs, expected]) <= 1e-5).all(dim=0)
     assert close.float().mean() >= SHARE[name]

@@ -132,7 +132,7 @@ def test_result_belongs_to_the_sample(norm, options):
 def test_more_restarts_and_longer_runs_never_leave_more_right():
     model, left = trained_classifier(), []
     for restarts in (1, 3):
-        adversarial = PMA(model, eps=0.05, steps=4, restarts=restarts, early_stop=True)(X, Y)
+        adversarial = PMA(model, eps=0.05, steps=4, n_restarts=restarts, early_stop=True)(X, Y)
         left.append(right(model, adversarial))
     assert not (left[1] & ~left[0]).any()
 
@@ -210,7 +210,7 @@ def test_a_row_has_the_loss_that_is_named(targeted):
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
-        ({"restarts": 0}, "PMA: restarts must be an integer and >= 1, got 0"),
+        ({"n_restarts": 0}, "PMA: n_restarts must be an integer and >= 1, got 0"),
         ({"target_classes": -1}, "PMA: target_classes must be an integer and >= 0, got -1"),
         ({"norm": "L0"}, "PMA: norm must be one of 'Linf', 'L2', 'L1', got 'L0'"),
         ({"steps": 0}, "PMA: steps must be an integer and >= 1, got 0"),

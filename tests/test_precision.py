@@ -49,7 +49,7 @@ def test_slow_types_are_told(run, who, name):
 @pytest.mark.filterwarnings("ignore:.*much slower than in float32")
 def test_restarts_are_ranked_in_the_type_of_the_networks():
     """A copy whose weights are cast runs in an autocast alone."""
-    candidate = PGD(network(), eps=0.1, steps=10, restarts=2, precision="bfloat16")(X, Y)
+    candidate = PGD(network(), eps=0.1, steps=10, n_restarts=2, precision="bfloat16")(X, Y)
     assert (candidate - X).abs().max() <= 0.1 + 1e-6
 
 

@@ -14,12 +14,12 @@ from atop_fast.randomness import derive_seed
 RESTARTS, COUNT = 4, 24
 IDS = torch.arange(COUNT) * 3
 ATTACKS = {
-    "pgd": lambda model, **o: PGD(model, "Linf", 0.08, steps=3, **o),
-    "pgd-l2": lambda model, **o: PGD(model, "L2", 1.0, steps=3, random_start=False, **o),
-    "mifgsm": lambda model, **o: MIFGSM(model, "Linf", 0.08, steps=3, **o),
+    "pgd": lambda model, **o: PGD(model, 0.08, norm="Linf", steps=3, **o),
+    "pgd-l2": lambda model, **o: PGD(model, 1.0, norm="L2", steps=3, random_start=False, **o),
+    "mifgsm": lambda model, **o: MIFGSM(model, 0.08, norm="Linf", steps=3, **o),
     "apgd": lambda model, **o: APGD(model, "Linf", 0.08, steps=3, eot_iter=2, **o),
     "apgdt": lambda model, **o: APGDT(model, "Linf", 0.08, steps=2, target_classes=2, eot_iter=2, **o),
-    "square": lambda model, **o: Square(model, "Linf", 0.1, queries=8, eot_iter=2, **o),
+    "square": lambda model, **o: Square(model, "Linf", 0.1, n_queries=8, eot_iter=2, **o),
 }
 
 
@@ -78,7 +78,7 @@ def test_equals_a_plain_loop_over_whole_runs(digits, name, random):
     # PGD's choice has draws of its own, the others' the number of the attack's.
     draws = 8 if isinstance(build(model), PGD) else 2
     expected = plain(build, model, x, y, draws, LOSSES.get(name, cross_entropy))
-    restarted = build(model, seed=5, restarts=RESTARTS)(x, y, IDS)
+    restarted = build(model, seed=5, n_restarts=RESTARTS)(x, y, IDS)
     assert torch.equal(restarted, expected)
     assert not torch.equal(restarted, build(model, seed=5)(x, y, IDS))
 
@@ -92,7 +92,7 @@ def test_fab_equals_a_plain_loop_over_whole_runs(digits):
         found = attack(x, y, IDS, start=attack.restart_from(seed, x, IDS) if restart else None)
         still = torch.ones(COUNT, dtype=torch.bool) if best is None else (best == x).flatten(1).all(dim=1)
         best = found if best is None else torch.where(still[:, None, None, None], found, best)
-    assert torch.equal(FAB(standard_mnist(), seed=5, restarts=RESTARTS, **options)(x, y, IDS), best)
+    assert torch.equal(FAB(standard_mnist(), seed=5, n_restarts=RESTARTS, **options)(x, y, IDS), best)
 
 
 def test_fooled_images_are_not_attacked_again(digits):
@@ -101,7 +101,7 @@ def test_fooled_images_are_not_attacked_again(digits):
 
     def cost(restarts, eps=0.3):
         with counted_passes() as passes:
-            adversarial = PGD(model, "Linf", eps, steps=20, restarts=restarts, early_stop=True, max_batch=8)(x, y)
+            adversarial = PGD(model, eps, steps=20, n_restarts=restarts, early_stop=True, max_batch=8)(x, y)
         return passes.forward, model(adversarial).argmax(dim=1) != y
 
     once, fooled = cost(1)

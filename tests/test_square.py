@@ -52,7 +52,7 @@ def test_stays_in_ball_and_range(norm, shape):
         model = nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), 5))
     x, y = images(9, *shape), torch.arange(9) % 5
     for early_stop in (True, False):
-        adversarial = Square(model, norm, 0.3, queries=30, early_stop=early_stop)(x, y)
+        adversarial = Square(model, norm, 0.3, n_queries=30, early_stop=early_stop)(x, y)
         distance = size(adversarial - x, norm)
         assert distance.max() <= 0.3 * (1 + 1e-5)
         assert adversarial.min() >= 0
@@ -64,7 +64,7 @@ def test_stays_in_ball_and_range(norm, shape):
 @pytest.mark.parametrize("norm", NORMS)
 def test_loss_never_falls_and_done_rows_do_not_change(norm, digits):
     model, x, y = digits
-    attack = Square(model, norm, EPS[norm], queries=40)
+    attack = Square(model, norm, EPS[norm], n_queries=40)
     with torch.no_grad(), prepared(model) as network:
         estimator = attack.estimator(network)
         state, ended = attack.begin(estimator, x, y, torch.arange(128), None), []
@@ -84,7 +84,7 @@ def test_loss_never_falls_and_done_rows_do_not_change(norm, digits):
 def test_fools_as_many_as_the_original(norm, digits):
     square = pytest.importorskip("pyautoattack.square")
     model, x, y = digits
-    ours = (margin(model, Square(model, norm, EPS[norm], queries=100)(x, y), y) > 0).sum().item()
+    ours = (margin(model, Square(model, norm, EPS[norm], n_queries=100)(x, y), y) > 0).sum().item()
     with torch.no_grad(), seeded(0):
         theirs = square.SquareAttack(model, norm, 100, EPS[norm], seed=1).perturb(x, y)
     theirs = (margin(model, theirs, y) > 0).sum().item()
@@ -113,7 +113,7 @@ def test_sizes_follow_the_schedule_of_the_original():
     square = pytest.importorskip("pyautoattack.square")
     for rescale in (False, True):
         original = square.SquareAttack(None, n_queries=5000, eps=1.0, resc_schedule=rescale)
-        attack = Square(SMALL, eps=0.1, queries=5000, resc_schedule=rescale)
+        attack = Square(SMALL, eps=0.1, n_queries=5000, resc_schedule=rescale)
         t = torch.tensor([0, 5, 6, 10, 11, 25, 26, 50, 51, 200, 201, 500, 501, 999, 1001, 2001, 3001, 4500, 4992])
         x = torch.zeros(len(t), 1, 32, 32)
         state = {"x": x, "t": t, "done": t < 0, "ids": t}
@@ -159,7 +159,7 @@ def test_l1_projection_is_the_nearest_point(eps):
 @pytest.mark.parametrize("model", [SMALL, DEFENSE], ids=["classifier", "defense"])
 def test_result_belongs_to_the_sample(norm, model):
     x, y, ids = images(11, 1, 16, 16), torch.arange(11) % 10, torch.arange(11) * 5
-    attack = Square(model, norm, EPS[norm], queries=20, restarts=2)
+    attack = Square(model, norm, EPS[norm], n_queries=20, n_restarts=2)
     whole, order = attack(x, y, ids), torch.tensor([4, 9, 0, 10, 2, 7, 1, 8, 3, 6, 5])
     assert torch.equal(attack(x[order], y[order], ids[order]), whole[order])
     assert torch.equal(torch.cat([attack(x[i : i + 1], y[i : i + 1], ids[i : i + 1]) for i in range(11)]), whole)
@@ -174,25 +174,25 @@ def test_forward_passes_alone_and_no_more_than_asked_for():
 
     x, y = images(16, 1, 8, 8), torch.zeros(16, dtype=torch.int64)
     with counted_passes() as passes:
-        Square(model, eps=0.1, queries=24, max_batch=16)(x, y)
+        Square(model, eps=0.1, n_queries=24, max_batch=16)(x, y)
     assert passes.forward == 16 * (24 + 2)
     assert passes.backward == 0
     with counted_passes() as passes:
-        assert torch.equal(Square(model, eps=0.1, queries=5000)(x, y + 1), x)
+        assert torch.equal(Square(model, eps=0.1, n_queries=5000)(x, y + 1), x)
     assert passes.forward < 16 * 14
 
 
 def test_restarts_and_draws_go_on_where_an_image_is_robust(digits):
     model, x, y = digits
-    once = margin(model, Square(model, eps=0.05, queries=16)(x, y), y)
-    again = margin(model, Square(model, eps=0.05, queries=16, restarts=4)(x, y), y)
+    once = margin(model, Square(model, eps=0.05, n_queries=16)(x, y), y)
+    again = margin(model, Square(model, eps=0.05, n_queries=16, n_restarts=4)(x, y), y)
     assert (again >= once - 1e-4).all()
     assert (again > 0).sum() > (once > 0).sum()
 
 
 def test_defense_keeps_the_best_estimate_and_the_global_generator():
     x, y, generator = images(6, 1, 16, 16), torch.arange(6), torch.get_rng_state()
-    given, attack = x.clone(), Square(DEFENSE, eps=0.1, queries=32, eot_iter=4, restarts=2)
+    given, attack = x.clone(), Square(DEFENSE, eps=0.1, n_queries=32, eot_iter=4, n_restarts=2)
     assert not attack.early_stop
     adversarial = attack(x, y)
     assert torch.equal(torch.get_rng_state(), generator)
@@ -207,7 +207,7 @@ def test_defense_keeps_the_best_estimate_and_the_global_generator():
 @pytest.mark.parametrize("norm", NORMS)
 def test_start_is_taken_into_the_ball(norm):
     x, y = images(5, 1, 16, 16), torch.arange(5)
-    adversarial = Square(SMALL, norm, 0.2, queries=8, early_stop=False)(x, y, start=1 - x)
+    adversarial = Square(SMALL, norm, 0.2, n_queries=8, early_stop=False)(x, y, start=1 - x)
     assert size(adversarial - x, norm).max() <= 0.2 * (1 + 1e-5)
 
 
@@ -215,10 +215,10 @@ def test_start_is_taken_into_the_ball(norm):
 def test_zero_eps_empty_batch_and_nan(norm):
     x, y = images(5, 1, 16, 16), torch.arange(5)
     for early_stop in (True, False):
-        zero = Square(SMALL, norm, 0.0, queries=10, early_stop=early_stop)(x, y)
+        zero = Square(SMALL, norm, 0.0, n_queries=10, early_stop=early_stop)(x, y)
         torch.testing.assert_close(zero, x, rtol=0, atol=1e-6)
     assert Square(SMALL, norm)(x[:0], y[:0]).shape == (0, 1, 16, 16)
-    broken = Square(lambda x: x.flatten(1) * float("nan"), norm, 0.1, queries=10)(x, y)
+    broken = Square(lambda x: x.flatten(1) * float("nan"), norm, 0.1, n_queries=10)(x, y)
     assert size(broken - x, norm).max() <= 0.1 * (1 + 1e-5)
 
 
@@ -226,8 +226,8 @@ def test_zero_eps_empty_batch_and_nan(norm):
     ("call", "error", "pattern"),
     [
         (lambda: Square(SMALL, "L3"), ValueError, "Square: norm must be one of 'Linf', 'L2', 'L1', got 'L3'"),
-        (lambda: Square(SMALL, queries=0), ValueError, "Square: queries must be an integer and >= 1, got 0"),
-        (lambda: Square(SMALL, restarts=0), ValueError, "Square: restarts must be an integer and >= 1, got 0"),
+        (lambda: Square(SMALL, n_queries=0), ValueError, "Square: n_queries must be an integer and >= 1, got 0"),
+        (lambda: Square(SMALL, n_restarts=0), ValueError, "Square: n_restarts must be an integer and >= 1, got 0"),
         (lambda: Square(SMALL, p_init=1.5), ValueError, r"Square: p_init must be finite and in \[0, 1\], got 1.5"),
         (lambda: Square(SMALL, eps="x"), TypeError, "Square: eps must be a number, got str"),
         (lambda: Square(DEFENSE, early_stop=True), ValueError, "Square: early_stop must be False for a Defense"),

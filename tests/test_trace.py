@@ -36,13 +36,13 @@ from atop_fast.evaluation.tracing import mean_trace
 COUNT = 12
 IDS = torch.arange(COUNT) * 7
 ATTACKS = {
-    "pgd": lambda model, **o: PGD(model, "Linf", 0.1, steps=5, **o),
-    "pgd-early": lambda model, **o: PGD(model, "Linf", 0.1, steps=8, early_stop=True, **o),
-    "mifgsm": lambda model, **o: MIFGSM(model, "Linf", 0.1, steps=4, **o),
+    "pgd": lambda model, **o: PGD(model, 0.1, steps=5, **o),
+    "pgd-early": lambda model, **o: PGD(model, 0.1, steps=8, early_stop=True, **o),
+    "mifgsm": lambda model, **o: MIFGSM(model, 0.1, steps=4, **o),
     "apgd": lambda model, **o: APGD(model, "Linf", 0.1, steps=5, early_stop=True, **o),
     "apgdt": lambda model, **o: APGDT(model, "L2", 1.5, steps=4, target_classes=2, **o),
     "fab": lambda model, **o: FAB(model, "Linf", 0.1, steps=4, target_classes=2, early_stop=True, **o),
-    "square": lambda model, **o: Square(model, "Linf", 0.15, queries=40, **o),
+    "square": lambda model, **o: Square(model, "Linf", 0.15, n_queries=40, **o),
     "cw": lambda model, **o: CW(model, c=1.0, steps=6, lr=0.1, **o),
     "cw-early": lambda model, **o: CW(model, c=1.0, steps=10, search_steps=2, lr=0.1, early_stop=True, **o),
     "stadv": lambda model, **o: StAdv(model, 0.1, steps=4, **o),
@@ -93,9 +93,9 @@ def test_steps_are_the_means_over_images(digits, name, monkeypatch):
 def test_a_defense_is_right_in_a_share_of_its_draws(digits):
     x, y = digits
     defense = Defense(RT2(4, sigma=0.2), None, standard_mnist())
-    attack = PGD(defense, "Linf", 0.1, alpha=0.02, steps=3, eot_iter=4)
+    attack = PGD(defense, 0.1, alpha=0.02, steps=3, eot_iter=4)
     with counted_passes() as passes:
-        steps, _ = told(lambda model, **o: PGD(model, "Linf", 0.1, 0.02, 3, eot_iter=4, **o), defense, x, y, IDS)
+        steps, _ = told(lambda model, **o: PGD(model, 0.1, 0.02, 3, eot_iter=4, **o), defense, x, y, IDS)
     assert [line.step for line in steps] == [0, 1, 2]
     assert (steps[-1].forward, steps[-1].backward) == (passes.forward, passes.backward)
     with attack.prepared() as estimator:
@@ -108,15 +108,15 @@ def test_a_defense_is_right_in_a_share_of_its_draws(digits):
 
 def _iterate(defense, x, y, steps):
     if steps:
-        return PGD(defense, "Linf", 0.1, 0.02, steps, eot_iter=4)(x, y, IDS)
-    attack = PGD(defense, "Linf", 0.1, 0.02, 1)
+        return PGD(defense, 0.1, 0.02, steps, eot_iter=4)(x, y, IDS)
+    attack = PGD(defense, 0.1, 0.02, 1)
     return attack.begin(attack.estimator(defense), x, y, IDS, None)["x"]
 
 
 def test_restarts_are_runs_over_what_is_left(digits):
     x, y = digits
     steps, _ = told(
-        lambda model, **o: PGD(model, "Linf", 0.06, steps=8, restarts=3, early_stop=True, **o),
+        lambda model, **o: PGD(model, 0.06, steps=8, n_restarts=3, early_stop=True, **o),
         standard_mnist(), x, y, IDS,
     )  # fmt: skip
     images = {line.restart: line.images for line in steps}
@@ -139,7 +139,7 @@ def test_losses_that_are_no_numbers_are_left_out(digits):
 def test_an_ensemble_names_its_attacks(digits):
     x, y = digits
     steps: list[TraceStep] = []
-    options = {"version": "custom", "attacks_to_run": ["apgd-ce", "square"], "steps": 3, "queries": 16}
+    options = {"version": "custom", "attacks_to_run": ["apgd-ce", "square"], "steps": 3, "n_queries": 16}
     attack = AutoAttack(standard_mnist(), "Linf", 0.05, callback=steps.append, **options)
     adversarial = attack(x, y)
     assert list(dict.fromkeys(line.attack for line in steps)) == ["apgd-ce", "square"]
@@ -277,7 +277,7 @@ def test_scalars_of_tensorboard(tmp_path):
 def test_a_callback_of_the_callers_is_called_too(digits):
     x, y = digits
     steps = []
-    attack = PGD(standard_mnist(), "Linf", 0.1, steps=3, callback=steps.append)
+    attack = PGD(standard_mnist(), 0.1, steps=3, callback=steps.append)
     report = evaluate(
         standard_mnist(), x, y, eps=0.1, attacks={"mine": attack, "other": lambda x, y, ids: x}, diagnostics=(),
         progress=False, tensorboard=None, trace=None,

@@ -21,16 +21,16 @@ QUIET = {"progress": False, "diagnostics": ()}
 # Attack and the norms that it has.
 ATTACKS = {
     "FGSM": (FGSM, ("Linf", "L2"), {}),
-    "PGD": (PGD, ("Linf", "L2"), {"steps": 3, "restarts": 2}),
+    "PGD": (PGD, ("Linf", "L2"), {"steps": 3, "n_restarts": 2}),
     "MIFGSM": (MIFGSM, ("Linf",), {"steps": 3}),
-    "APGD": (APGD, ("Linf", "L2", "L1"), {"steps": 3, "restarts": 2}),
+    "APGD": (APGD, ("Linf", "L2", "L1"), {"steps": 3, "n_restarts": 2}),
     "APGD-dlr": (APGD, ("Linf", "L2", "L1"), {"steps": 3, "loss": "dlr"}),
     "APGDT": (APGDT, ("Linf", "L2", "L1"), {"steps": 3}),
-    "FAB": (FAB, ("Linf", "L2", "L1"), {"steps": 3, "restarts": 2}),
-    "Square": (Square, ("Linf", "L2", "L1"), {"queries": 9}),
+    "FAB": (FAB, ("Linf", "L2", "L1"), {"steps": 3, "n_restarts": 2}),
+    "Square": (Square, ("Linf", "L2", "L1"), {"n_queries": 9}),
     "CW": (CW, ("L2",), {"steps": 30, "lr": 0.1, "c": 100.0}),
     "StAdv": (StAdv, (None,), {"steps": 3}),
-    "AutoAttack": (AutoAttack, ("Linf", "L2", "L1"), {"steps": 3, "queries": 9}),
+    "AutoAttack": (AutoAttack, ("Linf", "L2", "L1"), {"steps": 3, "n_queries": 9}),
 }
 CASES = [(name, norm) for name, (_, norms, _) in ATTACKS.items() for norm in norms]
 EPS = {"Linf": 0.1, "L2": 0.8, "L1": 4.0}
@@ -108,7 +108,7 @@ def test_labels_beyond_the_classes_are_refused_by_every_entry_point():
 def test_few_classes_work_in_every_protocol(classes, protocol, monkeypatch):
     plan = PROTOCOLS[protocol]
     for entry in plan.attacks.values():
-        for key, most in (("steps", 2), ("queries", 4), ("eot_iter", 2)):
+        for key, most in (("steps", 2), ("n_queries", 4), ("eot_iter", 2)):
             if key in entry.options:
                 monkeypatch.setitem(entry.options, key, min(most, entry.options[key]))
     model = network(classes)
@@ -202,7 +202,7 @@ def test_a_radius_of_more_than_every_image_is_said():
     ):
         with pytest.warns(UserWarning, match="eps 8 is above 1, the whole range of pixels"):
             call()
-    PGD(model, "L2", eps=8)
+    PGD(model, norm="L2", eps=8)
     APGD(model, "L1", eps=8)
 
 
@@ -282,7 +282,7 @@ def test_a_contract_that_cannot_be_checked_is_said_and_the_evaluation_goes_on(tm
             X,
             labels(net),
             eps=0.1,
-            attacks=lambda m: {"square": Square(m, eps=0.1, queries=8)},
+            attacks=lambda m: {"square": Square(m, eps=0.1, n_queries=8)},
             out=tmp_path / "run" if kept else None,
             progress=False,
         )

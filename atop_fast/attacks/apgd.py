@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .base import NORMS, Attack, better_candidate, initial_state, norm_l2, per_i
 from .gradient import Estimate, GradientEstimator
 from .network import Model
 from .queue import Schedule, State, run_queue
+from .trace import Callback
 
 MOMENTUM = 0.75
 # MALT: classes considered for each image, and pairs of an image and a class in one pass.
@@ -39,13 +40,27 @@ class APGD(Attack):
     a deterministic model that is a misclassified one, if there is any.
 
     Args:
-        model, norm, eps, eot_iter, gradient, seed, max_batch, early_stop, precision, substitute: see Attack.
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        norm: "Linf", "L2" or "L1".
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: iterations; there is one evaluation more.
-        loss: "ce", "margin", "dlr" or "pm", see GradientEstimator.
-        restarts: runs from further random points, of the images that some draw still classifies correctly.
+        n_restarts: runs from further random points, of the images that some draw still classifies correctly.
+        seed: key of the attack's randomness and draws.
+        loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss for their formulas.
+        eot_iter: draws of the model in each gradient, which is their mean.
         rho: share of the steps since the last checkpoint in which the loss must rise.
         shrink_eps: for L1, spend 3/10 of the steps in the ball of radius 3 eps, 3/10 in 2 eps and the rest in eps, as
             AutoAttack does.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
+            little about a random one.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
     Departures from the original: losses and decisions of a random defence rest on the mean over the draws, not on the
     last one, and an image's random start is a function of (seed, sample id).
@@ -61,16 +76,37 @@ class APGD(Attack):
         norm: str = "Linf",
         eps: float = 8 / 255,
         steps: int = 100,
+        n_restarts: int = 1,
+        seed: int = 0,
         loss: str = "ce",
-        restarts: int = 1,
+        eot_iter: int = 1,
         rho: float = 0.75,
+        *,
         shrink_eps: bool = False,
-        **options: Any,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        super().__init__(model, norm, eps, steps=steps, **options)
+        super().__init__(
+            model,
+            norm,
+            eps,
+            steps=steps,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
         name = type(self).__name__
         self.loss = check_choice(name, "loss", loss, ("ce", "margin", "dlr", "pm"))
-        self.restarts = check_integer(name, "restarts", restarts, low=1)
+        self.n_restarts = check_integer(name, "n_restarts", n_restarts, low=1)
         self.rho = check_number(name, "rho", rho, low=0, high=1)
         self.shrink_eps = bool(shrink_eps) and norm == "L1"
 
@@ -205,9 +241,30 @@ class APGDT(APGD):
     classes, the loss is the plain difference z_t - z_y.
 
     Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        norm: "Linf", "L2" or "L1".
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
+        steps: iterations against every target class, each from the same random start.
+        n_restarts: runs from further random points, of the images that some draw still classifies correctly.
+        seed: key of the attack's randomness and draws.
+        eot_iter: draws of the model in each gradient, which is their mean.
+        rho: share of the steps since the last checkpoint in which the loss must rise.
         target_classes: how many; at most the number of classes less one.
         order: "logits" or "malt". With ten classes and nine targets it changes nothing but their order.
-        model, norm, eps, steps, options: see APGD; every target takes `steps` iterations, from the same random start.
+        shrink_eps: for L1, spend 3/10 of the steps in the ball of radius 3 eps, 3/10 in 2 eps and the rest in eps, as
+            AutoAttack does.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
+            little about a random one.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+
+    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
     """
 
     def __init__(
@@ -216,11 +273,39 @@ class APGDT(APGD):
         norm: str = "Linf",
         eps: float = 8 / 255,
         steps: int = 100,
+        n_restarts: int = 1,
+        seed: int = 0,
+        eot_iter: int = 1,
+        rho: float = 0.75,
+        *,
         target_classes: int = 9,
         order: str = "logits",
-        **options: Any,
+        shrink_eps: bool = False,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        super().__init__(model, norm, eps, steps, loss="dlr", **options)
+        super().__init__(
+            model,
+            norm,
+            eps,
+            steps,
+            n_restarts,
+            seed,
+            "dlr",
+            eot_iter,
+            rho,
+            shrink_eps=shrink_eps,
+            gradient=gradient,
+            substitute=substitute,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
         self.order = check_choice("APGDT", "order", order, ("logits", "malt"))
         self.target_classes = check_integer("APGDT", "target_classes", target_classes, low=1)
 

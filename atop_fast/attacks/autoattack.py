@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .._core.checks import check_choice, check_images, check_integer, check_labels, check_logits, check_radius, message
+from .._core.checks import (
+    check_choice,
+    check_device,
+    check_images,
+    check_integer,
+    check_labels,
+    check_logits,
+    check_radius,
+    message,
+)
+from .._core.files import writable_folder
 from .._core.precision import PRECISIONS
 from ..defense import Defense, refuse_wrapped
 from ..randomness import check_keys, derive_seed
@@ -58,24 +70,31 @@ class AutoAttack:
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
-        norm, eps: threat model, "Linf", "L2" or "L1"; eps in units of [0, 1] pixels.
+        norm: "Linf", "L2" or "L1".
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
         version: see above.
         attacks_to_run: for "custom": some of "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma", "probe".
         complete: for "fast": True goes on with "apgd-ce", "fab-t" and "square"; "auto" does so in doubt, so that an
             image's result depends on the others of the call; False, the default, warns in doubt.
         seed: key of all randomness.
+        device: where images are attacked, such as "cuda"; a model that is a module must be there. None: on the device
+            of the images. Results come back to it in both cases.
+        verbose: show a progress bar, and print the accuracy after every attack.
+        log_path: file to which the accuracy after every attack is added, with the time.
         precision: of the networks in the attacks; what counts as fooled is always decided in float32. With "bfloat16"
             or "float16" the images that survive are attacked once more in float32 (`finish` of the attacks).
         finish: attacks of the float32 pass after a screen in lower precision; for a network that is not adversarially
             trained add "apgd-t".
-        steps, queries, eot_iter: instead of 100 steps of the white-box attacks, 5,000 queries of Square, and the
-            version's number of draws.
-        max_batch: see Attack.
-        progress: show a progress bar, and print the accuracy after every attack.
-        callback: see Attack; a TraceStep has the name of its attack in the ensemble.
+        steps: iterations of the white-box attacks.
+        n_queries: queries of Square.
+        eot_iter: draws of the model in each gradient and query; None: the version's number.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        callback: called with a TraceStep after each step of every attack, which has the name of its attack in the
+            ensemble; on a GPU every step then waits for the device.
 
     Attributes:
         accuracy: after a run, {"clean": ..., attack: accuracy after it}, each from single draws.
+        in_doubt: after a run of "fast": whether it may have left images that "standard" fools.
 
     Departures from the original: "plus" has FAB-T in the place of the untargeted FAB; restarts, target classes and
     draws as APGD, FAB and Square say.
@@ -86,18 +105,21 @@ class AutoAttack:
         model: Model,
         norm: str = "Linf",
         eps: float = 8 / 255,
+        *,
         version: str = "standard",
         attacks_to_run: Sequence[str] | None = None,
+        complete: bool | str = False,
         seed: int = 0,
+        device: str | torch.device | None = None,
+        verbose: bool = False,
+        log_path: str | Path | None = None,
         precision: str = "float32",
         finish: Sequence[str] = ("apgd-ce",),
         steps: int = 100,
-        queries: int = 5000,
+        n_queries: int = 5000,
         eot_iter: int | None = None,
         max_batch: int | None = None,
-        progress: bool = False,
         callback: Callback | None = None,
-        complete: bool | str = False,
     ) -> None:
         name = "AutoAttack"
         refuse_wrapped(name, model)
@@ -121,12 +143,18 @@ class AutoAttack:
         self.finish = tuple(finish)
         self.seed = check_integer(name, "seed", seed, low=-(2**63), high=2**63 - 1)
         self.steps = check_integer(name, "steps", steps, low=1)
-        self.queries = check_integer(name, "queries", queries, low=1)
+        self.n_queries = check_integer(name, "n_queries", n_queries, low=1)
         default = 20 if version == "rand" else 1
         self.eot_iter = default if eot_iter is None else check_integer(name, "eot_iter", eot_iter, low=1)
         self.max_batch = None if max_batch is None else check_integer(name, "max_batch", max_batch, low=1)
-        self.progress, self.callback = bool(progress), callback
+        self.device = None if device is None else check_device(name, "device", str(device))
+        self.log_path = None if log_path is None else Path(log_path)
+        if self.log_path is not None:
+            # An unwritable place must be reported now, not after an hour.
+            writable_folder(name, "log_path", self.log_path.parent)
+        self.verbose, self.callback = bool(verbose), callback
         self.accuracy: dict[str, float] = {}
+        self.in_doubt = False
 
     def build(self, attack: str, precision: str | None = None) -> Attack:
         """One attack of the ensemble, with this version's settings."""
@@ -145,84 +173,134 @@ class AutoAttack:
         restarts = 5 if self.version == "plus" or (sparse and attack == "apgd-ce") else 1
         if attack in ("apgd-ce", "apgd-dlr"):
             loss = attack.removeprefix("apgd-")
-            return APGD(self.model, steps=self.steps, loss=loss, restarts=restarts, shrink_eps=sparse, **options)
+            return APGD(self.model, steps=self.steps, loss=loss, n_restarts=restarts, shrink_eps=sparse, **options)
         if attack == "apgd-t":
             classes = 5 if sparse else 9
             return APGDT(self.model, steps=self.steps, target_classes=classes, shrink_eps=sparse, **options)
         if attack == "pma":
-            return PMA(self.model, steps=self.steps, restarts=restarts, **options)
+            return PMA(self.model, steps=self.steps, n_restarts=restarts, **options)
         if attack == "fab-t":
-            return FAB(self.model, steps=self.steps, restarts=restarts, **options)
-        queries = min(PROBE, self.queries) if attack == "probe" else self.queries
-        return Square(self.model, queries=queries, resc_schedule=False, **options)
+            return FAB(self.model, steps=self.steps, n_restarts=restarts, **options)
+        n_queries = min(PROBE, self.n_queries) if attack == "probe" else self.n_queries
+        return Square(self.model, n_queries=n_queries, resc_schedule=False, **options)
 
-    def run_standard_evaluation(self, x: Tensor, y: Tensor, bs: int = 250) -> Tensor:
-        """Adversarial images of x (N, C, H, W) in [0, 1] with labels y, int64 (N,); where all attacks fail, x itself.
+    def run_standard_evaluation(
+        self, images: Tensor, labels: Tensor, bs: int = 250, return_labels: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attack images by the ensemble.
 
-        `bs` images at most go through the model at a time in verdicts; attacks size their passes themselves. The result
-        does not depend on it, unless the model has randomness of its own (see atop_fast.attacks.draw_logits).
+        Args:
+            images: float (N, C, H, W) in [0, 1].
+            labels: int64 (N,), the true classes.
+            bs: most images that go through the model at a time in verdicts; attacks size their passes themselves. The
+                result does not depend on it, unless the model has randomness of its own (see
+                atop_fast.attacks.draw_logits).
+            return_labels: return also the class of each result in the verdict's draw, int64 (N,).
+
+        Returns:
+            Adversarial images; where all attacks fail, the image itself.
         """
-        return self._evaluate(x, y, None, bs)
+        result, predicted = self._evaluate(images, labels, None, bs, self.attacks_to_run)
+        return (result, predicted) if return_labels else result
+
+    def run_standard_evaluation_individual(
+        self, images: Tensor, labels: Tensor, bs: int = 250, return_labels: bool = False
+    ) -> dict[str, Tensor] | dict[str, tuple[Tensor, Tensor]]:
+        """Attack images by every attack of the ensemble alone, none of them profiting from the others.
+
+        Args:
+            images: float (N, C, H, W) in [0, 1].
+            labels: int64 (N,), the true classes.
+            bs: most images that go through the model at a time in verdicts.
+            return_labels: return also the class of each result in the verdict's draw, int64 (N,).
+
+        Returns:
+            For each attack by name, what run_standard_evaluation returns for it alone. `accuracy` then has the accuracy
+            under each of them.
+        """
+        results: dict[str, Any] = {}
+        accuracy: dict[str, float] = {}
+        for attack in self.attacks_to_run:
+            result, predicted = self._evaluate(images, labels, None, bs, (attack,))
+            accuracy |= self.accuracy
+            results[attack] = (result, predicted) if return_labels else result
+        self.accuracy = accuracy
+        return results
 
     def __call__(self, images: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> Tensor:
         """As run_standard_evaluation, with the identities of the images, int64 (N,)."""
-        return self._evaluate(images, labels, sample_ids, 250)
+        return self._evaluate(images, labels, sample_ids, 250, self.attacks_to_run)[0]
 
-    def _evaluate(self, x: Tensor, y: Tensor, sample_ids: Tensor | None, bs: int) -> Tensor:
-        name = "AutoAttack"
-        x = check_images(name, "x", x)
-        check_labels(name, "y", y, x)
+    def _evaluate(
+        self, images: Tensor, labels: Tensor, sample_ids: Tensor | None, bs: int, attacks: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """The results of some attacks one after the other, and their classes in the draws that decided."""
+        name, start = "AutoAttack", time.monotonic()
+        x = check_images(name, "images", images)
+        y = check_labels(name, "labels", labels, x)
         check_integer(name, "bs", bs, low=1)
         ids, _ = check_keys(name, len(x), x.device, self.seed, sample_ids, 0)
-        result = x.detach().clone()
-        plan = [(attack, self.precision) for attack in self.attacks_to_run]
+        x, y, ids = (t if self.device is None else t.to(self.device) for t in (x.detach(), y, ids))
+        result = x.clone()
+        plan = [(attack, self.precision) for attack in attacks]
         if self.precision != "float32":
             plan += [(attack, "float32") for attack in self.finish]
         with frozen(self.model):
             if len(x):
                 logits = draw_logits(self.model, x[:1], self.seed, ids[:1], range(1), bs, name)[:, 0]
-                check_logits(name, logits, 1, int(y.max()), "y")
-            robust = self._right(result, y, ids, "clean", bs)
-            self.accuracy = {"clean": _share(robust)}
-            for attack, precision in tqdm(plan, desc=name, disable=not self.progress):
-                left = robust.nonzero()[:, 0]
+                check_logits(name, logits, 1, int(y.max()))
+            predicted = self._predicted(result, ids, "clean", bs)
+            self.accuracy, self.in_doubt = {"clean": _share(predicted == y)}, False
+            self._log(f"initial accuracy: {self.accuracy['clean']:.2%}")
+            for attack, precision in tqdm(plan, desc=name, disable=not self.verbose):
+                left = (predicted == y).nonzero()[:, 0]
                 if len(left):
                     candidates = self.build(attack, precision)(x[left], y[left], ids[left])
-                    right = self._right(candidates, y[left], ids[left], attack, bs)
-                    result[left[~right]] = candidates[~right]
-                    robust[left[~right]] = False
+                    classes = self._predicted(candidates, ids[left], attack, bs)
+                    fooled = classes != y[left]
+                    result[left[fooled]], predicted[left[fooled]] = candidates[fooled], classes[fooled]
                 title = self._title(attack, precision)
-                self.accuracy[title] = _share(robust)
-                if self.progress:
-                    tqdm.write(f"{name}: robust accuracy after {title}: {self.accuracy[title]:.4f}")
-                if attack == "probe" and self.complete == "auto" and self.in_doubt:
-                    plan += [(further, "float32") for further in REST]
-        if self.version == "fast" and self.complete is False and self.in_doubt:
+                self.accuracy[title] = _share(predicted == y)
+                seconds = time.monotonic() - start
+                self._log(f"robust accuracy after {title}: {self.accuracy[title]:.2%} (total time {seconds:.1f} s)")
+                if title == "probe":
+                    self.in_doubt = self._leaves_doubt()
+                    if self.in_doubt and self.complete == "auto":
+                        plan += [(further, "float32") for further in REST]
+        if self.in_doubt and self.complete is False:
             warnings.warn(DOUBTED, RuntimeWarning, stacklevel=3)
-        return result
+        return result.to(images.device), predicted.to(images.device)
 
-    @property
-    def in_doubt(self) -> bool:
-        """After a run of "fast": whether it may have left images that "standard" fools."""
+    def _log(self, line: str) -> None:
+        if self.verbose:
+            tqdm.write(f"AutoAttack: {line}")
+        if self.log_path is not None:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def _leaves_doubt(self) -> bool:
+        """Whether what "fast" has done may have left images that "standard" fools."""
+        if self.version != "fast" or not {"pma", "apgd-t", "probe"} <= self.accuracy.keys():
+            return False
         after_pma, after_both, after_probe = (self.accuracy[name] for name in ("pma", "apgd-t", "probe"))
         return after_pma - after_both > DOUBT or after_probe < after_both
 
     def _title(self, attack: str, precision: str | None) -> str:
         return attack if precision in (None, self.precision) else f"{attack} ({precision})"
 
-    def _right(self, x: Tensor, y: Tensor, ids: Tensor, name: str, bs: int) -> Tensor:
-        """Whether one draw of the caller's own model, in float32, is right, bool (N,)."""
+    def _predicted(self, x: Tensor, ids: Tensor, name: str, bs: int) -> Tensor:
+        """The class of each image in one draw of the caller's own model, in float32, int64 (N,)."""
         # Not a key of evaluate's verdicts, whose seed this may share.
         seed = derive_seed(self.seed, "autoattack", name)
         parts = [
-            draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0].argmax(dim=1) == y[part]
+            draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0].argmax(dim=1)
             for part in torch.arange(len(x), device=x.device).split(bs)
             if len(part)
         ]
-        return torch.cat([*parts, torch.zeros(0, dtype=torch.bool, device=x.device)])
+        return torch.cat([*parts, torch.zeros(0, dtype=torch.int64, device=x.device)])
 
     def __repr__(self) -> str:
-        hidden = ("model", "progress", "accuracy", "callback")
+        hidden = ("model", "verbose", "accuracy", "in_doubt", "callback", "device", "log_path")
         return f"AutoAttack({', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k not in hidden)})"
 
 

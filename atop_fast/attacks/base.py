@@ -33,19 +33,25 @@ class Attack(ABC):
         norm: "Linf", "L2" or "L1", as far as the attack has it.
         eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: iterations.
-        eot_iter, gradient, max_batch, precision, substitute: see GradientEstimator (`gradient` is its mode).
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
-        callback: called with a TraceStep after each step; on a GPU the attack then waits for the device in every step,
-            and a CUDA graph cannot hold it.
-        seed: key of the attack's randomness and draws.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
     The model's mode, buffers and requires_grad flags are left as they were, also after an error.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("Linf", "L2")
     loss: str = "ce"
-    restarts: int = 1
+    n_restarts: int = 1
     # The trace of one call; set in a copy of the attack.
     trace: Trace | None = None
 
@@ -58,11 +64,11 @@ class Attack(ABC):
         steps: int,
         eot_iter: int = 1,
         gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
         max_batch: int | None = None,
         early_stop: bool = False,
         precision: str = "float32",
-        substitute: Callable[[Tensor], Tensor] | None = None,
         callback: Callback | None = None,
     ) -> None:
         name = type(self).__name__
@@ -177,18 +183,18 @@ class Attack(ABC):
     def run(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
-        """The attack on checked arguments and a prepared network: one search, and `restarts` - 1 further ones.
+        """The attack on checked arguments and a prepared network: one search, and `n_restarts` - 1 further ones.
 
         Restart r has the seed derive_seed(self.seed, "restart", r). It searches the images that the judge's draws, the
         same for every candidate, still classify correctly at least once; see `better_candidate` for what is kept.
         """
         best = self.search(estimator, images, labels, ids, start)
-        if self.restarts == 1:
+        if self.n_restarts == 1:
             return best
         judge = self.judge(estimator)
         judge.passes = estimator.passes
         correct, loss = self.rank(judge, best, images, labels, ids)
-        for restart in range(1, self.restarts):
+        for restart in range(1, self.n_restarts):
             rows = correct.nonzero()[:, 0]
             if not len(rows):
                 break

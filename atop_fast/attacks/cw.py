@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .base import Attack, initial_state, per_image
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
+from .trace import Callback
 
 # Pixels this close to 0 and 1 have a finite place in tanh space (the factor of the authors' code).
 INSIDE = 0.999999
@@ -34,21 +35,31 @@ class CW(Attack):
     for a random model, max(., -kappa) applies to the mean margin over the draws.
 
     Args:
-        model: see Attack.
-        norm: "L2".
-        eps: None for no bound; otherwise only adversarial points within eps count as results. Neither the objective
-            nor the search depends on it.
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
         c: weight of the margin, in the first run.
         kappa: the margin that counts as adversarial (the paper's confidence), in units of the logits.
         steps: Adam steps of one run; each is one forward and backward pass for each draw.
         lr: step size of Adam, in units of w.
         search_steps: runs, each with another c; 1 is no search.
-        eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
+        eps: None for no bound; otherwise only adversarial points within eps count as results. Neither the objective
+            nor the search depends on it.
+        norm: "L2".
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image ends a run when its objective has not fallen by 0.01 % since the last look; there are 10
             looks a run (the authors' abort_early, for each image instead of each batch). For deterministic models, and
             for an lr that does not make the objective swing. It is not the misclassification that ends an image.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as Attack says; `start` takes the place of the image as the start of every run.
+    Called as attack(images, labels, sample_ids=None, start=None); `start` takes the place of the image as the start of
+    every run.
     """
 
     norms = ("L2",)
@@ -57,16 +68,37 @@ class CW(Attack):
     def __init__(
         self,
         model: Model,
-        norm: str = "L2",
-        eps: float | None = None,
         c: float = 1.0,
         kappa: float = 0.0,
         steps: int = 100,
         lr: float = 0.01,
+        *,
         search_steps: int = 1,
-        **options: Any,
+        eps: float | None = None,
+        norm: str = "L2",
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        super().__init__(model, norm, 0.0 if eps is None else eps, steps=steps, **options)
+        super().__init__(
+            model,
+            norm,
+            0.0 if eps is None else eps,
+            steps=steps,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
         self.eps = math.inf if eps is None else self.eps
         self.c = check_number("CW", "c", c, low=0, high=LARGEST_C)
         self.kappa = check_number("CW", "kappa", kappa, low=0)

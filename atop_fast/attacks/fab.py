@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .base import Attack, initial_state, per_image
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
+from .trace import Callback
 
 
 class FAB(Attack):
@@ -27,19 +28,31 @@ class FAB(Attack):
     and the image itself otherwise. Targeted only: the untargeted FAB needs the gradients of all logits in every step.
 
     Args:
-        model, norm, eps: see Attack; norm "Linf", "L2" or "L1".
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        norm: "Linf", "L2" or "L1".
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: iterations against each target class; each takes two forward passes and one backward.
-        target_classes: the most likely classes besides y, by the clean image's logits, one after the other; an image
-            that is fooled within eps goes on to no other.
-        restarts: runs; all but the first start from random points at the distance eps / 2 of the images that were
+        n_restarts: runs; all but the first start from random points at the distance eps / 2 of the images that were
             not fooled before.
         alpha_max, eta, beta: see above.
-        eot_iter, gradient, seed, max_batch, precision, substitute: see Attack. With a random defence, a point is
-            adversarial if more than half of `eot_iter` draws, other than its gradient's, are misclassified.
-        early_stop: see Attack; an image is done at its first adversarial point within eps, which is not the nearest.
+        target_classes: the most likely classes besides y, by the clean image's logits, one after the other; an image
+            that is fooled within eps goes on to no other.
+        eot_iter: draws of the model in each gradient, which is their mean. With a random defence, a point is
+            adversarial if more than half of as many other draws are misclassified.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done at its first adversarial point within eps, which is not the nearest. For
+            deterministic models.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as Attack says; `start`, if it is given, is where the first run starts from against each class. An image that
-    is misclassified comes back as it is.
+    Called as attack(images, labels, sample_ids=None, start=None); `start`, if it is given, is where the first run
+    starts from against each class. An image that is misclassified comes back as it is.
     """
 
     norms = ("Linf", "L2", "L1")
@@ -51,17 +64,37 @@ class FAB(Attack):
         norm: str = "Linf",
         eps: float = 8 / 255,
         steps: int = 100,
-        target_classes: int = 9,
-        restarts: int = 1,
+        n_restarts: int = 1,
         alpha_max: float = 0.1,
         eta: float = 1.05,
         beta: float = 0.9,
+        *,
+        target_classes: int = 9,
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
         seed: int = 0,
-        **options: Any,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        super().__init__(model, norm, eps, steps=steps, seed=seed, **options)
+        super().__init__(
+            model,
+            norm,
+            eps,
+            steps=steps,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
         self.target_classes = check_integer("FAB", "target_classes", target_classes, low=1)
-        self.restarts = check_integer("FAB", "restarts", restarts, low=1)
+        self.n_restarts = check_integer("FAB", "n_restarts", n_restarts, low=1)
         self.alpha_max = check_number("FAB", "alpha_max", alpha_max, low=0, high=1)
         self.eta = check_number("FAB", "eta", eta, low=0)
         self.beta = check_number("FAB", "beta", beta, low=0, high=1)

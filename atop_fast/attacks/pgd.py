@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .base import MAX_LENGTH, Attack, initial_state, norm_l2, per_image, project
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
+from .trace import Callback
 
 SCHEDULES = ("constant", "cosine")
 
@@ -33,48 +35,78 @@ class PGD(Attack):
     better than many draws a step (docs/attacks.md).
 
     Args:
-        model, norm, eps: see Attack; norm "Linf" or "L2".
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
         alpha: step size in the unit of eps; default 2.5 * eps / steps, and eps for the cosine.
         steps: gradient steps.
+        random_start: start from a uniformly random point of the ball instead of the image; restarts always do.
+        norm: "Linf" or "L2".
         momentum: 0 for none; 0.9 is recommended for random models.
         schedule: of the step sizes: "constant", or "cosine" for alpha (1 + cos(pi t / steps)) / 2 at step t = 0, 1, ...
-        restarts: runs; all but the first are of the images that some of `selection_draws` draws, which no attack step
+        n_restarts: runs; all but the first are of the images that some of `selection_draws` draws, which no attack step
             has seen, still classifies correctly. The candidate of an image is the one that is classified correctly in
             the fewest of them, ties broken by the larger mean cross-entropy.
-        random_start: start from a uniformly random point of the ball instead of the image; restarts always do.
-        eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
-        early_stop: see Attack. In Linf with constant steps and no momentum an iterate that comes back also ends an
-            image: further steps would only repeat iterates that were classified correctly.
         selection_draws: draws of the choice among restarts; with early_stop one, as all are the same.
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done as soon as it is misclassified, or, in Linf with constant steps and no momentum,
+            when an iterate comes back: further steps would only repeat iterates that were classified correctly. For
+            deterministic models: one lucky draw says little about a random one.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as Attack says.
+    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
     """
 
     def __init__(
         self,
         model: Model,
-        norm: str = "Linf",
         eps: float = 8 / 255,
         alpha: float | None = None,
         steps: int = 20,
-        restarts: int = 1,
         random_start: bool = True,
-        eot_iter: int = 1,
-        gradient: str = "exact",
-        selection_draws: int = 8,
-        seed: int = 0,
+        *,
+        norm: str = "Linf",
         momentum: float = 0.0,
         schedule: str = "constant",
-        **options: Any,
+        n_restarts: int = 1,
+        selection_draws: int = 8,
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        super().__init__(model, norm, eps, steps=steps, eot_iter=eot_iter, gradient=gradient, seed=seed, **options)
+        super().__init__(
+            model,
+            norm,
+            eps,
+            steps=steps,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
         name = type(self).__name__
         self.momentum = check_number(name, "momentum", momentum, low=0)
         self.schedule = check_choice(name, "schedule", schedule, SCHEDULES)
         if alpha is None:
             alpha = 2.5 * self.eps / self.steps if schedule == "constant" else self.eps
         self.alpha = check_number(name, "alpha", alpha, low=0, high=2.5 * MAX_LENGTH)
-        self.restarts = check_integer(name, "restarts", restarts, low=1)
+        self.n_restarts = check_integer(name, "n_restarts", n_restarts, low=1)
         self.selection_draws = check_integer(name, "selection_draws", selection_draws, low=1)
         self.random_start = bool(random_start)
 
@@ -142,11 +174,57 @@ class PGD(Attack):
 class FGSM(PGD):
     """One signed (Linf) or normalised (L2) gradient step of size eps from the image (Goodfellow et al., 2015).
 
-    See PGD for the arguments.
+    Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        eps: length of the step, in units of [0, 1] pixels.
+        norm: "Linf" or "L2".
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
+            little about a random one.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+
+    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
     """
 
-    def __init__(self, model: Model, norm: str = "Linf", eps: float = 8 / 255, **options: Any) -> None:
-        super().__init__(model, norm, eps, alpha=eps, steps=1, random_start=False, **options)
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        *,
+        norm: str = "Linf",
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            eps,
+            eps,
+            1,
+            False,
+            norm=norm,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
 
 
 class MIFGSM(PGD):
@@ -155,8 +233,31 @@ class MIFGSM(PGD):
         m <- decay m + g / mean|g|,   x <- clip(x + alpha sign(m), x0 +- eps)         Dong et al., 2018, equations 6, 7
 
     Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
+        alpha: step size in the unit of eps; default eps / steps, the paper's.
+        steps: gradient steps.
         decay: mu of the paper.
-        model, norm, eps, alpha, steps, options: see PGD; alpha is eps / steps by default, and the norm Linf.
+        norm: "Linf".
+        n_restarts: runs; all but the first start from random points and are of the images that some of
+            `selection_draws` draws, which no attack step has seen, still classifies correctly. The candidate of an
+            image is the one that is classified correctly in the fewest of them, ties broken by the larger mean
+            cross-entropy.
+        selection_draws: draws of the choice among restarts; with early_stop one, as all are the same.
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
+            little about a random one.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+
+    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
     """
 
     norms = ("Linf",)
@@ -164,15 +265,42 @@ class MIFGSM(PGD):
     def __init__(
         self,
         model: Model,
-        norm: str = "Linf",
         eps: float = 8 / 255,
         alpha: float | None = None,
         steps: int = 10,
         decay: float = 1.0,
-        **options: Any,
+        *,
+        norm: str = "Linf",
+        n_restarts: int = 1,
+        selection_draws: int = 8,
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        decay = check_number("MIFGSM", "decay", decay, low=0)
-        super().__init__(model, norm, eps, alpha, steps, random_start=False, momentum=decay, **options)
+        super().__init__(
+            model,
+            eps,
+            alpha,
+            steps,
+            False,
+            norm=norm,
+            momentum=check_number("MIFGSM", "decay", decay, low=0),
+            n_restarts=n_restarts,
+            selection_draws=selection_draws,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
         self.alpha = self.eps / self.steps if alpha is None else self.alpha
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .gradient import Estimate, GradientEstimator
 from .network import Model
 from .pgd import random_start
 from .queue import Schedule, State, run_queue
+from .trace import Callback
 
 # The losses that a row may climb on in a step; a step refers to them by index.
 PARTS = ("pm", "pm-label", "pm-other")
@@ -43,11 +44,25 @@ class PMA(Attack):
     the second halves alone.
 
     Args:
-        model, norm, eps, eot_iter, gradient, seed, max_batch, early_stop, precision, substitute: see Attack.
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        norm: "Linf", "L2" or "L1".
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: N, of each run; there is one evaluation more.
-        restarts: pairs of runs from further random points, of the images that some draw still classifies correctly.
+        n_restarts: pairs of runs from further random points, of the images that some draw still classifies correctly.
         target_classes: 0 for the two runs above; n for n runs, each towards one of the n classes that follow the most
             likely one at the image itself: the first half climbs on p_t, the second on p_t - p_y.
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
+            little about a random one.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
     Departures from the original: an image's random starts are functions of (seed, sample id); a class that ties is the
     lowest; L2 and L1, which the paper does not have. A step in L1 moves the largest tenth of the gradient's entries,
@@ -65,12 +80,33 @@ class PMA(Attack):
         norm: str = "Linf",
         eps: float = 8 / 255,
         steps: int = 100,
-        restarts: int = 1,
+        n_restarts: int = 1,
+        *,
         target_classes: int = 0,
-        **options: Any,
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        super().__init__(model, norm, eps, steps=steps, **options)
-        self.restarts = check_integer("PMA", "restarts", restarts, low=1)
+        super().__init__(
+            model,
+            norm,
+            eps,
+            steps=steps,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
+        self.n_restarts = check_integer("PMA", "n_restarts", n_restarts, low=1)
         self.target_classes = check_integer("PMA", "target_classes", target_classes, low=0)
 
     def search(

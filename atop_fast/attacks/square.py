@@ -19,6 +19,7 @@ from .base import Attack, initial_state, norm_l2, per_image, project_l2
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
+from .trace import Callback
 
 # Queries of one step: their random words are drawn together, which costs hardly more than those of one. Images that are
 # fooled wait for the end of the step.
@@ -57,17 +58,25 @@ class Square(Attack):
     of the candidate kept last, of other draws: a noisy comparison, which also keeps what was only lucky.
 
     Args:
-        model, norm, eps: see Attack; norm "Linf", "L2" or "L1".
-        queries: squares that are tried in each run.
-        p_init: share of the pixels that the first squares have.
-        restarts: independent runs, each for the images that were not fooled before; of the candidates, the one that
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        norm: "Linf", "L2" or "L1".
+        eps: radius of the ball around the image, in units of [0, 1] pixels.
+        n_queries: squares that are tried in each run.
+        n_restarts: independent runs, each for the images that were not fooled before; of the candidates, the one that
             is classified correctly in fewer of `eot_iter` fresh draws, ties broken by the larger loss.
-        resc_schedule: shrink the squares at the same fractions of `queries` whatever their number, instead of at
+        p_init: share of the pixels that the first squares have.
+        resc_schedule: shrink the squares at the same fractions of `n_queries` whatever their number, instead of at
             the paper's numbers of queries, which are meant for 10,000. AutoAttack does the latter.
-        early_stop: see Attack; by default True, unless the model is a Defense.
-        eot_iter, seed, max_batch, precision: see Attack.
+        eot_iter: draws of the model in each query.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as an attack with gradients would, if the model is a
+            module.
+        early_stop: an image is done as soon as it is misclassified; by default True, unless the model is a Defense.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as Attack says; an image that is not fooled comes back as the candidate of the largest loss.
+    Called as attack(images, labels, sample_ids=None, start=None); an image that is not fooled comes back as the
+    candidate of the largest loss.
     """
 
     norms = ("Linf", "L2", "L1")
@@ -78,22 +87,32 @@ class Square(Attack):
         model: Model,
         norm: str = "Linf",
         eps: float = 8 / 255,
-        queries: int = 5000,
+        n_queries: int = 5000,
+        n_restarts: int = 1,
         p_init: float = 0.8,
-        restarts: int = 1,
+        *,
         resc_schedule: bool = True,
         eot_iter: int = 1,
         seed: int = 0,
+        max_batch: int | None = None,
         early_stop: bool | None = None,
-        **options: Any,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
-        early_stop = not isinstance(model, Defense) if early_stop is None else early_stop
-        queries = check_integer("Square", "queries", queries, low=1)
         super().__init__(
-            model, norm, eps, steps=queries, eot_iter=eot_iter, seed=seed, early_stop=early_stop, **options
+            model,
+            norm,
+            eps,
+            steps=check_integer("Square", "n_queries", n_queries, low=1),
+            eot_iter=eot_iter,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=not isinstance(model, Defense) if early_stop is None else early_stop,
+            precision=precision,
+            callback=callback,
         )
         self.p_init = check_number("Square", "p_init", p_init, low=0, high=1)
-        self.restarts = check_integer("Square", "restarts", restarts, low=1)
+        self.n_restarts = check_integer("Square", "n_restarts", n_restarts, low=1)
         self.resc_schedule = bool(resc_schedule)
 
     def begin(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from .base import Attack, initial_state, per_image
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
+from .trace import Callback
 
 
 class StAdv(Attack):
@@ -26,7 +27,7 @@ class StAdv(Attack):
     last iterate, as PGD's; no ball around the image's pixels holds it.
 
     Args:
-        model: see Attack.
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
         bound: largest move of a pixel along each axis, in units of the grid on which the image spans [-1, 1]: 2 / W is
             one pixel.
         steps: Adam steps; each is one forward and backward pass for each draw.
@@ -35,10 +36,20 @@ class StAdv(Attack):
             up to four neighbours, in the unit of bound.
         loss: "ce", or "margin" (the paper's, without its threshold), whose gradient does not vanish where a classifier
             is certain.
-        eot_iter, gradient, seed, max_batch, precision, substitute: see Attack.
-        early_stop: see Attack.
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
+            (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
+            alone is attacked).
+        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
+            the identity.
+        seed: key of the attack's randomness and draws.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
+            little about a random one.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
+        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as Attack says, except that there is no `start`.
+    Called as attack(images, labels, sample_ids=None); there is no `start`.
     """
 
     # The bound is on the flow: no norm of the pixels.
@@ -50,12 +61,33 @@ class StAdv(Attack):
         bound: float = 0.05,
         steps: int = 100,
         lr: float | None = None,
+        *,
         smoothness: float = 0.0,
         loss: str = "ce",
-        **options: Any,
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        substitute: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+        max_batch: int | None = None,
+        early_stop: bool = False,
+        precision: str = "float32",
+        callback: Callback | None = None,
     ) -> None:
         self.bound = check_number("StAdv", "bound", bound, low=0)
-        super().__init__(model, "flow", self.bound, steps=steps, **options)
+        super().__init__(
+            model,
+            "flow",
+            self.bound,
+            steps=steps,
+            eot_iter=eot_iter,
+            gradient=gradient,
+            substitute=substitute,
+            seed=seed,
+            max_batch=max_batch,
+            early_stop=early_stop,
+            precision=precision,
+            callback=callback,
+        )
         self.lr = 5 * self.bound / self.steps if lr is None else check_number("StAdv", "lr", lr, low=0)
         self.smoothness = check_number("StAdv", "smoothness", smoothness, low=0)
         self.loss = check_choice("StAdv", "loss", loss, ("ce", "margin"))

@@ -63,7 +63,7 @@ def _square(norm: str, shape: Sequence[int]) -> Case:
     """One query in the middle of a run."""
     x0, labels = torch.rand(*shape), torch.arange(shape[0])
     x = (x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1)
-    attack = Square(nn.Identity(), norm, eps=1.0, queries=5000)
+    attack = Square(nn.Identity(), norm, eps=1.0, n_queries=5000)
     state = initial_state(x0, labels, labels, x) | {"t": torch.full_like(labels, 1000)}
     _, _, drawn = next(attack._squares(0, state))
     shared = (x, x0, drawn.signs, drawn.rows, drawn.columns)

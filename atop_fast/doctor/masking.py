@@ -241,5 +241,5 @@ def _black_box(probe: Probe) -> Tensor:
     seed = derive_seed(probe.seed, "black box")
     # One lucky draw must not end an image, and a Defense may always have another.
     ends = probe.draws == 1 and not isinstance(probe.model, Defense)
-    square = Square(probe.model, probe.norm, probe.eps, queries=QUERIES, seed=seed, early_stop=ends)
+    square = Square(probe.model, probe.norm, probe.eps, n_queries=QUERIES, seed=seed, early_stop=ends)
     return square(probe.x, probe.y, probe.ids)

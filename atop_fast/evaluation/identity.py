@@ -140,8 +140,9 @@ class Walk:
         elif not isinstance(value, (Tensor, np.ndarray, set, frozenset, types.ModuleType)) and not _is_opaque(value):
             attributes = {**{k: getattr(value, k) for k in _slots(value)}, **getattr(value, "__dict__", {})}
             if isinstance(value, (Attack, AutoAttack)):
-                # A callback only observes, and AutoAttack's progress and accuracy only report.
-                attributes = {k: v for k, v in attributes.items() if k not in ("callback", "progress", "accuracy")}
+                # A callback only observes, and the place, log and accuracy of an AutoAttack do not change what it does.
+                reports = ("callback", "verbose", "log_path", "device", "accuracy")
+                attributes = {k: v for k, v in attributes.items() if k not in reports}
             yield from (type(value), attributes)
 
     def _function(self, function: types.FunctionType) -> Iterator[Any]:

@@ -92,7 +92,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "apgd_ce": _apgd("ce"),
             "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 9}),
             "fab_t": Entry("FAB", {"steps": 100, "target_classes": 9}),
-            "square": Entry("Square", {"queries": 5000}),
+            "square": Entry("Square", {"n_queries": 5000}),
         },
         _ATOP + "; " + _CROCE + " (version standard)",
         images=512,
@@ -192,5 +192,6 @@ def quick_attacks(
     options: dict[str, Any] = {"gradient": gradient, "seed": derive_seed(seed, "attack")}
     if max_batch is not None:
         options["max_batch"] = max_batch
-    fgsm = FGSM(model, norm, eps, eot_iter=max(4, eot_iter), **options)
-    return {"fgsm": fgsm, "pgd_eot": PGD(model, norm, eps, steps=steps, eot_iter=eot_iter, **_STRONG, **options)}
+    fgsm = FGSM(model, eps, norm=norm, eot_iter=max(4, eot_iter), **options)
+    pgd = PGD(model, eps, norm=norm, steps=steps, eot_iter=eot_iter, **_STRONG, **options)
+    return {"fgsm": fgsm, "pgd_eot": pgd}

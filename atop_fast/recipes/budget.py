@@ -175,7 +175,7 @@ def _passes(config: EvaluationConfig) -> float:
     attacks = 0
     for entry in protocol.attacks.values():
         options = {**entry.options, **{key: value for key, value in config.quick.items() if key in entry.options}}
-        steps = options.get("steps", options.get("queries", 1)) * (2 if entry.attack == "PMA" else 1)
+        steps = options.get("steps", options.get("n_queries", 1)) * (2 if entry.attack == "PMA" else 1)
         attacks += steps * options.get("eot_iter", 1) * options.get("target_classes", 1)
     draws = config.draws or protocol.draws
     # Of the clean images and every attack's there are selection draws and a verdict; of the rounded ones, a verdict.

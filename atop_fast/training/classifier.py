@@ -44,8 +44,8 @@ class ClassifierStep(Step):
         self.attack_key = torch.zeros((), dtype=torch.int64, device=self.device)
         self.attacker: NFGSM | None = None
         if config.attack == "n-fgsm":
-            options = {"precision": self._attack_precision()}
-            self.attacker = NFGSM(self.pipeline, config.eps, config.alpha, config.noise, **options)
+            precision = self._attack_precision()
+            self.attacker = NFGSM(self.pipeline, config.eps, config.alpha, config.noise, precision=precision)
 
     def prepare(self, epoch: int) -> Hashable:
         self.attack_key.fill_(derive_seed(self.attack_seed, epoch))

@@ -26,9 +26,14 @@ class NFGSM(PGD):
     attack is meant for training, not for a threat model.
 
     Args:
-        model, eps, options: see PGD; the norm is "Linf".
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        eps: radius in Linf, in units of [0, 1] pixels.
         alpha: step size; None uses eps, as the paper does.
         noise: k of the paper, the bound of the noise in units of eps.
+        eot_iter: draws of the model in each gradient, which is their mean.
+        gradient: "exact", "checkpointed", "bpda" or "blind", as PGD has them.
+        seed: key of the attack's randomness and draws.
+        precision: "float32", or "bfloat16" or "float16" for the networks alone.
     """
 
     norms = ("Linf",)
@@ -39,9 +44,14 @@ class NFGSM(PGD):
         eps: float = 8 / 255,
         alpha: float | None = None,
         noise: float = 2.0,
-        **options: Any,
+        *,
+        eot_iter: int = 1,
+        gradient: str = "exact",
+        seed: int = 0,
+        precision: str = "float32",
     ) -> None:
-        super().__init__(model, "Linf", eps, eps if alpha is None else alpha, steps=1, **options)
+        options: dict[str, Any] = {"gradient": gradient, "seed": seed, "precision": precision}
+        super().__init__(model, eps, eps if alpha is None else alpha, 1, eot_iter=eot_iter, **options)
         self.noise = check_number("NFGSM", "noise", noise, low=0, high=MAX_LENGTH)
 
     def begin(

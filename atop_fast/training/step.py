@@ -354,7 +354,7 @@ class FinetuneStep(PretrainStep):
         """Accuracy of the whole pipeline, clean and under PGD with 10 steps, on fresh draws."""
         seed = derive_seed(self.attack_seed, "held-out")
         options: dict[str, Any] = {"steps": 10, "seed": seed, "precision": self._attack_precision()}
-        attack = PGD(self.pipeline, self.config.norm, self.config.eps, **options)
+        attack = PGD(self.pipeline, self.config.eps, norm=self.config.norm, **options)
         accuracy: Logs = {}
         for name, images in (("clean", x), ("robust", attack(x, y, ids))):
             with torch.no_grad(), frozen(self.pipeline), self.autocast():
@@ -374,7 +374,7 @@ class FinetuneStep(PretrainStep):
             # A bare classifier would run under seeds from torch's global generator.
             model, options["gradient"] = Defense(self.transform, None, self.classifier), "blind"
         if config.attack == "fgsm":
-            return FGSM(model, config.norm, config.eps, **options)
+            return FGSM(model, config.eps, norm=config.norm, **options)
         if config.attack == "n-fgsm":
             return NFGSM(model, config.eps, config.alpha, config.noise, **options)
         if config.attack == "apgd":
@@ -382,7 +382,7 @@ class FinetuneStep(PretrainStep):
         alpha, steps = config.alpha, config.steps
         if config.attack == "fgsm-rs":
             alpha, steps = 1.25 * config.eps if alpha is None else alpha, 1
-        return PGD(model, config.norm, config.eps, alpha, steps, random_start=True, **options)
+        return PGD(model, config.eps, alpha, steps, norm=config.norm, **options)
 
     def check(self, images: Tensor) -> int:
         """As PretrainStep.check; returns the classifier's number of classes."""

@@ -100,7 +100,7 @@ ATTACKS = ("PGD", "FGSM", "MIFGSM", "APGD", "APGDT", "FAB", "Square", "CW")
 def attack_options(draw):
     name = draw(st.sampled_from(ATTACKS))
     options = {"norm": draw(st.sampled_from(("Linf", "L2", "L1", "Linf", "L2", "l3"))), "eps": draw(numbers)}
-    options["queries" if name == "Square" else "steps"] = draw(st.sampled_from((1, 2, 3, 0)))
+    options["n_queries" if name == "Square" else "steps"] = draw(st.sampled_from((1, 2, 3, 0)))
     if name == "FGSM":
         options.pop("steps")
     if name in ("PGD", "MIFGSM"):

@@ -20,7 +20,7 @@ def queries(norm, batch=6, channels=3, height=11, width=9):
     x0, labels = torch.rand(batch, channels, height, width), torch.arange(batch)
     x = (x0 + 0.1 * torch.randn_like(x0)).clamp(0, 1)
     x[0] = x0[0]
-    attack = Square(torch.nn.Flatten(), norm, eps=1.0, queries=40)
+    attack = Square(torch.nn.Flatten(), norm, eps=1.0, n_queries=40)
     for first in (0, 24):
         state = initial_state(x0, labels, labels, x) | {"t": torch.full_like(labels, first)}
         for _, _, drawn in attack._squares(3, state):
