@@ -11,7 +11,7 @@ if is_command():
 # isort: split
 
 from . import attacks, doctor, evaluation, ops, purifiers, training, transforms
-from .attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PGD, PMA, AutoAttack, Square, StAdv
+from .attacks import APGD, APGDT, BPDA, CW, FAB, FGSM, MIFGSM, PGD, PMA, AutoAttack, Square, StAdv
 from .checkpoints import list_defenses, load_defense, load_model, save_defense, save_model
 from .classifiers import build_classifier
 from .classifiers.zoo import load_classifier
@@ -33,6 +33,7 @@ except PackageNotFoundError:
 __all__ = [
     "APGD",
     "APGDT",
+    "BPDA",
     "CW",
     "FAB",
     "FGSM",

@@ -3,6 +3,7 @@
 from .apgd import APGD, APGDT
 from .autoattack import AutoAttack
 from .base import NORMS, Attack
+from .bpda import BPDA
 from .cw import CW
 from .fab import FAB
 from .gradient import GRADIENT_MODES, Estimate, GradientEstimator, Passes, counted_passes, draw_logits
@@ -16,6 +17,7 @@ from .trace import TraceStep
 __all__ = [
     "APGD",
     "APGDT",
+    "BPDA",
     "CW",
     "FAB",
     "FGSM",

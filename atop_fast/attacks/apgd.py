@@ -62,6 +62,8 @@ class APGD(Attack):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
+    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
+
     Departures from the original: losses and decisions of a random defence rest on the mean over the draws, not on the
     last one, and an image's random start is a function of (seed, sample id).
     """
@@ -166,8 +168,8 @@ class APGD(Attack):
             step = apgd_step_linf if self.norm == "Linf" else apgd_step_l2
             moved = step(x, state["x_previous"], gradient, x0, state["eta"], self.eps, momentum)
             begun = state["start"]
-        state["x_previous"] = torch.where(first, begun, x)
-        state["x"] = torch.where(first, begun, moved)
+        state["x_previous"] = self.within_mask(state, torch.where(first, begun, x))
+        state["x"] = self.within_mask(state, torch.where(first, begun, moved))
 
     def _keep_candidate(self, state: State, estimate: Estimate, now: State) -> None:
         better = better_candidate(estimate.correct, estimate.loss, state["candidate_correct"], state["candidate_loss"])
@@ -180,7 +182,7 @@ class APGD(Attack):
         """Where the loss is largest, the search goes back to; at the start of a stage all begins anew."""
         first, loss = now["first"], estimate.loss
         assert estimate.gradient is not None
-        state["gradient"] = torch.nan_to_num(estimate.gradient)
+        state["gradient"] = self.masked(state, torch.nan_to_num(estimate.gradient))
         better = first | (loss > state["loss_best"])
         state["x_best"] = torch.where(per_image(better), state["x"], state["x_best"])
         state["gradient_best"] = torch.where(per_image(better), state["gradient"], state["gradient_best"])
@@ -264,7 +266,7 @@ class APGDT(APGD):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
+    Called as attack(images, labels, sample_ids=None, start=None, mask=None); returns adversarial images.
     """
 
     def __init__(
@@ -309,6 +311,8 @@ class APGDT(APGD):
         self.order = check_choice("APGDT", "order", order, ("logits", "malt"))
         self.target_classes = check_integer("APGDT", "target_classes", target_classes, low=1)
 
+    has_targets = False
+
     def search(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
@@ -321,7 +325,7 @@ class APGDT(APGD):
             order = clean.argsort(dim=1, descending=True, stable=True)[:, 1:]
         order = order[:, : self.target_classes]
         this.rounds = order.shape[1]
-        return run_queue(this, estimator, images, labels, ids, start, {"order": order})
+        return run_queue(this, estimator, images, labels, ids, start, {"order": order, **self.given()})
 
     def _nearest_classes(
         self, estimator: GradientEstimator, logits: Tensor, images: Tensor, labels: Tensor, ids: Tensor

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._core.checks import check_choice, check_images, check_integer, check_labels, check_radius, message
+from .._core.checks import check_choice, check_images, check_integer, check_labels, check_radius, check_tensor, message
 from .._core.precision import PRECISIONS, warn_if_slow
 from ..defense import Defense, refuse_wrapped
 from ..randomness import Tag, check_keys, derive_seed, random_uniform
@@ -50,10 +50,14 @@ class Attack(ABC):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("Linf", "L2")
+    # Whether a call may name the classes to reach.
+    has_targets: ClassVar[bool] = True
     loss: str = "ce"
     n_restarts: int = 1
-    # The trace of one call; set in a copy of the attack.
+    # Of one call; set in a copy of the attack.
     trace: Trace | None = None
+    targeted: bool = False
+    mask: Tensor | None = None  # bool (B, C, H, W)
 
     def __init__(
         self,
@@ -91,7 +95,14 @@ class Attack(ABC):
             raise ValueError(message(name, "early_stop", "False for a Defense, whose draws differ", True))
 
     def __call__(
-        self, images: Tensor, labels: Tensor, sample_ids: Tensor | None = None, start: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        sample_ids: Tensor | None = None,
+        start: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Adversarial images.
 
@@ -101,6 +112,11 @@ class Attack(ABC):
             sample_ids: int64 (B,), the identity of every image; default 0..B-1. With it, an image's result depends
                 neither on the other images of the batch nor on their order.
             start: images (B, C, H, W) to start from, instead of the attack's own start.
+            targets: int64 (B,), other classes than the labels, to be reached: the attack descends the loss of these
+                instead of ascending that of the labels, and an image counts as fooled when it is classified as its
+                target. FAB, APGDT and PMA choose their targets themselves.
+            mask: bool, or 0 and 1, of a shape that broadcasts to that of the images, such as (H, W) or (B, 1, H, W):
+                the pixels that may change. The others come back as they were.
 
         Returns:
             Images of the same shape, within eps of `images` and in [0, 1].
@@ -118,6 +134,10 @@ class Attack(ABC):
                 raise ValueError(message(name, "start", expected, tuple(start.shape)))
         ids, _ = check_keys(name, len(images), images.device, self.seed, sample_ids, 0)
         images = images.detach()
+        if targets is not None:
+            labels = self._check_targets(targets, labels, images)
+        this = copy.copy(self)
+        this.targeted, this.mask = targets is not None, None if mask is None else _check_mask(name, mask, images)
         if not len(images):
             return images.clone()
         _check_has_gradients(name, self.model)
@@ -126,17 +146,35 @@ class Attack(ABC):
         with torch.inference_mode(False):
             images, labels, ids = (t.clone() if t.is_inference() else t for t in (images, labels, ids))
             start = start.clone() if start is not None and start.is_inference() else start
-            with self.prepared(images, ids) as estimator:
+            with this.prepared(images, ids) as estimator:
                 estimator.largest_label = int(labels.max())
-                return self._traced(estimator).run(estimator, images, labels, ids, start)
+                estimator.argument = "targets" if this.targeted else "labels"
+                if self.callback is not None:
+                    this.trace = Trace(self.callback, name, estimator.passes)
+                return this.run(estimator, images, labels, ids, start)
 
-    def _traced(self, estimator: GradientEstimator) -> Attack:
-        """The attack itself, or, with a callback, a copy that traces one call."""
-        if self.callback is None:
-            return self
-        this = copy.copy(self)
-        this.trace = Trace(self.callback, type(self).__name__, estimator.passes)
-        return this
+    def _check_targets(self, targets: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+        """Raise unless the attack can reach targets (B,), and they are no labels (B,)."""
+        name = type(self).__name__
+        check_labels(name, "targets", targets, images)
+        if not self.has_targets:
+            given = "a tensor (APGD, PGD, CW and Square take targets)"
+            raise ValueError(message(name, "targets", "None, as the attack chooses its targets itself", given))
+        if same := int((targets == labels).sum()):
+            raise ValueError(message(name, "targets", "other classes than the labels", f"{same} equal ones"))
+        return targets
+
+    def within_mask(self, state: State, x: Tensor) -> Tensor:
+        """x (B, C, H, W) inside the call's mask, and the images outside of it; without a mask, x."""
+        return torch.where(state["mask"], x, state["x0"]) if "mask" in state else x
+
+    def masked(self, state: State, gradient: Tensor) -> Tensor:
+        """A gradient (B, C, H, W), or one for each draw (draws, B, C, H, W), that is 0 outside of the call's mask."""
+        return gradient.masked_fill(~state["mask"], 0) if "mask" in state else gradient
+
+    def given(self) -> State:
+        """What the state of each row has besides that of `begin`."""
+        return {} if self.mask is None else {"mask": self.mask}
 
     def observe(self, loss: Tensor, correct: Tensor) -> None:
         """Tell the trace, if there is one, what a step saw: loss and share of right draws of every row, (B,)."""
@@ -176,6 +214,7 @@ class Attack(ABC):
             self.precision,
             self.substitute,
             self.seed,
+            self.targeted,
         )
         estimator.function = type(self).__name__
         return estimator
@@ -205,7 +244,9 @@ class Attack(ABC):
             again.seed = derive_seed(self.seed, "restart", restart)
             images_left, labels_left, ids_left = images[rows], labels[rows], ids[rows]
             begun = self.restart_from(again.seed, images_left, ids_left)
-            candidate = self.search(again, images_left, labels_left, ids_left, begun)
+            this = copy.copy(self)
+            this.mask = None if self.mask is None else self.mask[rows]
+            candidate = this.search(again, images_left, labels_left, ids_left, begun)
             new_correct, new_loss = self.rank(judge, candidate, images_left, labels_left, ids_left)
             better = better_candidate(new_correct, new_loss, correct[rows], loss[rows])
             rows = rows[better]
@@ -217,7 +258,7 @@ class Attack(ABC):
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> Tensor:
         """One run over the images."""
-        return run_queue(self, estimator, images, labels, ids, start)
+        return run_queue(self, estimator, images, labels, ids, start, self.given())
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         """The estimator, of draws that no search sees, by which candidates are ranked."""
@@ -255,7 +296,8 @@ class Attack(ABC):
         """One iteration, see queue.Program; calls `observe` once."""
 
     def __repr__(self) -> str:
-        options: dict[str, Any] = {k: v for k, v in vars(self).items() if k not in ("model", "callback", "trace")}
+        hidden = ("model", "callback", "trace", "targeted", "mask")
+        options: dict[str, Any] = {k: v for k, v in vars(self).items() if k not in hidden}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
 
@@ -275,6 +317,18 @@ def initial_state(images: Tensor, labels: Tensor, ids: Tensor, x: Tensor) -> Sta
 def better_candidate(correct: Tensor, loss: Tensor, than_correct: Tensor, than_loss: Tensor) -> Tensor:
     """Whether a candidate is classified correctly in fewer draws, or in as many with a larger loss."""
     return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
+
+
+def _check_mask(function: str, mask: Tensor, images: Tensor) -> Tensor:
+    """The mask as bool of the shape of the images; raise if it is none."""
+    check_tensor(function, "mask", mask)
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(message(function, "mask", "bool, or 0 and 1", "other values"))
+    try:
+        return mask.to(images.device, torch.bool).expand_as(images)
+    except RuntimeError:
+        expected = f"of a shape that broadcasts to that of images {tuple(images.shape)}"
+        raise ValueError(message(function, "mask", expected, tuple(mask.shape))) from None
 
 
 def _check_has_gradients(function: str, model: Model) -> None:

@@ -58,8 +58,8 @@ class CW(Attack):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None, start=None); `start` takes the place of the image as the start of
-    every run.
+    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); `start` takes the place of
+    the image as the start of every run.
     """
 
     norms = ("L2",)
@@ -126,7 +126,7 @@ class CW(Attack):
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
         x0, t, c, tanh = state["x0"], state["t"], state["c"], state["x"].tanh()
-        x = (tanh + 1) / 2
+        x = self.within_mask(state, (tanh + 1) / 2)
         estimate = estimator(x, state["labels"], state["ids"], t)
         assert estimate.gradient is not None
         distance = (x - x0).square().flatten(1).sum(dim=1)
@@ -135,7 +135,7 @@ class CW(Attack):
         closer = adversarial & (distance < state["distance"]) & (distance <= self.eps**2)
 
         pull = per_image(c * (estimate.loss <= self.kappa))
-        gradient = 2 * (x - x0) - pull * torch.nan_to_num(estimate.gradient)
+        gradient = 2 * (x - x0) - pull * self.masked(state, torch.nan_to_num(estimate.gradient))
         m, v, change = adam_step(state["m"], state["v"], gradient * (1 - tanh * tanh) / 2, t % self.steps, self.lr)
         new = {
             "x": state["x"] - change,

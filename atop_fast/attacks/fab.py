@@ -51,12 +51,13 @@ class FAB(Attack):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None, start=None); `start`, if it is given, is where the first run
-    starts from against each class. An image that is misclassified comes back as it is.
+    Called as attack(images, labels, sample_ids=None, start=None, mask=None); `start`, if it is given, is where the
+    first run starts from against each class. An image that is misclassified comes back as it is.
     """
 
     norms = ("Linf", "L2", "L1")
     loss = "margin"
+    has_targets = False
 
     def __init__(
         self,
@@ -132,9 +133,10 @@ class FAB(Attack):
         classes = state["targets"].shape[1]
         number = (t // self.steps).clamp_max(classes - 1)
         target = state["targets"].gather(1, number[:, None])[:, 0]
-        x = torch.where(per_image(t % self.steps == 0), state["start"], state["x"])
+        x = self.within_mask(state, torch.where(per_image(t % self.steps == 0), state["start"], state["x"]))
         gradient, gap, _ = estimator(x, labels, ids, 2 * t, target)
-        moved = self._moved(x, x0, gradient, gap)
+        assert gradient is not None
+        moved = self.within_mask(state, self._moved(x, x0, self.masked(state, gradient), gap))
         fooled = estimator.evaluate(moved, labels, ids, 2 * t + 1).correct < 0.5
         norm = self._norm(moved - x0).flatten()
         nearer = fooled & (norm <= self.eps) & (norm < state["norm"]) & ~state["done"]
@@ -147,9 +149,8 @@ class FAB(Attack):
         over = (t % self.steps == 0) | self.early_stop
         state["done"] = state["done"] | (over & (state["norm"] < torch.inf)) | (t >= classes * self.steps)
 
-    def _moved(self, x: Tensor, x0: Tensor, gradient: Tensor | None, gap: Tensor) -> Tensor:
+    def _moved(self, x: Tensor, x0: Tensor, gradient: Tensor, gap: Tensor) -> Tensor:
         """The next point, given f and its gradient at x."""
-        assert gradient is not None
         w, gap = (torch.nan_to_num(v, nan=0, posinf=0, neginf=0) for v in (gradient.flatten(1), gap))
         # From x, f must change by -f; from x0, by that and the way from x0 to x.
         change = torch.cat((-gap, (w * (x - x0).flatten(1)).sum(dim=1) - gap)).to(w.dtype)

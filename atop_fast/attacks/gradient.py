@@ -94,6 +94,8 @@ class GradientEstimator:
             float32.
         substitute: differentiable map from images to what it stands for, the purified images; the identity by default.
         seed: key of the draws, an int or an int64 scalar tensor.
+        targeted: the labels are classes to be reached: losses and their gradients have the other sign, and a draw
+            counts as correct until it gives the label.
 
     Raises:
         TypeError: a mode that needs a Defense for a model that is none; a model that does not return a tensor.
@@ -110,6 +112,7 @@ class GradientEstimator:
         precision: str = "float32",
         substitute: Callable[[Tensor], Tensor] | None = None,
         seed: int | Tensor = 0,
+        targeted: bool = False,
     ) -> None:
         name = "GradientEstimator"
         check_choice(name, "mode", mode, GRADIENT_MODES)
@@ -123,10 +126,10 @@ class GradientEstimator:
             expected = f"a Defense without hooks and with the forward of Defense, for gradient {mode!r}"
             raise TypeError(message(name, "model", expected, type(model).__name__))
         self.model, self.mode, self.loss, self.seed = model, mode, loss, seed
-        self.precision, self.substitute = precision, substitute
+        self.precision, self.substitute, self.targeted = precision, substitute, targeted
         self.eot_iter = 1 if mode == "blind" else eot_iter
-        # For errors: whose call it is, and the largest of its labels.
-        self.function, self.largest_label = name, 0
+        # For errors: whose call it is, and the largest of its labels, with their name.
+        self.function, self.largest_label, self.argument = name, 0, "labels"
         self.passes = _COUNTER.get() or Passes()
         # 0: not known yet.
         self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
@@ -214,6 +217,8 @@ class GradientEstimator:
         else:
             assert loss is not None
             result = _chosen(logits.detach(), part.take(labels), rivals, loss, part.take(which))
+        if self.targeted:
+            result = _targeted(result)
         # Confident networks have gradients near the smallest numbers, with which CPUs compute slowly and which float16
         # does not have: the backward pass gets rows of size 1. Powers of two change no bits.
         largest = result.gradient.abs().amax(dim=1).nan_to_num(1.0).clamp(2.0**-100, 2.0**100)
@@ -273,6 +278,8 @@ class GradientEstimator:
         repeated = None if targets is None else targets.repeat_interleave(n)
         logits = logits.flatten(0, 1)
         result = attack_loss(logits, labels.repeat_interleave(n), self._loss(loss, logits, targets), repeated)
+        if self.targeted:
+            result = _targeted(result)
         means = (v.float().view(-1, n).mean(dim=1) for v in (result.losses, result.correct))
         return Estimate(None, *means)
 
@@ -352,7 +359,7 @@ class GradientEstimator:
         except RuntimeError as error:
             check_same_dtype(self.function, "images", x, self.model, error)
             raise
-        return check_logits(self.function, logits, len(x), self.largest_label)
+        return check_logits(self.function, logits, len(x), self.largest_label, self.argument)
 
     def _given(self, x: Tensor) -> Tensor:
         """The tensor for a network, which may write into it."""
@@ -474,6 +481,11 @@ def _chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[
         values = torch.where(is_other, other.losses, values)
         gradient = torch.where(is_other[:, None], other.gradient, gradient)
     return AttackLoss(values, gradient, correct)
+
+
+def _targeted(result: AttackLoss) -> AttackLoss:
+    """The losses of an attack that is to reach the labels."""
+    return AttackLoss(-result.losses, -result.gradient, ~result.correct)
 
 
 def draw_logits(

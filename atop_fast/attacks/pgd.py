@@ -61,7 +61,7 @@ class PGD(Attack):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
+    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class PGD(Attack):
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         draws = 1 if self.early_stop else self.selection_draws
-        options: dict[str, Any] = {"max_batch": self.max_batch, "precision": self.precision}
+        options: dict[str, Any] = {"max_batch": self.max_batch, "precision": self.precision, "targeted": self.targeted}
         return GradientEstimator(estimator.model, eot_iter=draws, seed=self.selection_seed(), **options)
 
     def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
@@ -138,13 +138,14 @@ class PGD(Attack):
         return state
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
+        state["x"] = self.within_mask(state, state["x"])
         # The sign and the direction of a sum over draws are those of the mean.
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], summed=self.momentum > 0)
         self.observe(estimate.loss, estimate.correct)
         if self.early_stop:
             state["done"] |= estimate.correct == 0
         assert estimate.gradient is not None
-        moved = self._moved(state, estimate.gradient)
+        moved = self._moved(state, self.masked(state, estimate.gradient))
         state["x"] = state["best"] = torch.where(per_image(state["done"]), state["x"], moved)
         state["t"] += ~state["done"]
         state["done"] |= state["t"] >= self.steps
@@ -191,7 +192,7 @@ class FGSM(PGD):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
+    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class MIFGSM(PGD):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None, start=None), which returns adversarial images.
+    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
     """
 
     norms = ("Linf",)

@@ -64,6 +64,8 @@ class PMA(Attack):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
+    Called as attack(images, labels, sample_ids=None, start=None, mask=None); returns adversarial images.
+
     Departures from the original: an image's random starts are functions of (seed, sample id); a class that ties is the
     lowest; L2 and L1, which the paper does not have. A step in L1 moves the largest tenth of the gradient's entries,
     falling to a hundredth within each half.
@@ -71,6 +73,7 @@ class PMA(Attack):
 
     norms = NORMS
     loss = "pm"
+    has_targets = False
     # Repetitions of the schedule.
     rounds = 2
 
@@ -119,7 +122,7 @@ class PMA(Attack):
         this = copy.copy(self)
         this.rounds = min(self.target_classes, clean.shape[1] - 1)
         order = clean.argsort(dim=1, descending=True, stable=True)[:, 1 : this.rounds + 1]
-        return run_queue(this, estimator, images, labels, ids, start, {"order": order})
+        return run_queue(this, estimator, images, labels, ids, start, {"order": order, **self.given()})
 
     def length(self) -> int | None:
         return None if self.early_stop else self.rounds * (self.steps + 1)
@@ -144,14 +147,14 @@ class PMA(Attack):
         tables = _tables(self.steps, self.rounds, bool(self.target_classes), state["x"].device)
         now = tables.at(state["t"])
         begun = torch.where(per_image(now["is_odd"]), state["again"], state["start"])
-        x = torch.where(per_image(now["is_first"]), begun, state["x"])
+        x = self.within_mask(state, torch.where(per_image(now["is_first"]), begun, state["x"]))
         estimate = self._estimate(estimator, state, x, now)
         self.observe(estimate.loss, estimate.correct)
         self._keep_candidate(state, x, estimate, now)
         if self.early_stop:
             state["done"] |= estimate.correct == 0
         assert estimate.gradient is not None
-        state["x"] = self._moved(x, estimate.gradient, state["x0"], now)
+        state["x"] = self._moved(x, self.masked(state, estimate.gradient), state["x0"], now)
         state["t"] += ~state["done"]
         state["done"] |= state["t"] >= tables.length
         # The index must stay inside the tables for rows that are done but not yet fetched.

@@ -75,8 +75,8 @@ class Square(Attack):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None, start=None); an image that is not fooled comes back as the
-    candidate of the largest loss.
+    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); an image that is not fooled
+    comes back as the candidate of the largest loss.
     """
 
     norms = ("Linf", "L2", "L1")
@@ -115,6 +115,15 @@ class Square(Attack):
         self.n_restarts = check_integer("Square", "n_restarts", n_restarts, low=1)
         self.resc_schedule = bool(resc_schedule)
 
+    def search(
+        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
+    ) -> Tensor:
+        if self.mask is not None:
+            # The start is evaluated before the state has the mask.
+            start = self._start(estimator.seed, images, ids) if start is None else start
+            start = torch.where(self.mask, start, images)
+        return super().search(estimator, images, labels, ids, start)
+
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> State:
@@ -132,7 +141,7 @@ class Square(Attack):
         x, loss = state["x"].clone(), state["loss"]
         enough = 0 if self.early_stop else torch.inf
         for turn, draws, square in self._squares(estimator.seed, state):
-            candidate = self._changed(x, state["x0"], square)
+            candidate = self.within_mask(state, self._changed(x, state["x0"], square))
             new = self._loss(estimator, candidate, state["labels"], state["ids"], draws)
             kept = (new > loss) & (loss <= enough) & turn
             _keep(x, candidate, kept)
@@ -147,7 +156,8 @@ class Square(Attack):
         """The margin, (B,), averaged over the draws; as estimator.evaluate, in fewer ops."""
         logits = estimator.logits(x, ids, t)
         own = labels[:, None, None].expand(-1, logits.shape[1], 1)
-        return (logits.scatter(2, own, -torch.inf).amax(dim=2) - logits.gather(2, own)[..., 0]).mean(dim=1)
+        margin = (logits.scatter(2, own, -torch.inf).amax(dim=2) - logits.gather(2, own)[..., 0]).mean(dim=1)
+        return -margin if self.targeted else margin
 
     def _start(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
         """Stripes of +-eps (Linf), or a bump in each cell of a grid of about 5 by 5 (L2, L1); keyed by (seed, id)."""

@@ -49,7 +49,7 @@ class StAdv(Attack):
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
         callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
 
-    Called as attack(images, labels, sample_ids=None); there is no `start`.
+    Called as attack(images, labels, sample_ids=None, targets=None, mask=None); there is no `start`.
     """
 
     # The bound is on the flow: no norm of the pixels.
@@ -107,10 +107,10 @@ class StAdv(Attack):
         if self.early_stop:
             state["done"] |= estimate.correct == 0
         assert estimate.gradient is not None
-        gradient = self._through_warp(state, torch.nan_to_num(estimate.gradient))
+        gradient = self._through_warp(state, self.masked(state, torch.nan_to_num(estimate.gradient)))
         m, v, change = adam_step(state["m"], state["v"], gradient, state["t"], self.lr)
         flow = (state["flow"] + change).clamp_(-self.bound, self.bound)
-        new = {"m": m, "v": v, "flow": flow, "x": warp(state["x0"], flow)}
+        new = {"m": m, "v": v, "flow": flow, "x": self.within_mask(state, warp(state["x0"], flow))}
         for key, value in new.items():
             state[key] = torch.where(per_image(state["done"]), state[key], value)
         state["best"] = state["x"]
