@@ -53,7 +53,7 @@ def test_versions():
     pma = ("PMA", "pm", 1, 1, True)
     assert settings("fast") == [pma, targeted, square]
     assert settings("fast", complete=True) == [pma, targeted, square, ce, fab, square]
-    fast = attack(version="fast", queries=500)
+    fast = attack(version="fast", n_queries=500)
     assert [fast.build(name).queries for name in ("probe", "square")] == [200, 500]
 
 
