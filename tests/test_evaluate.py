@@ -388,11 +388,11 @@ def test_verdicts_are_computed_in_float32():
         (
             {"model": nn.Conv2d(3, 1, 1)},
             ValueError,
-            r"evaluate: x must be images that the networks take, got \(1, 8, 8\)",
+            r"evaluate: images must be images that the networks take, got \(1, 8, 8\)",
         ),
-        ({"x": X[:0], "y": Y[:0]}, ValueError, "evaluate: x must be at least one, got none"),
-        ({"x": X + float("nan")}, ValueError, "evaluate: x must be finite, got NaN or infinity"),
-        ({"y": Y + 60}, ValueError, "evaluate: y must be class indices below the model's 64 logits, got 69"),
+        ({"images": X[:0], "labels": Y[:0]}, ValueError, "evaluate: images must be at least one, got none"),
+        ({"images": X + float("nan")}, ValueError, "evaluate: images must be finite, got NaN or infinity"),
+        ({"labels": Y + 60}, ValueError, "evaluate: labels must be class indices below the model's 64 logits, got 69"),
         ({"model": lambda x: x.flatten(1) / 0}, ValueError, "evaluate: model must be a callable with finite logits"),
         ({"model": lambda x: x}, ValueError, r"a callable with logits of shape \(B, classes\), got \(1, 1, 8, 8\)"),
         (
@@ -405,6 +405,6 @@ def test_verdicts_are_computed_in_float32():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_wrong_input_is_named(arguments, error, pattern):
-    call = {"model": nn.Flatten(), "x": X, "y": Y, "progress": False, **arguments}
+    call = {"model": nn.Flatten(), "images": X, "labels": Y, "progress": False, **arguments}
     with pytest.raises(error, match=pattern):
-        evaluate(call.pop("model"), call.pop("x"), call.pop("y"), **call)
+        evaluate(call.pop("model"), **call)

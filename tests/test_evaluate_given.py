@@ -12,8 +12,9 @@ from test_wrong_numbers import COUNT, X, labels, network
 from torch import nn
 
 from atop_fast import PGD, RT2, AutoAttack, Defense, evaluate
-from atop_fast.evaluation.identity import attack_identity, model_identity, same_model
+from atop_fast.evaluation.identity import attack_identity, model_identity, probe_images, same_model
 from atop_fast.evaluation.report import _note
+from atop_fast.evaluation.source import InMemory
 
 QUIET = {"progress": False, "diagnostics": ()}
 Y = labels(network())
@@ -40,6 +41,10 @@ class Straight(nn.Module):
 
     def forward(self, x):
         return self.network((255 * x).round() / 255 if self.masked else x + ((255 * x).round() / 255 - x).detach())
+
+
+def identity(model):
+    return model_identity(model, *probe_images(InMemory(X, Y)))
 
 
 def lots(first, second):
@@ -76,7 +81,7 @@ MODELS = {
 def test_a_model_is_known_by_what_it_does(kind):
     first, second = MODELS[kind]
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-    one, again, other = (model_identity(m, X) for m in (first, first, second))
+    one, again, other = (identity(m) for m in (first, first, second))
     assert same_model(one, again)
     assert not same_model(one, other)
     assert torch.equal(states[0], torch.get_rng_state())
@@ -85,13 +90,13 @@ def test_a_model_is_known_by_what_it_does(kind):
 
 def test_rounding_is_no_other_model_and_a_small_update_is():
     model = network()
-    one = model_identity(lambda x: model(x), X)
-    assert same_model(one, model_identity(lambda x: model(x), X)), "another function with the same name"
+    one = identity(lambda x: model(x))
+    assert same_model(one, identity(lambda x: model(x))), "another function with the same name"
     rounded = {**one, "logits": (torch.tensor(one["logits"]) * (1 + 1e-5)).tolist()}
     assert same_model(one, rounded)
     with torch.no_grad():
         next(model.parameters()).mul_(1 + 1e-6)
-    assert not same_model(one, model_identity(lambda x: model(x), X))
+    assert not same_model(one, identity(lambda x: model(x)))
     assert not same_model(one, {"logits": None})
 
 

@@ -188,7 +188,7 @@ def test_rounding_outside_of_the_range_is_clamped_and_the_caller_keeps_the_image
     evaluate(model, x, y, **QUIET)
     assert {f.name for f in check_contract(model, x, y) if f.status == "fail"} <= {"normalisation"}
     assert torch.equal(x, kept)
-    with pytest.raises(ValueError, match=r"evaluate: x must be in \[0, 1\], got values in \[.*, 1.000010\d+\]"):
+    with pytest.raises(ValueError, match=r"evaluate: images must be in \[0, 1\], got values in \[.*, 1.000010\d+\]"):
         evaluate(model, x + 1e-5, y, **QUIET)
 
 

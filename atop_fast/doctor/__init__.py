@@ -124,12 +124,42 @@ def _run(
         check_integer(function, "eot_iter", eot_iter, low=1)
     for name in checks or ():
         check_choice(function, "checks", name, known)
-    ids = permutation(len(x), derive_seed(check_integer(function, "seed", seed), "doctor"), 0)[:max_images].sort()[0]
-    ids = ids.to(x.device)
+    ids = sampled(len(x), check_integer(function, "seed", seed), max_images)
+    part = {"x": x.detach()[ids.to(x.device)], "y": y[ids.to(y.device)], "ids": ids, "total": len(x)}
     options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "steps": steps, "eot_iter": eot_iter}
-    probe = Probe(model, x.detach()[ids], y[ids], ids, **options, total=len(x))
+    return examine(function, model, **part, **options, checks=known if checks is None else checks)
+
+
+def sampled(total: int, seed: int, most: int) -> Tensor:
+    """The images of a set that a diagnosis examines: `most` at random, int64, in their order."""
+    return permutation(total, derive_seed(seed, "doctor"), 0)[:most].sort()[0]
+
+
+def examine(
+    function: str,
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    total: int,
+    seed: int,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    steps: int = 10,
+    eot_iter: int | None = None,
+    checks: Sequence[str] = CHECKS,
+) -> list[Finding]:
+    """The findings of checked arguments.
+
+    Args:
+        function: whose call it is, for errors.
+        x, y, ids: the examined images (B, C, H, W), their labels and their places in a set of `total` images.
+        model, seed, norm, eps, steps, eot_iter, checks: see diagnose.
+    """
+    ids = ids.to(x.device)
+    probe = Probe(model, x, y, ids, norm=norm, eps=eps, seed=seed, steps=steps, eot_iter=eot_iter, total=total)
     findings: list[Finding] = []
-    chosen = _chosen(model, known if checks is None else checks)
+    chosen = _chosen(model, checks)
     if "images" in chosen:
         findings.append(chosen.pop("images")(probe))
         if findings[0].status == "fail":

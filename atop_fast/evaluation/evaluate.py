@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import sys
 import time
@@ -15,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
 from .._core.checks import (
     check_choice,
-    check_images,
     check_integer,
-    check_labels,
-    check_not_empty,
     check_number,
     check_radius,
     message,
@@ -33,16 +31,18 @@ from .._core.signals import stop_requests
 from .._core.threads import Queueing
 from ..attacks import NORMS, Model, Passes, counted_passes, frozen
 from ..attacks import Attack as KeyedAttack
+from ..data import Dataset
 from ..defense import Defense
 from ..randomness import derive_seed, seeded
 from ..training.metrics import summary_writer
 from .findings import Threat, examined, is_bound, outside_finding, outside_text
 from .given import checked_candidates, given_attacks
-from .identity import attack_identity, model_identity, shown
+from .identity import attack_identity, model_identity, probe_images, shown
 from .judge import Judge, eight_bit, fixed_randomness, full_precision, judged
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
 from .runs import Run, Unit
+from .source import Source, make_source
 from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarise
 from .tracing import TraceFile, trace_line, traced, write_scalars
 from .verdict import INTERVALS
@@ -53,8 +53,8 @@ PILOT = 8
 
 def evaluate(
     model: Model,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor | Dataset | TorchDataset[Any] | DataLoader[Any],
+    labels: Tensor | None = None,
     *,
     protocol: str = "quick",
     norm: str | None = None,
@@ -83,8 +83,12 @@ def evaluate(
             by (seed, image index, draw), so that its verdict does not depend on `batch_size` beyond rounding; draws of
             another callable are repeated calls, with torch's generators seeded for them and restored. A model whose
             logits do not change from call to call is judged by one draw.
-        x: float images (N, C, H, W) in [0, 1], of the dtype in which the model computes; 16 bits are judged in float32.
-        y: int64 labels (N,).
+        images: float images (N, C, H, W) in [0, 1], of the dtype in which the model computes; 16 bits are judged in
+            float32. Or a Dataset of this library, or a map-style Dataset of torch of (image, label) or a DataLoader
+            over one, whose items are read batch by batch, in the order of the dataset: the numbers are those of
+            tensors. With `out` its candidates are on disk, and memory holds no more than some batches. Its images are
+            taken to the device of the model's first parameter.
+        labels: int64 labels (N,); None for a dataset, which has its own.
         protocol: a name in PROTOCOLS: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen,
             eot-fast, fast.
         norm, eps: threat model, eps in units of [0, 1] pixels; default the protocol's (Linf, 8/255; unseen: L2, 0.5).
@@ -124,8 +128,7 @@ def evaluate(
         TypeError, ValueError: naming the argument that is wrong; `out` of another run or damaged: nothing is changed.
     """
     start = time.monotonic()
-    x = check_not_empty("evaluate", "x", check_images("evaluate", "x", x))
-    check_labels("evaluate", "y", y, x)
+    source = make_source(images, labels, model)
     check_integer("evaluate", "batch_size", batch_size, low=1)
     check_choice("evaluate", "randomness", randomness, ("fresh", "fixed"))
     check_choice("evaluate", "interval", interval, INTERVALS)
@@ -146,7 +149,7 @@ def evaluate(
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
     with process_group() as group, counted_passes() as passes:
         with frozen(model):
-            if judge.trial(x, y):
+            if judge.trial(source):
                 judge.collapse()
         named = _attacks(attacks, plan, model, threat, seed, judge.deterministic, max_batch)
         for radius in radii:
@@ -161,29 +164,29 @@ def evaluate(
             "selection_draws": judge.selection_draws,
             "randomness": randomness,
             "transform": transform,
-            "images": len(x),
+            "images": len(source),
         }
         # An entry says what its attack does; the object may also show how much fits into memory.
         texts = {name: shown(attack if attacks else plan.attacks.get(name, CURVE)) for name, attack in named.items()}
-        header = {**settings, "attacks": texts, "data": _digest(x, y)}
+        header = {**settings, "attacks": texts, "data": source.identity}
         if out is not None or group.size > 1:
-            header["model"] = model_identity(model, x)
+            header["model"] = model_identity(model, *probe_images(source))
             own = named if attacks else {}
             header |= {
                 f"attacks[{name!r}]": attack_identity(attack, model)
                 for name, attack in own.items()
                 if not name.startswith(curve_name(""))
             }
-        run = Run(len(x), None if out is None else Path(out), header, group)
+        run = Run(len(source), None if out is None else Path(out), header, group)
         if diagnostics is None:
             folder = None if out is None else Path(out)
             # One process looks: others might find other numbers, or read the folder's while they are written.
-            diagnostics = group.gather(examined(folder, model, x, y, threat, seed) if group.rank == 0 else [])[0]
+            diagnostics = group.gather(examined(folder, model, source, threat, seed) if group.rank == 0 else [])[0]
         cascade = attacks is None and plan.cascade and judge.deterministic
         names = list(named)
         tracing = trace is not None or tensorboard is not None
         file = None if trace is None else _trace_file(Path(trace), run, names)
-        work = _Work(model, x, y, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
+        work = _Work(model, source, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
         with frozen(model), stop_requests(at_once=True) as stop:
             try:
                 work.all(title, progress and group.rank == 0)
@@ -195,15 +198,16 @@ def evaluate(
         if file is not None:
             file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
-        labels = y.cpu()
-        diagnostics = [*diagnostics, *outside_finding(run, work.attacks, x, threat)]
-        report = summarise(run, labels, list(work.attacks), radii, settings, interval, cascade, headline, diagnostics)
+        diagnostics = [*diagnostics, *outside_finding(run, work.attacks, source.sample, threat)]
+        report = summarise(
+            run, source.labels.cpu(), list(work.attacks), radii, settings, interval, cascade, headline, diagnostics
+        )
         if tensorboard is not None and group.rank == 0:
             write_scalars(Path(tensorboard), report.trace)
         if out is not None and group.rank == 0:
             ids, candidates = work.shown(report)
             with frozen(model):
-                rows = _gallery(model, x, ids, candidates, seed)
+                rows = _gallery(model, source, ids, candidates, seed)
             write_evaluation(Path(out), title, report.to_dict(), rows)
         # Nobody leaves, and takes the connection along, before the report is there.
         group.gather(None)
@@ -215,8 +219,7 @@ class _Work:
     """The units of one process: its blocks of images, candidate by candidate."""
 
     model: Model
-    x: Tensor
-    y: Tensor
+    source: Source
     judge: Judge
     run: Run
     named: dict[str, Attack]
@@ -231,14 +234,14 @@ class _Work:
     def __post_init__(self) -> None:
         self.attacks = {n: attack for n, attack in self.named.items() if not n.startswith(curve_name(""))}
         self.outside: set[str] = set()
-        blocks = torch.arange(len(self.x)).split(self.batch_size)
+        blocks = torch.arange(len(self.source)).split(self.batch_size)
         self.blocks = blocks[self.run.group.rank :: self.run.group.size]
 
     def all(self, title: str, progress: bool) -> None:
         """Do what is left to do, with a progress bar."""
         total = sum(map(len, self.blocks)) * (len(self.named) + 2)
         with tqdm(total=total, desc=title, disable=not progress, unit="img") as self.bar:
-            self.queueing = Queueing(torch.get_num_threads() if self.x.device.type == "cpu" else 1)
+            self.queueing = Queueing(torch.get_num_threads() if self.source.sample.device.type == "cpu" else 1)
             self._candidates(CLEAN)
             if self.deadline is not None:
                 # The 8-bit images at the end cost as much as the clean ones did.
@@ -303,9 +306,9 @@ class _Work:
         return min(self.batch_size, PILOT if rate is None else int(left / max(rate, 1e-9)))
 
     def _unit(self, name: str, ids: Tensor) -> Unit:
-        start, index = time.monotonic(), ids.to(self.x.device)
+        start, index = time.monotonic(), ids.to(self.source.sample.device)
         before = replace(self.passes)
-        x, labels = self.x[index], self.y[index]
+        x, labels = self.source.take(ids)
         steps: list[dict[str, Any]] = []
         candidates = x if name == CLEAN else self._attack(name, x, labels, index, steps)
         # The passes of another library's attack cannot be seen.
@@ -325,12 +328,12 @@ class _Work:
         """Warn once, and at once, if candidates lie outside the ball: the rest may take hours."""
         if name not in self.attacks or name in self.outside or not is_bound(self.attacks[name]):
             return
-        if count := int(self.threat.outside(distance, self.x).sum()):
+        if count := int(self.threat.outside(distance, self.source.sample).sum()):
             self.outside.add(name)
             warnings.warn(f"evaluate: {outside_text(name, count, distance, self.threat)}", stacklevel=2)
 
     def _images(self, name: str, ids: Tensor) -> Tensor:
-        return self.x[ids.to(self.x.device)].float().cpu() if name == CLEAN else self.run.images(name, ids)
+        return self.source.take(ids)[0].float().cpu() if name == CLEAN else self.run.images(name, ids)
 
     def _since(self, before: Passes) -> tuple[int, int]:
         return self.passes.forward - before.forward, self.passes.backward - before.backward
@@ -357,18 +360,20 @@ class _Work:
                 ids = block[(chosen[block] == number) & ~self.run.done(name + EIGHT_BIT)[block]]
                 if not len(ids):
                     continue
-                start, before, index = time.monotonic(), replace(self.passes), ids.to(self.x.device)
+                start, before, sample = time.monotonic(), replace(self.passes), self.source.sample
+                x, labels = self.source.take(ids)
                 ball = radius if name != CLEAN and self._inside(name, ids) else None
-                rounded = eight_bit(self._images(name, ids).to(self.x.device), self.x[index], ball)
-                images = rounded.to(judged(self.x[:0]).dtype) / 255
-                predictions = self.judge.predictions(name, images, self.y[index], index)
+                candidates = x.float() if name == CLEAN else self.run.images(name, ids).to(x.device)
+                rounded = eight_bit(candidates, x, ball)
+                images = rounded.to(judged(sample[:0]).dtype) / 255
+                predictions = self.judge.predictions(name, images, labels, ids.to(x.device))
                 cost = (time.monotonic() - start, *self._since(before))
                 self.run.add(Unit(name + EIGHT_BIT, ids, {"predictions": predictions}, rounded.cpu(), *cost))
                 self.bar.update(len(ids))
 
     def _inside(self, name: str, ids: Tensor) -> bool:
         """Whether the candidates lie in the ball: those of StAdv do not, and must not be pulled into it."""
-        return not self.threat.outside(self.run.tables[name]["distance"][ids], self.x).any()
+        return not self.threat.outside(self.run.tables[name]["distance"][ids], self.source.sample).any()
 
 
 def parse_budget(budget: float | str, function: str = "evaluate") -> float:
@@ -388,19 +393,19 @@ def _trace_file(path: Path, run: Run, names: Sequence[str]) -> TraceFile | None:
     return files[0] if files else None
 
 
-def _gallery(model: Model, x: Tensor, ids: Tensor, candidates: Tensor, seed: int) -> list[tuple[str, Tensor]]:
+def _gallery(model: Model, source: Source, ids: Tensor, candidates: Tensor, seed: int) -> list[tuple[str, Tensor]]:
     """Rows of pictures of the images `ids`: clean, candidate, perturbation, and what the purifier makes of it."""
-    if x.shape[1] not in (1, 3):
+    clean = source.take(ids)[0]
+    if clean.shape[1] not in (1, 3):
         return []
-    index = ids.to(x.device)
-    clean = x[index]
+    index = ids.to(clean.device)
     candidates = candidates.to(clean)
     perturbation = candidates - clean
     scale = 2 * perturbation.abs().amax().clamp_min(1e-12)
     rows = [("clean", clean), ("chosen candidate", candidates), ("perturbation, scaled", 0.5 + perturbation / scale)]
     if isinstance(model, Defense):
         key = derive_seed(seed, "gallery")
-        with torch.no_grad(), full_precision(x.device), seeded(key, x.device):
+        with torch.no_grad(), full_precision(clean.device), seeded(key, clean.device):
             rows.append(("purified candidate", model.purify(candidates, key, index, 0)))
     return rows
 
@@ -417,12 +422,3 @@ def _attacks(
     if attacks is None:
         return build_attacks(protocol, model, threat.norm, threat.eps, seed, deterministic, max_batch)
     return given_attacks(attacks, model)
-
-
-def _digest(*tensors: Tensor) -> str:
-    """SHA-256 of tensors' types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -15,10 +15,12 @@ from torch import Tensor
 from .._core.files import write_text
 from ..attacks import NORMS, GradientEstimator, Model, frozen
 from ..attacks.autoattack import DOUBT
-from ..doctor import Finding, check_contract, diagnose
+from ..doctor import Finding, examine, sampled
+from ..doctor.contract import CHECKS as CONTRACT
 from .judge import full_precision, judged
 from .protocols import Attack
 from .runs import Run
+from .source import Source
 from .verdict import Verdict
 
 # Checks of the contract that take a few passes, without `mode` and `cost`: evaluate sets the mode and shows the time.
@@ -47,20 +49,18 @@ class Threat:
         return distance > self.eps * (1 + 1e-4) + rounded
 
 
-def examined(
-    folder: Path | None, model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int
-) -> list[dict[str, Any]]:
+def examined(folder: Path | None, model: Model, source: Source, threat: Threat, seed: int) -> list[dict[str, Any]]:
     """The findings of atop_fast.doctor, with a warning of each that is not a pass.
 
     With a folder all checks run, and it keeps them for a call that goes on with the run; without one the cheap checks
     run, on no more images than one pass with gradients holds.
     """
-    x, path = judged(x), None if folder is None else folder / "diagnostics.json"
+    path = None if folder is None else folder / "diagnostics.json"
     if path is not None and path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
     else:
         try:
-            found = [asdict(finding) for finding in _checked(model, x, y, threat, seed, whole=path is not None)]
+            found = [asdict(finding) for finding in _checked(model, source, threat, seed, whole=path is not None)]
             if path is not None:
                 write_text(path, json.dumps(found, indent=2) + "\n")
         except (RuntimeError, NotImplementedError) as error:
@@ -74,18 +74,26 @@ def examined(
     return found
 
 
-def _checked(model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int, whole: bool) -> list[Finding]:
+def _checked(model: Model, source: Source, threat: Threat, seed: int, whole: bool) -> list[Finding]:
     """All findings, or those of the cheap checks."""
+    total = len(source)
+
+    def part(most: int) -> dict[str, Any]:
+        ids = sampled(total, seed, most)
+        x, y = source.take(ids)
+        return {"x": judged(x), "y": y, "ids": ids, "total": total, "seed": seed}
+
+    # The checks for masking attack in the Linf and L2 balls.
     if whole and threat.norm != "L1" and threat.eps > 0:
-        return diagnose(model, x, y, norm=threat.norm, eps=threat.eps, seed=seed)
+        return examine("diagnose", model, **part(64), norm=threat.norm, eps=threat.eps)
     if whole:
-        # The checks for masking attack in the Linf and L2 balls.
-        return check_contract(model, x, y, seed=seed)
-    with frozen(model), full_precision(x.device):
-        estimator, zero = GradientEstimator(model, seed=seed), torch.zeros(1, dtype=torch.int64, device=x.device)
-        estimator.logits(x[:1], zero, zero)
+        return examine("check_contract", model, **part(64), checks=tuple(CONTRACT))
+    with frozen(model), full_precision(source.sample.device):
+        sample = judged(source.sample)
+        estimator, zero = GradientEstimator(model, seed=seed), torch.zeros(1, dtype=torch.int64, device=sample.device)
+        estimator.logits(sample, zero, zero)
         most = min(estimator.rows or IMAGES, IMAGES)
-        return check_contract(model, x, y, seed=seed, max_images=most, checks=CHEAP)
+        return examine("check_contract", model, **part(most), checks=CHEAP)
 
 
 def is_bound(attack: Attack) -> bool:

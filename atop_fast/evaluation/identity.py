@@ -27,6 +27,7 @@ from ..attacks import Attack, AutoAttack, Model, frozen
 from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_uniform, seeded
 from .judge import full_precision, judged
+from .source import Source
 
 # Images of the probe, each once more mixed with noise; its draws; and the calls where draws cannot be repeated.
 POINTS, DRAWS, CALLS = 4, 2, 16
@@ -41,12 +42,24 @@ DEPTH = 12
 PLAIN = (bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device)
 
 
-def model_identity(model: Model, x: Tensor) -> dict[str, Any]:
-    """The identity of a model, JSON-ready, for `same_model`; the model and torch's generators stay as they were."""
+def probe_images(source: Source) -> tuple[Tensor, Tensor]:
+    """Some images of a source with their places, for model_identity."""
+    places = torch.linspace(0, len(source) - 1, min(POINTS, len(source))).long()
+    return source.take(places)[0], places
+
+
+def model_identity(model: Model, points: Tensor, ids: Tensor) -> dict[str, Any]:
+    """The identity of a model, JSON-ready, for `same_model`; the model and torch's generators stay as they were.
+
+    Args:
+        model: the model.
+        points: images (B, C, H, W) at which it is compared.
+        ids: int64 (B,), their places in the evaluated set.
+    """
     walk = Walk()
     walk.text(model)
     states = sorted(_state(module) for module in walk.modules)
-    return {"text": _hash(shown(model)), "weights": _hash(*states), **_probe(model, x)}
+    return {"text": _hash(shown(model)), "weights": _hash(*states), **_probe(model, points, ids)}
 
 
 def same_model(one: Any, other: Any) -> bool:
@@ -159,20 +172,20 @@ class Walk:
                 yield function.__globals__[name]
 
 
-def _probe(model: Model, x: Tensor) -> dict[str, Any]:
+def _probe(model: Model, points: Tensor, ids: Tensor) -> dict[str, Any]:
     """Logits and slopes of a loss at fixed points, each with their means and variances over repeated calls.
 
     The variances are 0 for a model whose calls repeat under the seeds of torch, Python and numpy.
     """
-    places = torch.linspace(0, len(x) - 1, min(POINTS, len(x))).long()
-    points, ids = judged(x[places.to(x.device)]).detach(), places.to(x.device)
+    points, ids = judged(points).detach(), ids.to(points.device)
     key = derive_seed(0, "identity")
     noise, direction = (
-        random_uniform(x.shape[1:], derive_seed(key, name), ids, 0, Tag.START).to(points) for name in ("noise", "slope")
+        random_uniform(points.shape[1:], derive_seed(key, name), ids, 0, Tag.START).to(points)
+        for name in ("noise", "slope")
     )
     points = torch.cat((points, (points + noise) / 2))
     ids, direction = ids.repeat(2), (2 * direction - 1).repeat(2, 1, 1, 1)
-    with frozen(model), full_precision(x.device):
+    with frozen(model), full_precision(points.device):
         calls = [_call(model, points, ids, direction, key, draw) for draw in TIMES * tuple(range(DRAWS))]
         if not _repeats(calls):
             calls += [_call(model, points, ids, direction, key, draw) for draw in range(CALLS - len(calls))]

@@ -15,6 +15,7 @@ from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, seeded
 from ..transforms import RandomTransform
+from .source import Source
 
 # Images of the trial that tells a deterministic model from a random one.
 TRIAL_IMAGES = 256
@@ -45,16 +46,17 @@ class Judge:
         self.deterministic = False
         self.max_batch = None if max_batch is None else check_integer("evaluate", "max_batch", max_batch, low=1)
 
-    def trial(self, x: Tensor, labels: Tensor) -> bool:
+    def trial(self, source: Source) -> bool:
         """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
+        x = source.take(torch.arange(min(len(source), TRIAL_IMAGES)))[0]
         ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")
         key = (seed, ids[:1], 0) if isinstance(self.model, Defense) else ()
         # A model that does not fit its images should fail here, not after an hour.
         first = judged(x[:1])
-        with check_fits("evaluate", "x", first, self.model), full_precision(x.device):
+        with check_fits("evaluate", "images", first, self.model), full_precision(x.device):
             with torch.no_grad(), seeded(seed, x.device):
                 output = self.model(first, *key)
-            check_logits("evaluate", output, 1, int(labels.max()), "y")
+            check_logits("evaluate", output, 1, int(source.labels.max()))
             if self.max_batch is None:
                 estimator = GradientEstimator(self.model, seed=seed)
                 estimator.function = "evaluate"
@@ -189,5 +191,7 @@ def _check_finite(logits: Tensor, name: str, ids: Tensor) -> None:
     """Raise unless the logits (B, draws, classes) of the candidates `name` of the samples `ids` are finite."""
     if not (finite := torch.isfinite(logits).flatten(1).all(dim=1)).all():
         wrong = ids[~finite]
-        given = f"NaN or infinity for {len(wrong)} of {len(ids)} images {name!r}, the first of them x[{int(wrong[0])}]"
+        given = (
+            f"NaN or infinity for {len(wrong)} of {len(ids)} images {name!r}, the first of them images[{int(wrong[0])}]"
+        )
         raise ValueError(message("evaluate", "model", "a callable with finite logits", given))

@@ -79,7 +79,7 @@ class Run:
         self.agree(lambda: _open_folder(folder, header) if folder and group.rank == 0 else None)
         if any(_known_by(header, other) != other for other in group.gather(header)):
             expected = "the same model, data and settings in every process"
-            raise ValueError(message("evaluate", "model, x, y", expected, "differences between the ranks"))
+            raise ValueError(message("evaluate", "model, images, labels", expected, "differences between the ranks"))
         if folder is not None:
             self._log = folder / ("log.jsonl" if group.rank == 0 else f"log-{group.rank}.jsonl")
             # Nobody adds to a log before all have read them.
