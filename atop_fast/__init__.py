@@ -1,4 +1,4 @@
-"""Adversarial training on purification (AToP, ICLR 2024), and sound robust evaluation of random defences."""
+"""Adversarial training on purification (AToP, ICLR 2024), and sound robust evaluation of random defenses."""
 
 from importlib.metadata import PackageNotFoundError, version
 

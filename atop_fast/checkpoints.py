@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ._core.checks import check_choice, check_integer, check_number, message
 from ._core.files import identify, load_weights, write_atomic
-from .classifiers import CLASSIFIERS, Normalised, Resized
+from .classifiers import CLASSIFIERS, Normalized, Resized
 from .defense import Defense
 from .purifiers import DISCRIMINATORS, PURIFIERS
 from .randomness import seeded
@@ -34,7 +34,7 @@ KINDS: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
 }
 # Classifier wrappers: the class, the attribute that holds the classifier, and a function that returns the options.
 WRAPPERS: dict[str, tuple[type[nn.Module], str, Callable[[Any], dict[str, Any]]]] = {
-    "normalised": (Normalised, "model", lambda m: {"mean": m.mean.flatten().tolist(), "std": m.std.flatten().tolist()}),
+    "normalized": (Normalized, "model", lambda m: {"mean": m.mean.flatten().tolist(), "std": m.std.flatten().tolist()}),
     "resized": (Resized, "classifier", lambda m: {"size": m.size[0]}),
 }
 # Metadata keys that commands read.
@@ -114,7 +114,7 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
     Args:
         path: file to write.
         defense: a Defense whose networks come from build_classifier, build_purifier, load_model or load_classifier
-            (except RobustBench models); the classifier may be inside Normalised or Resized. Any other network needs an
+            (except RobustBench models); the classifier may be inside Normalized or Resized. Any other network needs an
             attribute `architecture` = (name, options).
         dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense returns float32 with
             the rounded values, so evaluate the loaded defense. Default: the type of the weights.
@@ -185,7 +185,7 @@ def load_defense(path_or_name: str | Path) -> Defense:
         # As in load_model.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            message("load_defense", "path_or_name", "a whole defence of save_defense", f"{path} ({reason})")
+            message("load_defense", "path_or_name", "a whole defense of save_defense", f"{path} ({reason})")
         ) from error
     return defense.eval()
 
@@ -203,7 +203,7 @@ def find_defense(function: str, path_or_name: str | Path) -> Path:
     shipped = _shipped()
     if str(path_or_name) not in shipped:
         names = f"one of {', '.join(map(repr, sorted(shipped)))}" if shipped else "the package carries none"
-        expected = f"a file of save_defense, or the name of a defence in the package ({names})"
+        expected = f"a file of save_defense, or the name of a defense in the package ({names})"
         raise ValueError(message(function, "path_or_name", expected, repr(str(path_or_name))))
     return shipped[str(path_or_name)]
 

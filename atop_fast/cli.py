@@ -82,7 +82,7 @@ def train(
         discriminator: the discriminator of both trainings of the purifier.
         pretrain: training of the purifier on clean images.
         finetune: training of the purifier on adversarial images.
-        evaluation: how the classifier alone and the defences are judged.
+        evaluation: how the classifier alone and the defenses are judged.
         ablation: also fine-tune on adversarial images of the classifier alone, as the public code does, and judge it.
         notes: what the report says besides.
         until: the last stage; the same command with a later one goes on.
@@ -114,14 +114,14 @@ def evaluate(
     seed: int = 0,
     **evaluation: Any,
 ) -> None:
-    """Attack a defence by a protocol, and judge it on fresh draws; writes report.html and report.json.
+    """Attack a defense by a protocol, and judge it on fresh draws; writes report.html and report.json.
 
     Args:
         classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
             as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
         purifier: purifier.safetensors; without it the classifier alone is evaluated, or, if `transform` is given, that
             transform before it.
-        defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defence that the
+        defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defense that the
             package carries.
         out: folder of the run and its report; the same command goes on with a run that was stopped.
         data: images and their split; the held-out part is attacked.

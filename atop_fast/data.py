@@ -68,7 +68,7 @@ class Dataset:
             return self
         return Dataset(self.images.float().div_(255), self.labels, self.classes)
 
-    def relabelled(self, classes: tuple[str, ...]) -> Dataset:
+    def relabeled(self, classes: tuple[str, ...]) -> Dataset:
         """The same images with labels that index `classes`, which must contain all names of the present classes."""
         return Dataset(self.images, _class_indices(self, classes)[self.labels], classes)
 
@@ -132,8 +132,8 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         """The images in memory, float32 in [0, 1]."""
         return _read(self).floats()
 
-    def relabelled(self, classes: tuple[str, ...]) -> Files:
-        """See Dataset.relabelled."""
+    def relabeled(self, classes: tuple[str, ...]) -> Files:
+        """See Dataset.relabeled."""
         return Files(self.folder, self.index, self.shape, _class_indices(self, classes)[self.labels], classes)
 
     def training(self) -> tuple[Files, None]:

@@ -28,7 +28,7 @@ class Defense(nn.Module):
         transform: a RandomTransform.
         purifier: maps (B, C + 2, H, W) = [masked image in [-1, 1], ones, mask] to images (B, C, H, W) in [-1, 1];
             None passes the masked image on.
-        classifier: maps images (B, C, H, W) in [0, 1] to logits (B, classes), normalisation inside.
+        classifier: maps images (B, C, H, W) in [0, 1] to logits (B, classes), normalization inside.
 
     Without a key, every call takes the next draw of a counter, so that repeated calls differ, as for an attacker of a
     deployed system; torch's global generator is not used. With a key, the result is a function of (seed, sample id,

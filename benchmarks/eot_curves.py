@@ -1,4 +1,4 @@
-"""Robust accuracy of random defences against the passes that PGD spends: python benchmarks/eot_curves.py --help
+"""Robust accuracy of random defenses against the passes that PGD spends: python benchmarks/eot_curves.py --help
 
 Every row is a schedule, a split of the passes into steps and draws a step; the verdict is the mean over fresh draws. A
 row is written as soon as it is measured, and a run that was stopped goes on after the last one.
@@ -58,7 +58,7 @@ class _Frame(nn.Module):
 
 
 def defenses(runs: list[Path]) -> dict[str, Defense]:
-    """The random defences by name: those of the demo's runs, and two that need no training."""
+    """The random defenses by name: those of the demo's runs, and two that need no training."""
     found: dict[str, Defense] = {}
     for run in runs:
         classifier = load_model(run / "classifier.safetensors", "classifier")
@@ -90,9 +90,9 @@ def measured(defense: Defense, attack: Any, x: Tensor, y: Tensor) -> dict[str, A
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against passes, a panel for each defence, a line for each schedule, as SVG."""
-    names = list(dict.fromkeys(row["defence"] for row in rows))
-    colours = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#999999", "#000000", "#cc79a7")
+    """Accuracy against passes, a panel for each defense, a line for each schedule, as SVG."""
+    names = list(dict.fromkeys(row["defense"] for row in rows))
+    colors = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#999999", "#000000", "#cc79a7")
     width, height, left, top = 300, 230, 40, 24
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width * len(names)}" '
@@ -101,7 +101,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     ]
     low, high = math.log10(PASSES[0]), math.log10(PASSES[-1])
     for panel, name in enumerate(names):
-        most = max(row["accuracy"] for row in rows if row["defence"] == name)
+        most = max(row["accuracy"] for row in rows if row["defense"] == name)
         x0 = panel * width + left
         parts.append(f'<text x="{x0}" y="14">{name}</text><text x="{x0 - 34}" y="{top + 8}">{most:.2f}</text>')
         parts.append(f'<text x="{x0 - 34}" y="{height - 30}">0.00</text>')
@@ -114,14 +114,14 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         for passes in PASSES:
             at = place({"passes": passes, "accuracy": 0.0})[0]
             parts.append(f'<text x="{at:.0f}" y="{height - 16}" text-anchor="middle">{passes}</text>')
-        for schedule, colour in zip(SCHEDULES, colours, strict=True):
-            points = [place(row) for row in rows if (row["defence"], row["schedule"]) == (name, schedule)]
+        for schedule, color in zip(SCHEDULES, colors, strict=True):
+            points = [place(row) for row in rows if (row["defense"], row["schedule"]) == (name, schedule)]
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))
-            parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-    for number, (schedule, colour) in enumerate(zip(SCHEDULES, colours, strict=True)):
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+    for number, (schedule, color) in enumerate(zip(SCHEDULES, colors, strict=True)):
         at = height + 20 * number + 8
         parts.append(
-            f'<path d="M12 {at - 4}h24" stroke="{colour}" stroke-width="2"/><text x="42" y="{at}">{schedule}</text>'
+            f'<path d="M12 {at - 4}h24" stroke="{color}" stroke-width="2"/><text x="42" y="{at}">{schedule}</text>'
         )
     path.write_text("".join(parts) + "</svg>\n", encoding="utf-8")
 
@@ -131,13 +131,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="folders that `atop-fast demo` has left")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--passes", type=int, nargs="*", default=list(PASSES), choices=PASSES)
-    parser.add_argument("--only", default="", help="a part of the name of the defences that are attacked")
+    parser.add_argument("--only", default="", help="a part of the name of the defenses that are attacked")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     data = mnist5k().split(4000, seed=0)[1].take(slice(0, args.images))
     path = args.out / f"{NAME}--cpu.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    done = {(row["defence"], row["schedule"], row["passes"], row["images"]) for row in rows}
+    done = {(row["defense"], row["schedule"], row["passes"], row["images"]) for row in rows}
     for name, defense in defenses(args.runs).items():
         if args.only not in name:
             continue
@@ -146,7 +146,7 @@ def main() -> None:
                 key = (name, schedule, passes, len(data.images))
                 if key in done or (attack := build(defense.eval(), passes)) is None:
                     continue
-                rows.append(dict(zip(("defence", "schedule", "passes", "images"), key, strict=True)))
+                rows.append(dict(zip(("defense", "schedule", "passes", "images"), key, strict=True)))
                 rows[-1] |= measured(defense, attack, data.images, data.labels)
                 print(*rows[-1].values(), sep="  ", flush=True)
                 write(

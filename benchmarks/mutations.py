@@ -109,7 +109,7 @@ MUTATIONS = [
     ),
     *_of(
         "resampling", "resample",
-        ("each pixel's neighbour", "atop_fast/ops/resample.py", "(taps.start + k).view(shape)",
+        ("each pixel's neighbor", "atop_fast/ops/resample.py", "(taps.start + k).view(shape)",
          "(taps.start + k - 1).clamp_min(0).view(shape)"),
         ("the last tap is left out", "atop_fast/ops/resample.py", "range(taps.weight.shape[2])",
          "range(taps.weight.shape[2] - 1)"),

@@ -144,7 +144,7 @@ def strength(count: int = 256) -> list[dict[str, Any]]:
 
 
 def determinism() -> list[dict[str, Any]]:
-    """Flags of a random defence under two attacks: every backend, batch size, order, split and number of threads."""
+    """Flags of a random defense under two attacks: every backend, batch size, order, split and number of threads."""
     backends = [name for name in ("eager", "cpp") if name in _registry.impls("attack_loss")]
     settings = list(itertools.product(backends, (1, 5, COUNT), ("given", "shuffled"), (1, 2), (1, 2, 3, 4)))
     wanted, rows = None, []
@@ -174,7 +174,7 @@ def determinism() -> list[dict[str, Any]]:
 
 
 def flags(backend: str, batch: int, ids: list[int], threads: int) -> tuple[Tensor, Tensor]:
-    """Whether the defence is right, (n, attacks, DRAWS), and the candidates, (n, attacks, C, H, W)."""
+    """Whether the defense is right, (n, attacks, DRAWS), and the candidates, (n, attacks, C, H, W)."""
     torch.set_num_threads(threads)
     digits = models.mnist()
     purifier = atop_fast.build_purifier("unet", channels=1, width=4).eval()

@@ -1,6 +1,6 @@
 """AutoAttack "fast" against pyautoattack's "standard", model by model: python benchmarks/parity.py --help
 
-Among the models are hard cases for a fast attack: masked gradients, quantised pixels, a network distilled at a high
+Among the models are hard cases for a fast attack: masked gradients, quantized pixels, a network distilled at a high
 temperature, one with logits a hundredfold, a ViT. A row is written as soon as it is measured, and a run that was
 stopped goes on after the last one.
 """
@@ -42,7 +42,7 @@ class Scaled(nn.Module):
         return self.scale * self.model(x)
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """Pixels of so many levels; the gradient passes as through the identity."""
 
     def __init__(self, model: nn.Module, levels: int) -> None:
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[str, float, Callable[[], nn.Module]]] = {
     "standard MNIST": ("Linf", 0.05, models.standard_mnist),
     "robust MNIST, logits x 100": ("Linf", 0.2, lambda: Scaled(models.robust_mnist(), 100.0)),
     "robust MNIST, logits / 100": ("Linf", 0.2, lambda: Scaled(models.robust_mnist(), 0.01)),
-    "robust MNIST, 8 levels a pixel": ("Linf", 0.2, lambda: Quantised(models.robust_mnist(), 7)),
+    "robust MNIST, 8 levels a pixel": ("Linf", 0.2, lambda: Quantized(models.robust_mnist(), 7)),
     "robust MNIST, masked by a steep sigmoid": ("Linf", 0.2, lambda: Masked(models.robust_mnist())),
     "distilled at temperature 50": ("Linf", 0.05, lambda: trained("small_cnn", 50.0)),
     "ViT on digits": ("Linf", 0.03, lambda: trained("vit_tiny")),

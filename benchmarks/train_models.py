@@ -59,7 +59,7 @@ CIFAR10 = {"robust_cifar": Recipe("small_resnet", {}, 8 / 255, 3, 4e-3, pgd={"8/
 
 
 def train(title: str, recipe: Recipe, data: atop.Dataset) -> torch.nn.Module:
-    """Minimise the cross-entropy on the images, or on PGD's (Madry et al., ICLR 2018), with Adam."""
+    """Minimize the cross-entropy on the images, or on PGD's (Madry et al., ICLR 2018), with Adam."""
     with seeded(derive_seed(recipe.seed, "init")):
         model = atop.build_classifier(recipe.name, **recipe.options)
     model.train().to(memory_format=torch.channels_last)

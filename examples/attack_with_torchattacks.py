@@ -16,7 +16,7 @@ EPS = 0.1
 
 
 def main() -> None:
-    """torchattacks' EOT-PGD and ours, of equal length, on one defence."""
+    """torchattacks' EOT-PGD and ours, of equal length, on one defense."""
     args = arguments(__doc__)
     train, test = digits(args.quick)
     defense = atop.Defense(atop.RT2(patch=4, sigma=0.2), None, classifier(train, args.quick)).eval()

@@ -1,4 +1,4 @@
-"""A coin among classifiers: how the rules by which random defences are judged can go wrong.
+"""A coin among classifiers: how the rules by which random defenses are judged can go wrong.
 
 The coin looks at no image. It answers correctly in 90 % of its calls, so that no attack can make it better or worse,
 and its robust accuracy is 0.9 by definition. AutoAttack's rule, one wrong draw and an image is lost, calls it weaker

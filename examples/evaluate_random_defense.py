@@ -1,4 +1,4 @@
-"""Evaluate a random defence that is not one of ours: any module, or any callable, from images to logits.
+"""Evaluate a random defense that is not one of ours: any module, or any callable, from images to logits.
 
 Here it is a classifier behind noise and a random shift, as it might stand in another project. The report says how often
 one draw is right under attack, with an interval, and what the diagnostics found.

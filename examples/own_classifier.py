@@ -1,6 +1,6 @@
-"""Your own classifier and its checkpoint, trained elsewhere on normalised images, behind a random transform.
+"""Your own classifier and its checkpoint, trained elsewhere on normalized images, behind a random transform.
 
-Two things go wrong most often, and the doctor finds both: images normalised twice or not at all, and a model left in
+Two things go wrong most often, and the doctor finds both: images normalized twice or not at all, and a model left in
 training mode.
 """
 
@@ -11,14 +11,14 @@ from digits import FOLDER, arguments, digits
 from torch import Tensor, nn
 
 import atop_fast as atop
-from atop_fast.classifiers import Normalised
+from atop_fast.classifiers import Normalized
 from atop_fast.doctor import check_contract, format_findings
 
 MEAN, STD = (0.13,), (0.31,)
 
 
 class TheirNetwork(nn.Module):
-    """A network as another project has it: it expects normalised images."""
+    """A network as another project has it: it expects normalized images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ def main() -> None:
     args = arguments(__doc__, checkpoint="state dict of TheirNetwork; by default one is trained first")
     train, test = digits(args.quick)
     network = TheirNetwork()
-    # Whatever normalisation the network was trained with goes inside: the library's images are in [0, 1].
-    model = Normalised(network, MEAN, STD)
+    # Whatever normalization the network was trained with goes inside: the library's images are in [0, 1].
+    model = Normalized(network, MEAN, STD)
     checkpoint = args.checkpoint or FOLDER / "theirs.pt"
     if not checkpoint.exists():
         config = atop.ClassifierConfig(epochs=1 if args.quick else 10)

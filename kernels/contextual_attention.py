@@ -33,7 +33,7 @@ MAX_COLUMNS = 64
 # A softmax tile holds whole rows or, if a row is longer, a part of one row at a time.
 ROW_TILE = 2048
 ROW_WARPS = 8
-NEIGHBOURS = ((-1, 0, 1), (-1, 0, 1))
+NEIGHBORS = ((-1, 0, 1), (-1, 0, 1))
 _SCALE = tl.constexpr(SCALE)
 
 
@@ -291,7 +291,7 @@ def _attend(b: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     products = x.mT @ x
     squares = products.diagonal(dim1=1, dim2=2).reshape(batch, 1, height, width)
     norms = F.avg_pool2d(squares, 3, stride=1, padding=1, divisor_override=1).sqrt().clamp(min=MIN_NORM).flatten(1)
-    scores = _diagonals(products, (height, width), NEIGHBOURS, norms)
+    scores = _diagonals(products, (height, width), NEIGHBORS, norms)
     # The products are no longer needed.
     weights, (lines, columns) = products, _tile_of(count, ROW_TILE, ROW_TILE)
     tensors = (scores, valid.contiguous().view(torch.uint8), weights)
@@ -316,7 +316,7 @@ def _attend_bwd(dweights: Tensor, weights: Tensor, scores: Tensor, norms: Tensor
     # Scores are divided by the norm of their key, whose square is on the diagonal of the products.
     diagonal = dproducts.diagonal(dim1=1, dim2=2)
     diagonal -= torch.where(norms > MIN_NORM, partials.sum(1) / (2 * norms * norms), 0)
-    return _diagonals(dproducts, size, NEIGHBOURS)
+    return _diagonals(dproducts, size, NEIGHBORS)
 
 
 def _diagonals(

@@ -1,4 +1,4 @@
-"""What a run says first: paired gains of the defence, chance, and predictions that hardly depend on the images."""
+"""What a run says first: paired gains of the defense, chance, and predictions that hardly depend on the images."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_first_sentence_is_the_gain(own, other, verb):
     reports = {"classifier": report([1.0] * 30, [other] * 30), "finetuned": report([0.9] * 30, [own] * 30)}
     lines = answer(paired_gains(reports), reports, "quick")
     assert lines[0].startswith(
-        f"The defence {verb}. Under attack (protocol quick): accuracy {own:.3f} with the defence"
+        f"The defense {verb}. Under attack (protocol quick): accuracy {own:.3f} with the defense"
     )
     assert f"{own - other:+.3f} [" in lines[0]
     assert "on the same 30 images" in lines[0]

@@ -168,7 +168,7 @@ def test_malt_order_is_its_formula_in_float64(trained, norm):
         expected = sorted(others, key=lambda t: float(distance[t]))
         assert found.shape == (6, 100)
         assert set(found[row].tolist()) == set(others)
-        # In float32, neighbours at almost the same distance may change places.
+        # In float32, neighbors at almost the same distance may change places.
         torch.testing.assert_close(distance[found[row]], distance[expected], rtol=1e-4, atol=1e-6)
 
 

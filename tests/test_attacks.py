@@ -117,7 +117,7 @@ def test_more_steps_and_restarts_raise_the_loss():
     assert loss(X) < loss(one) <= loss(many) <= loss(PGD(CLASSIFIER, eps=0.1, steps=20, n_restarts=4)(X, Y)) + 1e-6
 
 
-def test_restart_choice_minimises_accuracy_first():
+def test_restart_choice_minimizes_accuracy_first():
     """Two constructed candidates: fewer correct draws win over a larger loss."""
 
     def model(x):

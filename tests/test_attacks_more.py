@@ -80,7 +80,7 @@ def test_fgsm_at_the_edges_of_the_range():
         assert (size > 0).all()
 
 
-def test_fgsm_l2_is_one_normalised_step():
+def test_fgsm_l2_is_one_normalized_step():
     x = 0.3 + 0.3 * X
     leaf = x.clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(trained_classifier()(leaf), Y, reduction="sum")

@@ -104,14 +104,14 @@ def tiny(monkeypatch):
     """Small networks instead of a ResNet-18 and trained ones."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.Flatten(), torch.nn.LazyLinear(10))
     model(torch.rand(1, 3, 32, 32))
-    grey = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))
-    for module in (model, grey):
+    gray = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1024, 10))
+    for module in (model, gray):
         module.eval().requires_grad_(False)
     x = torch.rand(64, 1, 32, 32)
     monkeypatch.setattr(evaluate, "defense", lambda model, channels, width, device: defense(model, channels, 4, device))
     for suite in (attacks, evaluate):
         monkeypatch.setattr(suite, "resnet18", lambda device: model)
-        monkeypatch.setattr(suite, "digits", lambda device: (grey, x, grey(x).argmax(dim=1)))
+        monkeypatch.setattr(suite, "digits", lambda device: (gray, x, gray(x).argmax(dim=1)))
 
 
 @pytest.mark.parametrize("suite", [attacks, evaluate])

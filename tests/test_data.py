@@ -18,7 +18,7 @@ from atop_fast.transforms import RT1, RT2, RT3
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of five grey 8x8 images each; the second class is brighter."""
+    """Two classes of five gray 8x8 images each; the second class is brighter."""
     image = pytest.importorskip("PIL.Image")
     for label in range(2):
         (tmp_path / f"class{label}").mkdir()
@@ -271,7 +271,7 @@ def test_labels_are_put_in_the_order_of_other_classes(folder):
     pytest.importorskip("torchvision")
     for memory in (1, 0):
         data = DataConfig(str(folder), holdout=2, memory=memory).load()[0]
-        other = data.relabelled(("x", "class1", "class0"))
+        other = data.relabeled(("x", "class1", "class0"))
         assert other.classes == ("x", "class1", "class0")
         assert torch.equal(other.labels, 2 - data.labels)
         assert torch.equal(other.take(slice(1, 3)).labels, other.labels[1:3])

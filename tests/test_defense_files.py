@@ -1,4 +1,4 @@
-"""Defences on disk: one file gives the defence back to the bits, and others are refused by name."""
+"""Defenses on disk: one file gives the defense back to the bits, and others are refused by name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from atop_fast import (
     save_model,
 )
 from atop_fast.checkpoints import read_header
-from atop_fast.classifiers import Normalised, Resized
+from atop_fast.classifiers import Normalized, Resized
 from atop_fast.randomness import seeded
 from atop_fast.transforms import describe_transform, restore_transform
 
@@ -75,11 +75,11 @@ def test_weights_too_large_for_half_precision_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-def test_a_file_gives_the_defence_back(transform, tmp_path):
+def test_a_file_gives_the_defense_back(transform, tmp_path):
     purifier, classifier = networks()
-    defense = Defense(transform, purifier, Resized(Normalised(classifier, [0.4], [0.2]), 12)).eval()
+    defense = Defense(transform, purifier, Resized(Normalized(classifier, [0.4], [0.2]), 12)).eval()
     path, second = str(tmp_path / "d.safetensors"), tmp_path / "e.safetensors"
-    save_defense(path, defense, classes=("a", "b", "c"), shape=(1, 16, 16), norm="L2", eps=0.5, licence="Apache-2.0")
+    save_defense(path, defense, classes=("a", "b", "c"), shape=(1, 16, 16), norm="L2", eps=0.5, license="Apache-2.0")
     before = torch.get_rng_state()
     loaded = load_defense(path)
     assert torch.equal(torch.get_rng_state(), before)
@@ -87,7 +87,7 @@ def test_a_file_gives_the_defence_back(transform, tmp_path):
     assert not any(module.training for module in loaded.modules())
     assert repr(loaded.transform) == repr(transform)
     assert loaded.metadata["classes"] == ["a", "b", "c"]
-    assert (loaded.metadata["eps"], loaded.metadata["licence"]) == (0.5, "Apache-2.0")
+    assert (loaded.metadata["eps"], loaded.metadata["license"]) == (0.5, "Apache-2.0")
     save_defense(second, loaded)
     assert second.read_bytes() == (tmp_path / "d.safetensors").read_bytes()
 

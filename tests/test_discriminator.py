@@ -1,4 +1,4 @@
-"""The SN-PatchGAN discriminator: spectral normalisation, its buffers, and the hinge losses."""
+"""The SN-PatchGAN discriminator: spectral normalization, its buffers, and the hinge losses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_names_and_shapes_are_the_public_ones():
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected
 
 
-def test_scores_are_those_of_the_layers_normalised_by_their_largest_singular_value():
+def test_scores_are_those_of_the_layers_normalized_by_their_largest_singular_value():
     with seeded(0):
         net = SNPatchDiscriminator(3, 4, 4).double()
     for _ in range(500):
@@ -67,10 +67,10 @@ def test_gradients_are_those_of_the_largest_singular_value():
         theirs = spectral_norm(nn.Conv2d(3, 6, 5, stride=2, padding=2)).double()
     theirs.parametrizations.weight.original.data.copy_(layer.weight)
     for _ in range(500):
-        layer.normalised_weight()
+        layer.normalized_weight()
         theirs(torch.zeros(1, 3, 8, 8, dtype=torch.float64))
     dy = torch.randn(6, 3, 5, 5, dtype=torch.float64)
-    (dweight,) = torch.autograd.grad(layer.normalised_weight(), layer.weight, dy)
+    (dweight,) = torch.autograd.grad(layer.normalized_weight(), layer.weight, dy)
     weight = layer.weight.detach().requires_grad_()
     (expected,) = torch.autograd.grad(weight / torch.linalg.matrix_norm(weight.flatten(1), 2), weight, dy)
     torch.testing.assert_close(dweight, expected, rtol=1e-6, atol=1e-9)
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_largest_singular_value():
 
 def test_new_layers_are_near_norm_one(net):
     for layer in net.children():
-        norm = torch.linalg.matrix_norm(layer.conv_sn.normalised_weight().flatten(1), 2)
+        norm = torch.linalg.matrix_norm(layer.conv_sn.normalized_weight().flatten(1), 2)
         assert norm.item() == pytest.approx(1, abs=0.05)
 
 

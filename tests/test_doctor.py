@@ -102,7 +102,7 @@ def test_useless_random_transform_fails(request, digits, kind):
     assert bad["useless_transform"] == "fail"
 
 
-class Binarise(nn.Module):
+class Binarize(nn.Module):
     """A purifier that takes images close to black and white: robust on digits, with or without a gradient."""
 
     def __init__(self, slope):
@@ -113,13 +113,13 @@ class Binarise(nn.Module):
         return torch.tanh(self.slope * corrupted[:, :-2])
 
 
-def test_a_defence_that_works_passes(digits, standard):
-    assert run(Defense(RT1(2, 0.05), Binarise(4), standard).eval(), digits[1], max_images=32) == {}
+def test_a_defense_that_works_passes(digits, standard):
+    assert run(Defense(RT1(2, 0.05), Binarize(4), standard).eval(), digits[1], max_images=32) == {}
 
 
 def test_purifier_that_masks_its_gradient_is_found(digits, standard):
-    # A tanh this steep is 1 in float32, and its gradient 0, wherever the image is not mid-grey.
-    defense = Defense(RT1(2, 0.05), Binarise(400), standard).eval()
+    # A tanh this steep is 1 in float32, and its gradient 0, wherever the image is not mid-gray.
+    defense = Defense(RT1(2, 0.05), Binarize(400), standard).eval()
     findings = diagnose(defense, digits[1].images, digits[1].labels, eps=EPS, checks=["finite_difference"])
     assert found(findings) == {"finite_difference": "fail"}
 
@@ -205,26 +205,26 @@ class Centroids(nn.Module):
         self.register_buffer("means", torch.stack([data.images[data.labels == k].mean(dim=0) for k in range(10)]))
 
     def forward(self, x):
-        c = normalised(self.means).flatten(1)
+        c = normalized(self.means).flatten(1)
         return 2 * x.flatten(1) @ c.T - c.square().sum(dim=1)
 
 
-def normalised(x):
+def normalized(x):
     return (x - 0.1307) / 0.3081
 
 
-def test_normalisation_that_costs_accuracy_fails(digits):
+def test_normalization_that_costs_accuracy_fails(digits):
     centroids = Centroids(digits[0])
-    for before, status in ((normalised, None), (None, "fail")):
+    for before, status in ((normalized, None), (None, "fail")):
         findings = check_contract(Changed(centroids, before), digits[1].images, digits[1].labels)
-        assert found(findings).get("normalisation") == status, format_findings(findings)
+        assert found(findings).get("normalization") == status, format_findings(findings)
 
 
-def test_double_normalisation_is_found_at_the_first_layer(digits, standard):
+def test_double_normalization_is_found_at_the_first_layer(digits, standard):
     x, y = digits[1].images, digits[1].labels
-    for before, status in ((normalised, None), (lambda x: normalised(normalised(x)), "warn")):
+    for before, status in ((normalized, None), (lambda x: normalized(normalized(x)), "warn")):
         model = Changed(standard, before)
-        assert found(check_contract(model, x, y, checks=["normalisation"])).get("normalisation") == status
+        assert found(check_contract(model, x, y, checks=["normalization"])).get("normalization") == status
         assert not any(m._forward_pre_hooks for m in model.modules())
 
 
@@ -233,7 +233,7 @@ def test_double_normalisation_is_found_at_the_first_layer(digits, standard):
     [
         (lambda x: 255 * x, "divide by 255"),
         (lambda x: 2 * x - 1, r"looks like [-1, 1]"),
-        (lambda x: (x - 0.1307) / 0.3081, "normalisation"),
+        (lambda x: (x - 0.1307) / 0.3081, "normalization"),
         (lambda x: torch.where(x > 0.9, torch.nan, x), "NaN"),
     ],
 )

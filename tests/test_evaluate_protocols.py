@@ -123,6 +123,6 @@ def test_a_cascade_attacks_only_what_still_stands(monkeypatch):
     whole = evaluate(nn.Flatten(), x, Y, protocol="paper", progress=False)
     assert whole.passes["pgd"]["images"] == 100
     assert whole.robust == report.robust == report.attacks["pgd"]
-    # A random defence is never done with an image.
+    # A random defense is never done with an image.
     monkeypatch.setitem(PROTOCOLS, "paper", plan)
     assert evaluate(DEFENSE, X, Y, protocol="paper", **QUIET).passes["pgd"]["images"] == 100

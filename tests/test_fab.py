@@ -51,7 +51,7 @@ def solved(norm, x, w, change):
             lambda d: d @ d, begin, jac=lambda d: 2 * d, bounds=bounds, constraints=constraint, options={"ftol": 1e-12}
         )
         return result.x if result.success else None
-    # L1: d = up - down, minimise their sum. Linf: |d| <= l, minimise l.
+    # L1: d = up - down, minimize their sum. Linf: |d| <= l, minimize l.
     if norm == "L1":
         bounds = [(0, v) for v in np.concatenate((1 - x, x))]
         result = optimize.linprog(np.ones(2 * n), A_eq=[np.concatenate((w, -w))], b_eq=[change], bounds=bounds)

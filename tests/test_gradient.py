@@ -191,6 +191,6 @@ def test_early_stop_finds_the_flags_of_any_iterate():
     assert passes.backward < 11 * steps / 2
 
 
-def test_early_stop_is_refused_for_a_random_defence():
+def test_early_stop_is_refused_for_a_random_defense():
     with pytest.raises(ValueError, match="PGD: early_stop must be False for a Defense"):
         PGD(DEFENSE, early_stop=True)

@@ -308,7 +308,7 @@ def test_unusual_images_are_read(images):
         folder = images(name, image, **options)
         torch.testing.assert_close(image_folder(folder).images[1], bright, rtol=0, atol=2 / 255)
         (folder / "a" / name).unlink()
-    folder = images("grey.png", Image.new("1", (8, 8), 1))
+    folder = images("gray.png", Image.new("1", (8, 8), 1))
     assert image_folder(folder).images[1].eq(1).all()
 
 

@@ -156,32 +156,32 @@ def test_their_attacks_take_a_defense(attack, digits, defense):
     assert all(torch.equal(value, before[name]) for name, value in defense.state_dict().items())
 
 
-HOLDERS = ("foolbox", "foolbox-preprocessing", "torchattacks-normalised", "art", "art-preprocessing")
+HOLDERS = ("foolbox", "foolbox-preprocessing", "torchattacks-normalized", "art", "art-preprocessing")
 
 
 @pytest.fixture
 def held(request, digits):
     """A classifier as another package holds it, as a callable from images in [0, 1]."""
     network = models.standard_mnist()
-    normalised = Denormalised(network).eval()
+    normalized = Denormalized(network).eval()
     match request.param:
         case "foolbox":
             return pytest.importorskip("foolbox").PyTorchModel(network, bounds=(0, 1), device="cpu")
         case "foolbox-preprocessing":
             preprocessing = {"mean": [MEAN], "std": [STD], "axis": -3}
             foolbox = pytest.importorskip("foolbox")
-            return foolbox.PyTorchModel(normalised, bounds=(0, 1), device="cpu", preprocessing=preprocessing)
-        case "torchattacks-normalised":
-            return lambda x: normalised((x - MEAN) / STD)
+            return foolbox.PyTorchModel(normalized, bounds=(0, 1), device="cpu", preprocessing=preprocessing)
+        case "torchattacks-normalized":
+            return lambda x: normalized((x - MEAN) / STD)
         case "art":
             return art_classifier(network, digits.images).model
         case "art-preprocessing":
-            estimator = art_classifier(normalised, digits.images, preprocessing=(MEAN, STD))
+            estimator = art_classifier(normalized, digits.images, preprocessing=(MEAN, STD))
             return lambda x: estimator.model((x - MEAN) / STD)
 
 
-class Denormalised(nn.Module):
-    """A network that expects images normalised outside of it."""
+class Denormalized(nn.Module):
+    """A network that expects images normalized outside of it."""
 
     def __init__(self, network):
         super().__init__()
@@ -206,19 +206,19 @@ def test_our_attacks_take_their_models(name, norm, held, digits):
     assert adversarial.min() >= 0
     assert adversarial.max() <= 1
     assert fooled(held, adversarial, digits.labels) > share
-    # Normalising and back rounds, and the sign of a gradient near 0 can turn; Adam makes steps of any gradient.
+    # Normalizing and back rounds, and the sign of a gradient near 0 can turn; Adam makes steps of any gradient.
     turned = 0.06 if name == "StAdv" else 0.02
     direct = attack(models.standard_mnist(), norm, EPS_OF[norm])(digits.images, digits.labels)
     assert ((adversarial - direct).abs() > 1e-4).float().mean() < turned
 
 
-def test_normalised_model_as_torchattacks_attacks_it(digits):
+def test_normalized_model_as_torchattacks_attacks_it(digits):
     torchattacks = pytest.importorskip("torchattacks")
-    normalised = Denormalised(models.standard_mnist()).eval()
-    attack = torchattacks.PGD(normalised, eps=EPS, alpha=EPS / 4, steps=4, random_start=False)
+    normalized = Denormalized(models.standard_mnist()).eval()
+    attack = torchattacks.PGD(normalized, eps=EPS, alpha=EPS / 4, steps=4, random_start=False)
     attack.set_normalization_used(mean=[MEAN], std=[STD])
     theirs = attack((digits.images - MEAN) / STD, digits.labels) * STD + MEAN
-    ours = PGD(lambda x: normalised((x - MEAN) / STD), EPS, alpha=EPS / 4, steps=4, random_start=False)
+    ours = PGD(lambda x: normalized((x - MEAN) / STD), EPS, alpha=EPS / 4, steps=4, random_start=False)
     assert ((ours(digits.images, digits.labels) - theirs).abs() > 1e-4).float().mean() < 0.02
 
 

@@ -73,7 +73,7 @@ def test_a_fooled_image_leaves_and_no_other():
 
 
 def test_one_draw_a_step_with_momentum_beats_four_without():
-    """The measured finding in small: a noisy defence, as many passes, fresh draws for the verdict."""
+    """The measured finding in small: a noisy defense, as many passes, fresh draws for the verdict."""
     x, y = places(96, seed=11)
     ids, accuracy, backward = torch.arange(96), [], []
     attacks = (

@@ -174,7 +174,7 @@ def test_checkpointing_and_compiling_change_nothing(build, monkeypatch):
 
 
 def test_autoencoder_learns_to_restore_masked_patches(monkeypatch):
-    """Waves of random direction and phase: masked pixels come out better than as grey or as the mean image."""
+    """Waves of random direction and phase: masked pixels come out better than as gray or as the mean image."""
 
     def waves(count):
         angle, at = torch.rand(count, 3, 1, 1), torch.arange(16) / 16 * 6.28

@@ -97,7 +97,7 @@ def correlations(a, b):
 
 
 def test_numbers_of_a_sample_are_independent():
-    """Lanes of a group and neighbours in other groups, their values and their squares."""
+    """Lanes of a group and neighbors in other groups, their values and their squares."""
     columns = random_normal((1024,), 5, IDS).view(-1, 16)
     off_diagonal = ~torch.eye(16, dtype=torch.bool)
     for power in (1, 2):

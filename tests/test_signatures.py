@@ -140,8 +140,8 @@ def test_individual_attacks_do_not_profit_from_each_other(digits):
         assert adversary.accuracy[name] == alone.accuracy[name]
     assert list(results) == ["apgd-ce", "square"]
     assert list(adversary.accuracy) == ["clean", *results]
-    labelled = adversary.run_standard_evaluation_individual(x, y, return_labels=True)
-    assert torch.equal(labelled["square"][1], model(results["square"]).argmax(dim=1))
+    labeled = adversary.run_standard_evaluation_individual(x, y, return_labels=True)
+    assert torch.equal(labeled["square"][1], model(results["square"]).argmax(dim=1))
 
 
 def test_a_place_that_cannot_be_used_is_named(tmp_path):

@@ -143,7 +143,7 @@ def test_l1_projection_is_the_nearest_point(eps):
     projected = project_l1(x, center, eps)
     assert size(projected - center, "L1").max() <= eps + 1e-9
     for c, p, y in zip(*(v.flatten(1).numpy() for v in (center, projected, x)), strict=True):
-        # With d = up - down: minimise |c + d - y|^2, sum(up + down) <= eps.
+        # With d = up - down: minimize |c + d - y|^2, sum(up + down) <= eps.
         split = np.concatenate((np.eye(6), -np.eye(6)), axis=1)
         result = optimize.minimize(
             lambda v, c=c, y=y, split=split: ((c + split @ v - y) ** 2).sum(),

@@ -72,7 +72,7 @@ def test_gradient_of_the_flow_is_that_of_finite_differences():
         torch.testing.assert_close(gradient[index], slope, rtol=1e-5, atol=1e-7)
 
 
-def test_roughness_is_the_sum_over_neighbours():
+def test_roughness_is_the_sum_over_neighbors():
     flow = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
     expected = torch.zeros(2)
     for i in range(3):

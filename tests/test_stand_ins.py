@@ -1,4 +1,4 @@
-"""Attacks judge the given network: only modules that can be analysed completely are copied.
+"""Attacks judge the given network: only modules that can be analyzed completely are copied.
 
 For every module of a zoo, the network that replaces it has its logits and input gradients, and afterwards the module
 and every generator are as they were.
@@ -131,7 +131,7 @@ COPIED = {
     "concatenated": lambda: Residual("cat"),
     "gated": lambda: Residual("mul"),
     "listed": Listed,
-    "normalised": lambda: Normal(plain()),
+    "normalized": lambda: Normal(plain()),
     "module with constants": body,
     "float64": lambda: plain().double(),
     "channels_last": lambda: plain().to(memory_format=torch.channels_last),
@@ -230,7 +230,7 @@ class Rounded(torch.autograd.Function):
         return 2 * gradient
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     def forward(self, x):
         return Rounded.apply(x)
 
@@ -312,7 +312,7 @@ GIVEN = {
     "forward pre-hook": lambda: hooked("register_forward_pre_hook", lambda m, x: (1 - x[0],)),
     "full backward hook": lambda: hooked("register_full_backward_hook", lambda m, gi, go: None),
     "full backward pre-hook": lambda: hooked("register_full_backward_pre_hook", lambda m, go: (2 * go[0],)),
-    "parametrised": lambda: inside(lambda m: parametrizations.orthogonal(m, "weight")),
+    "parametrized": lambda: inside(lambda m: parametrizations.orthogonal(m, "weight")),
     "weight norm": lambda: inside(parametrizations.weight_norm),
     "spectral norm": lambda: inside(torch.nn.utils.spectral_norm),
     "pruned": lambda: inside(lambda m: prune.l1_unstructured(m, "weight", 0.3)),
@@ -339,7 +339,7 @@ GIVEN = {
     "autocast": lambda: body(in_autocast),
     "decorated": lambda: body(torch.enable_grad()(decorated)),
     "detaches": lambda: body(lambda self, x: self.net(x + (x.round() - x).detach())),
-    "own autograd function": lambda: nn.Sequential(Quantised(), *plain()),
+    "own autograd function": lambda: nn.Sequential(Quantized(), *plain()),
     "writes into its input": lambda: body(lambda self, x: self.net(x.sub_(0.5).div_(0.2))),
     "in 16 bits": lambda: body(lambda self, x: self.net(x.bfloat16()).float(), net=plain().bfloat16()),
     "a norm of the batch": lambda: plain(nn.InstanceNorm2d(6)),

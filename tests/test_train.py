@@ -144,10 +144,10 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     assert report["chance"] == max(Counter(label for *_, label in samples("finetuned")).values()) / 8
     own, other = (torch.tensor([row[1] for row in samples(name)]) for name in ("finetuned", "classifier"))
     assert report["gains"]["classifier"]["robust"]["difference"] == pytest.approx(float((own - other).mean()))
-    assert report["answer"][0].startswith("The defence ")
+    assert report["answer"][0].startswith("The defense ")
     assert report["answer"][0] in out.splitlines()
     page = Path("run/report.html").read_text()
-    assert page.index("The defence ") < page.index("<table>")
+    assert page.index("The defense ") < page.index("<table>")
     assert Path("run/gallery.png").read_bytes().startswith(b"\x89PNG")
     assert report["recipe"]["purifier"]["options"] == {"width": 8}
     assert report["recipe"]["finetune"]["epochs"] == 1
@@ -262,7 +262,7 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
 
 
 def test_a_published_recipe_runs_in_small(tiny, monkeypatch):
-    """DeepFillV2 with few channels, at 32x32 pixels, to which the defence resizes the images."""
+    """DeepFillV2 with few channels, at 32x32 pixels, to which the defense resizes the images."""
     attacks = {"fgsm": Entry("FGSM"), "pgd_eot": Entry("PGD", {"steps": 2})}
     monkeypatch.setitem(PROTOCOLS, "quick", replace(PROTOCOLS["quick"], attacks=attacks))
     recipe = load_recipe("cifar10-rt2")

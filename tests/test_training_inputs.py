@@ -152,7 +152,7 @@ def test_frozen_networks_are_refused():
     assert torch.equal(first, before)
 
 
-def test_a_wrapped_defence_is_refused_with_what_to_give():
+def test_a_wrapped_defense_is_refused_with_what_to_give():
     for wrapped, name in ((nn.DataParallel(defense()), "module"), (torch.compile(defense()), "_orig_mod")):
         with pytest.raises(TypeError, match=rf"finetune: defense must be a Defense; .*give its \.{name}"):
             fine(wrapped)

@@ -82,9 +82,9 @@ def test_result_belongs_to_the_sample(transform):
 
 
 def test_noise_is_that_of_the_formula():
-    """What a user would write: x + sigma n, clip, 2x - 1, mask; here with a noise measured from grey images."""
-    grey = torch.full((64, 1, 32, 32), 0.5)
-    z = RT2(8, 0.25, 0.1)(grey, seed=3)
+    """What a user would write: x + sigma n, clip, 2x - 1, mask; here with a noise measured from gray images."""
+    gray = torch.full((64, 1, 32, 32), 0.5)
+    z = RT2(8, 0.25, 0.1)(gray, seed=3)
     kept = z[:, 0][z[:, 2] == 0] / 2
     assert abs(kept.mean()) < 0.002
     assert abs(kept.std() - 0.1) < 0.002

@@ -186,7 +186,7 @@ def test_rounding_outside_of_the_range_is_clamped_and_the_caller_keeps_the_image
         found = attack(name, norm, model)(x, y)
         assert 0 <= found.min() <= found.max() <= 1, name
     evaluate(model, x, y, **QUIET)
-    assert {f.name for f in check_contract(model, x, y) if f.status == "fail"} <= {"normalisation"}
+    assert {f.name for f in check_contract(model, x, y) if f.status == "fail"} <= {"normalization"}
     assert torch.equal(x, kept)
     with pytest.raises(ValueError, match=r"evaluate: images must be in \[0, 1\], got values in \[.*, 1.000010\d+\]"):
         evaluate(model, x + 1e-5, y, **QUIET)
@@ -222,8 +222,8 @@ def test_candidates_outside_of_the_ball_are_said(norm):
     assert evaluate(model, X, y, norm=norm, eps=EPS[norm], attacks={**inside, "flow": flow}, **QUIET).diagnostics == []
 
 
-class Normalised(nn.Module):
-    """Logits of what comes before a normalisation that was forgotten, or not."""
+class Normalized(nn.Module):
+    """Logits of what comes before a normalization that was forgotten, or not."""
 
     def __init__(self, forgotten):
         super().__init__()
@@ -238,14 +238,14 @@ def test_the_contract_is_checked_without_a_folder_and_can_be_left_out():
     """A model that wants images in [-1, 1] and gets [0, 1] is right on fewer of them."""
     x = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y = (2 * x - 1).flatten(1)[:, :10].abs().argmax(dim=1)
-    with pytest.warns(UserWarning, match="evaluate: the check 'normalisation' fails: .* it normalises twice, or not"):
-        report = evaluate(Normalised(True), x, y, eps=0.01, progress=False)
+    with pytest.warns(UserWarning, match="evaluate: the check 'normalization' fails: .* it normalizes twice, or not"):
+        report = evaluate(Normalized(True), x, y, eps=0.01, progress=False)
     found = {finding["name"]: finding["status"] for finding in report.diagnostics}
-    assert found["normalisation"] == "fail"
+    assert found["normalization"] == "fail"
     assert {"finite", "logits", "determinism", "batch_coupling", "accuracy", "zero_gradient"} <= set(found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert evaluate(Normalised(True), x, y, eps=0.01, **QUIET).diagnostics == []
+        assert evaluate(Normalized(True), x, y, eps=0.01, **QUIET).diagnostics == []
 
 
 @pytest.mark.parametrize(

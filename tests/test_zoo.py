@@ -12,7 +12,7 @@ from torch import nn
 
 from atop_fast import build_classifier, load_classifier, save_model
 from atop_fast._core.files import load_checkpoint
-from atop_fast.classifiers import Normalised, WideResNet, fold_batch_norm
+from atop_fast.classifiers import Normalized, WideResNet, fold_batch_norm
 from atop_fast.classifiers.zoo import _autoattack_is_pyautoattack, _with_weights
 from atop_fast.randomness import seeded
 
@@ -20,7 +20,7 @@ X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TINY = {"depth": 10, "widen": 1}
 
 
-def randomised(model):
+def randomized(model):
     """Running statistics and weights away from their first values, so that every parameter matters."""
     for parameter in model.state_dict().values():
         if parameter.is_floating_point():
@@ -36,7 +36,7 @@ def logits(model):
 @pytest.fixture
 def tiny():
     with seeded(0):
-        return randomised(build_classifier("wrn_28_10", **TINY))
+        return randomized(build_classifier("wrn_28_10", **TINY))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def deepmind_name(key):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_deepminds_checkpoints_load(activation, tmp_path):
     with seeded(0):
-        model = randomised(WideResNet(**TINY, activation=activation, deepmind=True))
+        model = randomized(WideResNet(**TINY, activation=activation, deepmind=True))
     state = {deepmind_name(key): value for key, value in model.state_dict().items()}
     torch.save(state, tmp_path / "c.pt")
     loaded = load_classifier(tmp_path / "c.pt", "wrn_28_10", **TINY, activation=activation, deepmind=True)
@@ -214,7 +214,7 @@ def test_logits_are_those_of_robustbenchs_network(theirs, options, architecture,
     module, _, name = theirs.partition(".")
     network = getattr(importlib.import_module(f"robustbench.model_zoo.architectures.{module}"), name)
     with seeded(0):
-        model = randomised(network(**options))
+        model = randomized(network(**options))
     torch.save(model.state_dict(), tmp_path / "c.pt")
     ours = {} if ours is None else {"depth": 16, "widen": 2, **ours}
     loaded = load_classifier(tmp_path / "c.pt", architecture, **ours)
@@ -245,7 +245,7 @@ def test_named_models_are_read_and_never_fetched_unasked(zoo, tmp_path, monkeypa
     with pytest.raises(ValueError, match="name_or_path must be one of 'Andriushchenko2020Understanding'"):
         load_classifier("NoSuchModel", folder=tmp_path)
     with seeded(0):
-        model = randomised(tiny(depth=10, widen_factor=1))
+        model = randomized(tiny(depth=10, widen_factor=1))
     path = tmp_path / "cifar10" / "Linf" / "Standard.pt"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)
@@ -262,7 +262,7 @@ def resnet(tmp_path):
     return model, tmp_path / "r.pt"
 
 
-def test_torchvisions_models_normalise_inside(resnet, tmp_path):
+def test_torchvisions_models_normalize_inside(resnet, tmp_path):
     model, path = resnet
     loaded = load_classifier("torchvision:resnet18", path=path, num_classes=7)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -291,7 +291,7 @@ def test_torchvisions_models_are_fetched_only_when_asked(resnet, monkeypatch):
     with pytest.raises(ValueError, match=r"path must be a file of weights, or None .* got .*r\.pt with download=True"):
         load_classifier("torchvision:resnet18", path=resnet[1], download=True)
     assert not asked
-    assert isinstance(load_classifier("torchvision:resnet18", download=True), Normalised)
+    assert isinstance(load_classifier("torchvision:resnet18", download=True), Normalized)
     assert asked == [models.ResNet18_Weights.DEFAULT]
 
 
@@ -337,7 +337,7 @@ def test_a_missing_package_is_named_with_its_extra(package, extra, monkeypatch):
         load_classifier(f"{package}:some", path="c.pt")
 
 
-def test_timms_models_normalise_inside(tmp_path):
+def test_timms_models_normalize_inside(tmp_path):
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
     torch.save(model.state_dict(), tmp_path / "v.pt")
@@ -358,14 +358,14 @@ def test_timms_models_normalise_inside(tmp_path):
         ([0.5], [0], "std must be 1 num"),
     ],
 )
-def test_normalised_names_wrong_numbers(mean, std, pattern):
-    with pytest.raises(ValueError, match=f"Normalised: {pattern}"):
-        Normalised(nn.Identity(), mean, std)
+def test_normalized_names_wrong_numbers(mean, std, pattern):
+    with pytest.raises(ValueError, match=f"Normalized: {pattern}"):
+        Normalized(nn.Identity(), mean, std)
 
 
 def small():
     with seeded(0):
-        return randomised(build_classifier("small_resnet")).eval()
+        return randomized(build_classifier("small_resnet")).eval()
 
 
 def averaged(model):

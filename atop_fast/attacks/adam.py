@@ -22,7 +22,7 @@ def adam_step(m: Tensor, v: Tensor, gradient: Tensor, updates: Tensor, lr: float
     Returns:
         The new m and v, and the step, to be subtracted in order to descend.
     """
-    # Separate products and sums: fused ones round differently in the last elements of a vectorised loop, so that a
+    # Separate products and sums: fused ones round differently in the last elements of a vectorized loop, so that a
     # row's result would depend on its place in the batch.
     m = BETAS[0] * m + (1 - BETAS[0]) * gradient
     v = BETAS[1] * v + (1 - BETAS[1]) * (gradient * gradient)

@@ -64,7 +64,7 @@ class APGD(Attack):
 
     Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
 
-    Departures from the original: losses and decisions of a random defence rest on the mean over the draws, not on the
+    Departures from the original: losses and decisions of a random defense rest on the mean over the draws, not on the
     last one, and an image's random start is a function of (seed, sample id).
     """
 
@@ -234,7 +234,7 @@ class APGDT(APGD):
         loss = -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2),   z_1 >= z_2 >= ... the sorted logits
 
     With order="logits" the target classes of an image are those that follow the most likely one at the image itself.
-    With order="malt" they are the nearest ones by the network's linearisation there (Melamed et al., NeurIPS 2024):
+    With order="malt" they are the nearest ones by the network's linearization there (Melamed et al., NeurIPS 2024):
 
         those of the least (z_y - z_t) / |grad_x (z_y - z_t)|,  t among the 100 largest logits besides y
 

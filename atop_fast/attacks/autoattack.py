@@ -58,7 +58,7 @@ class AutoAttack:
 
     - "standard": APGD-CE, APGD-T, FAB-T and Square, for deterministic models.
     - "plus": with APGD-DLR, and five restarts of APGD and FAB-T.
-    - "rand": APGD-CE and APGD-DLR with 20 draws a step, for random defences.
+    - "rand": APGD-CE and APGD-DLR with 20 draws a step, for random defenses.
     - "fast": PMA, and APGD-T on what is left (as PMA+ of Xie et al., CVPR 2025), for deterministic models; then
       "probe", a Square of 200 queries. Far fewer passes than "standard" for a robust network; its result is, like that
       of every attack, an upper bound on the robust accuracy. It is in doubt if APGD-T fools more than 0.2 % of the
@@ -66,7 +66,7 @@ class AutoAttack:
     - "custom": `attacks_to_run`, each as in "standard".
 
     An image that one draw of the model gets wrong counts as not robust and is attacked no further. For a random
-    defence that verdict is unsound: use atop_fast.evaluate, which judges the same candidates on fresh draws.
+    defense that verdict is unsound: use atop_fast.evaluate, which judges the same candidates on fresh draws.
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.

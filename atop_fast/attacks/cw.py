@@ -22,7 +22,7 @@ LARGEST_C = 1e10
 
 
 class CW(Attack):
-    """Minimises the distance and the margin, in a space in which every point is an image.
+    """Minimizes the distance and the margin, in a space in which every point is an image.
 
         x' = (tanh(w) + 1) / 2,    min_w |x' - x|_2^2 + c max(z_y - max_{j != y} z_j, -kappa)
 

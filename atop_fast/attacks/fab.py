@@ -18,13 +18,13 @@ from .trace import Callback
 
 
 class FAB(Attack):
-    """Projections onto the linearised decision boundary between the class y and a target class.
+    """Projections onto the linearized decision boundary between the class y and a target class.
 
         d1, d2 = smallest steps from x, x0 to { z : f(x) + grad f(x) . (z - x) = 0 },   f = z_target - z_y
         x <- clip((1 - a)(x + eta d1) + a (x0 + eta d2)),   a = min(|d1| / (|d1| + |d2|), alpha_max)
         x <- x0 + beta (x - x0)   where x is adversarial                  Croce & Hein, 2020, algorithm 1
 
-    The attack minimises the norm. What comes back is the nearest adversarial point that it met, if it is within eps,
+    The attack minimizes the norm. What comes back is the nearest adversarial point that it met, if it is within eps,
     and the image itself otherwise. Targeted only: the untargeted FAB needs the gradients of all logits in every step.
 
     Args:
@@ -37,7 +37,7 @@ class FAB(Attack):
         alpha_max, eta, beta: see above.
         target_classes: the most likely classes besides y, by the clean image's logits, one after the other; an image
             that is fooled within eps goes on to no other.
-        eot_iter: draws of the model in each gradient, which is their mean. With a random defence, a point is
+        eot_iter: draws of the model in each gradient, which is their mean. With a random defense, a point is
             adversarial if more than half of as many other draws are misclassified.
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier

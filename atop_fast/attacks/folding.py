@@ -86,7 +86,7 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
         not follow later changes of `model`.
 
         `model` itself is returned where the copy might compute something else: in training mode, with hooks,
-        parametrisations or patched methods, where its code reads what may change or draws random numbers, or where it
+        parametrizations or patched methods, where its code reads what may change or draws random numbers, or where it
         does not consist of well-known deterministic layers and functions alone. This package's own networks that
         cannot be traced, the purifiers and the vision transformer, are laid out without folding. Only a deep copy is
         traced: nothing of `model`, and no generator of random numbers, changes.

@@ -67,7 +67,7 @@ class Estimate(NamedTuple):
 
 
 class GradientEstimator:
-    """Loss, and its gradient with respect to the images, averaged over draws of the defence.
+    """Loss, and its gradient with respect to the images, averaged over draws of the defense.
 
         g(x) = 1/n sum_draw grad_x loss(model(x; draw), y)                 EOT, Athalye et al., ICML 2018
 

@@ -173,7 +173,7 @@ class PGD(Attack):
 
 
 class FGSM(PGD):
-    """One signed (Linf) or normalised (L2) gradient step of size eps from the image (Goodfellow et al., 2015).
+    """One signed (Linf) or normalized (L2) gradient step of size eps from the image (Goodfellow et al., 2015).
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.

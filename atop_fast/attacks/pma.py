@@ -29,7 +29,7 @@ SHARES = (0.1, 0.01)
 
 
 class PMA(Attack):
-    """Probability Margin Attack: signed or normalised steps on P = max_{k != y} p_k - p_y, p the softmax.
+    """Probability Margin Attack: signed or normalized steps on P = max_{k != y} p_k - p_y, p the softmax.
 
     Two runs from random starts. The first step of each goes down on -p_y, the others of the first half up on -p_y in
     one run and on max_{k != y} p_k in the other, those of the second half up on P. In both halves of N / 2 steps the

@@ -54,7 +54,7 @@ class Square(Attack):
     back if it is misclassified. Unlike the original's, squares also reach the last row and column, and every image has
     squares of its own.
 
-    For a random defence a candidate is kept if its estimated loss, of its own `eot_iter` draws, is larger than that
+    For a random defense a candidate is kept if its estimated loss, of its own `eot_iter` draws, is larger than that
     of the candidate kept last, of other draws: a noisy comparison, which also keeps what was only lucky.
 
     Args:

@@ -33,7 +33,7 @@ class StAdv(Attack):
         steps: Adam steps; each is one forward and backward pass for each draw.
         lr: step size of Adam, in the unit of bound; default 5 * bound / steps.
         smoothness: weight tau of the roughness, the sum over pixels of the flow's distance to the flow of each of the
-            up to four neighbours, in the unit of bound.
+            up to four neighbors, in the unit of bound.
         loss: "ce", or "margin" (the paper's, without its threshold), whose gradient does not vanish where a classifier
             is certain.
         eot_iter: draws of the model in each gradient, which is their mean.
@@ -147,7 +147,7 @@ def warp(images: Tensor, flow: Tensor) -> Tensor:
 
 def roughness(flow: Tensor) -> Tensor:
     """sum_p sum_{q next to p} |f(p) - f(q)|_2 of flows (B, 2, H, W), (B,): Xiao et al., 2018, equation 4."""
-    # The root's slope is infinite where neighbours move alike.
+    # The root's slope is infinite where neighbors move alike.
     pairs = (flow.diff(dim=dim).square().sum(dim=1).add(1e-12).sqrt().flatten(1).sum(dim=1) for dim in (2, 3))
     # Each pair is met from both of its ends.
     return 2 * sum(pairs, flow.new_zeros(len(flow)))

@@ -20,7 +20,7 @@ class TraceStep(NamedTuple):
     restart: int  # 0: the first run, over all images; later runs are over those that remained
     step: int  # the steps before this one; of Square, the queries
     images: int  # of this run; those that are done count with their last values
-    loss: float | None  # mean loss that the attack maximises; None if no image has a finite one
+    loss: float | None  # mean loss that the attack maximizes; None if no image has a finite one
     accuracy: float  # mean share of draws that are right
     forward: int  # rows through the model since the attack was called, forward ...
     backward: int  # ... and backward

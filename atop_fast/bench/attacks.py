@@ -82,7 +82,7 @@ def attack_case(
 
 
 def judge_attacks(model: nn.Module, x: Tensor, y: Tensor, outputs: dict[str, Tensor]) -> Quality:
-    """Accuracy that each attack leaves, by one draw of a random defence, and the images judged as after the first."""
+    """Accuracy that each attack leaves, by one draw of a random defense, and the images judged as after the first."""
     right = {}
     for name, adversarial in outputs.items():
         logits = draw_logits(model, adversarial, 99, torch.arange(len(x), device=x.device), range(1))

@@ -1,4 +1,4 @@
-"""The suite `evaluate`: attacks on random defences with EOT, and whole evaluations, in images a second."""
+"""The suite `evaluate`: attacks on random defenses with EOT, and whole evaluations, in images a second."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Wong's colours, which all readers can tell apart.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+# Wong's colors, which all readers can tell apart.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
 class Comparison(NamedTuple):
@@ -41,10 +41,10 @@ def draw_ratios(document: dict[str, Any], path: Path) -> None:
     peers = list(dict.fromkeys(c.peer["variant"].removesuffix(" bfloat16") for c in found))
     figure = matplotlib.figure.Figure(figsize=(8, 1 + 0.22 * len(lines)), layout="constrained")
     axes = figure.subplots()
-    for peer, colour in zip(peers, COLOURS * (len(peers) // len(COLOURS) + 1), strict=False):
+    for peer, color in zip(peers, COLORS * (len(peers) // len(COLORS) + 1), strict=False):
         mine = [c for c in found if c.peer["variant"].removesuffix(" bfloat16") == peer]
         heights = [-lines.index((c.ours["suite"], c.ours["case"])) for c in mine]
-        axes.scatter([c.ratio for c in mine], heights, s=14, color=colour, alpha=0.7, label=peer, linewidths=0)
+        axes.scatter([c.ratio for c in mine], heights, s=14, color=color, alpha=0.7, label=peer, linewidths=0)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xlabel("time of the other over ours: right of the line ours is faster")
@@ -67,11 +67,11 @@ def draw_scaling(document: dict[str, Any], path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(2.6 * len(panels), 4.6), layout="constrained")
     axes: Any = figure.subplots(2, len(panels), squeeze=False, sharey="row")
     for column, (axis, variants) in enumerate(panels.items()):
-        for (variant, rows), colour in zip(variants.items(), COLOURS, strict=False):
+        for (variant, rows), color in zip(variants.items(), COLORS, strict=False):
             values = [int(row["shape"].split()[0]) for row in rows]
-            axes[0][column].plot(values, [row["median_s"] for row in rows], "o-", color=colour, label=variant)
+            axes[0][column].plot(values, [row["median_s"] for row in rows], "o-", color=color, label=variant)
             if all(row["peak_mib"] is not None for row in rows):
-                axes[1][column].plot(values, [row["peak_mib"] for row in rows], "o-", color=colour, label=variant)
+                axes[1][column].plot(values, [row["peak_mib"] for row in rows], "o-", color=color, label=variant)
         for line in axes[:, column]:
             line.set_xscale("log", base=2)
             line.set_yscale("log")

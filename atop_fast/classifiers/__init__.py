@@ -1,4 +1,4 @@
-"""Classifiers: modules from images (B, C, H, W) in [0, 1] to logits (B, classes), normalisation inside."""
+"""Classifiers: modules from images (B, C, H, W) in [0, 1] to logits (B, classes), normalization inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from .._core.checks import check_choice
 from ..attacks.folding import fold_batch_norm
 from .cnn import SmallCNN
-from .normalised import Normalised
+from .normalized import Normalized
 from .resized import Resized
 from .resnet import ImageResNet, ResNet
 from .resnet9 import ResNet9
@@ -54,7 +54,7 @@ def build_classifier(name: str, **options: object) -> nn.Module:
 __all__ = [
     "CLASSIFIERS",
     "ImageResNet",
-    "Normalised",
+    "Normalized",
     "ResNet",
     "ResNet9",
     "Resized",

@@ -21,7 +21,7 @@ from ..data import Dataset, Files
 from ..defense import Defense
 from ..recipes.options import GivenTransform
 from ..transforms import RandomTransform, describe_transform
-from . import CLASSIFIERS, Normalised, WideResNet, build_classifier
+from . import CLASSIFIERS, Normalized, WideResNet, build_classifier
 
 # A network, and the mean and standard deviation by which its input is normalized.
 Model = tuple[nn.Module, Sequence[float], Sequence[float]]
@@ -67,7 +67,7 @@ def load_classifier(
       read; a file that holds other objects is refused, and no code in it runs.
     - "torchvision:<name>" or "timm:<name>", such as "torchvision:resnet50" or "timm:vit_tiny_patch16_224": the package
       builds the network, and its weights are read from the file `path`, as with `architecture` or as .safetensors, or
-      downloaded. The result is a Normalised with the mean and standard deviation that the package specifies.
+      downloaded. The result is a Normalized with the mean and standard deviation that the package specifies.
     - Otherwise: the name of a model in RobustBench's zoo (Croce et al., NeurIPS 2021), such as "Standard" or
       "Wang2023Better_WRN-28-10"; the package robustbench builds it, and its weights are read from
       <folder>/<dataset>/<threat_model>/<name>.pt, the location that robustbench uses.
@@ -186,7 +186,7 @@ def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dat
     order = f"{' '.join(data.classes)} in the data, {' '.join(classes)} in {path}"
     if not unknown and len(set(classes)) == len(classes):
         warnings.warn(f"{function}: labels are put in the order of the classifier's classes ({order})", stacklevel=3)
-        return data.relabelled(tuple(classes))
+        return data.relabeled(tuple(classes))
     if len(unknown) < len(data.classes):
         raise ValueError(message(function, "data", f"images of classes that {path} knows", f"{unknown[0]!r} ({order})"))
     warnings.warn(f"{function}: classes have other names, and are compared by their order ({order})", stacklevel=3)
@@ -206,7 +206,7 @@ def _from_package(
         raise _not_installed(f"{package}:{name}", package, extra, error) from error
     # For save_defense.
     model.architecture = (f"{package}:{name}", options)
-    return Normalised(model if path is None else _with_weights(model, Path(path), "path", key), mean, std).eval()
+    return Normalized(model if path is None else _with_weights(model, Path(path), "path", key), mean, std).eval()
 
 
 def package_factory(name: str) -> Callable[..., nn.Module]:

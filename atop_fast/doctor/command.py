@@ -34,14 +34,14 @@ def doctor(
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
-    """Check a defence's contract and look for gradient masking; exit code 1 if a check fails.
+    """Check a defense's contract and look for gradient masking; exit code 1 if a check fails.
 
     Args:
         classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
             as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
         purifier: purifier.safetensors; without it the classifier alone is examined, or, if `transform` is given, that
             transform before it.
-        defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defence that the
+        defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defense that the
             package carries.
         out: file for the findings as JSON; none by default.
         data: images and their split; the held-out part is used.

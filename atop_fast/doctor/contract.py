@@ -14,8 +14,8 @@ from ..defense import Defense
 from ..randomness import seed_generators
 from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, untouched
 
-# Mean and standard deviation by which classifiers are commonly normalised.
-NORMALISATIONS = {
+# Mean and standard deviation by which classifiers are commonly normalized.
+NORMALIZATIONS = {
     "ImageNet's mean and deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "CIFAR-10's mean and deviation": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "MNIST's mean and deviation": ((0.1307,), (0.3081,)),
@@ -23,7 +23,7 @@ NORMALISATIONS = {
 }
 
 
-# Sizes of values at the first layer that no single normalisation gives, and above which images may be in 0..255.
+# Sizes of values at the first layer that no single normalization gives, and above which images may be in 0..255.
 TWICE = (5.0, 50.0)
 _LAYERS = (nn.Conv2d, nn.Linear)
 # Layers that act differently in training mode.
@@ -36,7 +36,7 @@ PASSES = {
 
 
 def images(probe: Probe) -> Finding:
-    """Images are in [0, 1], not in 0..255, [-1, 1] or normalised."""
+    """Images are in [0, 1], not in 0..255, [-1, 1] or normalized."""
     low, high = (v.item() for v in probe.x.aminmax())
     numbers = {"min": low, "max": high}
     if low >= 0 and high <= 1:
@@ -49,8 +49,8 @@ def images(probe: Probe) -> Finding:
         text = f"Values lie in [{low:.3g}, {high:.3g}], which looks like [-1, 1]: give (x + 1) / 2."
     else:
         text = (
-            f"Values lie in [{low:.3g}, {high:.3g}], outside [0, 1], as after a normalisation: give the images as they "
-            "were and put the normalisation into the model, or eps means something else."
+            f"Values lie in [{low:.3g}, {high:.3g}], outside [0, 1], as after a normalization: give the images as they "
+            "were and put the normalization into the model, or eps means something else."
         )
     return Finding("images", "fail", f"{text} The other checks were not run.", numbers)
 
@@ -108,13 +108,13 @@ def accuracy(probe: Probe) -> Finding:
     if clean > chance + FAIL * noise:
         return Finding("accuracy", "pass", f"Clean accuracy {clean:.2f} is above chance ({chance:.2f}).", numbers)
     text = f"Clean accuracy {clean:.2f} of {count} images is not above chance ({chance:.2f}) beyond noise: "
-    return Finding("accuracy", "warn", f"{text}check labels, weights and normalisation.", numbers)
+    return Finding("accuracy", "warn", f"{text}check labels, weights and normalization.", numbers)
 
 
-def normalisation(probe: Probe) -> Finding:
-    """The classifier does not do better on images normalised once more or less, and its first layer sees usual values.
+def normalization(probe: Probe) -> Finding:
+    """The classifier does not do better on images normalized once more or less, and its first layer sees usual values.
 
-    Networks that tolerate contrast keep their accuracy under a second normalisation; the values then give it away.
+    Networks that tolerate contrast keep their accuracy under a second normalization; the values then give it away.
     """
 
     def right(x: Tensor) -> Tensor:
@@ -131,17 +131,17 @@ def normalisation(probe: Probe) -> Finding:
     numbers["first_layer_largest"] = largest = seen[0] if seen else None
     text = f"The classifier is right on {float(given.mean()):.2f} of the images as given and on "
     text += f"{float(scores[best].mean()):.2f} of {best}"
-    advice = "give images in [0, 1] and normalise once, inside the model."
+    advice = "give images in [0, 1] and normalize once, inside the model."
     if errors > WARN and gain >= 0.05:
         status: Status = "fail" if errors > FAIL and gain >= 0.1 else "warn"
-        text += f": it normalises twice, or not at all; {advice}"
-        return Finding("normalisation", status, text, numbers)
+        text += f": it normalizes twice, or not at all; {advice}"
+        return Finding("normalization", status, text, numbers)
     if largest is not None and TWICE[0] < largest < TWICE[1]:
         text = (
-            f"The first layer sees values up to {largest:.1f} in size, where one normalisation gives up to 3 and two "
+            f"The first layer sees values up to {largest:.1f} in size, where one normalization gives up to 3 and two "
         )
-        return Finding("normalisation", "warn", f"{text}about 10: if it normalises twice, {advice}", numbers)
-    return Finding("normalisation", "pass", f"{text}, which is no gain.", numbers)
+        return Finding("normalization", "warn", f"{text}about 10: if it normalizes twice, {advice}", numbers)
+    return Finding("normalization", "pass", f"{text}, which is no gain.", numbers)
 
 
 def mode(probe: Probe) -> Finding:
@@ -272,7 +272,7 @@ CHECKS: dict[str, Callable[[Probe], Finding]] = {
     f.__name__: f
     for f in (
         *(images, finite, logits, mode, determinism, batch_coupling),
-        *(accuracy, normalisation, zero_gradient, cost),
+        *(accuracy, normalization, zero_gradient, cost),
     )
 }
 AS_GIVEN = ("mode", "determinism", "batch_coupling")
@@ -298,13 +298,13 @@ def _first_layer_input(model: object) -> Iterator[list[float]]:
 
 
 def _variants(x: Tensor) -> dict[str, Tensor]:
-    """The images normalised once more and once less, by every usual rule."""
+    """The images normalized once more and once less, by every usual rule."""
     variants = {"255 x": 255 * x, "x / 255": x / 255}
-    rules = {k: v for k, v in NORMALISATIONS.items() if len(v[0]) in (1, x.shape[1])}
+    rules = {k: v for k, v in NORMALIZATIONS.items() if len(v[0]) in (1, x.shape[1])}
     for name, (mean, deviation) in rules.items():
         m, s = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (mean, deviation))
-        variants[f"images normalised by {name}"] = (x - m) / s
-        variants[f"images with a normalisation by {name} undone"] = x * s + m
+        variants[f"images normalized by {name}"] = (x - m) / s
+        variants[f"images with a normalization by {name} undone"] = x * s + m
     return variants
 
 

@@ -175,13 +175,13 @@ def useless_transform(probe: Probe) -> Finding:
         classes = torch.stack([probe.logits(probe.x, draw).argmax(dim=1) for draw in range(probe.draws)])
     unsteady = float((classes != classes[0]).any(dim=0).float().mean())
     numbers = {
-        "defence": float(whole.mean()),
+        "defense": float(whole.mean()),
         "classifier": float(alone.mean()),
         "gain": gain,
         "gain_at_most": above,
         "images_whose_class_changes_with_the_draw": unsteady,
     }
-    text = f"Attacked at eps / 2 and eps, the defence keeps {numbers['defence']:.2f} and its classifier alone "
+    text = f"Attacked at eps / 2 and eps, the defense keeps {numbers['defense']:.2f} and its classifier alone "
     text += f"{numbers['classifier']:.2f}"
     if above < 0.1:
         text += (

@@ -1,4 +1,4 @@
-"""Robust evaluation of random defences."""
+"""Robust evaluation of random defenses."""
 
 from .evaluate import evaluate
 from .judge import FixedRandomness

@@ -1,4 +1,4 @@
-"""Robust evaluation: attack the whole defence, choose each image's worst candidate, judge it on fresh randomness."""
+"""Robust evaluation: attack the whole defense, choose each image's worst candidate, judge it on fresh randomness."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_a
 from .report import write_evaluation
 from .runs import Run, Unit
 from .source import Source, make_source
-from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarise
+from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarize
 from .tracing import TraceFile, trace_line, traced, write_scalars
 from .verdict import INTERVALS
 
@@ -120,7 +120,7 @@ def evaluate(
             it is done; a run that goes on keeps those it has, as far as it was traced. The report shows their curve.
         tensorboard: folder for the same as scalars of TensorBoard; needs the extra atop-fast[track].
 
-    Under torchrun, or with an initialised process group, every process attacks its share of the images and returns the
+    Under torchrun, or with an initialized process group, every process attacks its share of the images and returns the
     same Report; rank 0 writes it.
 
     Raises:
@@ -199,7 +199,7 @@ def evaluate(
             file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
         diagnostics = [*diagnostics, *outside_finding(run, work.attacks, source.sample, threat)]
-        report = summarise(
+        report = summarize(
             run, source.labels.cpu(), list(work.attacks), radii, settings, interval, cascade, headline, diagnostics
         )
         if tensorboard is not None and group.rank == 0:

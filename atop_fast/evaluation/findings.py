@@ -24,7 +24,7 @@ from .source import Source
 from .verdict import Verdict
 
 # Checks of the contract that take a few passes, without `mode` and `cost`: evaluate sets the mode and shows the time.
-CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalisation", "zero_gradient")
+CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalization", "zero_gradient")
 IMAGES = 32
 # Share of the predictions on clean images from which one class stands for a constant answer.
 CONSTANT = 0.9

@@ -74,7 +74,7 @@ def _given(argument: str, name: str, attack: Any) -> Attack:
         line = "lambda x, y, ids: attack(x, target_classes_of(y))"
         raise TypeError(message("evaluate", argument, f"untargeted, or made so: {line}", _shown(attack)))
     if package == "torchattacks" and getattr(attack, "_normalization_applied", False):
-        expected = "without set_normalization_used, as images here are in [0, 1] and normalised inside of the model"
+        expected = "without set_normalization_used, as images here are in [0, 1] and normalized inside of the model"
         raise TypeError(message("evaluate", argument, expected, _shown(attack)))
     if package == "art":
         return _Wrapped(attack, lambda x, y: attack.generate(x.cpu().numpy(), y=y.cpu().numpy()))

@@ -26,7 +26,7 @@ class Judge:
 
     Candidates are chosen by `selection_draws` draws keyed by derive_seed(seed, "selection"), and judged by `draws`
     draws keyed by derive_seed(seed, "verdict", candidate's name); attacks use derive_seed(seed, "attack"). No draw
-    serves two of the three, so that neither the attack nor the choice can favour the draws of the verdict.
+    serves two of the three, so that neither the attack nor the choice can favor the draws of the verdict.
 
     Args:
         model: a Defense, whose draws are functions of (key, sample id, draw), or any callable from images to logits,

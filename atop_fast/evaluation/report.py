@@ -81,7 +81,7 @@ def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> by
     """A PNG of image rows.
 
     Args:
-        rows: (title, images (n, C, H, W), captions). Rows with negative values are shown as perturbations, in colours
+        rows: (title, images (n, C, H, W), captions). Rows with negative values are shown as perturbations, in colors
             from -10 eps (blue) to 10 eps (red); the others in [0, 1].
         eps: radius of the attack.
     """

@@ -1,4 +1,4 @@
-"""The labelled images that are evaluated: tensors in memory, or a dataset that is read batch by batch."""
+"""The labeled images that are evaluated: tensors in memory, or a dataset that is read batch by batch."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Report:
         eight_bit: verdict on the chosen candidates rounded to 8 bits, under the draws of `robust`.
         resubmission: for "clean" and "robust" the accuracy against an attacker who may try M times, M = 1 .. K; see
             resubmission_curve.
-        emulated: what AutoAttack's rules would say, unsound for random defences: see emulated_verdicts.
+        emulated: what AutoAttack's rules would say, unsound for random defenses: see emulated_verdicts.
         headline: which of them the protocol's source reports, or None.
         complete: whether every attack got to every image; if not, `robust` is an upper bound on the robust accuracy.
         curve: "eps" of every radius asked for, how many images were "attacked", and the verdict on these, if any.
@@ -125,7 +125,7 @@ def choice(run: Run, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     return loss.masked_fill(correct > fewest, -torch.inf).argmax(dim=0), fewest
 
 
-def summarise(
+def summarize(
     run: Run,
     labels: Tensor,
     attacks: Sequence[str],

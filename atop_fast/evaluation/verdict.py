@@ -1,4 +1,4 @@
-"""Verdicts: how often a random defence is right, from fresh draws that no attack has seen, with intervals."""
+"""Verdicts: how often a random defense is right, from fresh draws that no attack has seen, with intervals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..randomness import Tag, derive_seed, random_uniform
 Interval = tuple[float, float]
 INTERVALS = ("wilson", "bootstrap")
 UNSOUND = (
-    "Not verdicts: both rules pick the draws that went against the defence, so that for a random defence they fall "
+    "Not verdicts: both rules pick the draws that went against the defense, so that for a random defense they fall "
     "with every further attack, whatever the attacks do. They are here for comparison with published numbers."
 )
 
@@ -142,7 +142,7 @@ def bootstrap_intervals(values: Tensor, seed: int = 0, resamples: int = 1000, le
 
 
 def emulated_verdicts(correct: Tensor, draws: int = 20) -> dict[str, Any]:
-    """What the rules of the literature say about a random defence; unsound, for comparison only.
+    """What the rules of the literature say about a random defense; unsound, for comparison only.
 
         single_draw    an image is robust iff ONE draw of it and ONE draw of every attack's candidate are right
                        (AutoAttack, Croce & Hein, ICML 2020)

@@ -77,7 +77,7 @@ def reference_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
         dproducts = dscores / norms[:, None]
         diagonal = dproducts.diagonal(dim1=1, dim2=2)
         diagonal += torch.where(norms > MIN_NORM, dnorms / (2 * norms), 0)
-        dproducts = _compare_neighbours(dproducts + dproducts.mT, valid.shape[1:])
+        dproducts = _compare_neighbors(dproducts + dproducts.mT, valid.shape[1:])
         small = b[:, :, ::2, ::2]
         db[:, :, ::2, ::2] += (small.flatten(2) @ dproducts).view_as(small)
         return rounded(db, features)
@@ -217,7 +217,7 @@ def _attend(b: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scores [p, l] before fusing, the norms of the keys, and the weights [p, l]."""
     size = valid.shape[1:]
     x = b[:, :, ::2, ::2].flatten(2)
-    products = _compare_neighbours(x.mT @ x, size)
+    products = _compare_neighbors(x.mT @ x, size)
     norms = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=MIN_NORM)
     scores = products / norms[:, None]
     usable = valid.flatten(1)[:, None].to(b.dtype)
@@ -225,7 +225,7 @@ def _attend(b: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scores, norms, weights
 
 
-def _compare_neighbours(t: Tensor, size: Sequence[int]) -> Tensor:
+def _compare_neighbors(t: Tensor, size: Sequence[int]) -> Tensor:
     """Turn products of pixels into products of 3x3 patches: sum over the 9 equal offsets of two positions."""
     return _diagonals(_diagonals(_split(t, size), (1, 3), (-1, 0, 1)), (2, 4), (-1, 0, 1)).flatten(3).flatten(1, 2)
 

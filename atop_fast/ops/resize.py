@@ -119,8 +119,8 @@ def axis_taps(given: int, wanted: int, antialias: bool) -> tuple[Taps, Taps]:
     if antialias and wanted < given:
         # A triangle filter as wide as an output pixel, normalized over the pixels inside the image.
         scale = given / wanted
-        centre = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
-        distance = (torch.arange(given) + 0.5 - centre[:, None]).abs() / scale
+        center = (torch.arange(wanted, dtype=torch.float64) + 0.5) * scale
+        distance = (torch.arange(given) + 0.5 - center[:, None]).abs() / scale
         matrix = (1 - distance).clamp(min=0)
         matrix = matrix / matrix.sum(dim=1, keepdim=True)
     else:

@@ -35,7 +35,7 @@ class SpectralConv2d(nn.Conv2d):
             u, _ = _power_step(self.weight.detach().flatten(1), u)
         self.register_buffer("weight_u", u)
 
-    def normalised_weight(self) -> Tensor:
+    def normalized_weight(self) -> Tensor:
         """The weights divided by their estimated spectral norm; in training mode, updates the estimate."""
         with torch.autocast(self.weight.device.type, enabled=False):
             weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
@@ -49,7 +49,7 @@ class SpectralConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve images."""
-        return self._conv_forward(x, self.normalised_weight(), self.bias)
+        return self._conv_forward(x, self.normalized_weight(), self.bias)
 
 
 def _power_step(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run says first: whether the defence helps, by how much on the same images, and what to doubt."""
+"""What a run says first: whether the defense helps, by how much on the same images, and what to doubt."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ..evaluation.verdict import paired_interval
 
-# What the fine-tuned defence is compared with, if it was evaluated.
+# What the fine-tuned defense is compared with, if it was evaluated.
 DEFENSE = "finetuned"
 
 
 def paired_gains(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How much more accurate the fine-tuned defence is than each other system, image by image.
+    """How much more accurate the fine-tuned defense is than each other system, image by image.
 
     Args:
         reports: name -> Report.to_dict() of evaluations of the same images.
@@ -54,13 +54,13 @@ def _gain(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], 
 def answer(
     gains: Mapping[str, Mapping[str, Any]], reports: Mapping[str, Mapping[str, Any]], protocol: str
 ) -> list[str]:
-    """Sentences: the gain of the defence over the classifier alone first."""
+    """Sentences: the gain of the defense over the classifier alone first."""
     gain, report = gains["classifier"], reports[DEFENSE]
     lines = [_robust(gain["robust"], protocol), f"Without an attack: {_compared(gain['clean'])}."]
     chance, low = report["chance"], report["robust"]["mean_ci"][0]
     lines.append(f"Always naming the most frequent class of these images would score {chance:.3f}.")
     if low <= chance:
-        lines.append("The robust accuracy of the defence is not above that beyond doubt.")
+        lines.append("The robust accuracy of the defense is not above that beyond doubt.")
     for name, other in reports.items():
         lines += [f"{name}: {d['reason']}" for d in other["diagnostics"] if d["name"] == "constant"]
     return lines
@@ -68,16 +68,16 @@ def answer(
 
 def _robust(gain: Mapping[str, Any] | None, protocol: str) -> str:
     if gain is None:
-        return "The time ended before any image was attacked in the classifier alone and in the defence: no answer."
+        return "The time ended before any image was attacked in the classifier alone and in the defense: no answer."
     low, high = gain["interval"]
     verb = "helps" if low > 0 else "harms" if high < 0 else "makes no difference that these images show"
-    return f"The defence {verb}. Under attack (protocol {protocol}): {_compared(gain)}."
+    return f"The defense {verb}. Under attack (protocol {protocol}): {_compared(gain)}."
 
 
 def _compared(gain: Mapping[str, Any]) -> str:
     own, other = gain["accuracies"]
     low, high = gain["interval"]
     return (
-        f"accuracy {own:.3f} with the defence, {other:.3f} of the classifier alone, {gain['difference']:+.3f} "
+        f"accuracy {own:.3f} with the defense, {other:.3f} of the classifier alone, {gain['difference']:+.3f} "
         f"[{low:+.3f}, {high:+.3f}] on the same {gain['images']:,} images"
     )

@@ -19,7 +19,7 @@ from ..evaluation import PROTOCOLS
 from ..training import FinetuneConfig, TrainingConfig
 from .evaluation import EvaluationConfig
 
-# Fine-tuning decides what a defence is worth.
+# Fine-tuning decides what a defense is worth.
 SHARES = {"classifier": 1, "pretrain": 1, "finetune": 2, "ablation": 2, "evaluate": 1}
 # Of a stage's time, what its plan counts on: the machine may slow down, and files are to be written.
 MARGIN = {"train": 0.9, "evaluate": 0.8}

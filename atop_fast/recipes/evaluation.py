@@ -33,7 +33,7 @@ class EvaluationConfig:
         interval: of the means: wilson or bootstrap.
         curve: radii of a curve of accuracy against eps, such as [0, 0.05, 0.1].
         batch_size: images attacked together.
-        diagnostics: examine a defence as the command doctor does, for the report.
+        diagnostics: examine a defense as the command doctor does, for the report.
     """
 
     protocol: str = "quick"

@@ -120,7 +120,7 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class GivenTransform:
-    """The random transform, where the file of a purifier or a defence states it; the given options must agree with it.
+    """The random transform, where the file of a purifier or a defense states it; the given options must agree with it.
 
     Attributes:
         name: rt1 (mask), rt2 (noise and mask) or rt3 (noise and round(1 / mask_ratio) complementary masks).

@@ -66,7 +66,7 @@ def run_recipe(
     tensorboard: bool = False,
     progress: bool = True,
 ) -> dict[str, Any] | None:
-    """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defence and its parts.
+    """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defense and its parts.
 
     A call that was stopped or killed is taken up by the same call, and one that ended early by one with a later stage.
     Under torchrun every process does its part of the trainings and of the evaluation, in a common folder; rank 0
@@ -215,7 +215,7 @@ class _Pipeline:
         return replace(self.recipe.finetune, attacked="classifier")
 
     def _fit_classifier(self, classifier: nn.Module, **options: Any) -> None:
-        # A classifier that is trained on adversarial images meets them as the defence will, behind the transform.
+        # A classifier that is trained on adversarial images meets them as the defense will, behind the transform.
         transform = None if self.recipe.classifier.training.attack == "none" else self.transform
         train_classifier(resized(self.recipe, classifier), *self.train.training(), transform=transform, **options)
 
@@ -254,7 +254,7 @@ class _Pipeline:
         return Forecast(found, self.recipe.evaluation, len(self.test), each)
 
     def evaluate(self, classifier: nn.Module) -> dict[str, Any]:
-        """Judge the classifier alone and every defence in front of it on the same images, and write the report."""
+        """Judge the classifier alone and every defense in front of it on the same images, and write the report."""
         config = self.recipe.evaluation
         purifiers = {name: self._load(name, "purifier") for name in ("pretrained", "finetuned")}
         if self.recipe.ablation:
@@ -267,7 +267,7 @@ class _Pipeline:
         return write_verdicts(self.out, self.recipe, self.seed, self.budget, self.group, **options)
 
     def _systems(self, classifier: nn.Module, purifiers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """The classifier alone, the transform in front of it, and the defences."""
+        """The classifier alone, the transform in front of it, and the defenses."""
         alone = Defense(self.transform, None, classifier)
         defenses = {name: Defense(self.transform, purifier, classifier) for name, purifier in purifiers.items()}
         return {"classifier": classifier, "rt_only": alone, **defenses}
@@ -277,7 +277,7 @@ class _Pipeline:
         if not isinstance(system, Defense):
             config = replace(config, randomness="fresh")
         if name not in ("pretrained", "finetuned"):
-            # What the report rests on is the defence.
+            # What the report rests on is the defense.
             config = replace(config, diagnostics=False)
         return config.run(
             system,

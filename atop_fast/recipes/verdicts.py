@@ -1,4 +1,4 @@
-"""The report of a recipe: the verdicts on the classifier alone and on the defences, and a gallery."""
+"""The report of a recipe: the verdicts on the classifier alone and on the defenses, and a gallery."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .schema import Recipe
 # The purifier fine-tuned on adversarial images of the classifier alone.
 ABLATION = "finetuned_against_classifier_alone"
 NOTES = (
-    "classifier: no defence. rt_only: the corrupted image goes straight to the classifier. pretrained: the purifier "
+    "classifier: no defense. rt_only: the corrupted image goes straight to the classifier. pretrained: the purifier "
     "has seen clean images only. finetuned: AToP, trained on adversarial images.",
     "Every attack goes through the whole system that it attacks. A column of an attack is on its candidates alone; "
     "robust takes each image's worst candidate, and eight_bit rounds it to what a file can hold.",

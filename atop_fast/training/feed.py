@@ -39,7 +39,7 @@ class Feed:
         self.function, self.device, self.workers, self.images = function, device, workers, images
         # Number of the network's classes, set by check_labels.
         self.classes: int | None = None
-        self.labelled = labels is not None or not isinstance(images, Tensor)
+        self.labeled = labels is not None or not isinstance(images, Tensor)
         if isinstance(images, Tensor):
             if check_tensor(function, "images", images).dtype == torch.uint8 and images.dim() != 4:
                 raise ValueError(message(function, "images", "of shape (N, C, H, W)", tuple(images.shape)))
@@ -64,7 +64,7 @@ class Feed:
 
     def check_labels(self, classes: int) -> None:
         """Raise ValueError unless all labels are below `classes`; a dataset's labels are checked when they are read."""
-        if not self.labelled:
+        if not self.labeled:
             raise ValueError(message(self.function, "labels", "given with a tensor of images", None))
         self.classes = classes
         if isinstance(self.images, Tensor):

@@ -325,12 +325,12 @@ class FinetuneStep(PretrainStep):
             with self.autocast():
                 logits, *others = self.classifier(image).float().split(len(y))
             logs["ce"] = F.cross_entropy(logits, y)
-            judgement = self.config.ce_weight * logs["ce"]
+            judgment = self.config.ce_weight * logs["ce"]
             if clean:
                 logs["clean_ce"] = F.cross_entropy(others[0], y)
-                judgement = judgement + self.config.clean_weight * logs["clean_ce"]
+                judgment = judgment + self.config.clean_weight * logs["clean_ce"]
         if self.judged:
-            loss = loss + judgement
+            loss = loss + judgment
         self.update(loss, "purifier")
         logs["accuracy"] = _accuracy(logits, y)
         return {**logs, "clean_accuracy": _accuracy(others[0], y)} if clean else logs

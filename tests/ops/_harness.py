@@ -58,7 +58,7 @@ def backends(name: str = "gated") -> list[str]:
 def cases(
     but: str = "", op: str = "gated", interpreted: dict[str, Sequence[Any]] | None = None, **axes: Sequence[Any]
 ) -> Callable[..., Any]:
-    """Parametrise a test over an op's backends, `but` some, and further axes, with ids like triton-fp32-2x3x33x65.
+    """Parametrize a test over an op's backends, `but` some, and further axes, with ids like triton-fp32-2x3x33x65.
 
     `interpreted` holds axes of Triton's interpreter, which takes 0.1 s for a block: the same edges in smaller shapes.
     """

@@ -59,7 +59,7 @@ SPEC = harness.Spec(
 
 
 def close(actual, function, *tensors):
-    """Assert a small error, in units of what the sum of products would be if none of them cancelled."""
+    """Assert a small error, in units of what the sum of products would be if none of them canceled."""
     expected = function(*(t.double() for t in tensors))
     assert (actual.shape, actual.dtype) == (expected.shape, torch.float32)
     if actual.numel():

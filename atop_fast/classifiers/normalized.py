@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from .._core.checks import check_number, message
 
 
-class Normalised(nn.Module):
-    """model((x - mean) / std), channel by channel: for networks that were trained on normalised images.
+class Normalized(nn.Module):
+    """model((x - mean) / std), channel by channel: for networks that were trained on normalized images.
 
     Args:
-        model: maps normalised images (B, C, H, W) to logits (B, classes).
+        model: maps normalized images (B, C, H, W) to logits (B, classes).
         mean, std: mean and standard deviation of the channels, in units of [0, 1] pixels: C numbers, or one for all.
 
     Raises:
@@ -27,13 +27,13 @@ class Normalised(nn.Module):
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(message("Normalised", "model", "a torch.nn.Module", type(model).__name__))
-        means = [check_number("Normalised", "mean", value) for value in mean]
-        stds = [check_number("Normalised", "std", value) for value in std]
+            raise TypeError(message("Normalized", "model", "a torch.nn.Module", type(model).__name__))
+        means = [check_number("Normalized", "mean", value) for value in mean]
+        stds = [check_number("Normalized", "std", value) for value in std]
         if not means:
-            raise ValueError(message("Normalised", "mean", "one number for each channel", "none"))
+            raise ValueError(message("Normalized", "mean", "one number for each channel", "none"))
         if len(stds) != len(means) or min(stds) <= 0:
-            raise ValueError(message("Normalised", "std", f"{len(means)} numbers > 0, as many as mean has", tuple(std)))
+            raise ValueError(message("Normalized", "std", f"{len(means)} numbers > 0, as many as mean has", tuple(std)))
         self.model = model
         self.register_buffer("mean", torch.tensor(means)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(stds)[:, None, None], persistent=False)
