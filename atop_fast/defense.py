@@ -61,28 +61,28 @@ class Defense(nn.Module):
         x: Tensor,
         seed: int | Tensor = 0,
         sample_ids: Tensor | None = None,
-        draws: int | Tensor | None = None,
+        draw: int | Tensor | None = None,
     ) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [0, 1]; the key is as in RandomTransform.forward.
 
-        draws=None takes the next draw from the module's counter.
+        draw=None takes the next draw from the module's counter.
         """
-        return self.classifier(self.purify(x, seed, sample_ids, draws))
+        return self.classifier(self.purify(x, seed, sample_ids, draw))
 
     def purify(
         self,
         x: Tensor,
         seed: int | Tensor = 0,
         sample_ids: Tensor | None = None,
-        draws: int | Tensor | None = None,
+        draw: int | Tensor | None = None,
     ) -> Tensor:
         """Purified images (B, C, H, W) in [0, 1], as the classifier sees them."""
-        if draws is None:
-            draws = self.draw.clone()
+        if draw is None:
+            draw = self.draw.clone()
             with torch.no_grad():
                 self.draw.add_(1)
-        sample_ids, draws = check_keys("Defense", len(x), x.device, seed, sample_ids, draws)
-        corrupted = self.transform(x, seed, sample_ids, draws)
+        sample_ids, draw = check_keys("Defense", len(x), x.device, seed, sample_ids, draw)
+        corrupted = self.transform(x, seed, sample_ids, draw)
         purified = corrupted[:, :-2] if self.purifier is None else restored("Defense", self.purifier, corrupted)
         return (self.transform.assemble(purified, corrupted) + 1) / 2
 

@@ -71,31 +71,31 @@ def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, An
     return c0, c1, c2, c3
 
 
-def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: int) -> Tensor:
-    """`count` 32-bit words per sample, int64 (B, count), for sample_ids (B,) and draws, an int or int64 () or (B,)."""
+def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor, tag: int) -> Tensor:
+    """`count` 32-bit words per sample, int64 (B, count), for sample_ids (B,) and draw, an int or int64 () or (B,)."""
     groups = torch.arange((count + 3) // 4, device=sample_ids.device)[None, :]
     ids = sample_ids.reshape(-1, 1)
-    draw = draws.reshape(-1, 1) if isinstance(draws, Tensor) else torch.full_like(ids[:1], draws)
+    draw = draw.reshape(-1, 1) if isinstance(draw, Tensor) else torch.full_like(ids[:1], draw)
     counter = (groups, ids & _MASK32, draw & _MASK32, ((ids >> 32) & 0xFFFF) | (int(tag) << 16))
     words = torch.stack(torch.broadcast_tensors(*philox4x32(counter, seed)), dim=-1)
     return words.flatten(1)[:, :count]
 
 
 def random_uniform(
-    shape: Sequence[int], seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: Tag
+    shape: Sequence[int], seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor, tag: Tag
 ) -> Tensor:
     """Uniform numbers in (0, 1), float32 (B, *shape): the upper 23 bits of a word plus one half, which is exact."""
-    words = random_bits(math.prod(shape), seed, sample_ids, draws, tag)
+    words = random_bits(math.prod(shape), seed, sample_ids, draw, tag)
     return ((words >> 9).float() + 0.5).mul_(2.0**-23).view(-1, *shape)
 
 
-def random_ranks(count: int, seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor, tag: Tag) -> Tensor:
+def random_ranks(count: int, seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor, tag: Tag) -> Tensor:
     """A uniformly random permutation of 0..count-1 for every sample, int64 (B, count).
 
     `ranks < k` is a random subset of exactly k positions; `ranks % n` splits the positions into n even groups.
     Each position draws a word and gets its rank; ties (probability below count**2 / 2**33) are broken by position.
     """
-    order = random_bits(count, seed, sample_ids, draws, tag).argsort(dim=1, stable=True)
+    order = random_bits(count, seed, sample_ids, draw, tag).argsort(dim=1, stable=True)
     return torch.empty_like(order).scatter_(1, order, torch.arange(count, device=order.device).expand_as(order))
 
 
@@ -118,9 +118,9 @@ def derive_seed(seed: Seed, *names: str | int) -> Seed:
 
 
 def check_keys(
-    function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
+    function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draw: int | Tensor
 ) -> tuple[Tensor, int | Tensor]:
-    """Validate (seed, sample_ids, draws) of a call over `batch` samples; sample_ids defaults to 0..batch-1."""
+    """Validate (seed, sample_ids, draw) of a call over `batch` samples; sample_ids defaults to 0..batch-1."""
     # While torch.compile traces, numbers may be symbolic; they are checked at run time.
     tracing = torch.compiler.is_compiling()
     if not isinstance(seed, Tensor):
@@ -134,21 +134,21 @@ def check_keys(
     elif check_tensor(function, "sample_ids", sample_ids).dtype != torch.int64 or sample_ids.shape != (batch,):
         given = f"{sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
         raise ValueError(message(function, "sample_ids", f"int64 of shape ({batch},)", given))
-    if isinstance(draws, Tensor):
-        if draws.dtype != torch.int64 or draws.shape not in ((), (batch,)):
-            given = f"{draws.dtype} of shape {tuple(draws.shape)}"
-            raise ValueError(message(function, "draws", f"an integer or int64 of shape () or ({batch},)", given))
+    if isinstance(draw, Tensor):
+        if draw.dtype != torch.int64 or draw.shape not in ((), (batch,)):
+            given = f"{draw.dtype} of shape {tuple(draw.shape)}"
+            raise ValueError(message(function, "draw", f"an integer or int64 of shape () or ({batch},)", given))
     elif not tracing:
-        check_integer(function, "draws", draws, low=0, high=_MASK32)
-    return sample_ids.to(device), draws
+        check_integer(function, "draw", draw, low=0, high=_MASK32)
+    return sample_ids.to(device), draw
 
 
 def key_tensors(
-    function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
+    function: str, batch: int, device: torch.device, seed: int | Tensor, sample_ids: Tensor | None, draw: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The validated key (seed, sample_ids, draws) as int64 tensors on `device`, for ops that read it from memory."""
-    sample_ids, draws = check_keys(function, batch, device, seed, sample_ids, draws)
-    return _on(device, seed), sample_ids, _on(device, draws)
+    """The validated key (seed, sample_ids, draw) as int64 tensors on `device`, for ops that read it from memory."""
+    sample_ids, draw = check_keys(function, batch, device, seed, sample_ids, draw)
+    return _on(device, seed), sample_ids, _on(device, draw)
 
 
 def _on(device: torch.device, value: int | Tensor) -> Tensor:

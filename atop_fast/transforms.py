@@ -29,7 +29,7 @@ class RandomTransform(nn.Module):
     copies = 1
 
     def forward(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
         """Corrupt images.
 
@@ -37,7 +37,7 @@ class RandomTransform(nn.Module):
             x: images (B, C, H, W), floats in [0, 1] or uint8 in 0..255.
             seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
             sample_ids: int64 (B,), the identity of every image; default 0..B-1.
-            draws: index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
+            draw: index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
 
         Returns:
             (B * copies, C + 2, H', W'): [masked image in [-1, 1], ones, mask (1 = masked)], with the copies of a sample
@@ -50,7 +50,7 @@ class RandomTransform(nn.Module):
         raise NotImplementedError
 
     def target(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
         """The output of a perfect purifier for the same draw: (B * copies, C, H', W') in [-1, 1]."""
         raise NotImplementedError
@@ -89,15 +89,15 @@ class _BlockMask(RandomTransform):
         self.shared_mask = bool(shared_mask)
 
     def forward(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
         """See RandomTransform.forward."""
         ratio = self.mask_ratio if self.copies == 1 else 1.0
         options = (self.patch, ratio, self.sigma, self.copies, self.size, self.shared_mask, None, False)
-        return run_corrupt(type(self).__name__, x, options, (seed, sample_ids, draws))
+        return run_corrupt(type(self).__name__, x, options, (seed, sample_ids, draw))
 
     def target(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
         """See RandomTransform.target."""
         x = _as_float(x)
@@ -202,32 +202,32 @@ class RandomResizePad(RandomTransform):
         self.min_size, self.max_size = min_size, max_size
 
     def forward(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
         """See RandomTransform.forward."""
         check_x("RandomResizePad", x)
-        image, outside = self._place(x, seed, sample_ids, draws)
+        image, outside = self._place(x, seed, sample_ids, draw)
         mask = outside.to(image.dtype)
         corrupted = torch.cat((image, torch.ones_like(mask), mask), dim=1)
         last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         return corrupted.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def target(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
         """See RandomTransform.target."""
-        return self._place(x, seed, sample_ids, draws)[0]
+        return self._place(x, seed, sample_ids, draw)[0]
 
     def extra_repr(self) -> str:
         return f"min_size={self.min_size}, max_size={self.max_size}"
 
     def _place(
-        self, x: Tensor, seed: int | Tensor, sample_ids: Tensor | None, draws: int | Tensor
+        self, x: Tensor, seed: int | Tensor, sample_ids: Tensor | None, draw: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """The images in [-1, 1] in their frames, and the mask of the padding, bool (B, 1, H', W')."""
         x = _as_float(x)
         name, frame = type(self).__name__, self.max_size
-        placement = random_placement(name, x, self.min_size, frame, seed, sample_ids, draws)
+        placement = random_placement(name, x, self.min_size, frame, seed, sample_ids, draw)
         axis = torch.arange(frame, device=x.device)
         side = placement.side[:, None]
         rows, columns = (

@@ -137,7 +137,7 @@ def judged(
     psnr, right = [], []
     for draw in range(DRAWS):
         for ids in torch.arange(len(x)).split(100):
-            purified = defense.purify(x[ids], sample_ids=ids, draws=draw).clamp(0, 1)
+            purified = defense.purify(x[ids], sample_ids=ids, draw=draw).clamp(0, 1)
             psnr.append(-10 * (purified - x[ids]).square().flatten(1).mean(1).log10())
             right.append(classifier(purified).argmax(1) == y[ids])
     millions = sum(p.numel() for p in purifier.parameters()) / 1e6

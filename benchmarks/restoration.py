@@ -67,7 +67,7 @@ def trained(options: dict[str, int], updates: int, train: Tensor, *test: Any) ->
 def restored(purifier: nn.Module | None, x: Tensor, y: Tensor, classifier: nn.Module) -> dict[str, Any]:
     """PSNR in dB of the purified images, mean over images, and how many of them are classified right, in one draw."""
     defense = Defense(RT2(4, sigma=0.25), purifier, classifier).eval()
-    purified = torch.cat([defense.purify(part, sample_ids=ids, draws=0) for part, ids in _parts(x)])
+    purified = torch.cat([defense.purify(part, sample_ids=ids, draw=0) for part, ids in _parts(x)])
     right = torch.cat([classifier(part) for part in purified.split(100)]).argmax(1) == y
     psnr = -10 * (purified - x).square().flatten(1).mean(1).log10()
     return {"purifier": "none", "million parameters": 0.0, "updates": 0, "seconds": 0.0,

@@ -398,8 +398,8 @@ def test_a_transform_that_draws_is_no_fault_of_a_copy():
     """A warning, which fails this test, would ask for a report of what is meant to be so."""
 
     class Drawing(RT2):
-        def forward(self, x, seed=0, sample_ids=None, draws=0):
-            return super().forward(x, seed, sample_ids, draws) + 0.1 * torch.randn(())
+        def forward(self, x, seed=0, sample_ids=None, draw=0):
+            return super().forward(x, seed, sample_ids, draw) + 0.1 * torch.randn(())
 
     model = Defense(Drawing(patch=4), None, network())
     assert torch.equal(*(PGD(model, steps=10)(X, Y) for _ in range(2)))

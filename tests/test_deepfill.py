@@ -179,8 +179,8 @@ def test_purifies_in_a_defense():
         net = build_purifier("deepfill_v2", cnum=4)
         defense = Defense(RT2(8, sigma=0.1), net, build_classifier("small_cnn", channels=3)).eval()
     x = torch.rand(2, 3, 32, 32, requires_grad=True)
-    logits = defense(x, draws=0)
-    assert torch.equal(logits, defense(x, draws=0))
+    logits = defense(x, draw=0)
+    assert torch.equal(logits, defense(x, draw=0))
     (dx,) = torch.autograd.grad(logits.sum(), x)
     assert dx.abs().sum() > 0
 

@@ -57,7 +57,7 @@ def test_weights_of_half_the_size_are_rounded_once(dtype, tmp_path):
     # The second file has the same weights: nothing is rounded twice.
     save_defense(tmp_path / "e.safetensors", loaded, dtype=dtype)
     again = load_defense(tmp_path / "e.safetensors")
-    assert torch.equal(again(X, draws=1), loaded(X, draws=1))
+    assert torch.equal(again(X, draw=1), loaded(X, draw=1))
     assert (tmp_path / "d.safetensors").stat().st_size < 0.7 * sum(
         4 * v.numel() for network in (purifier, classifier) for v in network.state_dict().values()
     )
@@ -83,7 +83,7 @@ def test_a_file_gives_the_defense_back(transform, tmp_path):
     before = torch.get_rng_state()
     loaded = load_defense(path)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(loaded(X, draws=5), defense(X, draws=5))
+    assert torch.equal(loaded(X, draw=5), defense(X, draw=5))
     assert not any(module.training for module in loaded.modules())
     assert repr(loaded.transform) == repr(transform)
     assert loaded.metadata["classes"] == ["a", "b", "c"]
@@ -184,7 +184,7 @@ def test_transforms_are_described(transform):
     described = json.loads(json.dumps(describe_transform(transform)))
     again = restore_transform(described)
     assert describe_transform(again) == described
-    assert torch.equal(again(X, 3, draws=2), transform(X, 3, draws=2))
+    assert torch.equal(again(X, 3, draw=2), transform(X, 3, draw=2))
 
 
 def test_a_purifier_remembers_its_transform(tmp_path):

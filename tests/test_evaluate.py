@@ -34,14 +34,14 @@ class Spy(RT2):
         self.keys: dict[str, set] = {k: set() for k in ("attack", "selection", "verdict", "trial")}
         self.phase = "selection"
 
-    def forward(self, x, seed=0, sample_ids=None, draws=0):
+    def forward(self, x, seed=0, sample_ids=None, draw=0):
         phase = "attack" if torch.is_grad_enabled() else self.phase
         # The comparison of an attack's copy with the model uses seed 0.
         if int(seed) in (0, derive_seed(0, "trial")):
             phase = "trial"
-        draws = torch.as_tensor(draws).expand(len(x))
-        self.keys[phase] |= {(int(seed), int(i), int(d)) for i, d in zip(sample_ids, draws, strict=True)}
-        return super().forward(x, seed, sample_ids, draws)
+        each = torch.as_tensor(draw).expand(len(x))
+        self.keys[phase] |= {(int(seed), int(i), int(d)) for i, d in zip(sample_ids, each, strict=True)}
+        return super().forward(x, seed, sample_ids, draw)
 
 
 @pytest.fixture

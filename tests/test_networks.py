@@ -343,11 +343,11 @@ class Identity(nn.Module):
 @pytest.mark.parametrize("transform", [RT1(4, 0.0), RT2(4, 0.0, 0.0), RT2(4, 0.25, 0.0)], ids=repr)
 def test_defense_without_effect_is_the_classifier(transform):
     classifier = build_classifier("small_cnn", channels=1).eval()
-    purified = Defense(transform, None, classifier).purify(X, draws=0)
+    purified = Defense(transform, None, classifier).purify(X, draw=0)
     kept = transform(X, 0, None, 0)[:, -1:] == 0
     torch.testing.assert_close(purified[kept], X[kept])
     assert (purified[~kept] == 0.5).all()
-    assert torch.equal(Defense(transform, Identity(), classifier)(X, draws=0), classifier(purified))
+    assert torch.equal(Defense(transform, Identity(), classifier)(X, draw=0), classifier(purified))
 
 
 def test_defense_assembles_rt3():
@@ -358,7 +358,7 @@ def test_defense_assembles_rt3():
             return (torch.arange(len(z)) % 4 / 10)[:, None, None, None] * torch.ones_like(z[:, :1])
 
     transform = RT3(4, 4, 0.0)
-    purified = Defense(transform, Paint(), nn.Identity()).purify(X, draws=0)
+    purified = Defense(transform, Paint(), nn.Identity()).purify(X, draw=0)
     masks = transform(X, 0, None, 0)[:, -1].unflatten(0, (4, 4))
     expected = (masks * torch.arange(4)[None, :, None, None] / 10).sum(1, keepdim=True)
     torch.testing.assert_close(purified, (expected + 1) / 2)
@@ -371,8 +371,8 @@ def test_defense_takes_a_new_draw_with_every_bare_call():
     defense, state = fresh(), torch.get_rng_state()
     first, second = defense(X), defense(X)
     assert not torch.equal(first, second)
-    assert torch.equal(first, defense(X, draws=0))
-    assert torch.equal(second, defense(X, draws=1))
+    assert torch.equal(first, defense(X, draw=0))
+    assert torch.equal(second, defense(X, draw=1))
     assert torch.equal(torch.get_rng_state(), state)
     assert "draw" not in defense.state_dict()
 

@@ -206,12 +206,12 @@ def test_the_global_generator_is_untouched():
     [
         ({"seed": 1.5}, "f: seed must be an integer, got float"),
         ({"sample_ids": torch.zeros(3)}, r"f: sample_ids must be int64 of shape \(2,\)"),
-        ({"draws": -1}, "f: draws must be an integer and in"),
-        ({"draws": torch.zeros(3, dtype=torch.int64)}, r"f: draws must be an integer or int64 of shape \(\) or \(2,\)"),
+        ({"draw": -1}, "f: draw must be an integer and in"),
+        ({"draw": torch.zeros(3, dtype=torch.int64)}, r"f: draw must be an integer or int64 of shape \(\) or \(2,\)"),
     ],
-    ids=["seed", "sample_ids", "draws", "draws-shape"],
+    ids=["seed", "sample_ids", "draw", "draw-shape"],
 )
 def test_wrong_keys_are_named(arguments, pattern):
-    key = {"seed": 0, "sample_ids": None, "draws": 0, **arguments}
+    key = {"seed": 0, "sample_ids": None, "draw": 0, **arguments}
     with pytest.raises((TypeError, ValueError), match=pattern):
         check_keys("f", 2, torch.device("cpu"), **key)

@@ -49,7 +49,7 @@ def test_of_a_range_every_count_is_as_likely():
     seen = counts.bincount(minlength=25)
     assert seen.nonzero().flatten().tolist() == list(range(6, 19))
     assert (seen[6:19] - 4096 / 13).abs().max() < 5 * (4096 / 13 * 12 / 13) ** 0.5
-    one = RT1(1, (0.25, 0.75), shared_mask=True)(torch.zeros(9, 1, 6, 4), draws=torch.arange(9) % 2)[:, -1]
+    one = RT1(1, (0.25, 0.75), shared_mask=True)(torch.zeros(9, 1, 6, 4), draw=torch.arange(9) % 2)[:, -1]
     assert len(one.unique(dim=0)) == len(one.sum(dim=(1, 2)).unique()) == 2
 
 
@@ -242,7 +242,7 @@ def test_exact_gradient_goes_through_the_resize(transform):
         (lambda: RT2(8)([0.5]), TypeError, "RT2: x must be a torch.Tensor, got list"),
         (lambda: RT2(8)(X, seed=0.5), TypeError, "RT2: seed must be an integer, got float"),
         (lambda: RT2(8)(X, 0, torch.arange(4)), ValueError, r"RT2: sample_ids must be int64 of shape \(5,\), got"),
-        (lambda: RT2(8)(X, draws=-1), ValueError, "RT2: draws must be an integer and in"),
+        (lambda: RT2(8)(X, draw=-1), ValueError, "RT2: draw must be an integer and in"),
         (lambda: RT3(8, 0), ValueError, r"RT3: copies must be an integer and in \[1, 255\], got 0"),
         (lambda: RT3(8, 256), ValueError, r"RT3: copies must be an integer and in \[1, 255\], got 256"),
         (lambda: RandomResizePad(0, 4), ValueError, "RandomResizePad: min_size must be an integer and >= 1, got 0"),
@@ -257,7 +257,7 @@ def test_exact_gradient_goes_through_the_resize(transform):
             TypeError,
             "RandomResizePad: x must be a uint8, float32, .* got torch.i",
         ),
-        (lambda: RandomResizePad(2, 4)(X, draws=-1), ValueError, "RandomResizePad: draws must be an integer and in"),
+        (lambda: RandomResizePad(2, 4)(X, draw=-1), ValueError, "RandomResizePad: draw must be an integer and in"),
         (lambda: RT2(0), ValueError, "RT2: patch must be an integer and >= 1, got 0"),
         (lambda: RT2(8, 1.5), ValueError, r"RT2: mask_ratio must be finite and in \[0, 1\], got 1.5"),
         (

@@ -30,7 +30,7 @@ def _pgd_eot(options: Options) -> Case:
     count = (2 if options.quick else 8) * (1 if options.device == "cpu" else 16)
     model = defense(resnet18(options.device), channels=3, width=24, device=options.device)
     x = smooth_images(count).to(options.device)
-    y = model(x, draws=0).argmax(dim=1)
+    y = model(x, draw=0).argmax(dim=1)
     steps, draws = (2, 5) if options.quick else (5, 10)
     step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": steps, "eot_iter": draws}
     run: dict[str, Function] = {

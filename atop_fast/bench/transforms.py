@@ -89,7 +89,7 @@ def transform_cases(device: str) -> Iterator[Case]:
 def keys(batch: int, device: str) -> dict[str, Tensor]:
     """The key as tensors, as an attack passes it."""
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    return {"seed": zero, "sample_ids": torch.arange(batch, device=device), "draws": zero}
+    return {"seed": zero, "sample_ids": torch.arange(batch, device=device), "draw": zero}
 
 
 def _corrupt_cases(device: str) -> Iterator[Case]:

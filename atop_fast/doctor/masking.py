@@ -213,7 +213,7 @@ class _FixedDefense(Defense):
         super().__init__(defense.transform, defense.purifier, defense.classifier)
         self.training, self.key = defense.training, (seed, draw)
 
-    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draws: object = None) -> Tensor:
+    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
         """Purified images under the one draw."""
         return super().purify(x, self.key[0], sample_ids, self.key[1])
 

@@ -122,15 +122,15 @@ class FixedRandomness(RandomTransform):
         self.transform, self.seed, self.copies = transform, seed, transform.copies
 
     def forward(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
-        """See RandomTransform.forward; seed and draws are not used."""
+        """See RandomTransform.forward; seed and draw are not used."""
         return self.transform(x, self.seed, sample_ids, 0)
 
     def target(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draws: int | Tensor = 0
+        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
-        """See RandomTransform.target; seed and draws are not used."""
+        """See RandomTransform.target; seed and draw are not used."""
         return self.transform.target(x, self.seed, sample_ids, 0)
 
     def assemble(self, purified: Tensor, corrupted: Tensor) -> Tensor:

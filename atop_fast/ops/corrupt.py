@@ -31,7 +31,7 @@ def reference(
     sigma: Tensor,
     seed: Tensor,
     sample_ids: Tensor,
-    draws: Tensor,
+    draw: Tensor,
     patch: int,
     copies: int,
     size: Sequence[int],
@@ -42,8 +42,8 @@ def reference(
 
     With t = 2 clip(v, 0, 1) - 1 for the noisy image v, the outputs are [t or 0, 1, mask], rounded once to `dtype`.
     """
-    check_arguments("corrupt", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype)
-    v = _noisy(x, sigma, seed, sample_ids, draws, size)
+    check_arguments("corrupt", x, blocks, sigma, seed, sample_ids, draw, patch, copies, size, dtype)
+    v = _noisy(x, sigma, seed, sample_ids, draw, size)
     masks = _masks(blocks, patch, copies, size)
     image = torch.where(masks[:, :, None], v.new_zeros(()), (v.clamp(0, 1) * 2 - 1)[:, None])
     mask = masks[:, :, None].to(v.dtype)
@@ -58,7 +58,7 @@ def reference_passes(
     sigma: Tensor,
     seed: Tensor,
     sample_ids: Tensor,
-    draws: Tensor,
+    draw: Tensor,
     patch: int,
     copies: int,
     size: Sequence[int],
@@ -69,8 +69,8 @@ def reference_passes(
     clipped or is NaN, and, if there is one copy only, where it was masked.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_arguments("corrupt_passes", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype)
-    return _pack(_passes(_noisy(x, sigma, seed, sample_ids, draws, size), _masks(blocks, patch, copies, size)))
+    check_arguments("corrupt_passes", x, blocks, sigma, seed, sample_ids, draw, patch, copies, size, dtype)
+    return _pack(_passes(_noisy(x, sigma, seed, sample_ids, draw, size), _masks(blocks, patch, copies, size)))
 
 
 def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies
     return torch.where(inside, total * 2, 0).to(dtype).contiguous(memory_format=memory_format(dy))
 
 
-_KEY = "Tensor sigma, Tensor seed, Tensor sample_ids, Tensor draws"
+_KEY = "Tensor sigma, Tensor seed, Tensor sample_ids, Tensor draw"
 _SIZES = "int patch, int copies, int[] size"
 OP = define(
     f"corrupt(Tensor x, Tensor blocks, {_KEY}, {_SIZES}, ScalarType dtype, bool save) -> (Tensor, Tensor)",
@@ -167,7 +167,7 @@ def corrupt(
     recompute: bool = False,
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
-    draws: int | Tensor = 0,
+    draw: int | Tensor = 0,
 ) -> Tensor:
     r"""Destroy a perturbation: resize, add noise, clip, mask blocks, and build the purifier's input, in one pass.
 
@@ -188,7 +188,7 @@ def corrupt(
         recompute: Save `x` for the backward pass, which then recomputes the noise, instead of one bit per element.
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every image; default 0..B-1.
-        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        draw: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
 
     Returns:
         (B * copies, C + 2, H, W), with the copies of a sample adjacent: [masked image in [-1, 1], ones, mask (1 =
@@ -212,7 +212,7 @@ def corrupt(
         torch.Size([8, 5, 32, 32])
     """
     options = (patch, mask_ratio, sigma, copies, size, shared_mask, dtype, recompute)
-    return run("corrupt", x, options, (seed, sample_ids, draws))
+    return run("corrupt", x, options, (seed, sample_ids, draw))
 
 
 def run(
@@ -233,12 +233,12 @@ def run(
         raise ValueError(message(function, "size" if wanted else "x", expected, f"{size[0]} x {size[1]}"))
     dtype = dtype or (torch.float32 if x.dtype == torch.uint8 else x.dtype)
     _check_dtype(function, x, dtype)
-    seed, sample_ids, draws = key_tensors(function, x.shape[0], x.device, *key)
+    seed, sample_ids, draw = key_tensors(function, x.shape[0], x.device, *key)
     count = (size[0] // patch) * (size[1] // patch)
-    mask_key = (seed, torch.zeros_like(sample_ids) if shared_mask else sample_ids, draws)
+    mask_key = (seed, torch.zeros_like(sample_ids) if shared_mask else sample_ids, draw)
     blocks = MASK_BLOCKS(*mask_key, _masked(function, mask_ratio, count, x, mask_key), count, copies)
     recorded = x.requires_grad and torch.is_grad_enabled()
-    arguments = (blocks, _sigma(function, sigma, x), seed, sample_ids, draws, patch, copies, size, dtype)
+    arguments = (blocks, _sigma(function, sigma, x), seed, sample_ids, draw, patch, copies, size, dtype)
     if torch.compiler.is_compiling():
         return OP(x, *arguments, recorded and not recompute)[0]
     if recorded:
@@ -265,7 +265,7 @@ def check_arguments(
     sigma: Tensor,
     seed: Tensor,
     sample_ids: Tensor,
-    draws: Tensor,
+    draw: Tensor,
     patch: int,
     copies: int,
     size: Sequence[int],
@@ -273,7 +273,7 @@ def check_arguments(
 ) -> None:
     """Raise unless the arguments of the op are as described."""
     check_x(function, x)
-    check_key(function, seed, sample_ids, draws)
+    check_key(function, seed, sample_ids, draw)
     if sample_ids.shape != x.shape[:1]:
         raise ValueError(message(function, "sample_ids", f"of shape {tuple(x.shape[:1])}", tuple(sample_ids.shape)))
     _check_per_sample(function, "sigma", sigma, x)
@@ -367,7 +367,7 @@ def _sigma(function: str, sigma: float | Tensor, x: Tensor) -> Tensor:
     return torch.full((), sigma, dtype=torch.float32, device=x.device)
 
 
-def _noisy(x: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, draws: Tensor, size: Sequence[int]) -> Tensor:
+def _noisy(x: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, draw: Tensor, size: Sequence[int]) -> Tensor:
     """The resized image plus noise, before the clip; float64 for float64, float32 otherwise."""
     v = x.double() if x.dtype == torch.float64 else x.float()
     if x.dtype == torch.uint8:
@@ -376,7 +376,7 @@ def _noisy(x: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, draws: Te
     if tuple(size) != tuple(x.shape[2:]):
         v = bilinear(v, size)
     shape = v.shape[1:]
-    noise = normals(seed, sample_ids, draws, Tag.NOISE, math.prod(shape)).view(x.shape[0], *shape)
+    noise = normals(seed, sample_ids, draw, Tag.NOISE, math.prod(shape)).view(x.shape[0], *shape)
     return v + sigma.to(v.dtype).reshape(-1, 1, 1, 1) * noise.to(v.dtype)
 
 

@@ -11,16 +11,16 @@ from ._registry import define
 from .random_normal import check_key
 
 
-def reference(seed: Tensor, sample_ids: Tensor, draws: Tensor, masked: Tensor, blocks: int, copies: int) -> Tensor:
+def reference(seed: Tensor, sample_ids: Tensor, draw: Tensor, masked: Tensor, blocks: int, copies: int) -> Tensor:
     """The specification: rank the blocks by random words; the first `masked` go to the copies in turn."""
-    check_arguments("mask_blocks", seed, sample_ids, draws, masked, blocks, copies)
-    ranks = random_ranks(blocks, seed, sample_ids, draws, Tag.MASK)
+    check_arguments("mask_blocks", seed, sample_ids, draw, masked, blocks, copies)
+    ranks = random_ranks(blocks, seed, sample_ids, draw, Tag.MASK)
     owners = torch.where(ranks < masked.reshape(-1, 1), ranks % copies, copies)
     return owners.to(torch.uint8)
 
 
 OP = define(
-    "mask_blocks(Tensor seed, Tensor sample_ids, Tensor draws, Tensor masked, int blocks, int copies) -> Tensor",
+    "mask_blocks(Tensor seed, Tensor sample_ids, Tensor draw, Tensor masked, int blocks, int copies) -> Tensor",
     reference,
     kernels="mask_blocks",
 )
@@ -31,7 +31,7 @@ def mask_blocks(
     masked: int | Tensor,
     seed: int | Tensor,
     sample_ids: Tensor,
-    draws: int | Tensor = 0,
+    draw: int | Tensor = 0,
     copies: int = 1,
 ) -> Tensor:
     """Choose a uniformly random subset of exactly `masked` blocks of every image, and the copy that masks each of them.
@@ -41,7 +41,7 @@ def mask_blocks(
         masked: The number of masked blocks: an int, or int64 of shape () or (B,); clipped to [0, blocks].
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every sample.
-        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        draw: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
         copies: The number of copies that share the masked blocks; each gets floor or ceil of masked / copies; 1 to 255.
 
     Returns:
@@ -62,7 +62,7 @@ def mask_blocks(
     """
     function = "mask_blocks"
     device, batch = check_tensor(function, "sample_ids", sample_ids).device, sample_ids.shape[:1].numel()
-    key = key_tensors(function, batch, device, seed, sample_ids, draws)
+    key = key_tensors(function, batch, device, seed, sample_ids, draw)
     if not isinstance(masked, Tensor):
         masked = torch.full((), check_integer(function, "masked", masked), dtype=torch.int64, device=device)
     masked = masked.to(device)
@@ -71,10 +71,10 @@ def mask_blocks(
 
 
 def check_arguments(
-    function: str, seed: Tensor, sample_ids: Tensor, draws: Tensor, masked: Tensor, blocks: int, copies: int
+    function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor, masked: Tensor, blocks: int, copies: int
 ) -> None:
     """Raise unless the arguments of the op are as described."""
-    check_key(function, seed, sample_ids, draws)
+    check_key(function, seed, sample_ids, draw)
     if masked.dtype != torch.int64:
         raise TypeError(message(function, "masked", "an int64 tensor", masked.dtype))
     if masked.shape not in ((), sample_ids.shape):

@@ -13,15 +13,15 @@ from ..randomness import Tag, key_tensors, random_bits
 from ._registry import define
 
 
-def reference(seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: int) -> Tensor:
+def reference(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> Tensor:
     """The specification, with only integer and correctly rounded float32 operations, so that all backends agree."""
-    check_arguments("random_normal", seed, sample_ids, draws, tag, count)
-    return normals(seed, sample_ids, draws, tag, count)
+    check_arguments("random_normal", seed, sample_ids, draw, tag, count)
+    return normals(seed, sample_ids, draw, tag, count)
 
 
-def normals(seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: int) -> Tensor:
+def normals(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> Tensor:
     """`reference` without checks, for symbolic sizes."""
-    words = random_bits(count + count % 2, seed, sample_ids, draws, tag)
+    words = random_bits(count + count % 2, seed, sample_ids, draw, tag)
     # torch's float32 square root is not correctly rounded on every CPU; computed in float64 it is.
     radius = _minus_2_log(words[:, 0::2]).double().sqrt_().float()
     cosine, sine = _cos_sin(words[:, 1::2])
@@ -29,14 +29,14 @@ def normals(seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: in
 
 
 OP = define(
-    "random_normal(Tensor seed, Tensor sample_ids, Tensor draws, int tag, int count) -> Tensor",
+    "random_normal(Tensor seed, Tensor sample_ids, Tensor draw, int tag, int count) -> Tensor",
     reference,
     kernels="random_normal",
 )
 
 
 def random_normal(
-    shape: Sequence[int], seed: int | Tensor, sample_ids: Tensor, draws: int | Tensor = 0, tag: Tag = Tag.NOISE
+    shape: Sequence[int], seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor = 0, tag: Tag = Tag.NOISE
 ) -> Tensor:
     """Standard normal numbers, a function of (seed, sample id, draw, tag, position in the sample) alone.
 
@@ -44,7 +44,7 @@ def random_normal(
         shape: The shape of one sample.
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every sample.
-        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        draw: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
         tag: The purpose of the numbers; different purposes never share numbers.
 
     Returns:
@@ -68,23 +68,23 @@ def random_normal(
         check_integer(function, "shape", size, low=0)
     batch = check_tensor(function, "sample_ids", sample_ids).shape[:1].numel()
     check_integer(function, "tag", tag, low=0, high=0xFFFF)
-    key = key_tensors(function, batch, sample_ids.device, seed, sample_ids, draws)
+    key = key_tensors(function, batch, sample_ids.device, seed, sample_ids, draw)
     return OP(*key, int(tag), math.prod(shape)).view(batch, *shape)
 
 
-def check_arguments(function: str, seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: int) -> None:
+def check_arguments(function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> None:
     """Raise unless the arguments of the op are as described."""
-    check_key(function, seed, sample_ids, draws)
+    check_key(function, seed, sample_ids, draw)
     if not torch.compiler.is_compiling():
         check_integer(function, "tag", tag, low=0, high=0xFFFF)
         check_integer(function, "count", count, low=0)
 
 
-def check_key(function: str, seed: Tensor, sample_ids: Tensor, draws: Tensor) -> None:
+def check_key(function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor) -> None:
     """Raise unless the key is int64 of shapes (), (B,) and () or (B,), on one device."""
     batch = sample_ids.shape[0] if sample_ids.dim() else 1
-    shapes = {"seed": ((),), "sample_ids": ((batch,),), "draws": ((), (batch,))}
-    for argument, value in (("seed", seed), ("sample_ids", sample_ids), ("draws", draws)):
+    shapes = {"seed": ((),), "sample_ids": ((batch,),), "draw": ((), (batch,))}
+    for argument, value in (("seed", seed), ("sample_ids", sample_ids), ("draw", draw)):
         if value.dtype != torch.int64:
             raise TypeError(message(function, argument, "an int64 tensor", value.dtype))
         if value.shape not in shapes[argument]:

@@ -27,7 +27,7 @@ def random_resize_pad(
     max_size: int,
     seed: int | Tensor = 0,
     sample_ids: Tensor | None = None,
-    draws: int | Tensor = 0,
+    draw: int | Tensor = 0,
 ) -> Tensor:
     """Resize every image to a random size and place it at a random position in a frame of zeros.
 
@@ -37,7 +37,7 @@ def random_resize_pad(
         max_size: The largest side, which is also the side of the frame.
         seed: 64-bit key of the randomness, an int or an int64 scalar tensor.
         sample_ids: int64 (B,), the identity of every image; default 0..B-1.
-        draws: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
+        draw: Index of the draw: an int in [0, 2**32), or int64 of shape () or (B,).
 
     Returns:
         (B, C, max_size, max_size) in the dtype of `x`; channels_last if `x` is.
@@ -61,7 +61,7 @@ def random_resize_pad(
     function = "random_resize_pad"
     check_images(function, x)
     check_sizes(function, min_size, max_size)
-    return place(x, random_placement(function, x, min_size, max_size, seed, sample_ids, draws), max_size)
+    return place(x, random_placement(function, x, min_size, max_size, seed, sample_ids, draw), max_size)
 
 
 def random_placement(
@@ -71,10 +71,10 @@ def random_placement(
     max_size: int,
     seed: int | Tensor,
     sample_ids: Tensor | None,
-    draws: int | Tensor,
+    draw: int | Tensor,
 ) -> Placement:
     """The random side, top and left of every image."""
-    key = key_tensors(function, x.shape[0], x.device, seed, sample_ids, draws)
+    key = key_tensors(function, x.shape[0], x.device, seed, sample_ids, draw)
     word, *places = random_bits(3, *key, Tag.RESIZE).unbind(dim=1)
     side = min_size + (word * (max_size - min_size + 1) >> 32)
     top, left = (place * (max_size - side + 1) >> 32 for place in places)

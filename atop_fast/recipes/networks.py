@@ -83,7 +83,7 @@ def check_networks(recipe: Recipe, networks: dict[str, Network], data: Dataset |
     PretrainStep(transform, purifier, judge, recipe.pretrain, seed).check(image)
     defense = Defense(transform, purifier, classifier)
     with torch.no_grad(), frozen(defense), frozen(judge), check_fits("run_recipe", "images", image):
-        purified = defense.purify(image, draws=0)
+        purified = defense.purify(image, draw=0)
         if judge is not None:
             judge(purified, purified[:, :1])
         classifier(image)

@@ -388,7 +388,7 @@ class FinetuneStep(PretrainStep):
         """As PretrainStep.check; returns the classifier's number of classes."""
         super().check(images)
         with torch.no_grad(), frozen(self.pipeline), check_fits("finetune", "images", images), self.autocast():
-            classes = self.pipeline(images[:1], draws=0).shape[1]
+            classes = self.pipeline(images[:1], draw=0).shape[1]
         # Compare classifier and folded copy once, here, because values inside a captured CUDA graph cannot be read.
         ids = torch.zeros(1, dtype=torch.int64, device=images.device)
         with frozen(self.given):

@@ -33,9 +33,9 @@ inline Key checked_key(const char* function, const Tensor& seed, const Tensor& s
   ATOP_CHECK(seed.scalar_type() == ScalarType::Long, function, "seed", "an int64 tensor",
              dtype_text(seed.scalar_type()));
   ATOP_CHECK(seed.dim() == 0, function, "seed", "of shape ()", shape_text(seed));
-  check_per_sample(function, "draws", draws, ScalarType::Long, sample_ids.size(0));
+  check_per_sample(function, "draw", draws, ScalarType::Long, sample_ids.size(0));
   check_on_device_of(function, "seed", seed, "sample_ids", sample_ids);
-  check_on_device_of(function, "draws", draws, "sample_ids", sample_ids);
+  check_on_device_of(function, "draw", draws, "sample_ids", sample_ids);
   return {input<int64_t>(seed), input<int64_t>(sample_ids), sample_ids.size(0) ? sample_ids.stride(0) : 0,
           input<int64_t>(draws), per_sample_stride(draws)};
 }

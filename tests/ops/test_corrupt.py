@@ -160,7 +160,7 @@ def test_range_of_mask_ratios(backend):
     ids, x = torch.tensor([2**33 + 3, 0, 7, 1], device=DEVICE), images((4, 2, 8, 12))
     words = [philox4x32((0, int(i) & 0xFFFFFFFF, 6, int(i) >> 32 | Tag.RATIO << 16), 5)[0] for i in ids]
     ratios = torch.tensor([(1 + (word * 5 >> 32)) / 6 for word in words], device=DEVICE)
-    keys = {"seed": 5, "sample_ids": ids, "draws": 6}
+    keys = {"seed": 5, "sample_ids": ids, "draw": 6}
     assert torch.equal(run(backend, x, mask_ratio=(0.2, 0.8), **keys), run(backend, x, mask_ratio=ratios, **keys))
 
 
@@ -182,7 +182,7 @@ def test_shared_mask(backend):
     masks = run(backend, x, shared_mask=True, patch=2)[:, -1]
     assert len(masks.unique(dim=0)) == 1
     assert len(run(backend, x, patch=2)[:, -1].unique(dim=0)) > 1
-    assert not torch.equal(run(backend, x, shared_mask=True, patch=2, draws=1)[:, -1], masks)
+    assert not torch.equal(run(backend, x, shared_mask=True, patch=2, draw=1)[:, -1], masks)
     # The noise stays that of the sample.
     alone = run(backend, x[3:4], shared_mask=True, patch=2, sample_ids=torch.tensor([3]))
     assert torch.equal(alone, run(backend, x, shared_mask=True, patch=2)[3:4])
@@ -194,13 +194,13 @@ def test_result_belongs_to_the_sample(backend):
     x, (sigma, seed, ids, draws) = images((64, 1, 4, 4)), key(64)
     x = x.contiguous(memory_format=torch.channels_last)
     options = {"patch": 2, "copies": 2, "mask_ratio": 1.0, "seed": seed}
-    whole = run(backend, x, sigma=sigma, sample_ids=ids, draws=draws, **options).unflatten(0, (64, 2))
+    whole = run(backend, x, sigma=sigma, sample_ids=ids, draw=draws, **options).unflatten(0, (64, 2))
     for part in (torch.tensor([63]), torch.tensor([5, 0, 62, 17, 5, 4, 33])):
         part = part.to(DEVICE)
-        some = {"sigma": sigma[part], "sample_ids": ids[part], "draws": draws[part]}
+        some = {"sigma": sigma[part], "sample_ids": ids[part], "draw": draws[part]}
         y = run(backend, x[part].contiguous(), **options, **some)
         assert torch.equal(y.unflatten(0, (-1, 2)), whole[part])
-    one = {"sigma": float(sigma[9]), "sample_ids": ids[9:10], "draws": int(draws[9])}
+    one = {"sigma": float(sigma[9]), "sample_ids": ids[9:10], "draw": int(draws[9])}
     assert torch.equal(run(backend, x[9:10], **options, **one), whole[9])
 
 
@@ -318,7 +318,7 @@ def test_opcheck_bwd(backend, layout):
 @cases(size=(None, (4, 16)))
 def test_compiles(backend, size):
     def call(x, sigma, seed, ids, draws):
-        return ops.corrupt(x, patch=4, sigma=sigma, size=size, copies=2, seed=seed, sample_ids=ids, draws=draws)
+        return ops.corrupt(x, patch=4, sigma=sigma, size=size, copies=2, seed=seed, sample_ids=ids, draw=draws)
 
     spec = harness.Spec("corrupt", call, call, images, (), (), True, ops=NAMES)
     harness.check_compiled(spec, backend, [(images((n, 3, 8, 12)), *key(n)) for n in (2, 5, 7)], "aot_eager")

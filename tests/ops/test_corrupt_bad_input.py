@@ -24,7 +24,7 @@ BAD = [
     ({"dtype": torch.float64}, TypeError, "dtype must be .* torch.float32 images, got torch.float64"),
     ({"dtype": torch.int32}, TypeError, "dtype must be .* torch.float32 images, got torch.int32"),
     ({"sample_ids": torch.arange(3)}, ValueError, r"sample_ids must be .*of shape \(2,\), got .*\(3,\)"),
-    ({"draws": torch.zeros(3).long()}, ValueError, r"draws must be .*of shape \(\) or \(2,\), got .*\(3,\)"),
+    ({"draw": torch.zeros(3).long()}, ValueError, r"draw must be .*of shape \(\) or \(2,\), got .*\(3,\)"),
     ({"seed": torch.zeros(1).long()}, ValueError, r"seed must be .*of shape \(\), got .*\(1,\)"),
 ]
 
@@ -33,7 +33,7 @@ BAD = [
 @pytest.mark.skipif(DEVICE != "cpu", reason="the same words on every device")
 def test_bad_input(backend, bad):
     change, error, words = BAD[bad]
-    key = {"sigma": torch.zeros(2), "seed": torch.tensor(0), "sample_ids": torch.arange(2), "draws": torch.tensor(0)}
+    key = {"sigma": torch.zeros(2), "seed": torch.tensor(0), "sample_ids": torch.arange(2), "draw": torch.tensor(0)}
     arguments = {"x": torch.rand(2, 3, 4, 4), **key, "patch": 2, "copies": 1, "dtype": torch.float32, **change}
     with harness.owned_by(backend, NAMES):
         with pytest.raises(error, match=f"corrupt: ({words})"):
@@ -61,7 +61,7 @@ def test_bad_input(backend, bad):
         ({"dtype": "float32"}, TypeError, "dtype must be"),
         ({"seed": 0.5}, TypeError, "seed must be an integer, got float"),
         ({"sample_ids": torch.zeros(2)}, ValueError, r"sample_ids must be int64 of shape \(2,\), got torch.float32"),
-        ({"draws": 2**32}, ValueError, "draws must be an integer and in"),
+        ({"draw": 2**32}, ValueError, "draw must be an integer and in"),
     ],
 )
 def test_bad_arguments(change, error, words):

@@ -152,7 +152,7 @@ BAD = [
 def test_bad_input(backend, bad):
     change, error, words = BAD[bad]
     zero = torch.tensor(0)
-    arguments = {"seed": zero, "sample_ids": torch.arange(2), "draws": zero, "masked": zero, "blocks": 4, "copies": 1}
+    arguments = {"seed": zero, "sample_ids": torch.arange(2), "draw": zero, "masked": zero, "blocks": 4, "copies": 1}
     arguments.update(change)
     with harness.owned_by(backend, NAMES):
         with pytest.raises(error, match=f"mask_blocks: {words}"):
@@ -171,7 +171,7 @@ def test_bad_input(backend, bad):
         ({"sample_ids": 3}, TypeError, "sample_ids must be a torch.Tensor, got int"),
         ({"sample_ids": torch.zeros(2)}, ValueError, r"sample_ids must be int64 of shape \(2,\), got torch.float32"),
         ({"seed": "0"}, TypeError, "seed must be an integer, got str"),
-        ({"draws": -1}, ValueError, "draws must be an integer and in"),
+        ({"draw": -1}, ValueError, "draw must be an integer and in"),
     ],
 )
 def test_bad_arguments(change, error, words):

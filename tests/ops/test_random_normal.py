@@ -120,8 +120,8 @@ BAD = [
     ({"sample_ids": torch.zeros(2)}, TypeError, "sample_ids must be an int64 tensor, got torch.float32"),
     ({"sample_ids": torch.zeros(2, 1).long()}, ValueError, r"sample_ids must be of shape \([2B],\), got \(2, 1\)"),
     ({"sample_ids": torch.tensor(0)}, ValueError, r"sample_ids must be of shape \([1B],\), got \(\)"),
-    ({"draws": torch.zeros(2)}, TypeError, "draws must be an int64 tensor, got torch.float32"),
-    ({"draws": torch.zeros(3).long()}, ValueError, r"draws must be of shape \(\) or \(2,\), got \(3,\)"),
+    ({"draw": torch.zeros(2)}, TypeError, "draw must be an int64 tensor, got torch.float32"),
+    ({"draw": torch.zeros(3).long()}, ValueError, r"draw must be of shape \(\) or \(2,\), got \(3,\)"),
     ({"count": -1}, ValueError, "count must be an integer and >= 0, got -1"),
 ]
 
@@ -130,7 +130,7 @@ BAD = [
 @pytest.mark.skipif(DEVICE != "cpu", reason="the same words on every device")
 def test_bad_input(backend, bad):
     change, error, words = BAD[bad]
-    key = {"seed": torch.tensor(0), "sample_ids": torch.arange(2), "draws": torch.tensor(0), "tag": 1, "count": 5}
+    key = {"seed": torch.tensor(0), "sample_ids": torch.arange(2), "draw": torch.tensor(0), "tag": 1, "count": 5}
     raised = RuntimeError if backend == "cpp" else error
     with harness.owned_by(backend, NAMES), pytest.raises(raised, match=f"random_normal: {words}"):
         torch.ops.atop_fast.random_normal(**{**key, **change})
@@ -146,13 +146,13 @@ def test_bad_input(backend, bad):
         ({"sample_ids": torch.tensor(3)}, ValueError, r"sample_ids must be int64 of shape .*, got torch.int64"),
         ({"seed": 2**63}, ValueError, "seed must be an integer and in"),
         ({"seed": torch.zeros(1).long()}, ValueError, r"seed must be an integer or int64 of shape \(\), got torch"),
-        ({"draws": 2**32}, ValueError, "draws must be an integer and in"),
+        ({"draw": 2**32}, ValueError, "draw must be an integer and in"),
         ({"tag": "noise"}, TypeError, "tag must be an integer, got str"),
         ({"tag": 2**16}, ValueError, "tag must be"),
     ],
 )
 def test_bad_arguments(change, error, words):
-    arguments = {"shape": (3,), "seed": 0, "sample_ids": torch.arange(2), "draws": 0, **change}
+    arguments = {"shape": (3,), "seed": 0, "sample_ids": torch.arange(2), "draw": 0, **change}
     with pytest.raises(error, match=f"random_normal: {words}"):
         ops.random_normal(**arguments)
 

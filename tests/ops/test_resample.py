@@ -43,7 +43,7 @@ def interpolate(x, size, antialias=False):
 
 
 def random_resize_pad(x):
-    return ops.random_resize_pad(x, 4, 9, seed=3, sample_ids=5 + torch.arange(len(x), device=DEVICE), draws=2)
+    return ops.random_resize_pad(x, 4, 9, seed=3, sample_ids=5 + torch.arange(len(x), device=DEVICE), draw=2)
 
 
 def resize_and_pad(x):
@@ -290,9 +290,9 @@ X = torch.zeros(2, 3, 4, 4)
         (lambda: ops.random_resize_pad(X, 5, 4), ValueError, "max_size must be an integer and >= min_size=5, got 4"),
         (lambda: ops.random_resize_pad(X, 2, 4, "0"), TypeError, "random_resize_pad: seed must be an integer, got str"),
         (
-            lambda: ops.random_resize_pad(X, 2, 4, draws=-1),
+            lambda: ops.random_resize_pad(X, 2, 4, draw=-1),
             ValueError,
-            "random_resize_pad: draws must be an integer and in",
+            "random_resize_pad: draw must be an integer and in",
         ),
     ],
 )
