@@ -44,8 +44,8 @@ CLASSES, SHAPE, NORM, EPS = "classes", "shape", "norm", "eps"
 def save_model(
     path: str | Path,
     module: nn.Module,
-    kind: str,
-    name: str,
+    kind: str | None = None,
+    name: str | None = None,
     *,
     transform: RandomTransform | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -55,22 +55,31 @@ def save_model(
 
     Args:
         path: file to write.
-        module: the module.
-        kind: "classifier", "purifier" or "discriminator".
-        name: the architecture, e.g. "unet" (see build_purifier and build_classifier).
+        module: the module. build_classifier, build_purifier, load_model and load_classifier record its architecture,
+            also of a classifier inside Normalized or Resized; nothing else is then needed.
+        kind: "classifier", "purifier" or "discriminator"; None finds it by the architecture.
+        name: the architecture of a module that was built otherwise, e.g. "sn_patch".
         transform: for a purifier, the transform under which it was trained; by default the one recorded in training.
         metadata: further JSON-ready contents, such as classes=(...), the ordered names of a classifier's classes; see
             save_defense.
-        options: the options of the architecture.
+        options: the options of the architecture `name`.
 
     Raises:
-        ValueError: kind or name are unknown, or `module` is not of the architecture's class, so that the file would
-            describe another network. Add a class of your own to the registry of its kind, such as purifiers.PURIFIERS.
+        ValueError: the architecture is neither recorded nor given, kind or name are unknown, or `module` is not of the
+            architecture's class, so that the file would describe another network. Add a class of your own to the
+            registry of its kind, such as purifiers.PURIFIERS.
     """
-    check_choice("save_model", "kind", kind, list(KINDS))
-    factory = KINDS[kind][check_choice("save_model", "name", name, list(KINDS[kind]))]
-    _check_class("save_model", "module", module, name, factory)
-    header: dict[str, Any] = {"kind": kind, "name": name, "options": options}
+    header: dict[str, Any]
+    if name is None:
+        if options:
+            raise ValueError(message("save_model", "name", "given with options", f"None with {sorted(options)}"))
+        kind = _find_kind(module) if kind is None else check_choice("save_model", "kind", kind, list(KINDS))
+        header = {"kind": kind, **_specify("save_model", "module", module, KINDS[kind])}
+    else:
+        kind = check_choice("save_model", "kind", kind, list(KINDS))
+        factory = KINDS[kind][check_choice("save_model", "name", name, list(KINDS[kind]))]
+        _check_class("save_model", "module", module, name, factory)
+        header = {"kind": kind, "name": name, "options": options}
     trained = getattr(module, "trained_under", None) if transform is None else describe_transform(transform)
     if kind == "purifier" and trained is not None:
         header["transform"] = trained
@@ -79,8 +88,12 @@ def save_model(
     _write(path, header, module.state_dict())
 
 
-def load_model(path: str | Path, kind: str) -> nn.Module:
+def load_model(path: str | Path, kind: str | None = None) -> nn.Module:
     """Build the module in a file of save_model, with its weights, on the CPU and in evaluation mode.
+
+    Args:
+        path: file of save_model.
+        kind: "classifier", "purifier" or "discriminator", to refuse a file of another kind; None takes any.
 
     A purifier remembers the transform under which it was trained: Defense warns about a different one.
 
@@ -88,12 +101,14 @@ def load_model(path: str | Path, kind: str) -> nn.Module:
         ValueError: the file is missing, is not safetensors, has no architecture, is of another kind, or its weights do
             not fit.
     """
-    check_choice("load_model", "kind", kind, list(KINDS))
+    if kind is not None:
+        check_choice("load_model", "kind", kind, list(KINDS))
     header = read_header(path)
-    if header.get("kind") != kind:
-        raise ValueError(
-            message("load_model", "path", f"a {kind} written by save_model", f"{path} ({header.get('kind')})")
-        )
+    found = header.get("kind")
+    if found != kind if kind is not None else found not in KINDS:
+        expected = f"a {kind or 'model'} written by save_model"
+        raise ValueError(message("load_model", "path", expected, f"{path} ({found})"))
+    kind = str(found)
     try:
         module = _restore(header, KINDS[kind], load_file(str(path)))
         _check_metadata("load_model", header.get("metadata", {}))
@@ -140,7 +155,7 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
     header: dict[str, Any] = {"kind": "defense", "transform": described}
     for kind in ("classifier", "purifier"):
         module: nn.Module | None = getattr(defense, kind)
-        header[kind] = None if module is None else _specify(f"defense.{kind}", module, KINDS[kind])
+        header[kind] = None if module is None else _specify("save_defense", f"defense.{kind}", module, KINDS[kind])
     header["metadata"] = _check_metadata("save_defense", {**defense.metadata, **metadata})
     state = {name: value for name, value in defense.state_dict().items() if not name.startswith("transform.")}
     for name, value in state.items():
@@ -279,30 +294,45 @@ def _check_description(description: Any) -> dict[str, Any]:
     return description
 
 
-def _specify(argument: str, module: nn.Module, registry: Mapping[str, Callable[..., nn.Module]]) -> dict[str, Any]:
+def _find_kind(module: nn.Module) -> str:
+    """The kind whose registry has the architecture of a module, or of the classifier inside a wrapper."""
+    for wrapper, inside, _ in WRAPPERS.values():
+        if type(module) is wrapper:
+            return _find_kind(getattr(module, inside))
+    name = (getattr(module, "architecture", None) or ("", {}))[0]
+    kinds = [kind for kind, registry in KINDS.items() if name in registry or (kind == "classifier" and ":" in name)]
+    if len(kinds) != 1:
+        expected = "of build_classifier, build_purifier or load_model, or given with kind, name and options"
+        raise ValueError(message("save_model", "module", expected, type(module).__name__))
+    return kinds[0]
+
+
+def _specify(
+    function: str, argument: str, module: nn.Module, registry: Mapping[str, Callable[..., nn.Module]]
+) -> dict[str, Any]:
     """The JSON-ready architecture of a module; ValueError unless its weights fit the module that this builds."""
     if replaced := [name for name, m in module.named_modules() if {"forward", "__call__"} & vars(m).keys()]:
         given = f"{type(module).__name__} in which that of {replaced[0] or 'itself'} was replaced"
-        raise ValueError(message("save_defense", argument, "a module with its class's forward", given))
+        raise ValueError(message(function, argument, "a module with its class's forward", given))
     for name, (kind, inside, options) in WRAPPERS.items():
         if type(module) is kind:
-            below = _specify(f"{argument}.{inside}", getattr(module, inside), registry)
+            below = _specify(function, f"{argument}.{inside}", getattr(module, inside), registry)
             return {"name": name, "options": options(module), "inside": below}
     architecture = getattr(module, "architecture", None)
     if architecture is None:
         expected = (
             "of build_classifier, build_purifier or load_model, or with an attribute architecture=(name, options)"
         )
-        raise ValueError(message("save_defense", argument, expected, type(module).__name__))
+        raise ValueError(message(function, argument, expected, type(module).__name__))
     name, options = architecture
     try:
         spec: dict[str, Any] = json.loads(json.dumps({"name": name, "options": dict(options)}))
         factory = _factory(name, registry)
-        _check_class("save_defense", argument, module, name, factory)
+        _check_class(function, argument, module, name, factory)
         _check_fits(functools.partial(factory, **spec["options"]), spec["options"], module.state_dict())
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         given = f"{type(module).__name__} ({' '.join(str(error).split())})"
-        raise ValueError(message("save_defense", argument, f"what {name!r} with {options} builds", given)) from error
+        raise ValueError(message(function, argument, f"what {name!r} with {options} builds", given)) from error
     return spec
 
 

@@ -34,5 +34,5 @@ def classifier(train: atop.Dataset, quick: bool) -> atop.classifiers.SmallCNN:
         config = atop.ClassifierConfig(epochs=1 if quick else 10, lr=4e-3)
         atop.train_classifier(model, train.images, train.labels, config=config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        atop.save_model(path, model, "classifier", "small_cnn", **options)
-    return atop.load_model(path, "classifier")
+        atop.save_model(path, model)
+    return atop.load_model(path)

@@ -54,7 +54,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atop.save_model(path, purifier, "purifier", "denoiser", **options)
 
-    defense = atop.Defense(transform, atop.load_model(path, "purifier"), classifier(train, args.quick)).eval()
+    defense = atop.Defense(transform, atop.load_model(path), classifier(train, args.quick)).eval()
     attack = atop.PGD(defense, eps=EPS, steps=2 if args.quick else 20, eot_iter=4)
     report = atop.evaluate(defense, test.images, test.labels, eps=EPS, attacks={"pgd": attack})
     low, high = report.robust.mean_ci

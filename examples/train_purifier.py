@@ -32,9 +32,9 @@ def main() -> None:
     config = atop.FinetuneConfig(epochs, lr=3e-3, gan_weight=0, ce_weight=2, attack="pgd", steps=3, eps=EPS)
     atop.finetune(atop.Defense(transform, purifier, judge), train.images, train.labels, config=config)
     path = FOLDER / "purifier.safetensors"
-    atop.save_model(path, purifier, "purifier", "unet", **options)
+    atop.save_model(path, purifier)
 
-    for name, model in {"pre-trained": pretrained, "fine-tuned": atop.load_model(path, "purifier")}.items():
+    for name, model in {"pre-trained": pretrained, "fine-tuned": atop.load_model(path)}.items():
         defense = atop.Defense(transform, model, judge).eval()
         attack = atop.PGD(defense, eps=EPS, steps=2 if args.quick else 20, eot_iter=4)
         report = atop.evaluate(defense, test.images, test.labels, eps=EPS, attacks={"pgd": attack})

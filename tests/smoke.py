@@ -36,8 +36,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "purifier.safetensors"
-        atop.save_model(path, purifier, "purifier", "unet", channels=1, width=4)
-        defense = atop.Defense(defense.transform, atop.load_model(path, "purifier"), defense.classifier)
+        atop.save_model(path, purifier)
+        defense = atop.Defense(defense.transform, atop.load_model(path), defense.classifier)
         attack = atop.PGD(defense, eps=0.1, steps=2, eot_iter=2)
         run = Path(folder) / "run"
         report = atop.evaluate(defense, images, labels, attacks={"pgd": attack}, eps=0.1, out=run, progress=False)

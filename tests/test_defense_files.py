@@ -203,3 +203,35 @@ def test_a_purifier_remembers_its_transform(tmp_path):
     assert "transform" not in read_header(path)
     save_model(path, purifier, "purifier", "unet", transform=RT1(4), channels=1, width=4)
     assert read_header(path)["transform"]["name"] == "rt1"
+
+
+def test_save_model_takes_the_recorded_architecture(tmp_path):
+    path, mean = tmp_path / "model.safetensors", torch.tensor([0.3])
+    classifier = build_classifier("small_cnn", channels=1, width=8).eval()
+    wrapped = Normalized(classifier, mean, 2 * mean).eval()
+    purifier = build_purifier("unet", channels=1, width=4).eval()
+    masked = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    for kind, module, x in (("classifier", classifier, X), ("classifier", wrapped, X), ("purifier", purifier, masked)):
+        save_model(path, module)
+        for loaded in (load_model(path), load_model(str(path))):
+            assert type(loaded) is type(module)
+            assert torch.equal(loaded(x), module(x))
+        assert read_header(path)["kind"] == kind
+        save_model(path, load_model(path))
+    with pytest.raises(ValueError, match=r"a classifier written by save_model, got .*purifier"):
+        load_model(path, "classifier")
+
+
+def test_save_model_says_what_it_lacks(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for call, pattern in (
+        (lambda: save_model(path, nn.Linear(2, 2)), "module must be of build_classifier, build_purifier or load_model"),
+        (lambda: save_model(path, build_purifier("unet"), width=4), r"name must be given with options, got None with"),
+        (lambda: save_model(path, build_purifier("unet"), "classifier"), "save_model: module must be what 'unet' with"),
+        (lambda: save_model(path, build_purifier("unet"), name="unet"), "kind must be one of 'classifier', 'purifier'"),
+    ):
+        with pytest.raises(ValueError, match=pattern):
+            call()
+    save_defense(path, Defense(RT2(4), *networks()))
+    with pytest.raises(ValueError, match=r"load_model: path must be a model written by save_model, got .*defense"):
+        load_model(path)
