@@ -15,7 +15,7 @@ import jsonargparse
 import torch
 
 from . import env as environment
-from ._core.checks import check_device, message
+from ._core.checks import check_device, message, pick_device
 from ._core.distributed import launched
 from ._core.yaml import parse_yaml
 from .bench.command import bench
@@ -32,7 +32,7 @@ from .training import FinetuneConfig, PretrainConfig
 
 
 def demo(
-    out: str = "runs/demo", budget: str | None = None, device: str = "cpu", seed: int = 0, tensorboard: bool = False
+    out: str = "runs/demo", budget: str | None = None, device: str = "auto", seed: int = 0, tensorboard: bool = False
 ) -> None:
     """AToP on real MNIST digits, from training to the report, in a few minutes on a CPU.
 
@@ -41,7 +41,7 @@ def demo(
     Args:
         out: folder of the models, the report and what a stopped run goes on from.
         budget: see train.
-        device: where to compute: cpu, cuda, cuda:1, ...
+        device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
         tensorboard: see train.
     """
@@ -64,7 +64,7 @@ def train(
     until: Literal["classifier", "pretrain", "finetune", "evaluate"] = "evaluate",
     budget: str | None = None,
     tensorboard: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     seed: int = 0,
 ) -> None:
     """From images to a report by a preset; `atop-fast train PRESET [options]`, see docs/training.md.
@@ -88,7 +88,7 @@ def train(
         until: the last stage; the same command with a later one goes on.
         budget: time such as 45m or 2h in which a reduced form of it ends: with fewer updates and images, as reported.
         tensorboard: write logs for TensorBoard to `out`/tensorboard; needs the extra atop-fast[track].
-        device: where to compute: cpu, cuda, cuda:1, ...
+        device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     networks = (classifier, purifier, discriminator)
@@ -110,7 +110,7 @@ def evaluate(
     trace: str | None = None,
     tensorboard: bool = False,
     budget: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     seed: int = 0,
     **evaluation: Any,
 ) -> None:
@@ -132,7 +132,7 @@ def evaluate(
         trace: file of JSON lines with loss, accuracy and passes after each step of every attack.
         tensorboard: write the same to `out`/tensorboard; needs the extra atop-fast[track].
         budget: time after which no further attack starts, such as 90s, 10m or 2h.
-        device: where to compute: cpu, cuda, cuda:1, ...
+        device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     config = EvaluationConfig(**evaluation)
@@ -253,6 +253,7 @@ def _say(text: str) -> None:
 
 def _place(function: str, device: str) -> torch.device:
     """The device; under torchrun, every process has a GPU of its own."""
+    device = pick_device(device)
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device
     return check_device(function, "device", own)
 

@@ -47,3 +47,16 @@ def test_accepts():
     assert _checks.check_number("f", "eps", 1) == 1.0
     assert _checks.check_integer("f", "n", 3, low=3) == 3
     assert _checks.check_choice("f", "mode", "a", ("a", "b")) == "a"
+
+
+def test_auto_takes_a_gpu_if_there_is_one(monkeypatch):
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    assert _checks.check_device("f", "device", "auto").type == kind
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _checks.pick_device("auto") == "cuda"
+    if kind == "cpu":
+        with pytest.raises(ValueError, match="f: device must be a device of this machine, got 'cuda'"):
+            _checks.check_device("f", "device", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _checks.check_device("f", "device", "auto").type == "cpu"
+    assert [_checks.pick_device(name) for name in ("cpu", "cuda:1")] == ["cpu", "cuda:1"]

@@ -145,8 +145,16 @@ def check_choice(function: str, argument: str, value: Any, choices: Sequence[str
     return str(value)
 
 
+def pick_device(name: str) -> str:
+    """The name of a device: "auto" is "cuda" on a machine with a GPU, and "cpu" otherwise."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(function: str, argument: str, name: str) -> torch.device:
-    """The device `name`; raise ValueError if this machine does not have it."""
+    """The device `name`, which may be "auto"; raise ValueError if this machine does not have it."""
+    name = pick_device(name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

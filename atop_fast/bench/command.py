@@ -22,7 +22,7 @@ SUITES = ("ops", "attacks", "evaluate", "finetune", "scaling")
 
 def bench(
     suite: Literal["ops", "attacks", "evaluate", "finetune", "scaling", "all"] = "all",
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     json: str | None = None,
     plot: str | None = None,
     quick: bool = False,
@@ -38,7 +38,7 @@ def bench(
 
     Args:
         suite: ops, attacks, evaluate, finetune, scaling or all.
-        device: cpu or cuda.
+        device: cpu, cuda, or auto: the GPU, if there is one.
         json: file for the results.
         plot: picture of the ratios, or of the suite scaling alone, by its name a PNG, SVG or PDF file.
         quick: fewer and smaller cases and no torch.compile; a minute or two instead of twenty.
@@ -47,12 +47,12 @@ def bench(
         commit: what to record as the commit; by default what git says.
     """
     check_choice("bench", "suite", suite, [*SUITES, "all"])
-    check_device("bench", "device", check_choice("bench", "device", device, ["cpu", "cuda"]))
+    place = check_device("bench", "device", check_choice("bench", "device", device, ["auto", "cpu", "cuda"])).type
     paths = [Path(path) for path in (json, plot) if path]
     for path in paths:
         # Refused now, not after twenty minutes.
         writable_folder("bench", "json" if str(path) == json else "plot", path.parent)
-    for document in run(SUITES if suite == "all" else (suite,), Options(device, quick, compile_all), commit, match):
+    for document in run(SUITES if suite == "all" else (suite,), Options(place, quick, compile_all), commit, match):
         if json:
             results.write(Path(json), document)
         if plot:

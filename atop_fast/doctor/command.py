@@ -31,7 +31,7 @@ def doctor(
     steps: int = 10,
     eot_iter: int | None = None,
     images: int = 64,
-    device: str = "cpu",
+    device: str = "auto",
     seed: int = 0,
 ) -> None:
     """Check a defense's contract and look for gradient masking; exit code 1 if a check fails.
@@ -54,7 +54,7 @@ def doctor(
         steps: PGD steps.
         eot_iter: draws in each gradient; by default what the gradient's noise asks for, at most 8.
         images: how many held-out images are examined.
-        device: where to compute: cpu, cuda, cuda:1, ...
+        device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     place = check_device("doctor", "device", device)

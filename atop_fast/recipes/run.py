@@ -60,7 +60,7 @@ def run_recipe(
     out: str | Path,
     *,
     until: str = "evaluate",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     seed: int = 0,
     budget: float | str | None = None,
     tensorboard: bool = False,
@@ -76,7 +76,7 @@ def run_recipe(
         recipe: Recipe, such as of load_recipe.
         out: folder of the run: new, empty, or of this run.
         until: the last stage: "classifier", "pretrain", "finetune" or "evaluate".
-        device: where to compute.
+        device: where to compute; "auto" takes a GPU if there is one.
         seed: key of all randomness: weights, data order, noise, masks, attacks and verdict.
         budget: seconds, or text such as "90s", "45m", "2h", in which a reduced form of the recipe is to end: with fewer
             updates and images, and perhaps a lighter protocol (docs/training.md); the report says which. What is
