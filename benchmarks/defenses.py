@@ -1,0 +1,140 @@
+"""The table of trained defences: python benchmarks/defenses.py RUN [RUN ...] --data FOLDER --out runs/table [--json]
+
+RUN is a folder of `atop-fast train`. Four systems of it (the classifier alone, behind the transform, behind the
+purifier as pre-trained and as fine-tuned) meet the same test images under every attack, and are judged by 20 fresh
+draws an image. The fine-tuned one is what the package carries, if --carried names it. Cells that are in --out are not
+computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import RESULTS, metadata, print_table, write
+from torch import Tensor
+
+from atop_fast import PGD, Defense, StAdv, evaluate, image_folder, load_defense, load_model
+from atop_fast.attacks import Model
+
+LINF, L2, FLOW = 8 / 255, 0.5, 0.05
+# One draw a step, averaged by momentum, as in the protocol eot-fast.
+SCHEDULE: dict[str, Any] = {"momentum": 0.9, "schedule": "cosine"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """An attack: the norm and radius of its threat model, how many steps it takes, and how to build it."""
+
+    norm: str
+    eps: float
+    steps: int
+    attack: Callable[..., Any]
+
+
+def pgd(model: Model, column: Column, **options: Any) -> PGD:
+    return PGD(model, norm=column.norm, eps=column.eps, steps=column.steps, **SCHEDULE, **options)
+
+
+COLUMNS = {
+    "blind": Column("Linf", LINF, 40, lambda model, column: pgd(model, column, gradient="blind")),
+    "BPDA": Column("Linf", LINF, 40, lambda model, column: pgd(model, column, gradient="bpda")),
+    "exact": Column("Linf", LINF, 400, pgd),
+    "L2": Column("L2", L2, 100, pgd),
+    "StAdv": Column("Linf", LINF, 40, lambda model, column: StAdv(model, bound=FLOW, steps=column.steps)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 with a part `test`")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the evaluations")
+    parser.add_argument(
+        "--carried", help="name of the defence in the package that is the fine-tuned one of the first run"
+    )
+    parser.add_argument("--images", type=int, default=200, help="of the test set, in every cell")
+    parser.add_argument("--systems", nargs="+", help="no others")
+    parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS), help="no others")
+    parser.add_argument("--json", action="store_true", help="write results/defenses--cpu-avx2.json")
+    args = parser.parse_args()
+    test = image_folder(args.data / "test").split(args.images, seed=0)[0]
+    rows = []
+    for place, run in enumerate(args.runs):
+        for name, system in systems(run, args.carried if place == 0 else None).items():
+            if args.systems and name not in args.systems:
+                continue
+            title = f"{run.name}, {name}"
+            row: dict[str, Any] = {"defence": run.name, "system": name, "images": args.images}
+            for column in args.columns:
+                row |= cell(system, column, test.images, test.labels, args.out / f"{title}, {column}", title)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    print_table(rows)
+    if args.json:
+        document = {
+            **metadata("cpu", None),
+            "command": f"python benchmarks/defenses.py RUN --data cifar10-jpeg --images {args.images}",
+            "data": "CIFAR-10 as JPEG of quality 75, test images",
+            "columns": {name: {"norm": c.norm, "eps": c.eps, "steps": c.steps} for name, c in COLUMNS.items()},
+            "rows": rows,
+        }
+        print(write("defenses", "cpu-avx2", RESULTS, document))
+
+
+def systems(run: Path, carried: str | None) -> dict[str, torch.nn.Module]:
+    """What of a run is judged, by name."""
+    tuned = load_defense(carried or run / "defense.safetensors")
+    assert tuned.purifier is not None
+    pretrained = load_model(run / "pretrained.safetensors", "purifier")
+    return {
+        "classifier alone": tuned.classifier,
+        "transform alone": Defense(tuned.transform, None, tuned.classifier),
+        "pre-trained": Defense(tuned.transform, pretrained, tuned.classifier),
+        "fine-tuned": tuned,
+    }
+
+
+def table(document: dict[str, Any]) -> str:
+    """A row for each system: accuracy of a draw with its 95 % interval under every attack."""
+    names = list(document["columns"])
+    lines = ["| system | images | clean | " + " | ".join(names) + " | single draw |", "|---" * (len(names) + 4) + "|"]
+    for row in document["rows"]:
+        cells = [_cell(row, name) for name in ("clean", *names)]
+        single = f"{row['single draw']:.3f}" if "single draw" in row else ""
+        lines.append(f"| {row['system']} | {row['images']} | {' | '.join(cells)} | {single} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row:
+        return ""
+    low, high = row[f"{name} interval"]
+    return f"{row[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def cell(system: torch.nn.Module, name: str, x: Tensor, y: Tensor, out: Path, title: str) -> dict[str, Any]:
+    """The verdicts of one attack: mean accuracy of a draw with its interval, and what one draw would have said."""
+    column = COLUMNS[name]
+    if name in ("blind", "BPDA") and not isinstance(system, Defense):
+        return {}
+    report = evaluate(
+        system, x, y, norm=column.norm, eps=column.eps, attacks={name: column.attack(system, column)}, out=out,
+        title=title, diagnostics=(),
+    ).to_dict()  # fmt: skip
+    clean, robust = report["clean"], report["attacks"][name]
+    found = {"clean": clean["mean"], "clean interval": clean["mean_ci"]}
+    found |= {name: robust["mean"], f"{name} interval": robust["mean_ci"]}
+    if name == "exact":
+        found |= {"all draws right": robust["worst"], "single draw": report["emulated"]["single_draw"]["accuracy"]}
+        found["samples"] = [sample["robust"] for sample in report["samples"]]
+    return found
+
+
+if __name__ == "__main__":
+    main()
