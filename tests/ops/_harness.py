@@ -26,6 +26,8 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What eager rounds differently: in float64 the reference itself is off by some units in the last place.
 ULPS = {torch.float64: 8}
+# Inductor adds code that the op is not part of, which takes a C++ compiler up to a minute: the second tier.
+COMPILERS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,12 @@ def check_gradcheck(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None
     """The gradients agree with finite differences in float64; `tensors` must lie away from kinks."""
     leaves = [t.detach().double().requires_grad_(i in spec.differentiable) for i, t in enumerate(tensors)]
     with owned_by(backend, spec.ops or (spec.name,)):
-        assert torch.autograd.gradcheck(lambda *inputs: spec.call(*inputs, *spec.numbers), leaves)
+        gradcheck(backend, lambda *inputs: spec.call(*inputs, *spec.numbers), leaves)
+
+
+def gradcheck(backend: str, call: Callable[..., Tensor], leaves: Any) -> None:
+    """torch's gradcheck; in Triton's interpreter a random projection of the Jacobian, not all of it in 100 calls."""
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=is_interpreted(backend))
 
 
 def check_opcheck(
@@ -230,23 +237,28 @@ def check_opcheck(
 def opcheck(op: torch._ops.OpOverload, arguments: Sequence[Any], dynamic: bool = True) -> None:
     """torch's own checks of schema, autograd registration and fake, and with `dynamic` of AOT dispatch.
 
-    The last traces the op with sizes as symbols, in 50 times the time of the others: once for an op and a backend. It
-    takes channels_last where there are layouts, as check_compiled takes contiguous tensors.
+    The last traces the op with sizes as symbols, in 50 times the time of the others: once for an op, owned by eager, as
+    tracing calls no kernel. It takes channels_last where there are layouts, as check_compiled takes contiguous tensors.
     """
-    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op, tuple(arguments), test_utils=(*utils, "test_aot_dispatch_dynamic")[: 3 + dynamic])
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if dynamic and _registry.owner(op.name().partition("::")[2].partition(".")[0], DEVICE) == "eager":
+        utils.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, tuple(arguments), test_utils=utils)
 
 
-def check_compiled(spec: Spec, backend: str, samples: Sequence[Sequence[Tensor]], compiler: str = "inductor") -> None:
-    """torch.compile takes the op whole, is right, and does not compile again for tensors of other sizes.
+def check_compiled(
+    spec: Spec, names: Sequence[str], samples: Sequence[Sequence[Tensor]], compiler: str = "aot_eager"
+) -> Callable[..., Tensor]:
+    """torch.compile takes the op whole, and is right in the backends `names` and for tensors of other sizes.
 
-    The compiler "aot_eager" does all of it but the code that the op is not part of, which can take a minute.
+    It compiles once for all of them: compiled code calls the dispatcher, which knows the backend. Returns that code.
     """
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda *inputs: spec.call(*inputs, *spec.numbers), fullgraph=True, dynamic=True, backend=compiler
     )
-    with owned_by(backend, spec.ops or (spec.name,)):
-        for i, tensors in enumerate(samples):
-            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-                assert torch.equal(compiled(*tensors), spec.call(*tensors, *spec.numbers))
+    for i, (backend, tensors) in enumerate(itertools.product(names, samples)):
+        stance = torch.compiler.set_stance("fail_on_recompile" if i else "default")
+        with owned_by(backend, spec.ops or (spec.name,)), stance:
+            assert torch.equal(compiled(*tensors), spec.call(*tensors, *spec.numbers)), backend
+    return compiled

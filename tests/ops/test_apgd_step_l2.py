@@ -51,7 +51,7 @@ def test_tensors_like_numbers(backend):
     _steps.check_tensors_like_numbers(STEP, backend)
 
 
-@cases(inner=((3, 8, 8), (9000,)))
+@cases(inner=((3, 8, 8), (9000,)), interpreted=_steps.LONG)
 def test_samples_are_independent(backend, inner):
     _steps.check_samples_are_independent(STEP, backend, inner)
 
@@ -107,7 +107,7 @@ def test_zero_gradient_and_zero_eps(backend):
 
 
 # A sample of one part and of several.
-@cases(inner=((3, 5, 7), (9000,)), draws=(0, 2))
+@cases(inner=((3, 5, 7), (9000,)), draws=(0, 2), interpreted=_steps.LONG)
 def test_small_gradients(backend, inner, draws):
     _steps.check_small_gradients(STEP, backend, inner, draws)
 

@@ -51,7 +51,7 @@ def test_tensors_like_numbers(backend):
     _steps.check_tensors_like_numbers(STEP, backend)
 
 
-@cases(inner=((3, 8, 8), (9000,)))
+@cases(inner=((3, 8, 8), (9000,)), interpreted=_steps.LONG)
 def test_samples_are_independent(backend, inner):
     _steps.check_samples_are_independent(STEP, backend, inner)
 

@@ -103,7 +103,7 @@ def test_gradcheck(backend):
     purified = torch.randn(4, 1, 2, 4, device=DEVICE, dtype=torch.float64, requires_grad=True)
     blocks = torch.tensor([[0, 1], [2, 0]], dtype=torch.uint8, device=DEVICE)
     with harness.owned_by(backend, NAMES):
-        assert torch.autograd.gradcheck(lambda t: ops.assemble(t, blocks, 2), purified)
+        harness.gradcheck(backend, lambda t: ops.assemble(t, blocks, 2), purified)
 
 
 @cases()
@@ -139,8 +139,8 @@ def test_opcheck(backend, layout, requires_grad):
             harness.opcheck(spec_module.OP_BWD, (purified.detach()[:2], blocks, patch, copies), dynamic)
 
 
-@cases()
-def test_compiles(backend):
+@pytest.mark.parametrize("compiler", harness.COMPILERS)
+def test_compiles(compiler):
     def call(purified, blocks):
         return ops.assemble(purified, blocks, 4)
 
@@ -148,7 +148,7 @@ def test_compiles(backend):
         return torch.randn(2 * n, 3, 8, 12, device=DEVICE), random_owners(n, (8, 12), 4, 2)
 
     spec = harness.Spec("assemble", call, call, tensors, (), (), True, ops=NAMES)
-    harness.check_compiled(spec, backend, [tensors(n) for n in (2, 5, 7)])
+    harness.check_compiled(spec, harness.backends(), [tensors(n) for n in (2, 5, 7)], compiler)
 
 
 BAD = [

@@ -304,10 +304,11 @@ def test_opcheck_bwd(backend, layout, with_db):
         harness.opcheck(gated.OP_BWD, arguments, dynamic=layout == "channels_last" and with_db)
 
 
-@cases(kind=("elu", "bias_relu"))
-def test_compiles(backend, kind):
+@pytest.mark.parametrize("compiler", harness.COMPILERS)
+@pytest.mark.parametrize("kind", ["elu", "bias_relu"])
+def test_compiles(kind, compiler):
     samples = [SPECS[kind].sample((n, 4, 8, 8), torch.float32) for n in (2, 5, 7)]
-    harness.check_compiled(SPECS[kind], backend, samples, compiler="aot_eager" if kind == "elu" else "inductor")
+    harness.check_compiled(SPECS[kind], harness.backends(), samples, compiler)
 
 
 H = torch.zeros(1, 4, 2, 2)

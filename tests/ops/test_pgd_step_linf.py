@@ -123,14 +123,15 @@ def test_opcheck_in_place(backend, layout):
         harness.opcheck(spec_module.OP_, (*tensors, ALPHA, EPS), dynamic=layout == "channels_last")
 
 
-@cases(step=tuple(STEPS))
-def test_compiles(backend, step):
+@pytest.mark.parametrize("compiler", harness.COMPILERS)
+@pytest.mark.parametrize("step", STEPS)
+def test_compiles(step, compiler):
     def call(x, *rest):
         return ops.pgd_step_linf(x, *rest) if step == "functional" else ops.pgd_step_linf_(x.clone(), *rest)
 
-    harness.check_compiled(
-        harness.Spec(**{**vars(SPEC), "call": call}), backend, [sample((n, 3, 8, 8), torch.float32) for n in (2, 5, 7)]
-    )
+    spec = harness.Spec(**{**vars(SPEC), "call": call})
+    samples = [sample((n, 3, 8, 8), torch.float32) for n in (2, 5, 7)]
+    harness.check_compiled(spec, harness.backends(), samples, compiler)
 
 
 @cases()

@@ -108,10 +108,10 @@ def test_opcheck(backend):
     harness.check_opcheck(SPEC, backend, sample(3), requires_grad=False)
 
 
-@cases()
-def test_compiles(backend):
+@pytest.mark.parametrize("compiler", harness.COMPILERS)
+def test_compiles(compiler):
     spec = harness.Spec(**{**vars(SPEC), "numbers": (), "call": lambda *key: ops.random_normal((3, 5), *key)})
-    harness.check_compiled(spec, backend, [sample(n) for n in (2, 5, 7)])
+    harness.check_compiled(spec, harness.backends(), [sample(n) for n in (2, 5, 7)], compiler)
 
 
 BAD = [
