@@ -138,27 +138,36 @@ def test_key_in_strides(program):
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 
+@pytest.fixture(scope="module")
+def at_level(tmp_path_factory):
+    """The words that a program prints whose SIMD believes that the machine has no more than a level."""
+    binaries = {}
+
+    def call(source, level):
+        module = _registry.native_module()
+        if module is None or LEVELS.index(level) > LEVELS.index(module.cpu_features()["level"]):
+            pytest.skip(f"no native build, or a CPU without {level}")
+        if source not in binaries:
+            chosen = '-D__builtin_cpu_supports(name)=(std::strcmp(name, std::getenv("ATOP_TEST_LEVEL")) == 0)'
+            binaries[source] = compiled(source, tmp_path_factory.mktemp("levels"), "-include", "cstdlib", chosen)
+        environment = {**os.environ, "ATOP_TEST_LEVEL": level}
+        done = subprocess.run([binaries[source]], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    return call
+
+
 @pytest.mark.backend("cpp")
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_level_of_simd_returns_the_same_bits(level, tmp_path):
+def test_every_level_of_simd_returns_the_same_bits(at_level, level):
     """The library uses only the highest level of the machine; here each takes its turn."""
-    module = _registry.native_module()
-    if module is None or LEVELS.index(level) > LEVELS.index(module.cpu_features()["level"]):
-        pytest.skip(f"no native build, or a CPU without {level}")
-    chosen = f'-D__builtin_cpu_supports(name)=(std::strcmp(name, "{level}") == 0)'
-    binary = compiled("simd_levels.cpp", tmp_path, chosen)
-    assert subprocess.run([binary], capture_output=True, text=True, check=True).stdout.split() == ["0"] * 4
+    assert at_level("simd_levels.cpp", level) == ["0"] * 4
 
 
 @pytest.mark.backend("cpp")
 @pytest.mark.parametrize("level", LEVELS)
-def test_every_level_convolves(level, tmp_path):
+def test_every_level_convolves(at_level, level):
     """The loops of Winograd's convolution on each level: as accurate as float32 lets them be."""
-    module = _registry.native_module()
-    if module is None or LEVELS.index(level) > LEVELS.index(module.cpu_features()["level"]):
-        pytest.skip(f"no native build, or a CPU without {level}")
-    chosen = f'-D__builtin_cpu_supports(name)=(std::strcmp(name, "{level}") == 0)'
-    binary = compiled("winograd_levels.cpp", tmp_path, chosen)
-    lines = subprocess.run([binary], capture_output=True, text=True, check=True).stdout.split()
+    lines = at_level("winograd_levels.cpp", level)
     assert len(lines) == 8
     assert all(0 < float(error) < 1e-5 for error in lines)
