@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -391,7 +392,11 @@ def test_a_console_without_utf_8_gets_its_table(files):
 
 @pytest.mark.slow
 def test_a_process_that_waits_for_others_says_so(files):
-    left_over = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
+    # A port at which nobody answers, and that nobody else can have.
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    port = str(taken.getsockname()[1])
+    left_over = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     args = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
     start = time.monotonic()
     process = run(*args, **left_over, PYTHONWARNINGS="ignore")
@@ -400,8 +405,9 @@ def test_a_process_that_waits_for_others_says_so(files):
     finally:
         process.kill()
         process.communicate()
-    assert "process 0 of 2" in line
-    assert "127.0.0.1:29871" in line
+        taken.close()
+    assert "process 1 of 2" in line
+    assert f"127.0.0.1:{port}" in line
     assert "unset WORLD_SIZE" in line
     # Python's own start counts, too.
     assert time.monotonic() - start < 90

@@ -7,13 +7,12 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from toolkit import ranks
+from toolkit import PATIENCE, end_itself, ranks
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -223,6 +222,9 @@ def train(rank, variables, folder, options):
     with seeded(0):
         classifier = build_classifier("small_cnn", channels=1, classes=4).eval()
         purifier, discriminator = build_purifier("unet", channels=1, width=4), SNPatchDiscriminator(1, 4, 2)
+    if moment := options.pop("stop", None):
+        before = written(folder / "run.pt")
+        end_itself(moment[0], lambda: written(folder / "run.pt") > before, moment[1])
     if options.pop("differ", False):
         options["lr"] = 0.1 * (1 + rank)
     config = FinetuneConfig(epochs=3, batch_size=5, eps=0.1, attack="pgd", steps=1, average="ema", **options)
@@ -256,7 +258,7 @@ def start(folder, size=1, **options):
 
 def finish(processes, folder):
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(len(processes))]
 
@@ -296,14 +298,9 @@ def test_a_run_stopped_again_and_again_ends_with_the_same_bits(tmp_path, stop):
     (whole,) = finish(start(tmp_path / "whole"), tmp_path / "whole")
     folder, moments, stops = tmp_path / "stopped", random.Random(0), 0
     for _ in range(4):
-        (process,) = start(folder)
-        before = written(folder / "run.pt")
         # After an update or some more, or somewhere within one.
-        while process.is_alive() and written(folder / "run.pt") <= before:
-            time.sleep(0.002)
-        time.sleep(moments.random() * 0.02)
-        os.kill(process.pid, stop)
-        process.join(60)
+        (process,) = start(folder, stop=(stop, moments.random() * 0.02))
+        process.join(PATIENCE)
         if process.exitcode in (0, OUTSIDE):
             break
         assert process.exitcode == (-9 if stop == signal.SIGKILL else 143)
@@ -335,7 +332,7 @@ def test_two_processes_train_as_one(tmp_path):
 def test_processes_with_different_options_are_refused(tmp_path):
     processes = start(tmp_path, 2, differ=True)
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 1
     assert not (tmp_path / "run.pt").exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toolkit import ranks
+from toolkit import PATIENCE, end_itself, ranks
 from torch import nn
 
 from atop_fast import RT2, Defense, evaluate
@@ -200,11 +200,18 @@ def test_a_damaged_log_is_named(tmp_path):
         run(tmp_path / "run")
 
 
+def units(folder: Path) -> int:
+    """How much of a run its processes have written down."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("log*.jsonl"))
+
+
 def rank(number: int, variables: dict[str, str], out: str | None, result: str, options: dict) -> None:
     """One process of a run, as torchrun would start it."""
     os.environ.update(variables)
     torch.set_num_threads(1)
     delay, dies = options.pop("delay", 0), options.pop("dies", None)
+    if stop := options.pop("stop", None):
+        end_itself(signal.SIGKILL, lambda: units(Path(out)) >= stop[0], stop[1])
 
     def before(ids):
         time.sleep(delay)
@@ -229,9 +236,9 @@ def start(size: int, out: Path | None, result: Path, **options) -> list:
     return processes
 
 
-def finish(processes: list, timeout: float = 120) -> list[int]:
+def finish(processes: list) -> list[int]:
     for process in processes:
-        process.join(timeout)
+        process.join(PATIENCE)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
@@ -253,8 +260,10 @@ def test_two_processes_find_what_one_finds(tmp_path, whole, folder):
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others(tmp_path):
+    processes = start(2, tmp_path / "run", tmp_path, dies=1)
+    processes[1].join(PATIENCE)
     begin = time.monotonic()
-    codes = finish(start(2, tmp_path / "run", tmp_path, dies=1))
+    codes = finish(processes)
     assert codes[1] == 9
     assert codes[0] not in (0, None)
     assert time.monotonic() - begin < 60

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_evaluate_runs import COUNT, finish, results, run, start, written
+from test_evaluate_runs import COUNT, finish, results, run, start, units, written
 
 pytestmark = pytest.mark.slow
 
@@ -51,28 +51,16 @@ def test_killed_demo_resumes_to_the_same_report(tmp_path):
 @pytest.mark.parametrize("seed", [0])
 def test_an_evaluation_killed_ten_times_ends_with_the_same_flags(tmp_path, seed):
     """At random moments, with any batch size and one or two processes."""
-    moments, out, kills, worlds = random.Random(seed), tmp_path / "run", 0, set()
-
-    def lines():
-        return sum(path.read_bytes().count(b"\n") for path in out.glob("log*.jsonl"))
-
-    while kills < 10:
+    moments, out, worlds = random.Random(seed), tmp_path / "run", set()
+    for _ in range(10):
         size, batch_size = moments.choice((1, 2)), moments.choice((2, 3, 4))
-        processes = start(size, out, tmp_path, batch_size=batch_size, delay=0.02)
         # Now and then before anything is done, else some time after the first or second unit.
-        goal = lines() + moments.choice((0, 1, 2))
-        while lines() < goal:
-            assert any(process.is_alive() for process in processes), "it ended before it could be killed"
-            time.sleep(0.002)
-        time.sleep(moments.random() * 0.05)
-        running = [process for process in processes if process.is_alive()]
-        for process in running:
-            os.kill(process.pid, signal.SIGKILL)
-        finish(processes)
-        kills += bool(running)
+        stop = units(out) + moments.choice((0, 1, 2)), moments.random() * 0.05
+        codes = finish(start(size, out, tmp_path, batch_size=batch_size, delay=0.02, stop=stop))
+        assert -signal.SIGKILL in codes, "it ended before it could be killed"
         worlds.add(size)
     assert worlds == {1, 2}
     assert not (out / "report.json").exists()
-    assert 0 < lines() < 4 * COUNT / 2
+    assert 0 < units(out) < 4 * COUNT / 2
     assert finish(start(2, out, tmp_path, batch_size=5)) == [0, 0]
     assert written(out) == results(run(None))

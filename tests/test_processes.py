@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_engine import CPU, Line, X, Y, written
-from toolkit import ranks
+from toolkit import PATIENCE, ranks
 
 from atop_fast._core.distributed import process_group
 from atop_fast.training import Feed, fit
@@ -42,7 +42,7 @@ def test_a_dead_process_ends_the_other(tmp_path, victim):
             time.sleep(0.005)
         os.kill(processes[victim].pid, signal.SIGKILL)
         other = processes[1 - victim]
-        other.join(60)
+        other.join(PATIENCE)
         assert other.exitcode == 1
     finally:
         for process in processes:

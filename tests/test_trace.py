@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import mnist, standard_mnist
-from toolkit import ranks
+from toolkit import PATIENCE, ranks
 
 from atop_fast import RT2, Defense, evaluate
 from atop_fast.attacks import (
@@ -307,7 +307,7 @@ def test_two_processes_tell_what_one_tells(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     assert lines(tmp_path / "trace.jsonl") == lines(tmp_path / "whole.jsonl")
     assert all(json.loads((tmp_path / f"rank{number}.json").read_text()) == whole.trace for number in range(2))

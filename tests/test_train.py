@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toolkit import ranks
+from toolkit import PATIENCE, ranks
 
 from atop_fast import build_classifier, build_purifier, load_defense, load_model, save_model
 from atop_fast.cli import main
@@ -322,7 +322,7 @@ def start(files: Path, out: str, size: int = 1) -> list:
 
 def finish(processes: list) -> None:
     for process in processes:
-        process.join(120)
+        process.join(PATIENCE)
         assert process.exitcode == 0
 
 

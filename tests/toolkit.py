@@ -5,9 +5,14 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
+# Seconds for a process that should end by itself, however loaded the machine is.
+PATIENCE = 300
 # Stores of runs that may still be active.
 STORES: list[dist.TCPStore] = []
 
@@ -17,6 +22,22 @@ def nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     usual = [os.path.join(home, "bin", "nvcc") for home in homes if home]
     return next((path for path in usual if os.path.isfile(path)), shutil.which("nvcc"))
+
+
+def end_itself(stop: int, due: Callable[[], bool], delay: float) -> None:
+    """Have this process get the signal `stop` `delay` seconds after `due` first returns True.
+
+    Another process would have to be in time: on a loaded machine it may run only when this one has long ended, while
+    two threads of one process share what time it gets.
+    """
+
+    def watch() -> None:
+        while not due():
+            time.sleep(0.001)
+        time.sleep(delay)
+        os.kill(os.getpid(), stop)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def ranks(size: int) -> list[dict[str, str]]:
