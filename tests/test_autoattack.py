@@ -234,7 +234,10 @@ def test_wrong_arguments_are_named():
         attack()(X, Y, sample_ids=torch.arange(3))
 
 
-@pytest.mark.parametrize(("loader", "norm", "eps"), [("robust", "Linf", 0.24), ("standard", "L2", 1.1)])
+@pytest.mark.parametrize(
+    ("loader", "norm", "eps"),
+    [pytest.param("robust", "Linf", 0.24, marks=pytest.mark.slow), ("standard", "L2", 1.1)],
+)
 def test_fast_leaves_as_much_as_standard_in_fewer_passes(loader, norm, eps):
     model, data = getattr(models, f"{loader}_mnist")(), models.mnist()
     x, y = data.images[:64], data.labels[:64]
@@ -295,7 +298,7 @@ def test_what_raises_doubt(pma, apgd, probe, doubted):
         ("robust", "Linf", 0.24),
         pytest.param("robust", "L2", 2.6, marks=pytest.mark.slow),
         pytest.param("standard", "Linf", 0.065, marks=pytest.mark.slow),
-        ("standard", "L2", 1.1),
+        pytest.param("standard", "L2", 1.1, marks=pytest.mark.slow),
     ],
 )
 def test_as_strong_as_the_original(loader, norm, eps):

@@ -102,7 +102,7 @@ def test_a_training_of_updates_ends_within_an_epoch():
 def test_a_run_ends_with_what_was_planned(tiny, capsys, monkeypatch):  # noqa: F811
     # A slow machine must not cut the evaluations, which would make of one plan two reports.
     monkeypatch.setattr(budget.Budget, "limit", lambda *_: 600.0)
-    main(["train", "tiny.yaml", "--out=run", "--budget=2s"])
+    main(["train", "tiny.yaml", "--out=run", "--budget=1s"])
     plan = json.loads(Path("run/plan.json").read_text())
     assert list(plan) == ["classifier", *STAGES]
     report = json.loads(Path("run/report.json").read_text())
@@ -117,7 +117,7 @@ def test_a_run_ends_with_what_was_planned(tiny, capsys, monkeypatch):  # noqa: F
     Path("again").mkdir()
     for name in ("run.json", "plan.json"):
         shutil.copy(f"run/{name}", f"again/{name}")
-    main(["train", "tiny.yaml", "--out=again", "--budget=2s"])
+    main(["train", "tiny.yaml", "--out=again", "--budget=1s"])
     assert Path("again/report.json").read_text() == Path("run/report.json").read_text()
     assert "another budget" in fail(capsys, "train", "tiny.yaml", "--out=run", "--budget=5s")
     assert "run_recipe: budget must be seconds, or text" in fail(capsys, "train", "tiny.yaml", "--budget=soon")

@@ -20,8 +20,8 @@ from atop_fast.cli import COMMANDS, main
 from atop_fast.randomness import seeded
 
 DEMO = [
-    *("--data.holdout=4936", "--evaluation.images=8", "--classifier.training.epochs=1", "--pretrain.epochs=1"),
-    *("--finetune.epochs=1", "--evaluation.steps=1", "--evaluation.draws=2"),
+    *("--data.holdout=4968", "--evaluation.images=4", "--classifier.training.epochs=1", "--pretrain.epochs=1"),
+    *("--finetune.epochs=1", "--finetune.steps=1", "--evaluation.steps=1", "--evaluation.draws=2"),
 ]
 
 
@@ -40,7 +40,8 @@ def files(tmp_path, monkeypatch):
         save_model(
             "classifier.safetensors", build_classifier("small_cnn", **options), "classifier", "small_cnn", **options
         )
-        save_model("purifier.safetensors", build_purifier("unet", channels=1), "purifier", "unet", channels=1)
+        options = {"channels": 1, "width": 4}
+        save_model("purifier.safetensors", build_purifier("unet", **options), "purifier", "unet", **options)
     return tmp_path
 
 
@@ -96,12 +97,12 @@ def test_a_checkpoint_of_torch_can_be_defended(files, command):
     with seeded(0):
         state = build_classifier("small_cnn", channels=1, classes=2).state_dict()
         torch.save({"online": state, "ema": state}, "classifier.pt")
-    out = {"doctor": "findings.json", "evaluate": "e"}[command]
+    out, part = {"doctor": ("findings.json", []), "evaluate": ("e", ["--draws=2", "--diagnostics=false"])}[command]
     systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--key=ema"]
     systems += ["--purifier=purifier.safetensors", "--transform.name=rt2"]
     # What the doctor finds in a network with random weights is a failure.
     with contextlib.suppress(SystemExit) if command == "doctor" else contextlib.nullcontext():
-        main([command, *systems, *DATA, "--images=2", f"--out={out}", "--steps=1"])
+        main([command, *systems, *DATA, "--images=2", f"--out={out}", "--steps=1", *part])
     assert (files / out).exists()
 
 
@@ -155,7 +156,7 @@ def test_files_say_their_transform_and_contradictions_are_refused(files, capsys)
 
 def test_options_come_from_yaml_and_flags(files):
     (files / "run.yaml").write_text(
-        "classifier: classifier.safetensors\neps: 0.05\nsteps: 3\ndraws: 2\n"
+        "classifier: classifier.safetensors\neps: 0.05\nsteps: 3\ndraws: 2\ndiagnostics: false\n"
         "transform: {name: rt1, patch: 2}\ndata: {source: images, grayscale: true, holdout: 4}\n"
     )
     main(["evaluate", "--config=run.yaml", "--steps=1", "--out=y"])
@@ -169,7 +170,7 @@ def test_an_evaluation_by_protocol_with_a_budget_goes_on(files, capsys):
     args = [
         *("evaluate", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", "--out=e", *DATA),
         *("--transform.name=rt2", "--draws=3", "--selection_draws=2", "--curve=[0, 0.05]"),
-        *("--interval=bootstrap", "--randomness=fixed"),
+        *("--interval=bootstrap", "--randomness=fixed", "--diagnostics=false"),
     ]
     main([*args, "--budget=0s"])
     assert "the robust accuracy is an upper bound" in capsys.readouterr().out
@@ -310,8 +311,8 @@ def test_a_run_claims_its_folder_for_the_given_networks(files, capsys):
     part = [*TRAIN, "--purifier.path=purifier.safetensors", "--out=f", "--until=classifier"]
     main(part)
     with seeded(1):
-        other = build_purifier("unet", channels=1)
-        save_model("purifier.safetensors", other, "purifier", "unet", channels=1)
+        other = build_purifier("unet", channels=1, width=4)
+        save_model("purifier.safetensors", other, "purifier", "unet", channels=1, width=4)
     capsys.readouterr()
     assert "belongs to a run with another weights" in fail(capsys, *part)
     assert "holds 'class0' and no run.json" in fail(capsys, *part[:-2], "--out=images")

@@ -88,6 +88,16 @@ def fail(capsys, *args):
     return capsys.readouterr().err.strip().rpartition("\n")[2]
 
 
+def brief(recipe):
+    """The recipe with one epoch of pretraining and fine-tuning, and one image to judge."""
+    return replace(
+        recipe,
+        pretrain=replace(recipe.pretrain, epochs=1),
+        finetune=replace(recipe.finetune, epochs=1),
+        evaluation=replace(recipe.evaluation, images=1),
+    )
+
+
 def test_presets_are_the_documented_ones():
     assert preset_names() == sorted([*PUBLISHED, *NATIVE, "demo"])
     for name in preset_names():
@@ -178,7 +188,7 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
 
 def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
     """--until ends it after a stage; a later one goes on; the ablation is a fine-tuning that differs in the attack."""
-    args = ["train", "tiny.yaml", "--ablation=true", "--notes=Small <b>images</b>."]
+    args = ["train", "tiny.yaml", "--ablation=true", "--notes=Small <b>images</b>.", "--evaluation.images=1"]
     main([*args, "--out=whole"])
     capsys.readouterr()
     expected = {"classifier.safetensors", "run.json", "metrics.jsonl"}
@@ -224,7 +234,7 @@ def test_a_given_purifier_is_fine_tuned(tiny, capsys):
 
 
 def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_adversarially(tiny):
-    recipe = load_recipe("tiny.yaml")
+    recipe = brief(load_recipe("tiny.yaml"))
     run_recipe(replace(recipe, pretrain=replace(recipe.pretrain, gan_weight=0.0)), "one", progress=False)
     assert Path("one/discriminator.safetensors").exists()
     without = {
@@ -250,7 +260,7 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
         torch.save({"state_dict": classifier.state_dict()}, "given.pt")
     else:
         torch.save({"online": build_classifier("small_cnn").state_dict(), "ema": classifier.state_dict()}, "given.key")
-    recipe = load_recipe("tiny.yaml")
+    recipe = brief(load_recipe("tiny.yaml"))
     # What a .safetensors file says counts more than the recipe.
     name, options = ("wrn_28_10", {}) if kind == "safetensors" else ("small_cnn", {"width": 8})
     source = replace(recipe.classifier, path=f"given.{kind}", name=name, options=options)
