@@ -1,5 +1,6 @@
 # Each target sets up what it needs in .venv (nothing outside this folder) and can be repeated; `make help` lists them.
 
+# A failed compiler must not pass because what reads its output did not.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
@@ -12,11 +13,8 @@ STAMP  := $(VENV)/.installed
 BUILD  := $(or $(ATOP_FAST_BUILD),local)
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-slow test-all lint bench fuzz faults sanitize docs wheel clean
+.PHONY: help setup demo test test-slow test-all lint bench fuzz faults sanitize docs dist wheel clean
 .DEFAULT_GOAL := help
-# A failed compiler must not pass because what reads its output did not.
-SHELL := bash
-.SHELLFLAGS := -o pipefail -c
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
@@ -33,12 +31,20 @@ $(VENV)/.stack: $(VENV)/.python $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools wheel ninja pybind11 torch torchvision
 	@touch $@
 
-$(STAMP): $(VENV)/.stack setup.py pyproject.toml $(NATIVE)
-	@echo "==> $(VENV): atop_fast with its native code"
+$(VENV)/.native: $(VENV)/.stack setup.py $(NATIVE)
+	@echo "==> $(VENV): the native code of atop_fast"
 	@mkdir -p build
 	@PATH="$(abspath $(BIN)):$$PATH" ATOP_FAST_BUILD=$(BUILD) $(BIN)/python setup.py -q build_ext --inplace --force 2>&1 \
 	    | tee build/native.log | grep --line-buffered '^atop_fast:' || { tail -n 60 build/native.log; false; }
+	@touch $@
+
+# It waits for the package index most of the time, so that `make -j2` has it beside the compiler.
+$(VENV)/.packages: $(VENV)/.stack setup.py pyproject.toml
+	@echo "==> $(VENV): atop_fast and what it and its tests need"
 	ATOP_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,track,test,lint,bench]'
+	@touch $@
+
+$(STAMP): $(VENV)/.native $(VENV)/.packages
 	@$(BIN)/python -m atop_fast.env
 	@touch $@
 
@@ -95,9 +101,11 @@ $(VENV)-docs/.installed: constraints-docs.txt
 	$(VENV)-docs/bin/python -m pip install --quiet -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
-wheel: $(VENV)/.stack ## a wheel in dist/, installed into a clean environment and tried out from outside of this folder
+dist: $(VENV)/.stack ## a wheel in dist/, with CUDA for TORCH_CUDA_ARCH_LIST (all architectures if unset)
 	rm -rf dist
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+wheel: dist ## the same, installed into a clean environment and tried out from outside of this folder
 	$(PYTHON) -m venv --clear $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet -c $(CONSTRAINTS) dist/*.whl
 	cd / && $(abspath $(VENV)-wheel)/bin/python $(abspath tests/smoke.py)
