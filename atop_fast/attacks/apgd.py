@@ -366,7 +366,8 @@ class _Tables(Schedule):
     round: Tensor
 
 
-@functools.lru_cache(maxsize=64)
+# Kept for good: CUDA graphs read this memory.
+@functools.cache
 def _tables(
     steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, device: torch.device, dtype: torch.dtype
 ) -> _Tables:

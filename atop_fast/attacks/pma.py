@@ -203,7 +203,8 @@ class _Tables(Schedule):
     round: Tensor
 
 
-@functools.lru_cache(maxsize=64)
+# Kept for good: CUDA graphs read this memory.
+@functools.cache
 def _tables(steps: int, rounds: int, targeted: bool, device: torch.device) -> _Tables:
     half, rows = steps / 2, []
     for number in range(rounds):

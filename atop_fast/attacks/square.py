@@ -246,7 +246,8 @@ def _masks(corners: Tensor, size: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return ((row >= 0) & (row < size)).to(x.dtype), ((column >= 0) & (column < size)).to(x.dtype)
 
 
-@functools.lru_cache(maxsize=16)
+# Kept for good: CUDA graphs read this memory.
+@functools.cache
 def _tables(norm: str, p_init: float, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """HALVINGS; the side of the squares at every level, 0 .. 9; and the bumps of every level with their transposes,
     (20, S, S), in the top left corner."""
@@ -263,6 +264,7 @@ def _tables(norm: str, p_init: float, height: int, width: int, device: torch.dev
     return torch.tensor(HALVINGS, device=device), torch.tensor(sizes, device=device), bumps
 
 
+@functools.cache
 def _bump(size: int, norm: str, device: torch.device) -> Tensor:
     """A hill above a valley, float32 (size, size), of norm 1 (equation 2 of the paper; for L1 with the power 4).
 

@@ -18,7 +18,8 @@ def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: flo
     if not magnitude.numel():
         return x.clamp(0, 1)
     ranked = magnitude.sort(dim=1, descending=True)[0]
-    last = torch.as_tensor(k, device=x.device).expand(len(x)).clamp(1, magnitude.shape[1]) - 1
+    most = k if isinstance(k, Tensor) else torch.full((), k, dtype=torch.int64, device=x.device)
+    last = most.expand(len(x)).clamp(1, magnitude.shape[1]) - 1
     chosen = (magnitude >= ranked.gather(1, last[:, None])).view_as(x)
     direction = torch.where(chosen, g.sign(), 0)
     count = (direction != 0)[:, None].flatten(1).sum(dim=1).clamp_min(1).to(x.dtype)

@@ -31,7 +31,9 @@ def _threshold(length: Tensor, cap: Tensor, eps: float | Tensor) -> Tensor:
     slope = torch.where(order < length.shape[1], 1.0, -1.0).to(length.dtype).cumsum(dim=1)
     steps = torch.cat((torch.zeros_like(bends[:, :1]), slope[:, :-1] * bends.diff(dim=1)), dim=1)
     left = length.minimum(cap).sum(dim=1, keepdim=True) - steps.cumsum(dim=1)
-    radius = torch.as_tensor(eps, dtype=length.dtype, device=length.device).expand(len(length))[:, None]
+    # Filled on the device: a copy of a number from the host would wait for a GPU, and no CUDA graph can hold it.
+    radius = eps.to(length.dtype) if isinstance(eps, Tensor) else length.new_full((), eps)
+    radius = radius.expand(len(length))[:, None]
     last = ((left > radius).sum(dim=1, keepdim=True) - 1).clamp_min(0)
     bend, rest, falls = (t.gather(1, last) for t in (bends, left - radius, slope))
     threshold = torch.where(left[:, :1] > radius, bend + rest / falls, 0.0)

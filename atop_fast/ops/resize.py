@@ -105,12 +105,18 @@ def bilinear_taps(given: int, wanted: int, device: torch.device) -> tuple[Tensor
 def _taps(x: Tensor, given: Sequence[int], wanted: Sequence[int], antialias: bool) -> list[tuple[Taps, Taps]]:
     """For rows and columns, the matrix of a resize from `given` to `wanted` and its transpose, matching `x`."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pairs = [axis_taps(g, w, antialias) for g, w in zip(given, wanted, strict=True)]
-    return [(_on(x.device, dtype, rows), _on(x.device, dtype, transposed)) for rows, transposed in pairs]
+    return [_device_taps(g, w, antialias, x.device, dtype) for g, w in zip(given, wanted, strict=True)]
 
 
-def _on(device: torch.device, dtype: torch.dtype, taps: Taps) -> Taps:
-    return Taps(taps.start.to(device), taps.weight.to(device, dtype))
+# Kept for good: CUDA graphs read this memory. A copy from the host in each call would wait for a GPU.
+@functools.cache
+def _device_taps(
+    given: int, wanted: int, antialias: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Taps, Taps]:
+    rows, transposed = (
+        Taps(taps.start.to(device), taps.weight.to(device, dtype)) for taps in axis_taps(given, wanted, antialias)
+    )
+    return rows, transposed
 
 
 @functools.lru_cache(maxsize=64)
