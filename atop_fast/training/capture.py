@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._core.waits import watched
+
 Logs = dict[str, Tensor]
 # Eager warm-up runs before a capture: they choose algorithms, compile kernels and create the optimizers' state.
 WARM_UP = 3
@@ -23,6 +25,9 @@ class Recorder(Protocol):
 
     def run(self, work: Callable[[], Logs]) -> Logs:
         """Run the work eagerly, on the stream on which it will be captured."""
+
+    def rehearse(self, work: Callable[[], Logs]) -> tuple[Logs, str | None]:
+        """Do the work as `run` does; its results, and what would make its recording fail, if that shows."""
 
     def record(self, work: Callable[[], Logs]) -> tuple[Logs, Callable[[], None]]:
         """Capture the work without running it; returns its result tensors and the function that runs it and fills them.
@@ -48,6 +53,10 @@ class CudaRecorder:
         for value in logs.values():
             value.record_stream(outside)
         return logs
+
+    def rehearse(self, work: Callable[[], Logs]) -> tuple[Logs, str | None]:
+        """See Recorder."""
+        return watched(lambda: self.run(work))
 
     def record(self, work: Callable[[], Logs]) -> tuple[Logs, Callable[[], None]]:
         """See Recorder."""
@@ -115,9 +124,17 @@ class Replayed:
             return work()
         if graph.replay is None:
             graph.runs += 1
-            return self.recorder.run(work)
+            return self.recorder.run(work) if graph.runs < WARM_UP else self._rehearse(work)
         graph.replay()
         return {name: value.clone() for name, value in graph.logs.items()}
+
+    def _rehearse(self, work: Callable[[], Logs]) -> Logs:
+        """The last warm-up run before a capture, which is not tried if it would fail."""
+        assert self.recorder is not None
+        logs, cause = self.recorder.rehearse(work)
+        if cause is not None:
+            self._give_up(cause)
+        return logs
 
     def _record(self, graph: _Graph, work: Callable[[], Logs]) -> None:
         assert self.recorder is not None
@@ -125,9 +142,13 @@ class Replayed:
             graph.logs, graph.replay = self.recorder.record(work)
             self.path = "CUDA graph"
         except RuntimeError as error:
-            self.recorder, self.missing = None, "not captured: " + str(error).partition("\n")[0]
-            # Earlier captures may hold gradients in their own memory pools, which eager runs do not share.
-            self.graphs.clear()
+            self._give_up(str(error).partition("\n")[0])
+
+    def _give_up(self, cause: str) -> None:
+        self.recorder, self.missing = None, "not captured: " + cause
+        self.path = f"eager ({self.missing})"
+        # Earlier captures may hold gradients in their own memory pools, which eager runs do not share.
+        self.graphs.clear()
 
     def forget(self) -> None:
         """Drop all graphs, for example after a change of the memory that the work reads."""
