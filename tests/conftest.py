@@ -20,6 +20,10 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A GPU would round the factors of convolutions to 10 bits (TF32), and tests compare float32 with specifications.
+if HAS_GPU:
+    for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        place.fp32_precision = "ieee"
 # Several workers (pytest -n) share the processors. Tests that depend on threads set their number themselves.
 if (WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))

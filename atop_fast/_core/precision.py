@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
+
+from .flags import holding
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,6 +26,19 @@ def is_fast(device: torch.device, precision: str) -> bool:
         return bool(getattr(torch.ops.mkldnn, supported)())
     except AttributeError:  # without oneDNN, or with other names in it, the answer is unknown
         return True
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Plain float32 arithmetic inside the block: no autocast, and neither TF32 nor bfloat16 in its place.
+
+    Torch has one such setting for all threads: others compute in plain float32, too, until the last block is left.
+    """
+    backends = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    flags = [(place, "fp32_precision", "ieee") for place in places]
+    with holding(flags), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def warn_if_slow(function: str, device: torch.device, precision: str) -> None:

@@ -23,7 +23,7 @@ from .._core.checks import (
     message,
 )
 from .._core.files import writable_folder
-from .._core.precision import PRECISIONS
+from .._core.precision import PRECISIONS, full_precision
 from ..defense import Defense, refuse_wrapped
 from ..randomness import check_keys, derive_seed
 from .apgd import APGD, APGDT
@@ -292,11 +292,13 @@ class AutoAttack:
         """The class of each image in one draw of the caller's own model, in float32, int64 (N,)."""
         # Not a key of evaluate's verdicts, whose seed this may share.
         seed = derive_seed(self.seed, "autoattack", name)
-        parts = [
-            draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0].argmax(dim=1)
-            for part in torch.arange(len(x), device=x.device).split(bs)
-            if len(part)
-        ]
+        # Without TF32, as in verdicts: an image that only rounding makes wrong must meet the other attacks, too.
+        with full_precision(x.device):
+            parts = [
+                draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0].argmax(dim=1)
+                for part in torch.arange(len(x), device=x.device).split(bs)
+                if len(part)
+            ]
         return torch.cat([*parts, torch.zeros(0, dtype=torch.int64, device=x.device)])
 
     def __repr__(self) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.checks import check_fits, check_integer, check_logits, message
-from .._core.flags import holding
+from .._core.precision import full_precision
 from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, seeded
@@ -151,19 +148,6 @@ def fixed_randomness(model: Model, seed: int) -> Defense:
         raise TypeError(message("evaluate", "model", "a Defense for randomness='fixed'", type(model).__name__))
     transform = FixedRandomness(model.transform, derive_seed(seed, "fixed"))
     return Defense(transform, model.purifier, model.classifier)
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Plain float32 arithmetic inside the block: no autocast, and neither TF32 nor bfloat16 in its place.
-
-    Torch has one such setting for all threads: others compute in plain float32, too, until the last block is left.
-    """
-    backends = torch.backends
-    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    flags = [(place, "fp32_precision", "ieee") for place in places]
-    with holding(flags), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def eight_bit(images: Tensor, clean: Tensor, radius: float | None) -> Tensor:
