@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -82,6 +84,26 @@ def test_functions_run_in_turns():
     assert "".join(order) == "ababab"
 
 
+def test_slow_starters_are_warmed_up():
+    calls = []
+    measure(case_of({"atop_fast": lambda: calls.append(1)}, rounds=4, warm_up=9), "cpu", 0.0, FixedRoofline("cpu"))
+    assert len(calls) == 9 + 4
+
+
+@pytest.mark.gpu
+def test_replays_are_timed_and_fall_back_to_calls(capsys):
+    x = torch.zeros(2**24, device="cuda")
+    run = {"eager": lambda: x + 1, "triton": lambda: x * 2}
+    slow, fast = (
+        measure(case_of(run, ["triton"], replays=replays), "cuda", 0.05, FixedRoofline("cuda"))[1]["median_s"]
+        for replays in (False, True)
+    )
+    assert 0 < fast < 1.2 * slow
+    run = {"eager": lambda: x.sum().item(), "triton": lambda: x * 2}
+    assert len(measure(case_of(run, ["triton"], replays=True), "cuda", 0.05, FixedRoofline("cuda"))) == 2
+    assert "calls are timed, not replays: test_bench.py" in capsys.readouterr().out
+
+
 def test_peak_memory_is_that_of_the_call():
     result, small = with_peak(lambda: torch.ones(1000), "cpu")
     if small is None:
@@ -158,6 +180,40 @@ def test_command_writes_results_and_pictures(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "everything"])
     assert stopped.value.code == 2
+
+
+def test_a_failure_costs_no_other_case(monkeypatch, tmp_path):
+    """What is measured is written at once, and float32 is computed without TF32, in the making of cases, too."""
+    written, precisions = [], []
+
+    def compute():
+        precisions.append(torch.backends.cudnn.conv.fp32_precision)
+        return torch.ones(2)
+
+    def wrong(outputs):
+        raise AssertionError("cpp differs")
+
+    def cases(options):
+        compute()
+        good = case_of({"eager": compute, "cpp": compute}, ["cpp"], rounds=1)
+        yield replace(good, name="first")
+        yield replace(good, name="second", judge=wrong)
+        assert written[-1] == 2
+        yield replace(good, name="third")
+        raise ImportError("no peer")
+
+    write = results.write
+    monkeypatch.setattr(results, "write", lambda path, found: (write(path, found), written.append(len(found["rows"]))))
+    monkeypatch.setattr(ops, "cases", cases)
+    path = tmp_path / "found.json"
+    said = "bench: not measured: second, 1x1: AssertionError: cpp differs; ops: ImportError: no peer"
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        command.bench("ops", json=str(path))
+    document = results.read(path)
+    assert [row["case"] for row in document["rows"]] == ["first", "first", "third", "third"]
+    assert len(document["failures"]) == 2
+    assert written == [2, 2, 4, 4]
+    assert set(precisions) == {"ieee"}
 
 
 def test_pictures_show_every_line(tmp_path):

@@ -13,8 +13,9 @@ import torch
 
 from .._core.checks import check_choice, check_device
 from .._core.files import writable_folder
+from .._core.precision import full_precision
 from . import results
-from .harness import Options, Roofline, keep_heap, measure
+from .harness import Case, Options, Roofline, keep_heap, measure
 
 # In the order of a whole run.
 SUITES = ("ops", "attacks", "evaluate", "finetune", "scaling")
@@ -45,6 +46,9 @@ def bench(
         compile_all: torch.compile for every case of an op and for DeepFillV2, which takes minutes each.
         match: only cases in whose name this regular expression is found.
         commit: what to record as the commit; by default what git says.
+
+    Raises:
+        RuntimeError: cases that failed, when the others are measured and written.
     """
     check_choice("bench", "suite", suite, [*SUITES, "all"])
     place = check_device("bench", "device", check_choice("bench", "device", device, ["auto", "cpu", "cuda"])).type
@@ -52,33 +56,65 @@ def bench(
     for path in paths:
         # Refused now, not after twenty minutes.
         writable_folder("bench", "json" if str(path) == json else "plot", path.parent)
+    document: dict[str, Any] = {}
     for document in run(SUITES if suite == "all" else (suite,), Options(place, quick, compile_all), commit, match):
         if json:
+            # After every case: a run that is ended keeps what it has measured.
             results.write(Path(json), document)
-        if plot:
-            from .plot import draw_ratios, draw_scaling
+    if plot:
+        from .plot import draw_ratios, draw_scaling
 
-            (draw_scaling if suite == "scaling" else draw_ratios)(document, Path(plot))
+        (draw_scaling if suite == "scaling" else draw_ratios)(document, Path(plot))
     for path in paths:
         print("wrote", path)
+    if document.get("failures"):
+        raise RuntimeError("bench: not measured: " + "; ".join(document["failures"]))
 
 
 def run(
     suites: tuple[str, ...], options: Options, commit: str | None = None, match: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Measure suites and print their rows; after each, the document of all so far, lest a later failure lose them."""
+    """Measure suites and print their rows; after each case and suite, the document of all so far.
+
+    A case that fails is named in "failures", and the others go on. Float32 is computed without TF32, in all variants.
+    """
     keep_heap()
     start = time.perf_counter()
     roofline = Roofline(options.device)
+    metadata = results.metadata(options.device, commit)
     rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+
+    def document() -> dict[str, Any]:
+        best = {key: float(f"{rate:.4g}") for key, rate in sorted(roofline.rates.items())}
+        seconds = round(time.perf_counter() - start)
+        return {**metadata, "seconds": seconds, "roofline": best, "failures": failures, "rows": rows}
+
     for name in suites:
-        found: list[dict[str, Any]] = []
-        for case in importlib.import_module(f"atop_fast.bench.{name}").cases(options):
-            if re.search(match, case.name):
-                found += measure(case, options.device, 0.05 if options.quick else 0.15, roofline)
-        results.print_rows(found)
-        rows += found
+        first = len(rows)
+        with full_precision(torch.device(options.device)):
+            for case in _cases(name, options, failures):
+                if re.search(match, case.name):
+                    try:
+                        rows += measure(case, options.device, 0.05 if options.quick else 0.15, roofline)
+                    except Exception as error:  # whatever it is, the other cases are worth their time
+                        _note(failures, f"{case.name}, {case.shape}", error)
+                    yield document()
+        if rows[first:]:
+            results.print_rows(rows[first:])
         seconds = time.perf_counter() - start
         print(f"{name}: done after {seconds:.0f} s, {torch.get_num_threads()} threads\n", flush=True)
-        best = {key: float(f"{rate:.4g}") for key, rate in sorted(roofline.rates.items())}
-        yield {**results.metadata(options.device, commit), "seconds": round(seconds), "roofline": best, "rows": rows}
+        yield document()
+
+
+def _cases(suite: str, options: Options, failures: list[str]) -> Iterator[Case]:
+    """The cases of a suite, up to one that cannot be made."""
+    try:
+        yield from importlib.import_module(f"atop_fast.bench.{suite}").cases(options)
+    except Exception as error:  # the other suites are worth their time
+        _note(failures, suite, error)
+
+
+def _note(failures: list[str], what: str, error: Exception) -> None:
+    failures.append(f"{what}: {type(error).__name__}: {error}".partition("\n")[0])
+    print(f"FAILED {failures[-1]}", flush=True)

@@ -21,6 +21,7 @@ from ..defense import Defense
 from ..purifiers import SNPatchDiscriminator, build_purifier, discriminator_loss, generator_loss
 from ..randomness import derive_seed, seeded
 from ..training import FinetuneConfig
+from ..training.capture import WARM_UP
 from ..training.step import FinetuneStep
 from ..transforms import RT2
 from .deepfill_plain import PlainDeepFill
@@ -113,13 +114,20 @@ class PlainStep:
 def cases(options: Options) -> Iterator[Case]:
     """The step of a U-Net at 32x32 and of DeepFillV2 at 256x256."""
     gpu = options.device == "cuda"
-    variants = ["plain", "atop_fast", "atop_fast bfloat16"]
-    yield step_case("unet", (64 if gpu else 16, 32), options, [*variants, *(() if options.quick else ("compile",))])
+    variants = ["plain", "atop_fast", "atop_fast bfloat16", *(("one pass bfloat16",) if gpu else ())]
+    yield step_case("unet", (64 if gpu else 16, 32), options, [*variants, *_compiled(options, gpu)])
     if options.quick:
         return
     variants = ["public", "one pass bfloat16", "atop_fast", "atop_fast bfloat16"]
     compiled = ("compile bfloat16",) if options.compile_all or gpu else ()
     yield step_case("deepfill_v2", (16 if gpu else 8, 256), options, [*variants, *compiled])
+
+
+def _compiled(options: Options, gpu: bool) -> tuple[str, ...]:
+    """The compiled variants of the U-Net, in each type that ours have."""
+    if options.quick:
+        return ()
+    return ("compile", "compile bfloat16") if gpu else ("compile",)
 
 
 def step_case(purifier: str, size: tuple[int, int], options: Options, variants: list[str]) -> Case:
@@ -139,7 +147,9 @@ def step_case(purifier: str, size: tuple[int, int], options: Options, variants: 
     work = flops(lambda: plain(x, y, ids, epoch))
     ours = [name for name in variants if name.startswith("atop_fast")]
     shape = "x".join(map(str, x.shape))
-    return Case("finetune", title, shape, "float32", run, ours, 0, work, len(x), judge, rounds=3)
+    # On a GPU the first updates warm up, and the next is recorded as a CUDA graph: what is timed are replays.
+    rounds, warm_up = (10, WARM_UP + 3) if options.device == "cuda" else (3, 2)
+    return Case("finetune", title, shape, "float32", run, ours, 0, work, len(x), judge, rounds, warm_up=warm_up)
 
 
 def build(variant: str, purifier: str, device: str) -> tuple[Any, nn.Module]:

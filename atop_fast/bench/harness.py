@@ -14,12 +14,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._core.precision import is_fast
+from .._core.waits import watched
 
 Function = Callable[[], Any]
 # What a judge says of each variant: "difference", "accuracy" and "agree", as far as they have a meaning.
 Quality = dict[str, dict[str, float]]
 # Arguments of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+# Calls in a CUDA graph, so that the time of starting it does not count.
+CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class Case:
         rounds: samples of each variant: 0 for as many as fit into the time, or 3 where a call takes longer than a fifth
             of a second; 1 for what takes minutes, and then nothing is run before.
         own_clock: the functions return the seconds of their work, which goes on in other processes.
+        warm_up: calls before the first sample, where `rounds` is not 1.
+        replays: on a GPU, time replays of a CUDA graph of each variant: kernels without the work of the host.
     """
 
     suite: str
@@ -88,6 +93,8 @@ class Case:
     judge: Callable[[dict[str, Any]], Quality] = field(default=no_judge)
     rounds: int = 0
     own_clock: bool = False
+    warm_up: int = 2
+    replays: bool = False
 
 
 class Roofline:
@@ -147,25 +154,50 @@ def time_in_turns(
     """Times of every function in seconds, measured in turns so that a disturbance hits all of them alike.
 
     Fast functions are repeated within a sample; each gets about `seconds` in all, and at least 7 samples. With
-    `rounds`, each gets that many samples of one call, and none before: for functions that are slow, and warm.
+    `rounds`, each gets that many samples of one call, and none before: for functions that are slow, and warm. A GPU's
+    own clock measures what it does.
     """
     repeats = dict.fromkeys(functions, 1)
     for name, function in functions.items() if not rounds else ():
         for _ in range(3):
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            repeats[name] = max(1, round(2e-3 / max(time.perf_counter() - start, 1e-7)))
+            repeats[name] = max(1, round(2e-3 / max(_seconds_of(function, 1, device), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     deadline = time.perf_counter() + (0 if rounds else seconds * len(functions))
     while len(next(iter(samples.values()))) < (rounds or 7) or time.perf_counter() < deadline:
         for name, function in functions.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                function()
-            synchronize(device)
-            samples[name].append((time.perf_counter() - start) / repeats[name])
+            samples[name].append(_seconds_of(function, repeats[name], device) / repeats[name])
     return samples
+
+
+def _seconds_of(function: Function, calls: int, device: str) -> float:
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return time.perf_counter() - start
+
+
+def as_graph(function: Function) -> Function:
+    """CALLS calls of a warm function as one CUDA graph; RuntimeError says why they cannot be recorded."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _, cause = watched(function)
+    torch.cuda.current_stream().wait_stream(stream)
+    if cause is not None:
+        raise RuntimeError(cause)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(CALLS):
+            function()
+    return graph.replay
 
 
 def with_peak(function: Function, device: str) -> tuple[Any, float | None]:
@@ -232,6 +264,8 @@ def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list
         try:
             if case.rounds != 1:
                 outputs[name] = function()
+                for _ in range(case.warm_up - 2):
+                    function()
             start = time.perf_counter()
             result, peaks[name] = with_peak(function, device)
             last[name] = [time.perf_counter() - start]
@@ -243,8 +277,22 @@ def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list
     quality = case.judge({name: outputs[name] for name in last})
     warm = {name: case.run[name] for name in last}
     rounds = case.rounds or (3 if max(last.values()) > [0.2] else 0)
-    samples = last if case.rounds == 1 else time_in_turns(warm, device, seconds, rounds)
+    if case.replays and device == "cuda":
+        samples = _replayed(case, warm, seconds, rounds)
+    else:
+        samples = last if case.rounds == 1 else time_in_turns(warm, device, seconds, rounds)
     return [_row(case, name, samples, roofline, peaks[name], quality.get(name, {})) for name in last]
+
+
+def _replayed(case: Case, warm: Mapping[str, Function], seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Times of replays; of calls where a variant cannot be recorded, so that all variants are timed alike."""
+    try:
+        graphs = {name: as_graph(function) for name, function in warm.items()}
+    except RuntimeError as error:
+        print(f"{case.name}, {case.shape}: calls are timed, not replays: {error}".partition("\n")[0])
+        return time_in_turns(warm, "cuda", seconds, rounds)
+    samples = time_in_turns(graphs, "cuda", seconds, rounds)
+    return {name: [value / CALLS for value in values] for name, values in samples.items()}
 
 
 def _row(

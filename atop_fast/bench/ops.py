@@ -239,6 +239,7 @@ def _case(
         nbytes,
         flops(formula) if products else 0,
         judge=judge,
+        replays=True,
     )
 
 

@@ -47,6 +47,7 @@ def metadata(device: str, commit: str | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_model()} ({capability})",
         "threads": torch.get_num_threads(),
         "system": platform.platform(terse=True),
+        "clock": "wall clock" if device == "cpu" else "CUDA events; ops as replays of CUDA graphs unless noted",
         "versions": versions,
         "owners": {name: _registry.owner(name, device) for name in sorted(_registry.OPS)},
     }
