@@ -51,6 +51,20 @@ def test_full_while_the_queue_lasts_and_then_shrinks():
     assert program.shapes[-1] < program.shapes[0]
 
 
+def test_images_that_take_equally_long_go_batch_by_batch():
+    """No step waits to see which are done: a graph may hold an update of any size."""
+
+    class Fixed(Countdown):
+        def length(self):
+            return 5
+
+    count = 700
+    ids, program = torch.randperm(count), Fixed()
+    result = queue.run_queue(program, None, torch.zeros(count, 1, 1, 1), torch.full((count,), 5), ids)
+    assert torch.equal(result.flatten().long(), ids * 1000 + 5)
+    assert program.shapes == 5 * [256] + 5 * [256] + 5 * [192]
+
+
 def test_given_tensors_follow_their_images():
     class Named(Countdown):
         def step(self, estimator, state):

@@ -83,16 +83,23 @@ def run_queue(
         program.step(estimator, state)
         trace.take(t, alive, state["t"], state["done"], waiting < len(images))
 
-    state = begin(torch.arange(slots, device=images.device).clamp_(max=len(images) - 1))
-    waiting = slots
+    def rows_from(first: int) -> Tensor:
+        count = min(slots, -(-(len(images) - first) // ROWS) * ROWS)
+        return torch.arange(first, first + count, device=images.device).clamp_(max=len(images) - 1)
+
     if trace is not None:
         trace.begin(len(images))
-    length = program.length()
-    if length is not None and len(images) <= slots:
-        # All are done at the same time: nothing waits for a GPU, so that a CUDA graph may hold it all.
-        for _ in range(length):
-            step()
-        return state["best"][: len(images)]
+    waiting, length = slots, program.length()
+    if length is not None and (trace is None or len(images) <= slots):
+        # All rows of a batch are done at the same time: nothing waits for a GPU, so that a CUDA graph may hold it all.
+        parts = []
+        for first in range(0, len(images), slots):
+            state = begin(rows_from(first))
+            for _ in range(length):
+                step()
+            parts.append(state["best"][: len(images) - first])
+        return torch.cat(parts)
+    state = begin(rows_from(0))
     results = images.clone()
     # Which image is in which slot; a slot without an image holds a copy that is done.
     owner = [slot if slot < len(images) else -1 for slot in range(slots)]
