@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import RT2, RT3, Defense, build_classifier, build_purifier
-from atop_fast.attacks import FGSM, PGD, GradientEstimator, Square, counted_passes, draw_logits
+from atop_fast.attacks import FGSM, PGD, GradientEstimator, Square, counted_passes, draw_logits, gradient
 from atop_fast.randomness import seeded
 
 with seeded(0):
@@ -194,3 +194,14 @@ def test_early_stop_finds_the_flags_of_any_iterate():
 def test_early_stop_is_refused_for_a_random_defense():
     with pytest.raises(ValueError, match="PGD: early_stop must be False for a Defense"):
         PGD(DEFENSE, early_stop=True)
+
+
+@pytest.mark.parametrize(("free", "total", "room"), [(130, 140, 17.5), (20, 140, 11), (2, 16, 2), (0, 4, 1)])
+def test_a_gpu_gives_passes_a_share_of_its_memory(free, total, room, monkeypatch):
+    """An eighth of all, half of what is free or kept for torch where that is less, and never less than on a CPU."""
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * gib, total * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * gib)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * gib)
+    assert gradient._room(torch.device("cuda", 0)) == room * gib
+    assert gradient._room(torch.device("cpu")) == gib

@@ -24,11 +24,13 @@ from .contract import accumulated, is_a_chain
 from .network import Model, is_copy
 
 GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
-# Networks run on a multiple of this many rows: convolutions and matrix products then round each row in the same way
-# whatever the others are, so that results do not depend on how images are batched.
+# Networks run on a multiple of this many rows: convolutions and matrix products of a CPU then round each row in the
+# same way whatever the others are, so that results do not depend on how images are batched. A GPU's may not.
 ROWS = 8
-# What the pass with gradients may save for the backward pass, unless a caller says how many rows it may have.
+# What the pass with gradients may save for the backward pass, unless a caller says how many rows it may have; a GPU
+# gives a share of its memory, if that is more.
 MEMORY = 1 << 30
+GPU_SHARE = 8
 # Rows of a pass of a model whose memory cannot be measured.
 UNMEASURED_ROWS = 64
 # More rows than this make a pass no faster.
@@ -86,8 +88,9 @@ class GradientEstimator:
             need a Defense.
         eot_iter: number n of draws.
         max_batch: most rows of one pass, at least 8 and rounded down to a multiple of it; by default as many as save
-            about 1 GiB for the backward pass. A pass that does not fit into memory is halved, and so are those after
-            it, with a warning; this changes only the draws of a model with its own randomness.
+            about 1 GiB for the backward pass, or an eighth of a GPU's memory. A pass that does not fit into memory is
+            halved, and so are those after it, with a warning; this changes only the draws of a model with its own
+            randomness.
         loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss. If the model has too few classes for dlr
             (it needs 3, or 4 with targets), the margin replaces it, with a warning if there are no targets.
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
@@ -413,7 +416,7 @@ class GradientEstimator:
         return torch.autocast(x.device.type, dtype, cache_enabled=False)
 
     def _measure(self, x: Tensor) -> None:
-        """Find out, once, how many rows of images like x may save at most MEMORY bytes."""
+        """Find out, once, how many rows of images like x a pass may have; see _room."""
         if self._rows:
             return
         saved: dict[int, Tensor] = {}
@@ -436,7 +439,7 @@ class GradientEstimator:
             try:
                 with torch.enable_grad(), hooks, self._autocast(x):
                     self._forward(leaf, part, zero, zero)
-                most = MEMORY * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
+                most = _room(x.device) * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
             except RuntimeError as error:
                 # Those of torch.func do not go with hooks.
                 if "saved tensor hooks" not in str(error):
@@ -445,6 +448,19 @@ class GradientEstimator:
         self._rows = max(ROWS, min(MOST_ROWS, most) // ROWS * ROWS)
         # Without a graph, several times as many rows fit.
         self._forward_rows = min(self.forward_rows, 4 * self._rows)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that a pass may save.
+
+    The share is of all memory of a GPU, so that its passes do not change from run to run, but at most half of what is
+    free, as the network and other processes have some, too.
+    """
+    if device.type != "cuda":
+        return MEMORY
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(MEMORY, min(total // GPU_SHARE, free // 2))
 
 
 class _Pass:
