@@ -1,4 +1,4 @@
-"""The table of trained defences: python benchmarks/defenses.py RUN [RUN ...] --data FOLDER --out runs/table [--json]
+"""The table of trained defenses: python benchmarks/defenses.py RUN [RUN ...] --data FOLDER --out runs/table [--json]
 
 RUN is a folder of `atop-fast train`. Four systems of it (the classifier alone, behind the transform, behind the
 purifier as pre-trained and as fine-tuned) meet the same test images under every attack, and are judged by 20 fresh
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 with a part `test`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluations")
     parser.add_argument(
-        "--carried", help="name of the defence in the package that is the fine-tuned one of the first run"
+        "--carried", help="name of the defense in the package that is the fine-tuned one of the first run"
     )
     parser.add_argument("--images", type=int, default=200, help="of the test set, in every cell")
     parser.add_argument("--systems", nargs="+", help="no others")
@@ -70,7 +70,7 @@ def main() -> None:
             if args.systems and name not in args.systems:
                 continue
             title = f"{run.name}, {name}"
-            row: dict[str, Any] = {"defence": run.name, "system": name, "images": args.images}
+            row: dict[str, Any] = {"defense": run.name, "system": name, "images": args.images}
             for column in args.columns:
                 row |= cell(system, column, test.images, test.labels, args.out / f"{title}, {column}", title)
             rows.append(row)
