@@ -118,7 +118,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "pma": Entry("PMA", {"steps": 100}),
             "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 9}),
             # Fools nothing after the others, unless their gradients mislead.
-            "square": Entry("Square", {"queries": 200, "resc_schedule": False}),
+            "square": Entry("Square", {"n_queries": 200, "resc_schedule": False}),
         },
         _XIE + " (PMA+); Andriushchenko et al., ECCV 2020",
         cascade=True,
