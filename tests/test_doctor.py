@@ -355,10 +355,13 @@ def test_repeats_and_is_json(digits, standard):
     [
         ({"model": 3}, "model must be a callable"),
         ({"model": lambda x: x}, "model must be a callable with logits of shape"),
-        ({"model": nn.Conv2d(3, 3, 1)}, "x must be images that the networks take"),
-        ({"x": torch.zeros(4, 8)}, "x must be images of shape"),
-        ({"x": torch.zeros(0, 1, 16, 16), "y": torch.zeros(0, dtype=torch.int64)}, "x must be at least one"),
-        ({"y": torch.full((4,), 10)}, "y must be class indices below the model's 10 logits"),
+        ({"model": nn.Conv2d(3, 3, 1)}, "images must be images that the networks take"),
+        ({"images": torch.zeros(4, 8)}, "images must be images of shape"),
+        (
+            {"images": torch.zeros(0, 1, 16, 16), "labels": torch.zeros(0, dtype=torch.int64)},
+            "images must be at least one",
+        ),
+        ({"labels": torch.full((4,), 10)}, "labels must be class indices below the model's 10 logits"),
         ({"norm": "L0"}, "norm must be one of"),
         ({"eps": 0.0}, "eps must be > 0"),
         ({"eps": -1.0}, "eps must be finite"),
@@ -369,8 +372,8 @@ def test_repeats_and_is_json(digits, standard):
     ],
 )
 def test_bad_arguments(change, expected):
-    given = {"model": build_classifier("small_cnn"), "x": torch.zeros(4, 1, 16, 16)}
-    given |= {"y": torch.zeros(4, dtype=torch.int64), **change}
+    given = {"model": build_classifier("small_cnn"), "images": torch.zeros(4, 1, 16, 16)}
+    given |= {"labels": torch.zeros(4, dtype=torch.int64), **change}
     with pytest.raises((TypeError, ValueError), match=f"diagnose: {expected}"):
         diagnose(**given)
 

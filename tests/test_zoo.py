@@ -264,7 +264,7 @@ def resnet(tmp_path):
 
 def test_torchvisions_models_normalize_inside(resnet, tmp_path):
     model, path = resnet
-    loaded = load_classifier("torchvision:resnet18", path=path, num_classes=7)
+    loaded = load_classifier("torchvision:resnet18", weights=path, num_classes=7)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     expected = logits(lambda x: model((x - mean[:, None, None]) / std[:, None, None]))
     assert not loaded.training
@@ -273,7 +273,7 @@ def test_torchvisions_models_normalize_inside(resnet, tmp_path):
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
     assert (logits(folded) - expected).norm() <= 1e-5 * expected.norm()
     torch.save(loaded.state_dict(), tmp_path / "again.pt")
-    again = load_classifier("torchvision:resnet18", path=tmp_path / "again.pt", num_classes=7)
+    again = load_classifier("torchvision:resnet18", weights=tmp_path / "again.pt", num_classes=7)
     assert torch.equal(logits(again), logits(loaded))
 
 
@@ -285,11 +285,11 @@ def test_torchvisions_models_are_fetched_only_when_asked(resnet, monkeypatch):
         return models.resnet18().state_dict()
 
     monkeypatch.setattr("torchvision.models.ResNet18_Weights.get_state_dict", fetch)
-    load_classifier("torchvision:resnet18", path=resnet[1], num_classes=7)
+    load_classifier("torchvision:resnet18", weights=resnet[1], num_classes=7)
     with pytest.raises(ValueError, match=r"path must be a file of weights, or None with download=True, .* got None"):
         load_classifier("torchvision:resnet18")
     with pytest.raises(ValueError, match=r"path must be a file of weights, or None .* got .*r\.pt with download=True"):
-        load_classifier("torchvision:resnet18", path=resnet[1], download=True)
+        load_classifier("torchvision:resnet18", weights=resnet[1], download=True)
     assert not asked
     assert isinstance(load_classifier("torchvision:resnet18", download=True), Normalized)
     assert asked == [models.ResNet18_Weights.DEFAULT]
@@ -311,10 +311,19 @@ def test_published_names_of_densenets_load(tmp_path):
 @pytest.mark.parametrize(
     ("call", "pattern"),
     [
-        (lambda path: load_classifier("torchvision:vgg", path=path), "one of torchvision.models.list_models.*got"),
-        (lambda path: load_classifier("torchvision:resnet34", path=path), r"path must be .* fit ResNet, got .*Missing"),
-        (lambda path: load_classifier("torchvision:resnet18", path="no.pt"), r"path must be a readable .* got no\.pt"),
-        (lambda path: load_classifier(path, "resnet18", path=path), "path must be None, except for names that begin"),
+        (lambda path: load_classifier("torchvision:vgg", weights=path), "one of torchvision.models.list_models.*got"),
+        (
+            lambda path: load_classifier("torchvision:resnet34", weights=path),
+            r"weights must be .* fit ResNet, got .*Missing",
+        ),
+        (
+            lambda path: load_classifier("torchvision:resnet18", weights="no.pt"),
+            r"weights must be a readable .* got no\.pt",
+        ),
+        (
+            lambda path: load_classifier(path, "resnet18", weights=path),
+            "weights must be None, except for names that begin",
+        ),
     ],
 )
 def test_wrong_input_for_packages_is_named(call, pattern, resnet):
@@ -326,7 +335,7 @@ def test_files_that_hold_code_are_refused_for_packages(tmp_path):
     pytest.importorskip("torchvision")
     torch.save(Malicious(tmp_path / "touched"), tmp_path / "c.pt")
     with pytest.raises(ValueError, match="path must be a checkpoint of tensors alone"):
-        load_classifier("torchvision:resnet18", path=tmp_path / "c.pt")
+        load_classifier("torchvision:resnet18", weights=tmp_path / "c.pt")
     assert not (tmp_path / "touched").exists()
 
 
@@ -334,20 +343,20 @@ def test_files_that_hold_code_are_refused_for_packages(tmp_path):
 def test_a_missing_package_is_named_with_its_extra(package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"needs the package {package}: pip install 'atop-fast\[{extra}\]'"):
-        load_classifier(f"{package}:some", path="c.pt")
+        load_classifier(f"{package}:some", weights="c.pt")
 
 
 def test_timms_models_normalize_inside(tmp_path):
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
     torch.save(model.state_dict(), tmp_path / "v.pt")
-    loaded = load_classifier("timm:vit_tiny_patch16_224", path=tmp_path / "v.pt")
+    loaded = load_classifier("timm:vit_tiny_patch16_224", weights=tmp_path / "v.pt")
     x = torch.rand(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(2 * x - 1), rtol=1e-4, atol=1e-5)
     for name in ("hf-hub:timm/vit", "vit_tiny_patch16_224.none"):
         with pytest.raises(ValueError, match=r"one of timm\.list_models\(\), got 'timm:"):
-            load_classifier(f"timm:{name}", path=tmp_path / "v.pt")
+            load_classifier(f"timm:{name}", weights=tmp_path / "v.pt")
 
 
 @pytest.mark.parametrize(

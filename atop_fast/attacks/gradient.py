@@ -82,7 +82,7 @@ class GradientEstimator:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits. The draws of a Defense are keyed
             by (seed, sample id, draw). Those of another callable, and of a Defense whose networks draw, are repeated
             calls, for which the generators of torch, Python and numpy are seeded and afterwards restored.
-        mode: "exact" differentiates transform, purifier and classifier; "checkpointed" does the same, computing the
+        gradient: "exact" differentiates transform, purifier and classifier; "checkpointed" does the same, computing the
             purifier and the classifier twice instead of keeping both graphs; "bpda" takes the derivative of transform
             and purifier from `substitute` (Athalye et al., 2018); "blind" attacks the classifier alone. The last three
             need a Defense.
@@ -101,14 +101,14 @@ class GradientEstimator:
             counts as correct until it gives the label.
 
     Raises:
-        TypeError: a mode that needs a Defense for a model that is none; a model that does not return a tensor.
+        TypeError: a gradient that needs a Defense for a model that is none; a model that does not return a tensor.
         ValueError: a model whose logits are not of shape (B, classes), or have no gradient.
     """
 
     def __init__(
         self,
         model: Model,
-        mode: str = "exact",
+        gradient: str = "exact",
         eot_iter: int = 1,
         max_batch: int | None = None,
         loss: str = "ce",
@@ -118,19 +118,19 @@ class GradientEstimator:
         targeted: bool = False,
     ) -> None:
         name = "GradientEstimator"
-        check_choice(name, "mode", mode, GRADIENT_MODES)
+        check_choice(name, "gradient", gradient, GRADIENT_MODES)
         check_choice(name, "precision", precision, list(PRECISIONS))
         check_integer(name, "eot_iter", eot_iter, low=1)
         if max_batch is not None:
             check_integer(name, "max_batch", max_batch, low=1)
-        if mode != "exact" and not isinstance(model, Defense):
-            raise TypeError(f"{name}: mode {mode!r} needs a Defense, got {type(model).__name__}")
-        if mode in ("checkpointed", "bpda") and not is_a_chain(model):
-            expected = f"a Defense without hooks and with the forward of Defense, for gradient {mode!r}"
+        if gradient != "exact" and not isinstance(model, Defense):
+            raise TypeError(f"{name}: gradient {gradient!r} needs a Defense, got {type(model).__name__}")
+        if gradient in ("checkpointed", "bpda") and not is_a_chain(model):
+            expected = f"a Defense without hooks and with the forward of Defense, for gradient {gradient!r}"
             raise TypeError(message(name, "model", expected, type(model).__name__))
-        self.model, self.mode, self.loss, self.seed = model, mode, loss, seed
+        self.model, self.gradient, self.loss, self.seed = model, gradient, loss, seed
         self.precision, self.substitute, self.targeted = precision, substitute, targeted
-        self.eot_iter = 1 if mode == "blind" else eot_iter
+        self.eot_iter = 1 if gradient == "blind" else eot_iter
         # For errors: whose call it is, and the largest of its labels, with their name.
         self.function, self.largest_label, self.argument = name, 0, "labels"
         self.passes = _COUNTER.get() or Passes()
@@ -371,13 +371,13 @@ class GradientEstimator:
     def _called(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         if not isinstance(self.model, Defense):
             return self.model(x)
-        if self.mode == "blind":
+        if self.gradient == "blind":
             return self.model.classifier(x)
         key = (self.seed, part.take(ids), part.take(first_draws) + part.draws)
-        if self.mode == "exact" or not x.requires_grad:
+        if self.gradient == "exact" or not x.requires_grad:
             return self.model(x, *key)
         purify, classifier = self.model.purify, self.model.classifier
-        if self.mode == "checkpointed":
+        if self.gradient == "checkpointed":
             # The recomputation must find its inputs unchanged.
             purified = checkpoint(lambda t: purify(t.clone(), *key), x, use_reentrant=False)
             return checkpoint(lambda t: classifier(t.clone()), purified, use_reentrant=False)
@@ -506,14 +506,14 @@ def _targeted(result: AttackLoss) -> AttackLoss:
 
 def draw_logits(
     model: Model,
-    x: Tensor,
+    images: Tensor,
     seed: int,
     sample_ids: Tensor,
     draws: range,
     max_batch: int = 1024,
     function: str = "draw_logits",
 ) -> Tensor:
-    """Logits (B, draws, classes), float32 or float64, of images x (B, C, H, W) under the given draws; no gradients.
+    """Logits (B, draws, classes), float32 or float64, of images (B, C, H, W) under the given draws; no gradients.
 
     The draws of a Defense are keyed by (seed, sample id, draw). Those of another callable, and what the networks of a
     Defense draw, are repeated calls, for which the generators of torch, Python and numpy are seeded by (seed, first
@@ -521,7 +521,7 @@ def draw_logits(
     """
     estimator = GradientEstimator(model, eot_iter=len(draws), max_batch=max_batch, seed=seed)
     estimator.function = function
-    if len(x):
+    if len(images):
         # Else all parts of a set of images would have the same noise.
         estimator.calls_seed = derive_seed(seed, int(sample_ids[0]), draws.start)
-    return estimator._logits(x, sample_ids, torch.full_like(sample_ids, draws.start))
+    return estimator._logits(images, sample_ids, torch.full_like(sample_ids, draws.start))

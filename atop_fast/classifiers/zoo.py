@@ -50,7 +50,7 @@ def load_classifier(
     name_or_path: str | Path,
     architecture: str | None = None,
     *,
-    path: str | Path | None = None,
+    weights: str | Path | None = None,
     key: str | None = None,
     dataset: str = "cifar10",
     threat_model: str = "Linf",
@@ -66,8 +66,8 @@ def load_classifier(
       AveragedModel and Lightning add to the names are removed. Every parameter must fit. Only tensors are
       read; a file that holds other objects is refused, and no code in it runs.
     - "torchvision:<name>" or "timm:<name>", such as "torchvision:resnet50" or "timm:vit_tiny_patch16_224": the package
-      builds the network, and its weights are read from the file `path`, as with `architecture` or as .safetensors, or
-      downloaded. The result is a Normalized with the mean and standard deviation that the package specifies.
+      builds the network, and its weights are read from the file `weights`, as with `architecture` or as .safetensors,
+      or downloaded. The result is a Normalized with the mean and standard deviation that the package specifies.
     - Otherwise: the name of a model in RobustBench's zoo (Croce et al., NeurIPS 2021), such as "Standard" or
       "Wang2023Better_WRN-28-10"; the package robustbench builds it, and its weights are read from
       <folder>/<dataset>/<threat_model>/<name>.pt, the location that robustbench uses.
@@ -75,32 +75,32 @@ def load_classifier(
     Args:
         name_or_path: see above.
         architecture: architecture of the checkpoint, a name of build_classifier, e.g. "wrn_28_10" or "resnet18".
-        path: weights file of a torchvision or timm model.
+        weights: weights file of a torchvision or timm model.
         key: selects one of several networks in a checkpoint: a dictionary or a prefix of the names, such as "ema".
         dataset, threat_model: of a RobustBench model: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
         folder: folder of RobustBench's files.
         download: allow robustbench to download a model that is not in `folder`, or torchvision or timm to download
-            their default weights instead of reading `path`; otherwise nothing is downloaded.
+            their default weights instead of reading `weights`; otherwise nothing is downloaded.
         options: options of the architecture, e.g. deepmind=True, activation="silu" (see WideResNet), or of the
             package's constructor, e.g. num_classes=10.
 
     Raises:
         ImportError: the package that a name refers to is not installed.
         ValueError: the file or name does not exist, the file holds objects other than tensors, or its weights do not
-            fit; or neither or both of `path` and `download` are given for a torchvision or timm model.
+            fit; or neither or both of `weights` and `download` are given for a torchvision or timm model.
     """
     package, _, name = str(name_or_path).partition(":")
     if package in PACKAGES:
-        return _from_package(package, name, path, download, options, key)
-    if path is not None:
+        return _from_package(package, name, weights, download, options, key)
+    if weights is not None:
         expected = f"None, except for names that begin with {' or '.join(f'{key}:' for key in PACKAGES)}"
-        raise ValueError(message("load_classifier", "path", expected, path))
+        raise ValueError(message("load_classifier", "weights", expected, weights))
     file = Path(name_or_path)
     if architecture is not None:
         check_choice("load_classifier", "architecture", architecture, list(CLASSIFIERS))
         return _with_weights(build_classifier(architecture, **options), file, key=key)
     if key is not None:
-        expected = "None, except for a checkpoint with `architecture` or `path`"
+        expected = "None, except for a checkpoint with `architecture` or `weights`"
         raise ValueError(message("load_classifier", "key", expected, repr(key)))
     if file.suffix == ".safetensors":
         return load_model(file, "classifier")
@@ -115,7 +115,7 @@ class System:
     """The system that a command evaluates or trains, as specified by its options.
 
     Attributes:
-        classifier, architecture, weights, key: `name_or_path`, `architecture`, `path` and `key` of load_classifier.
+        classifier, architecture, weights, key: `name_or_path`, `architecture`, `weights` and `key` of load_classifier.
         purifier: a file of save_model; None leaves the classifier alone, or behind the given transform.
         defense: `path_or_name` of load_defense, instead of all of these.
         transform: the command's transform options.
@@ -151,7 +151,7 @@ class System:
         shape: dict[str, Any] = {} if self.weights is None else {"num_classes": len(data.classes)}
         if self.architecture is not None:
             shape = {"channels": data.shape[0], "classes": len(data.classes)}
-        model = load_classifier(self.classifier, self.architecture, path=self.weights, key=self.key, **shape)
+        model = load_classifier(self.classifier, self.architecture, weights=self.weights, key=self.key, **shape)
         if transform is None:
             return model, data
         return Defense(transform, load_model(self.purifier, "purifier") if self.purifier else None, model), data
@@ -194,11 +194,11 @@ def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dat
 
 
 def _from_package(
-    package: str, name: str, path: str | Path | None, download: bool, options: dict[str, object], key: str | None
+    package: str, name: str, weights: str | Path | None, download: bool, options: dict[str, object], key: str | None
 ) -> nn.Module:
-    if (path is None) is not download:
+    if (weights is None) is not download:
         expected = "a file of weights, or None with download=True, which fetches the package's own"
-        raise ValueError(message("load_classifier", "path", expected, f"{path} with download={download}"))
+        raise ValueError(message("load_classifier", "weights", expected, f"{weights} with download={download}"))
     try:
         model, mean, std = PACKAGES[package](name, download, options)
     except ImportError as error:
@@ -206,7 +206,9 @@ def _from_package(
         raise _not_installed(f"{package}:{name}", package, extra, error) from error
     # For save_defense.
     model.architecture = (f"{package}:{name}", options)
-    return Normalized(model if path is None else _with_weights(model, Path(path), "path", key), mean, std).eval()
+    return Normalized(
+        model if weights is None else _with_weights(model, Path(weights), "weights", key), mean, std
+    ).eval()
 
 
 def package_factory(name: str) -> Callable[..., nn.Module]:

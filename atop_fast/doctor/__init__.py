@@ -33,8 +33,8 @@ __all__ = ["CHECKS", "Finding", "check_contract", "diagnose", "format_findings"]
 
 def diagnose(
     model: Model,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
     *,
     norm: str = "Linf",
     eps: float = 8 / 255,
@@ -49,8 +49,8 @@ def diagnose(
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits (B, classes >= 2). A module's
             mode, buffers and requires_grad, and the global generators, are as before afterwards, also after an error.
-        x: float images (N, C, H, W); they should be in [0, 1], which is one of the checks.
-        y: int64 labels (N,).
+        images: float images (N, C, H, W); they should be in [0, 1], which is one of the checks.
+        labels: int64 labels (N,).
         norm, eps: threat model ("Linf" or "L2"); eps > 0 in units of [0, 1] pixels.
         seed: key of all randomness.
         steps: PGD steps.
@@ -66,21 +66,33 @@ def diagnose(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
-    return _run("diagnose", model, x, y, norm, eps, seed, steps, eot_iter, max_images, checks, CHECKS)
+    return _run("diagnose", model, images, labels, norm, eps, seed, steps, eot_iter, max_images, checks, CHECKS)
 
 
 def check_contract(
     model: Model,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
     *,
     seed: int = 0,
     max_images: int = 64,
     checks: Sequence[str] | None = None,
 ) -> list[Finding]:
-    """The cheap part of diagnose: the contract between images and model, without an attack. See diagnose."""
+    """The cheap part of diagnose: the contract between images and model, without an attack.
+
+    Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits (B, classes >= 2).
+        images: float images (N, C, H, W); they should be in [0, 1], which is one of the checks.
+        labels: int64 labels (N,).
+        seed: key of all randomness.
+        max_images: images that are examined, chosen at random by `seed`.
+        checks: names of checks of the contract; all by default.
+
+    Returns, Raises:
+        As diagnose.
+    """
     names = tuple(contract.CHECKS)
-    return _run("check_contract", model, x, y, "Linf", 8 / 255, seed, 1, None, max_images, checks, names)
+    return _run("check_contract", model, images, labels, "Linf", 8 / 255, seed, 1, None, max_images, checks, names)
 
 
 def format_findings(findings: Sequence[Finding], width: int = 120) -> str:
@@ -97,8 +109,8 @@ def format_findings(findings: Sequence[Finding], width: int = 120) -> str:
 def _run(
     function: str,
     model: Model,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
     norm: str,
     eps: float,
     seed: int,
@@ -111,10 +123,10 @@ def _run(
     if not callable(model):
         raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
     refuse_wrapped(function, model)
-    check_not_empty(function, "x", check_images(function, "x", x, finite=False))
-    if x.numel() and x.min() >= -ROUNDING and x.max() <= 1 + ROUNDING:
-        x = x.clamp(0, 1)
-    check_labels(function, "y", y, x)
+    check_not_empty(function, "images", check_images(function, "images", images, finite=False))
+    if images.numel() and images.min() >= -ROUNDING and images.max() <= 1 + ROUNDING:
+        images = images.clamp(0, 1)
+    check_labels(function, "labels", labels, images)
     check_choice(function, "norm", norm, ("Linf", "L2"))
     if check_radius(function, norm, eps) == 0:
         raise ValueError(message(function, "eps", "> 0", eps))
@@ -124,8 +136,13 @@ def _run(
         check_integer(function, "eot_iter", eot_iter, low=1)
     for name in checks or ():
         check_choice(function, "checks", name, known)
-    ids = sampled(len(x), check_integer(function, "seed", seed), max_images)
-    part = {"x": x.detach()[ids.to(x.device)], "y": y[ids.to(y.device)], "ids": ids, "total": len(x)}
+    ids = sampled(len(images), check_integer(function, "seed", seed), max_images)
+    part = {
+        "images": images.detach()[ids.to(images.device)],
+        "labels": labels[ids.to(labels.device)],
+        "ids": ids,
+        "total": len(images),
+    }
     options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "steps": steps, "eot_iter": eot_iter}
     return examine(function, model, **part, **options, checks=known if checks is None else checks)
 
@@ -138,8 +155,8 @@ def sampled(total: int, seed: int, most: int) -> Tensor:
 def examine(
     function: str,
     model: Model,
-    x: Tensor,
-    y: Tensor,
+    images: Tensor,
+    labels: Tensor,
     ids: Tensor,
     total: int,
     seed: int,
@@ -153,21 +170,23 @@ def examine(
 
     Args:
         function: whose call it is, for errors.
-        x, y, ids: the examined images (B, C, H, W), their labels and their places in a set of `total` images.
+        images, labels, ids: the examined images (B, C, H, W), their labels and their places in a set of `total` images.
         model, seed, norm, eps, steps, eot_iter, checks: see diagnose.
     """
-    ids = ids.to(x.device)
-    probe = Probe(model, x, y, ids, norm=norm, eps=eps, seed=seed, steps=steps, eot_iter=eot_iter, total=total)
+    ids = ids.to(images.device)
+    probe = Probe(
+        model, images, labels, ids, norm=norm, eps=eps, seed=seed, steps=steps, eot_iter=eot_iter, total=total
+    )
     findings: list[Finding] = []
     chosen = _chosen(model, checks)
     if "images" in chosen:
         findings.append(chosen.pop("images")(probe))
         if findings[0].status == "fail":
             return findings
-    with untouched(model, x.device):
+    with untouched(model, images.device):
         _check_model(function, probe)
     for name, check in chosen.items():
-        with untouched(model, x.device, evaluation=name not in contract.AS_GIVEN):
+        with untouched(model, images.device, evaluation=name not in contract.AS_GIVEN):
             findings.append(check(probe))
         if findings[-1].status == "fail" and name in contract.STOPS:
             break
@@ -183,6 +202,6 @@ def _chosen(model: Model, names: Sequence[str]) -> dict[str, Callable[[Probe], F
 
 def _check_model(function: str, probe: Probe) -> None:
     """Raise ValueError unless the model maps the images to (B, classes >= 2), with every label among the classes."""
-    with torch.no_grad(), check_fits(function, "x", probe.x, probe.model):
+    with torch.no_grad(), check_fits(function, "images", probe.x, probe.model):
         output = probe.output(probe.x)
-    check_logits(function, output, len(probe.x), int(probe.y.max()), "y")
+    check_logits(function, output, len(probe.x), int(probe.y.max()))

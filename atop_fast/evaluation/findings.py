@@ -81,7 +81,7 @@ def _checked(model: Model, source: Source, threat: Threat, seed: int, whole: boo
     def part(most: int) -> dict[str, Any]:
         ids = sampled(total, seed, most)
         x, y = source.take(ids)
-        return {"x": judged(x), "y": y, "ids": ids, "total": total, "seed": seed}
+        return {"images": judged(x), "labels": y, "ids": ids, "total": total, "seed": seed}
 
     # The checks for masking attack in the Linf and L2 balls.
     if whole and threat.norm != "L1" and threat.eps > 0:
