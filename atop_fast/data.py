@@ -276,7 +276,7 @@ def image_folder(path: str | Path, size: int | None = None, grayscale: bool = Fa
 
 
 def load_data(
-    source: str,
+    source: str | Path,
     size: int | None = None,
     grayscale: bool = False,
     *,
@@ -289,7 +289,7 @@ def load_data(
 
     Args:
         source: "mnist5k"; "cifar10", "cifar100" or "mnist" (padded to 32x32) from the files of torchvision's dataset of
-            that name; or the path of an image folder (write ./cifar10 for a folder of such a name).
+            that name; or the path of an image folder (write ./cifar10, or a Path, for a folder of such a name).
         size, grayscale: for an image folder, see image_folder.
         part: "train" or "test", for torchvision's datasets and for folders with sub-folders train and test (or val).
         root: folder of torchvision's files.
@@ -303,7 +303,7 @@ def load_data(
     """
     if source == "mnist5k":
         return _mnist5k()
-    if source in TORCHVISION:
+    if isinstance(source, str) and source in TORCHVISION:
         return _torchvision(source, part == "train", Path(root), download)
     parts = find_parts(source)
     if parts and part not in parts:

