@@ -214,7 +214,10 @@ class Square(Attack):
         """The nearest image in the ball around x0."""
         if self.norm == "Linf":
             return torch.clamp(x, x0 - self.eps, x0 + self.eps)
-        return (project_l1 if self.norm == "L1" else project_l2)(x, x0, self.eps)
+        order = 1 if self.norm == "L1" else 2
+        inside = torch.linalg.vector_norm((x - x0).flatten(1), order, dim=1) <= self.eps
+        # What lies inside keeps its bits.
+        return torch.where(per_image(inside), x, (project_l1 if order == 1 else project_l2)(x, x0, self.eps))
 
     def _onto_ball(self, delta: Tensor, x0: Tensor) -> Tensor:
         """x0 + delta scaled to the norm eps and clipped (L2), or the nearest image in the ball (L1)."""

@@ -186,8 +186,12 @@ def quick_attacks(
     """The attacks of the protocol quick for random models, through the whole model: {"fgsm", "pgd_eot"}.
 
     Args:
+        model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
+        norm, eps: threat model, "Linf" or "L2"; eps in units of [0, 1] pixels.
+        seed: key of the evaluation.
+        gradient: "exact"; or, for a Defense alone, "checkpointed", "bpda" or "blind".
         steps, eot_iter: of PGD, with momentum 0.9 and cosine steps; FGSM takes 4 draws, or eot_iter if that is more.
-        model, norm, eps, seed, gradient, max_batch: see PGD.
+        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
     """
     options: dict[str, Any] = {"gradient": gradient, "seed": derive_seed(seed, "attack")}
     if max_batch is not None:

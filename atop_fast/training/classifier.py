@@ -106,13 +106,21 @@ def train_classifier(
 
     Args:
         classifier: maps images (B, C, H, W) in [0, 1] to logits.
-        images, labels, workers: see Feed.
-        held_out: images and labels, evaluated every config.evaluate_every entries of the history; see fit.
+        images: float (N, C, H, W) in [0, 1] or uint8 (N, C, H, W); or a map-style dataset of such images (C, H, W) with
+            integer labels, which is read in every epoch.
+        labels: int64 (N,); None for a dataset, which has its own.
+        workers: number of processes that read a dataset.
+        held_out: images and labels, evaluated every config.evaluate_every entries of the history.
         transform: a random transform in front of the classifier, in training and in evaluations on `held_out`; masked
             pixels are gray. None trains on the unchanged images.
         config: ClassifierConfig.
         seed: key of the data order, the augmentation, the transform and the attack.
-        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
+        checkpoint: file from which an interrupted call resumes to the same result; written every `checkpoint_minutes`,
+            at the end, and on SIGTERM or Ctrl-C. If writing fails, the previous file remains.
+        checkpoint_minutes: minutes between checkpoints; 0 writes one after every update.
+        metrics: JSON-lines file to which every history entry adds its losses, learning rate and images per second.
+        tensorboard: folder for TensorBoard logs of the same and of purified images; needs the extra atop-fast[track].
+        progress: show a progress bar with the ETA.
 
     Returns:
         Mean loss and training accuracy of every epoch.

@@ -36,14 +36,22 @@ def pretrain(
     """Train a purifier to restore clean images (AToP, equation 4); changes it in place, leaves it in evaluation mode.
 
     Args:
-        purifier: see Defense. It remembers the transform, which its file names; Defense warns about a different one.
+        purifier: maps (B, C + 2, H, W) = [masked image in [-1, 1], ones, mask] to images (B, C, H, W) in [-1, 1]. It
+            remembers the transform, which its file names; Defense warns about a different one.
         transform: the random transform.
-        images, workers: see Feed.
-        held_out: images and labels, evaluated every config.evaluate_every entries of the history; see fit.
+        images: float (N, C, H, W) in [0, 1] or uint8 (N, C, H, W); or a map-style dataset of such images (C, H, W) with
+            labels, which is read in every epoch.
+        workers: number of processes that read a dataset.
+        held_out: images and labels, evaluated every config.evaluate_every entries of the history.
         discriminator: D(images in [-1, 1], mask) -> scores; None trains without the GAN term.
         config: PretrainConfig.
         seed: key of all randomness.
-        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
+        checkpoint: file from which an interrupted call resumes to the same result; written every `checkpoint_minutes`,
+            at the end, and on SIGTERM or Ctrl-C. If writing fails, the previous file remains.
+        checkpoint_minutes: minutes between checkpoints; 0 writes one after every update.
+        metrics: JSON-lines file to which every history entry adds its losses, learning rate and images per second.
+        tensorboard: folder for TensorBoard logs of the same and of purified images; needs the extra atop-fast[track].
+        progress: show a progress bar with the ETA.
 
     Returns:
         Mean losses of every epoch.
@@ -90,11 +98,20 @@ def finetune(
 
     Args:
         defense: the whole pipeline, with a purifier, which is changed in place and left in evaluation mode.
-        images, labels, workers: see Feed.
-        held_out: images and labels, evaluated every config.evaluate_every entries of the history; see fit.
-        discriminator, seed: as in pretrain.
+        images: float (N, C, H, W) in [0, 1] or uint8 (N, C, H, W); or a map-style dataset of such images (C, H, W) with
+            integer labels, which is read in every epoch.
+        labels: int64 (N,); None for a dataset, which has its own.
+        workers: number of processes that read a dataset.
+        held_out: images and labels, evaluated every config.evaluate_every entries of the history.
+        discriminator: D(images in [-1, 1], mask) -> scores; None trains without the GAN term.
+        seed: key of all randomness.
         config: FinetuneConfig.
-        checkpoint, checkpoint_minutes, metrics, tensorboard, progress: see fit.
+        checkpoint: file from which an interrupted call resumes to the same result; written every `checkpoint_minutes`,
+            at the end, and on SIGTERM or Ctrl-C. If writing fails, the previous file remains.
+        checkpoint_minutes: minutes between checkpoints; 0 writes one after every update.
+        metrics: JSON-lines file to which every history entry adds its losses, learning rate and images per second.
+        tensorboard: folder for TensorBoard logs of the same and of purified images; needs the extra atop-fast[track].
+        progress: show a progress bar with the ETA.
 
     Returns:
         Mean losses of every epoch, and the accuracy on the training attack.
