@@ -210,7 +210,7 @@ def evaluate(
             with frozen(model):
                 rows = _gallery(model, source, ids, candidates, seed)
             write_evaluation(Path(out), title, report.to_dict(), rows)
-        # Nobody leaves, and takes the connection along, before the report is there.
+        # A barrier: no rank may close its connections before the report is written.
         group.gather(None)
     return report
 
@@ -239,13 +239,13 @@ class _Work:
         self.blocks = blocks[self.run.group.rank :: self.run.group.size]
 
     def all(self, title: str, progress: bool) -> None:
-        """Do what is left to do, with a progress bar."""
+        """Process all remaining units, with a progress bar."""
         total = sum(map(len, self.blocks)) * (len(self.named) + 2)
         with tqdm(total=total, desc=title, disable=not progress, unit="img") as self.bar:
             self.queueing = Queueing(torch.get_num_threads() if self.source.sample.device.type == "cpu" else 1)
             self._candidates(CLEAN)
             if self.deadline is not None:
-                # The 8-bit images at the end cost as much as the clean ones did.
+                # Reserve time for the 8-bit images at the end, which cost as much as the clean images.
                 clean = sum(unit.seconds for unit in self.run.units if unit.name == CLEAN)
                 self.deadline -= clean / self.run.group.size
             for name in self.named:
@@ -253,13 +253,13 @@ class _Work:
             self._round()
 
     def shown(self, report: Report, count: int = 8) -> tuple[Tensor, Tensor]:
-        """The first images of this process and their chosen candidates (n, C, H, W), for the gallery."""
+        """The ids and the chosen candidates (n, C, H, W) of the first images of this process, for the gallery."""
         ids = self.blocks[0][:count]
         rows = [self._images(report.samples[i]["attack"], torch.tensor([i])) for i in ids.tolist()]
         return ids, torch.cat(rows)
 
     def _candidates(self, name: str) -> None:
-        """Attack (or take as they are) the images that no log has under this name."""
+        """Attack the images that no log has under this name, or judge them unchanged for CLEAN."""
         self.bar.set_postfix_str(name)
         rate: float | None = None
         for block in self.blocks:
@@ -285,7 +285,7 @@ class _Work:
                     tqdm.write(f"{self.bar.desc}: {remark}", file=sys.stderr)
 
     def _skip(self, images: int) -> None:
-        # Taken off the total: work that takes no time would make the time left look short.
+        # Shrink the total: counting skipped images would distort the ETA.
         self.bar.total -= images
         self.bar.refresh()
 
@@ -298,7 +298,7 @@ class _Work:
         return block[todo]
 
     def _size(self, name: str, rate: float | None) -> int:
-        """How many images fit into the next unit: the batch size, or less where the budget ends; 0 when it is spent."""
+        """The number of images in the next unit: the batch size, or fewer near the end of the budget, 0 after it."""
         if self.deadline is None or name == CLEAN:
             return self.batch_size
         left = self.deadline - time.monotonic()
@@ -312,12 +312,12 @@ class _Work:
         x, labels = self.source.take(ids)
         steps: list[dict[str, Any]] = []
         candidates = x if name == CLEAN else self._attack(name, x, labels, index, steps)
-        # The passes of another library's attack cannot be seen.
+        # The passes of other libraries' attacks cannot be counted.
         seen = name == CLEAN or self.passes != before
         if name in (CLEAN, *self.attacks):
             values = self.judge(name, candidates, labels, index)
         else:
-            # Points of the curve are not chosen among.
+            # Points of the curve are not candidates for the choice.
             values = {"predictions": self.judge.predictions(name, candidates, labels, index)}
         values["distance"] = self.threat.distance(candidates - x).cpu()
         self._warn_outside(name, values["distance"])
@@ -326,7 +326,7 @@ class _Work:
         return Unit(name, ids, values, images, time.monotonic() - start, forward, backward, tuple(steps))
 
     def _warn_outside(self, name: str, distance: Tensor) -> None:
-        """Warn once, and at once, if candidates lie outside the ball: the rest may take hours."""
+        """Warn once, immediately, if candidates lie outside the ball: the remaining work may take hours."""
         if name not in self.attacks or name in self.outside or not is_bound(self.attacks[name]):
             return
         if count := int(self.threat.outside(distance, self.source.sample).sum()):
@@ -344,20 +344,20 @@ class _Work:
         attack, first = self.named[name], int(ids[0])
         if self.tracing:
             attack = traced(attack, lambda step: steps.append(trace_line(name, first, step)))
-        # Those of this library key their own randomness, and need not keep other threads from torch's generators.
+        # Attacks of this library have keyed randomness, so they need not lock the global generators.
         own = isinstance(attack, KeyedAttack)
         seed = derive_seed(self.judge.seed, "attack", name, first)
         with contextlib.nullcontext() if own else seeded(seed, x.device):
             return checked_candidates(name, attack(x, labels, ids), x)
 
     def _round(self) -> None:
-        """Judge the chosen candidates, rounded to 8 bits, by the very draws of their verdicts."""
+        """Judge the chosen candidates, rounded to 8 bits, by the same draws as their verdicts."""
         names = [CLEAN, *self.attacks]
         chosen = choice(self.run, names)[0]
         radius = self.threat.eps if self.threat.norm == "Linf" else None
         for number, name in enumerate(names):
             for block in self.blocks:
-                # Named after the candidate, so that another choice after a resumed budget is judged anew.
+                # Named after the candidate, so that a different choice in a resumed run is judged again.
                 ids = block[(chosen[block] == number) & ~self.run.done(name + EIGHT_BIT)[block]]
                 if not len(ids):
                     continue
@@ -373,7 +373,7 @@ class _Work:
                 self.bar.update(len(ids))
 
     def _inside(self, name: str, ids: Tensor) -> bool:
-        """Whether the candidates lie in the ball: those of StAdv do not, and must not be pulled into it."""
+        """Whether the candidates lie in the ball; StAdv's do not, and rounding must not project them into it."""
         return not self.threat.outside(self.run.tables[name]["distance"][ids], self.source.sample).any()
 
 
@@ -388,14 +388,14 @@ def parse_budget(budget: float | str, function: str = "evaluate") -> float:
 
 
 def _trace_file(path: Path, run: Run, names: Sequence[str]) -> TraceFile | None:
-    """The file of rank 0, with the lines of what is done already; all ranks fail if it does."""
+    """The trace file on rank 0, with the lines of finished units; if rank 0 fails, all ranks fail."""
     files: list[TraceFile] = []
     run.agree(lambda: files.append(TraceFile(path, run.trace(names))) if run.group.rank == 0 else None)
     return files[0] if files else None
 
 
 def _gallery(model: Model, source: Source, ids: Tensor, candidates: Tensor, seed: int) -> list[tuple[str, Tensor]]:
-    """Rows of pictures of the images `ids`: clean, candidate, perturbation, and what the purifier makes of it."""
+    """Rows of pictures of the images `ids`: clean, candidate, perturbation, and purified candidate."""
     clean = source.take(ids)[0]
     if clean.shape[1] not in (1, 3):
         return []

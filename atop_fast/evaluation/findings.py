@@ -23,7 +23,7 @@ from .runs import Run
 from .source import Source
 from .verdict import Verdict
 
-# Checks of the contract that take a few passes, without `mode` and `cost`: evaluate sets the mode and shows the time.
+# Checks of the contract that take few passes, except `mode` and `cost`: evaluate sets the mode and reports the time.
 CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalization", "zero_gradient")
 IMAGES = 32
 # Share of the predictions on clean images from which one class stands for a constant answer.
@@ -43,7 +43,7 @@ class Threat:
         return torch.linalg.vector_norm(delta.flatten(1).float(), ord=order, dim=1)
 
     def outside(self, distance: Tensor, x: Tensor) -> Tensor:
-        """Whether candidates at a distance (B,) from images like x (B, C, H, W) lie outside, rounding aside, bool."""
+        """Whether candidates at a distance (B,) from images like x (B, C, H, W) lie outside, beyond rounding; bool."""
         size = x[0].numel()
         rounded = {"Linf": 1, "L2": size**0.5, "L1": size}[self.norm] * max(torch.finfo(x.dtype).eps, 2.0**-23)
         return distance > self.eps * (1 + 1e-4) + rounded
@@ -97,7 +97,7 @@ def _checked(model: Model, source: Source, threat: Threat, seed: int, whole: boo
 
 
 def is_bound(attack: Attack) -> bool:
-    """Whether candidates must lie in the ball: an attack whose `norm` is another, as StAdv's "flow", says otherwise."""
+    """Whether candidates must lie in the ball; an attack with another `norm`, such as StAdv's "flow", opts out."""
     norm = getattr(attack, "norm", None)
     return not isinstance(norm, str) or norm in NORMS
 

@@ -1,4 +1,4 @@
-"""Attacks that a caller gives to evaluate: which are accepted, how they are called, and which are refused by name."""
+"""Attacks that callers pass to evaluate: accepted forms, the way they are called, and errors for all others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def checked_candidates(name: str, candidates: Any, x: Tensor) -> Tensor:
 
 
 def _given(argument: str, name: str, attack: Any) -> Attack:
-    """One attack as it is called here."""
+    """Adapt one attack to the call attack(images, labels, sample_ids)."""
     package = _package(attack)
     if isinstance(attack, type):
         line = f"{{{name!r}: {attack.__name__}(model)}}"
@@ -68,7 +68,7 @@ def _given(argument: str, name: str, attack: Any) -> Attack:
     if package == "foolbox":
         line = "lambda x, y, ids: attack(foolbox.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=eps)[1]"
         raise TypeError(message("evaluate", argument, f"called {CALL}: {line}", _shown(attack)))
-    # The others of torchattacks' targeted modes take true labels.
+    # The other targeted modes of torchattacks take true labels.
     by_label = getattr(attack, "attack_mode", "targeted(label)") == "targeted(label)"
     if package in ("torchattacks", "art") and getattr(attack, "targeted", False) and by_label:
         line = "lambda x, y, ids: attack(x, target_classes_of(y))"
@@ -91,7 +91,7 @@ def _given(argument: str, name: str, attack: Any) -> Attack:
 
 
 class _Wrapped:
-    """An attack of images and labels alone, with the declarations of the wrapped one."""
+    """An attack that takes only images and labels, with the `norm` of the wrapped attack."""
 
     def __init__(self, attack: Any, call: Callable[[Tensor, Tensor], Any]) -> None:
         self.attack, self.call = attack, call
@@ -105,19 +105,19 @@ class _Wrapped:
 
 
 def _takes(attack: Callable[..., Any], count: int) -> bool:
-    """Whether an attack can be called with so many arguments, as far as it says."""
+    """Whether the signature of an attack accepts `count` arguments."""
     try:
         inspect.signature(attack).bind(*range(count))
     except TypeError:
         return False
     except ValueError:
-        # A callable that is not written in Python has no signature.
+        # A callable that is not implemented in Python has no signature.
         return count == 3
     return True
 
 
 def _package(attack: Any) -> str:
-    """The library that the attack comes from, if it calls its attacks in another way."""
+    """The library that the attack comes from, if that library has its own calling convention."""
     for kind in type(attack).__mro__:
         root = kind.__module__.partition(".")[0]
         if root in ("torchattacks", "foolbox", "art"):

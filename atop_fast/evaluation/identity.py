@@ -1,4 +1,4 @@
-"""Which model and which attacks a run folder belongs to: by state, by code, and by what the model does.
+"""Identifies the model and the attacks of a run folder: by state, by code, and by the model's behavior.
 
 The printed form shows neither a function's network nor a module's Python attributes. Therefore a model is also
 identified by its logits and by slopes of a loss at fixed points. They are kept as numbers and compared within rounding,
@@ -29,15 +29,15 @@ from ..randomness import Tag, derive_seed, random_uniform, seeded
 from .judge import full_precision, judged
 from .source import Source
 
-# Images of the probe, each once more mixed with noise; its draws; and the calls where draws cannot be repeated.
+# Number of probe images, each also mixed with noise; of draws; and of calls if draws cannot be repeated.
 POINTS, DRAWS, CALLS = 4, 2, 16
-# How often each draw is taken, to see whether it repeats.
+# Number of times each draw is taken, to detect whether it repeats.
 TIMES = 4
-# Relative differences of logits and of slopes that rounding may make.
+# Tolerated relative differences of logits and of slopes, due to rounding.
 ROUNDING = {"logits": 1e-3, "slopes": 2e-2}
-# Standard errors by which the means of calls that cannot be repeated may differ.
+# Tolerated standard errors between the means of calls that cannot be repeated.
 ERRORS = 8.0
-# Levels of objects within objects.
+# Maximum nesting of objects.
 DEPTH = 12
 PLAIN = (bool, int, float, complex, str, bytes, range, slice, PurePath, torch.dtype, torch.device)
 
@@ -63,7 +63,7 @@ def model_identity(model: Model, points: Tensor, ids: Tensor) -> dict[str, Any]:
 
 
 def same_model(one: Any, other: Any) -> bool:
-    """Whether two identities, one perhaps from a file, belong to one model."""
+    """Whether two identities, one of which may come from a file, belong to the same model."""
     try:
         if any(one[key] != other[key] for key in ("text", "weights")):
             return False
@@ -73,22 +73,22 @@ def same_model(one: Any, other: Any) -> bool:
 
 
 def attack_identity(attack: Any, model: Model) -> str:
-    """A hash of what can be known of an attack: its type, attributes, code, closure and defaults, and its networks.
+    """A hash of everything accessible in an attack: type, attributes, code, closure, defaults and networks.
 
-    `model` is the evaluated one, which has an identity of its own.
+    `model` is the evaluated model, which has a separate identity.
     """
     return _hash(Walk(model).text(attack))
 
 
 def shown(value: object) -> str:
-    """The printed form of an attack or a model, without addresses, which differ from process to process."""
+    """The repr of an attack or a model without addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class Walk:
-    """A text that describes an object and all that it refers to; equal in every process, unless something changes.
+    """Describes an object and all that it refers to as text, which is equal in every process unless something changes.
 
-    Objects of Python's library and of torch, except tensors, modules and containers, count by their type alone.
+    Objects of Python's library and of torch, except tensors, modules and containers, are described only by their type.
     `modules` collects the modules that are found.
     """
 
@@ -98,14 +98,15 @@ class Walk:
         self.modules: list[nn.Module] = []
 
     def text(self, value: Any, depth: int = 0) -> str:
-        """The text on one object."""
+        """The description of one object."""
         if value is None or isinstance(value, PLAIN):
             return repr(value)
         if self.model is not None and value is self.model:
             return "the model"
         if id(value) in self.seen or depth > DEPTH:
             return f"again {type(value).__qualname__}"
-        # Constants are left out: the compiler decides which are one object. Kept, so that no other object gets the id.
+        # Constants are excluded, because the compiler decides which share an object. `seen` keeps a reference, so that
+        # ids are not reused.
         if not isinstance(value, (tuple, frozenset, types.CodeType)):
             self.seen[id(value)] = value
         parts = " ".join(self.text(part, depth + 1) for part in self._parts(value))
@@ -166,7 +167,7 @@ class Walk:
         if _is_library(function):
             return
         yield from (function.__code__, function.__defaults__, function.__kwdefaults__)
-        # Functions and objects of its own file that it uses by name.
+        # Functions and objects of the same file that the code uses by name.
         for name in sorted(_names(function.__code__)):
             if name in function.__globals__:
                 yield function.__globals__[name]
@@ -288,10 +289,10 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
 
 
 def _is_library(value: Any) -> bool:
-    """Whether it is code of Python, torch, this or another installed package, whose name and options say enough."""
+    """Whether code belongs to Python, torch, this or another installed package, whose name and options identify it."""
     root = (getattr(value, "__module__", None) or "").partition(".")[0]
     if root == "builtins" and isinstance(value, types.FunctionType):
-        # Written in exec.
+        # Code defined in exec.
         return False
     if root in sys.stdlib_module_names or root in ("torch", "numpy", __name__.partition(".")[0]):
         return root != "__main__"

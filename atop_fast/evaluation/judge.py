@@ -1,4 +1,4 @@
-"""The judge: forward passes of the caller's own model in float32, under draws that are keyed by their purpose."""
+"""The judge: forward passes of the caller's own model in float32, under draws keyed by their purpose."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..randomness import derive_seed, seeded
 from ..transforms import RandomTransform
 from .source import Source
 
-# Images of the trial that tells a deterministic model from a random one.
+# Number of images in the trial that distinguishes deterministic from random models.
 TRIAL_IMAGES = 256
 
 
@@ -23,16 +23,16 @@ class Judge:
 
     Candidates are chosen by `selection_draws` draws keyed by derive_seed(seed, "selection"), and judged by `draws`
     draws keyed by derive_seed(seed, "verdict", candidate's name); attacks use derive_seed(seed, "attack"). No draw
-    serves two of the three, so that neither the attack nor the choice can favor the draws of the verdict.
+    serves two of these purposes, so that neither the attack nor the choice can favor the draws of the verdict.
 
     Args:
         model: a Defense, whose draws are functions of (key, sample id, draw), or any callable from images to logits,
             whose draws are repeated calls; torch's generators are seeded for them and restored.
         seed: key of the evaluation.
         draws, selection_draws: numbers of draws; both become 1 for a deterministic model.
-        max_batch: most images in one forward pass; None: as many as the attacks would take, found out by trial().
+        max_batch: maximum number of images in one forward pass; None uses the limit of the attacks, found by trial().
 
-    Logits are computed in float32, of float64 images in float64: no autocast, no TF32, on the model as it is.
+    Logits are computed in float32 (float64 for float64 images), without autocast and TF32, on the unmodified model.
     """
 
     def __init__(self, model: Model, seed: int, draws: int, selection_draws: int, max_batch: int | None = None) -> None:
@@ -59,7 +59,7 @@ class Judge:
                 estimator.function = "evaluate"
                 estimator.logits(first, ids[:1], ids[:1])
                 self.max_batch = estimator.forward_rows
-            # Most random models give themselves away at a few images.
+            # A few images suffice to detect most random models.
             for begin, end in ((0, 8), (8, TRIAL_IMAGES)):
                 if len(part := ids[begin:end]):
                     logits = self.logits(x[part], part, seed, 3)
@@ -69,7 +69,7 @@ class Judge:
         return True
 
     def collapse(self) -> None:
-        """The model is deterministic: take one draw, for choice and verdict alike."""
+        """Use a single draw for both choice and verdict, because the model is deterministic."""
         self.draws = self.selection_draws = 1
         self.deterministic = True
 
@@ -85,7 +85,7 @@ class Judge:
         target = labels[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(dim=1)
         correct = (logits.argmax(dim=2) == target).sum(dim=1, dtype=torch.int32)
-        # The two kinds of draws of a deterministic model are the same.
+        # For a deterministic model, selection and verdict have the same draw.
         predictions = _pack(logits) if self.deterministic else self.predictions(name, x, labels, ids)
         return {"predictions": predictions, "correct": correct.cpu(), "loss": loss.cpu()}
 
@@ -102,7 +102,7 @@ class Judge:
 
 
 def judged(x: Tensor) -> Tensor:
-    """Images in the dtype in which they are judged: float32, or float64 as they are."""
+    """Images in the dtype in which they are judged: float64 for float64, float32 otherwise."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -157,7 +157,7 @@ def eight_bit(images: Tensor, clean: Tensor, radius: float | None) -> Tensor:
     """
     levels = (255 * images.double()).round()
     if radius is not None:
-        # The slack keeps a level that float32 puts on the ball's border.
+        # The slack keeps a level that lies on the boundary of the ball up to float32 rounding.
         low, high = (255 * (clean.double() + s * (radius + 1e-6)) for s in (-1, 1))
         low, high = low.ceil(), high.floor()
         levels = torch.where(low <= high, levels.clamp(low, high), levels)

@@ -16,12 +16,12 @@ from torch import Tensor
 from .._core.files import write_atomic, write_text
 from .tracing import trace_picture
 
-# A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict(), or None where nothing was attacked.
+# A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict(), or None if no image was attacked.
 Verdicts = Mapping[str, Mapping[str, Any] | None]
 MEASURES = (("mean", "mean of draws"), ("majority", "majority vote"), ("worst", "worst of K"))
 # Of a system with attacks that a budget cut, columns that only bound the robust accuracy.
 BOUNDS = ("robust", "eight_bit")
-# In a line of metrics.jsonl, besides the losses.
+# Keys of a line of metrics.jsonl that are not losses.
 NOT_DRAWN = ("training", "epoch", "updates", "lr", "seconds", "images_per_second")
 
 
@@ -66,7 +66,7 @@ def _cell(v: Mapping[str, Any] | None, images: int) -> str:
 
 
 def _note(systems: Mapping[str, Verdicts]) -> str:
-    """How many images and draws the columns rest on; systems without randomness have one draw."""
+    """The numbers of images and draws of the columns; systems without randomness have one draw."""
     first = [next(v for v in verdicts.values() if v) for verdicts in systems.values()]
     names: dict[int, list[str]] = {}
     for name, v in zip(systems, first, strict=True):
@@ -103,7 +103,7 @@ def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> by
                 axis.imshow(pixels.numpy(), cmap="RdBu_r", vmin=-10 * eps, vmax=10 * eps)
             else:
                 axis.imshow(pixels.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-            # Names of classes are text, also where they hold dollars.
+            # Class names are plain text, even if they contain dollar signs.
             axis.set_title(caption, fontsize=9, pad=2, parse_math=False)
         where = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
         line[0].text(-0.12, 0.5, title, fontsize=10, parse_math=False, **where)
@@ -127,7 +127,7 @@ def write_report(
         data: the JSON: "seed", "threat_model", "systems" (name -> Verdicts), and whatever else the run records; further
             groups of systems under "findings" get a table of their own, and the sentences under "answer" come first.
         notes: paragraphs under the tables.
-        picture, picture_caption: a PNG and what it shows.
+        picture, picture_caption: a PNG and its caption.
         curves: a PNG of the trainings' losses (see training_picture).
     """
     page = _page(
@@ -223,7 +223,7 @@ def resubmission_picture(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
 
 
 def training_picture(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
-    """A PNG of every scalar of every training against its updates, from the lines of a metrics.jsonl; None without."""
+    """A PNG of all scalars of all trainings against updates, from the lines of a metrics.jsonl; None if it is empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -250,7 +250,7 @@ def training_picture(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
 
 
 def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
-    """report.html filled in; everything is escaped."""
+    """Render report.html; everything is escaped."""
     # jinja2 is imported here so that `import atop_fast` stays quick.
     import jinja2
 
@@ -261,7 +261,7 @@ def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
         (heading, part, _note(part), max(map(_images, part.values()))) for heading, part in groups.items() if part
     ]
     bounds = {name: BOUNDS for _, part, *_ in tables for name, verdicts in part.items() if _is_cut(verdicts)}
-    # Sections without their values are left out.
+    # Sections without values are omitted.
     keys = ("details", "curve", "tries", "trace", "strips", "notes", "picture", "picture_caption", "curves")
     given = {key: values.get(key) for key in keys}
     return environment.from_string(template).render(

@@ -12,18 +12,18 @@ from .verdict import INTERVALS, bootstrap_intervals, wilson_interval
 
 
 def survival(correct: Tensor) -> Tensor:
-    """Unbiased estimate, for each image, of the chance that M fresh draws are all right, for M = 1 .. K.
+    """Unbiased estimate, for each image, of the probability that M fresh draws are all correct, for M = 1 .. K.
 
-        C(c, M) / C(K, M) = prod_{i < M} (c - i) / (K - i),    c right ones among K draws
+        C(c, M) / C(K, M) = prod_{i < M} (c - i) / (K - i),    with c correct draws among K
 
-    the share of the sets of M draws that hold right ones alone (the U-statistic of Hoeffding, 1948). No estimate from
-    fewer than M draws is unbiased.
+    This is the share of sets of M draws that are all correct (the U-statistic of Hoeffding, 1948). No unbiased estimate
+    from fewer than M draws exists.
 
     Args:
-        correct: bool (images, K): which draws are right.
+        correct: bool (images, K): whether each draw is correct.
 
     Returns:
-        float64 (images, K): column M - 1 is that of M tries.
+        float64 (images, K): column M - 1 belongs to M tries.
     """
     if correct.dtype != torch.bool or correct.dim() != 2 or not correct.numel():
         given = f"{correct.dtype} of shape {tuple(correct.shape)}"
@@ -38,14 +38,14 @@ def resubmission_curve(correct: Tensor, interval: str = "wilson", seed: int = 0)
     """Accuracy against an attacker who submits every image M times and needs one success, for M = 1 .. K.
 
     Args:
-        correct: bool (images, K): which draws of one verdict are right.
-        interval: "wilson" or "bootstrap", as for the mean of a Verdict: both are over the choice of images, on whose
-            values between 0 and 1 Wilson's is conservative. M = K has Wilson's in either case.
+        correct: bool (images, K): whether each draw of a verdict is correct.
+        interval: "wilson" or "bootstrap", as for the mean of a Verdict: both are over the choice of images; Wilson's is
+            conservative for values between 0 and 1. M = K always has Wilson's interval.
         seed: key of the bootstrap.
 
     Returns:
         For every M {"tries": M, "accuracy": float, "accuracy_ci": [low, high]}, JSON-ready. The first is the verdict's
-        `mean` and the last its `worst`. Each is unbiased by itself; they rest on the same draws.
+        `mean` and the last its `worst`. Each is unbiased; all use the same draws.
     """
     check_choice("resubmission_curve", "interval", interval, INTERVALS)
     values = survival(correct)
@@ -53,7 +53,7 @@ def resubmission_curve(correct: Tensor, interval: str = "wilson", seed: int = 0)
     means = values.mean(dim=0).tolist()
     intervals = [wilson_interval(min(1.0, mean), images) for mean in means]
     if interval == "bootstrap":
-        # Every draw right, or not: yes/no values, as a verdict's `worst`.
+        # M = K is a yes/no value, like a verdict's `worst`.
         last = intervals[-1:] if draws > 1 else []
         intervals = [*bootstrap_intervals(values[:, : draws - len(last)], seed), *last]
     return [

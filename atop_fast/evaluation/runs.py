@@ -4,9 +4,9 @@
     <out>/log.jsonl                one line for each finished unit; log-<rank>.jsonl for the ranks above 0
     <out>/shards/*.safetensors     a unit's results: ids, candidate images, selection counts, predictions
 
-A unit is one candidate (the clean images, or an attack's) of some images. Its line is written after its shard, so that
-a process that is killed at any moment loses no more than the unit it was at, and what remains is what stands in no log,
-whatever the batch size and the number of processes that made the log or that go on.
+A unit is one candidate (the clean images, or those of an attack) for some of the images. Its line is written after its
+shard, so that a process that is killed loses at most its current unit. Units without a line remain to be done, for any
+batch size and number of processes before and after the interruption.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Unit:
-    """What one piece of work found out.
+    """The results of one unit of work.
 
     Attributes:
         name: the candidate.
-        ids: int64 (n,), the images' places in the evaluated set.
+        ids: int64 (n,), the indices of the images in the evaluated set.
         values: name -> tensor (n, ...): small results.
-        images: the candidates (n, C, H, W), or the shard that holds them; None where they are not kept.
-        seconds, forward, backward: what it took; the passes are counted in images, None where they cannot be.
+        images: the candidates (n, C, H, W), or the shard that holds them; None if they are not kept.
+        seconds, forward, backward: time and passes; passes are counted in images, None if they cannot be counted.
         trace: the steps of its attack, if they were traced; see tracing.trace_line.
     """
 
@@ -64,8 +64,8 @@ class Run:
     Args:
         count: number of images N.
         folder: run folder, or None to keep everything in memory.
-        header: what the run is, JSON-ready; a folder with another header is refused.
-        group: the processes that work on it.
+        header: JSON-ready description of the run; a folder with another header is refused.
+        group: the processes of the run.
 
     Raises:
         ValueError: `folder` cannot be written, holds something else, or is damaged.
@@ -82,24 +82,24 @@ class Run:
             raise ValueError(message("evaluate", "model, images, labels", expected, "differences between the ranks"))
         if folder is not None:
             self._log = folder / ("log.jsonl" if group.rank == 0 else f"log-{group.rank}.jsonl")
-            # Nobody adds to a log before all have read them.
+            # A barrier: all ranks read the logs before any rank appends to one.
             self.agree(lambda: self._read(folder))
             _cut_torn_line(self._log)
 
     def done(self, name: str) -> Tensor:
-        """Which images have candidates of this name, bool (N,)."""
+        """Whether each image has a candidate of this name, bool (N,)."""
         table = self.tables.get(name)
         return table["done"] if table else torch.zeros(self.count, dtype=torch.bool)
 
     def add(self, unit: Unit) -> None:
-        """Record a finished unit; on disk when this returns, if the run has a folder."""
+        """Record a finished unit; if the run has a folder, the unit is on disk when this returns."""
         if self.folder is not None:
             unit = self._write(self.folder, unit)
         self._own.append(unit)
         self._take(unit)
 
     def images(self, name: str, ids: Tensor) -> Tensor:
-        """The candidates `name` of the images `ids`, on the CPU, which this process or the folder must have."""
+        """The candidates `name` of the images `ids`, on the CPU; this process or the folder must have them."""
         found: dict[int, Tensor] = {}
         wanted = set(ids.tolist())
         for unit in self.units:
@@ -111,7 +111,7 @@ class Run:
         return torch.stack([found[i] for i in ids.tolist()])
 
     def share(self) -> None:
-        """Give every process the small results of all; waits for them."""
+        """Exchange the small results between all processes; a barrier."""
         for rank, units in enumerate(self.group.gather([replace(unit, images=None) for unit in self._own])):
             if rank != self.group.rank:
                 for unit in units:
@@ -132,7 +132,7 @@ class Run:
         return f"{self.folder} {what}, and the same call goes on"
 
     def agree(self, work: Callable[[], object]) -> None:
-        """Do something in every process; if it fails in one, raise its ValueError in all."""
+        """Run `work` in every process; if it raises ValueError in one, raise it in all."""
         problem = None
         try:
             work()
@@ -156,7 +156,7 @@ class Run:
         table["done"][unit.ids] = True
 
     def _write(self, folder: Path, unit: Unit) -> Unit:
-        # No image has two candidates of one name, so the first id and the name make the file's name unique.
+        # No image has two candidates of the same name, so the name and the first id make the file name unique.
         slug = re.sub(r"[^\w.@-]", "_", unit.name)[:60]
         path = folder / "shards" / f"{slug}-{zlib.crc32(unit.name.encode()):08x}-{int(unit.ids[0]):07d}.safetensors"
         tensors = {"ids": unit.ids, **{f"values.{k}": v for k, v in unit.values.items()}}
@@ -193,7 +193,7 @@ def read_candidates(folder: Path, name: str, ids: Sequence[int]) -> dict[int, Te
 
 
 def _open_folder(folder: Path, header: dict[str, Any]) -> None:
-    """Make the folder of a new run, or check that it is one of this run; nothing in another folder is touched."""
+    """Create the folder of a new run, or check that it belongs to this run; other folders are not touched."""
     found: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
         # claim_folder reports the errors.
@@ -205,14 +205,14 @@ def _open_folder(folder: Path, header: dict[str, Any]) -> None:
 
 
 def _known_by(header: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The header with the other's numbers for the model, where these are the model's up to rounding."""
+    """The header, with the other header's numbers for the model if these are equal up to rounding."""
     if "model" in header and same_model(header["model"], other.get("model")):
         return {**header, "model": other["model"]}
     return header
 
 
 def _read_log(path: Path) -> Iterator[dict[str, Any]]:
-    # What follows the last line feed is a line that a killed process did not finish.
+    # A killed process may have left an incomplete line after the last line feed.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)

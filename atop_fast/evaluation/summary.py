@@ -1,4 +1,4 @@
-"""From the results of a run to a Report: choice among candidates, verdicts, emulated verdicts, table of samples."""
+"""Turns the results of a run into a Report: choice among candidates, verdicts, emulated verdicts, table of samples."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def curve_name(radius: float | str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What evaluate found out about one model.
+    """The results of evaluate for one model.
 
     Attributes:
-        clean: verdict on the images as they are.
-        robust: verdict on each image's chosen candidate, the one that fared worst in the selection draws.
+        clean: verdict on the unchanged images.
+        robust: verdict on each image's chosen candidate, the one with the worst result in the selection draws.
         attacks: verdict on each attack's candidates; an image that was fooled already, in a protocol that stops there,
             keeps the candidate chosen so far. If the budget cut an attack, the verdict covers the images that it
             reached (`images` of the verdict); None if it reached none.
@@ -107,7 +107,7 @@ class Report:
 
 
 def choice(run: Run, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Each image's worst candidate: fewest right selection draws, ties by the larger mean cross-entropy.
+    """Each image's worst candidate: fewest correct selection draws, ties broken by the larger mean cross-entropy.
 
     Returns:
         Its place in `names` (N,) and its right selection draws (N,). An image whose candidate of a name is missing does
@@ -146,7 +146,7 @@ def summarize(
         known = run.tables.get(name, {"predictions": predictions[0]})["predictions"]
         done = run.done(name)
         predictions.append(torch.where(done[:, None], known, _pick(predictions, chosen)))
-        # A candidate that does not exist cannot fail under the emulated rules.
+        # A missing candidate cannot fail under the emulated rules.
         right.append((predictions[-1] == labels[:, None]) | ~done[:, None])
         reached.append(done | (correct == 0) if cascade else done)
     chosen, _ = choice(run, names)

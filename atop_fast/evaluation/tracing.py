@@ -23,7 +23,7 @@ NUMBERS = ("images", "accuracy", "forward", "backward")
 
 
 def traced(attack: Any, callback: Callable[[TraceStep], object]) -> Any:
-    """A copy of an attack of this library that calls back, besides its own callback; any other attack as it is."""
+    """A copy of an attack of this library with an additional callback; any other attack is returned unchanged."""
     if not isinstance(attack, (Attack, AutoAttack)):
         return attack
     this, own = copy.copy(attack), attack.callback
@@ -59,11 +59,11 @@ def check_line(line: Any) -> Line:
 class TraceFile:
     """A file of JSON lines, one for each step of every finished unit.
 
-    While the run goes on, rank 0 adds the lines of the units that it finishes; in the end it writes those of all.
+    During the run, rank 0 appends the lines of its finished units; at the end, it writes the lines of all ranks.
 
     Args:
-        path: the file; an earlier trace is replaced, anything else refused.
-        lines: of the units that are done already.
+        path: the file; an earlier trace is replaced, any other file is refused.
+        lines: lines of the units that are already done.
 
     Raises:
         ValueError: `path` is not a trace, or its folder cannot be written.
@@ -77,7 +77,7 @@ class TraceFile:
                 *whole, torn = path.read_text(encoding="utf-8").split("\n")
                 for line in whole:
                     check_line(json.loads(line))
-                # A process that was killed leaves its last line unfinished.
+                # A killed process may have left an incomplete last line.
                 if not torn.startswith(BEGINNING[: len(torn)]):
                     raise ValueError("not a step of an attack")
             except (OSError, ValueError, RecursionError) as error:

@@ -77,8 +77,8 @@ class Verdict:
 def wilson_interval(p: float, n: int, z: float = 1.959963984540054) -> Interval:
     """Wilson's score interval (1927) for a mean `p` of `n` independent values in [0, 1]; 95 % by default.
 
-    Exact in its assumptions for yes/no values. For values between 0 and 1, such as an image's accuracy over draws, the
-    variance is at most p (1 - p), so that the interval is conservative; it never collapses at 0 or 1.
+    Its assumptions hold exactly for yes/no values. For values between 0 and 1, such as an image's accuracy over draws,
+    the variance is at most p (1 - p), so the interval is conservative; it never collapses at 0 or 1.
     """
     check_number("wilson_interval", "p", p, low=0, high=1)
     check_integer("wilson_interval", "n", n, low=1)
@@ -90,14 +90,14 @@ def wilson_interval(p: float, n: int, z: float = 1.959963984540054) -> Interval:
 def bootstrap_interval(values: Tensor, seed: int = 0, resamples: int = 1000, level: float = 0.95) -> Interval:
     """Percentile bootstrap (Efron, 1979) of the mean of `values` (n,): quantiles of the means of resampled images.
 
-    Narrower than Wilson's interval where an image's accuracy over draws is neither 0 nor 1; it collapses to a point
-    where all values are equal, and covers less than it says for few images (n below about 50).
+    Narrower than Wilson's interval if accuracies over draws lie between 0 and 1. It collapses to a point if all values
+    are equal, and has less than nominal coverage for few images (n below about 50).
 
     Args:
         values: float (n,), such as each image's accuracy over its draws.
         seed: key of the resampling; equal seeds give equal intervals.
         resamples: number of resampled means.
-        level: coverage aimed at.
+        level: nominal coverage.
     """
     check_integer("bootstrap_interval", "resamples", resamples, low=1)
     check_number("bootstrap_interval", "level", level, low=0, high=1)
@@ -129,10 +129,10 @@ def bootstrap_intervals(values: Tensor, seed: int = 0, resamples: int = 1000, le
     """bootstrap_interval of each column of `values` (n, m), whose rows are resampled together."""
     values, key = values.double().cpu(), derive_seed(seed, "bootstrap")
     count, means = len(values), []
-    # A part of the resamples at a time bounds the memory at some 2**22 random numbers.
+    # Chunks of resamples limit the memory to about 2**22 random numbers.
     for part in torch.arange(resamples).split(max(1, 2**22 // count)):
         index = (random_uniform((count,), key, part, 0, Tag.ORDER).double() * count).long()
-        # How often each resample has each row.
+        # The number of times that each resample contains each row.
         times = values.new_zeros(len(part), count)
         times.scatter_add_(1, index, torch.ones_like(times))
         means.append(times @ values / count)
