@@ -1,4 +1,4 @@
-"""Diagnostics: is the contract kept, and can the attack's gradient be trusted, before hours are spent?"""
+"""Diagnostics before a long evaluation: does the model keep the contract, and can the attack's gradient be trusted?"""
 
 from __future__ import annotations
 

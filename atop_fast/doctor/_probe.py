@@ -1,4 +1,4 @@
-"""What every check stands on: the finding, the model under test left as it was, and the statistics of comparisons."""
+"""Basis of all checks: findings, a context that leaves the model unchanged, and the statistics of comparisons."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ..randomness import derive_seed, seed_generators, seeded
 
 Status = Literal["pass", "warn", "fail"]
 Model = Callable[..., Tensor]
-# Standard errors of a comparison beyond which it is doubted, and refused.
+# Standard errors of a comparison beyond which a check warns or fails.
 WARN, FAIL = 2.0, 3.0
-# Expected cosine of an n-draw gradient with the true mean that makes n draws enough, and the most draws tried.
+# Required expected cosine of an n-draw gradient with the true mean, and the maximum number of draws tried.
 COSINE, MOST_DRAWS = 0.9, 64
-# Most draws in each gradient of the attacks here, unless the caller says otherwise.
+# Maximum number of draws in each gradient of the attacks here, unless the caller sets it.
 ATTACK_DRAWS = 8
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; dataclasses.asdict makes it JSON-ready.
+    """The result of one check; dataclasses.asdict makes it JSON-ready.
 
     Attributes:
         name: the check.
         status: "pass", "warn" (results are in doubt) or "fail" (results would be wrong or meaningless).
-        reason: why, with the numbers, and what to do.
-        numbers: what was measured.
+        reason: the reason, with numbers and advice.
+        numbers: the measurements.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Probe:
     def logits(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Tensor:
         """Logits (B, classes), float32, under one draw; equal (purpose, draw) give equal randomness.
 
-        The images are self.x, changed or not, unless their ids are given.
+        x must be self.x or a modification of it, unless ids are given.
         """
         return self.output(x, draw, purpose, ids).float()
 
@@ -126,14 +126,14 @@ class Probe:
 
     @cached_property
     def reproducible(self) -> bool:
-        """Whether the same draw gives the same logits: if not, the model's randomness is out of reach."""
+        """Whether the same draw gives the same logits; if not, the model's randomness cannot be controlled."""
         with torch.no_grad():
             first, second = self.logits(self.x), self.logits(self.x)
         return same(first, second)
 
     @property
     def draws(self) -> int:
-        """Draws in which an image is judged."""
+        """The number of draws that judge an image."""
         return 8 if self.random or not self.reproducible else 1
 
     def correct(self, x: Tensor, model: Model | None = None) -> Tensor:
@@ -146,11 +146,11 @@ class Probe:
 
     @cached_property
     def clean(self) -> Tensor:
-        """Share of fresh draws (B,) in which the images themselves are classified correctly."""
+        """Share of fresh draws (B,) in which the clean images are classified correctly."""
         return self.correct(self.x)
 
     def attacked(self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact", target: str = "model") -> Tensor:
-        """Share of fresh draws (B,) correct under an attack on the whole model or its "classifier" alone; kept."""
+        """Share of fresh draws (B,) correct under an attack on the whole model or only its "classifier"; cached."""
         key = (attack, eps, gradient, target)
         if key not in self._attacked:
             adversarial = self.adversarial(eps, attack, gradient, target)
@@ -160,7 +160,7 @@ class Probe:
     def adversarial(
         self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact", target: str = "model"
     ) -> Tensor:
-        """Adversarial images (B, C, H, W) of the whole model or its "classifier" alone; kept."""
+        """Adversarial images (B, C, H, W) against the whole model or only its "classifier"; cached."""
         key = (attack, eps, gradient, target)
         if key not in self._adversarial:
             victim, eot_iter = (self.model, self.eot_iter) if target == "model" else (self.classifier, 1)
@@ -173,7 +173,7 @@ class Probe:
 
     @property
     def eot_iter(self) -> int:
-        """Draws in each gradient of an attack."""
+        """The number of draws in each gradient of an attack."""
         if not self.random and self.reproducible:
             return 1
         if self._eot_iter is not None:
@@ -186,14 +186,14 @@ class Probe:
 
         With mu the mean of one draw's gradient and v its variance (the trace of its covariance), the signal-to-noise
         ratio is SNR(n) = |mu|^2 / (v / n), and the cosine about |mu| / sqrt(|mu|^2 + v / n) = sqrt(SNR / (1 + SNR)).
-        Averaged over 8 of the images, less those without a gradient, each with N = 64 draws, of which the squared mean
-        exceeds |mu|^2 by v / N.
+        The average is over 8 of the images, except those without a gradient. |mu|^2 is estimated from N = 64 draws per
+        image, whose squared mean exceeds it by v / N.
         """
         sizes = [2**k for k in range(MOST_DRAWS.bit_length())]
         if not self.random and self.reproducible:
             return dict.fromkeys(sizes, 1.0)
         draws = [self.gradient(self.x, "ce", draw, 8)[1].flatten(1) for draw in range(MOST_DRAWS)]
-        # Gradients of saturated images are as small as 1e-30; their squares would vanish.
+        # Gradients of saturated images are as small as 1e-30; their squares would underflow in float32.
         g = torch.stack(draws).double()
         variance = g.var(dim=0).sum(dim=1)
         signal = (g.mean(dim=0).square().sum(dim=1) - variance / len(g)).clamp_min(0)
@@ -210,22 +210,22 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two sets of logits are equal up to rounding, which another order of summation brings about."""
+    """Whether two sets of logits are equal up to rounding, for example due to another order of summation."""
     return difference(a, b) <= 1e-4
 
 
 def excess(a: Tensor, b: Tensor) -> float:
-    """Standard errors by which the mean of a lies above that of b, for accuracies (B,) of the same images.
+    """The difference of the means of a and b in standard errors, for accuracies (B,) on the same images.
 
-    sum d / sqrt(sum d^2) with d = a - b. For right or wrong it is McNemar's statistic (1947): only images on which the
-    two differ count, (n10 - n01) / sqrt(n10 + n01).
+    It is sum d / sqrt(sum d^2) with d = a - b. For yes/no values, this is McNemar's statistic (1947), in which only
+    images count on which the two differ: (n10 - n01) / sqrt(n10 + n01).
     """
     d = (a - b).double()
     return float(d.sum() / d.square().sum().sqrt().clamp_min(1e-12))
 
 
 def judged(errors: float) -> Status:
-    """The status of an expectation that is broken by so many standard errors."""
+    """The status of an expectation that is violated by this many standard errors."""
     return "fail" if errors > FAIL else "warn" if errors > WARN else "pass"
 
 
@@ -253,7 +253,7 @@ def untouched(model: object, device: torch.device, evaluation: bool = True) -> I
         for m, mode, kept in zip(modules, training, buffers, strict=True):
             if not evaluation and mode is not None:
                 m.training = mode
-            # A module may have written into a buffer, or put another tensor in its place.
+            # A module may have modified or replaced a buffer.
             for k, (b, contents) in kept.items():
                 m._buffers[k] = b
                 if contents is not None:

@@ -145,7 +145,7 @@ def normalization(probe: Probe) -> Finding:
 
 
 def mode(probe: Probe) -> Finding:
-    """The model, as given, gives the logits of its evaluation mode."""
+    """The model in its given mode returns the logits of its evaluation mode."""
     modules = list(probe.model.named_modules()) if isinstance(probe.model, nn.Module) else []
     training = [(name, m) for name, m in modules if getattr(m, "training", False)]
     with torch.no_grad():
@@ -164,7 +164,7 @@ def mode(probe: Probe) -> Finding:
 
 
 def determinism(probe: Probe) -> Finding:
-    """Whose randomness the model uses: none, a Defense's keys, the global generators, or another."""
+    """The source of the model's randomness: none, a Defense's keys, the global generators, or another."""
     with torch.no_grad():
         first = probe.logits(probe.x)
         repeated, other = difference(first, probe.logits(probe.x)), difference(first, probe.logits(probe.x, 1))
@@ -196,7 +196,7 @@ def batch_coupling(probe: Probe) -> Finding:
         text = "Randomness that cannot be repeated hides whether batch mates matter: see determinism."
         return Finding("batch_coupling", "warn", text, {})
 
-    # Equal batch sizes give equal kernels, so that what differs is not rounding.
+    # Equal batch sizes use equal kernels, so that differences are not rounding.
     half = len(probe.x) // 2
     mates = torch.cat((probe.x[:half], 1 - probe.x[half:]))
 
@@ -223,7 +223,7 @@ def batch_coupling(probe: Probe) -> Finding:
 
 
 def zero_gradient(probe: Probe) -> Finding:
-    """No image has an input gradient of exactly zero, and if one has, why: saturation, or a shattered gradient."""
+    """No image has an input gradient of exactly zero; otherwise, tells saturation from a shattered gradient."""
     shares = {}
     for loss in ("ce", "margin"):
         gradient = probe.gradient(probe.x, loss)[1].flatten(1)
@@ -243,7 +243,7 @@ def zero_gradient(probe: Probe) -> Finding:
 
 
 def cost(probe: Probe) -> Finding:
-    """Predicted time and memory: passes of a protocol by the seconds of a pass, and the bytes kept for a gradient."""
+    """Predicted time and memory: passes of a protocol times seconds per pass, and the bytes saved for a gradient."""
     count = min(32, len(probe.x))
     x, ids = probe.x[:count], probe.ids[:count]
     with torch.no_grad():
@@ -266,8 +266,8 @@ def cost(probe: Probe) -> Finding:
     return Finding("cost", "pass", f"{text}GiB holds {int(2**30 / max(saved, 1))} images.", numbers)
 
 
-# In the order in which they run; the model stays in its own mode for those of AS_GIVEN, and a failure of those of STOPS
-# leaves nothing for later checks to say.
+# In the order of execution. The checks in AS_GIVEN run in the mode of the given model; a failure of a check in STOPS
+# makes later checks meaningless.
 CHECKS: dict[str, Callable[[Probe], Finding]] = {
     f.__name__: f
     for f in (
@@ -281,7 +281,7 @@ STOPS = ("images", "finite")
 
 @contextlib.contextmanager
 def _first_layer_input(model: object) -> Iterator[list[float]]:
-    """The largest magnitude that the first convolution or linear layer sees, once one has been called."""
+    """The largest magnitude at the input of the first convolution or linear layer, once one has been called."""
     seen: list[float] = []
 
     def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -309,7 +309,7 @@ def _variants(x: Tensor) -> dict[str, Tensor]:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The median time of three calls after one that warms up."""
+    """The median time of three calls after a warm-up call."""
     times = []
     for _ in range(4):
         start = time.perf_counter()
@@ -321,7 +321,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _saved_bytes(call: Callable[[], object], model: object) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass, each storage once, parameters aside."""
+    """Bytes of the tensors that autograd saves for the backward pass, except parameters, each storage once."""
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     known = {p.untyped_storage().data_ptr() for p in parameters}
     sizes: dict[int, int] = {}

@@ -1,6 +1,6 @@
-"""Checks for gradient masking: what must hold of any honest robustness, each judged against its noise.
+"""Checks for gradient masking: expectations that any genuine robustness meets, each judged relative to its noise.
 
-An accuracy that breaks an expectation by 2 standard errors of the paired difference is doubted, by 3 refused.
+A check warns if an accuracy violates an expectation by 2 standard errors of the paired difference, and fails at 3.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..ops import attack_loss
 from ..randomness import derive_seed
 from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, excess, judged
 
-# Queries of the random search, and the noise of float32 logits relative to their size.
+# Number of queries of the random search, and the noise of float32 logits relative to their size.
 QUERIES, ROUNDING = 100, 1e-6
 
 
 def gradient_noise(probe: Probe) -> Finding:
-    """Draws that an averaged gradient needs to point where the true mean gradient does."""
+    """The number of draws for which an averaged gradient points in the direction of the true mean gradient."""
     cosines = probe.cosines
     enough = next((n for n, cosine in cosines.items() if cosine >= COSINE), None)
     numbers = {"recommended_eot_iter": enough, "cosine": {str(n): c for n, c in cosines.items()}}
@@ -40,9 +40,9 @@ def gradient_noise(probe: Probe) -> Finding:
 
 
 def finite_difference(probe: Probe) -> Finding:
-    """Along the gradient the loss rises as the gradient says, over a step of 1 % of a pixel's share of eps.
+    """Along the gradient, the loss rises as predicted, over a step of 1 % of a pixel's share of eps.
 
-    L(x + h u) - L(x - h u) against 2 h |g|, u = g / |g|, L the margin loss, which does not saturate.
+    Compares L(x + h u) - L(x - h u) with 2 h |g|, u = g / |g|, where L is the margin loss, which does not saturate.
     """
     if not probe.reproducible:
         text = "Randomness that cannot be repeated hides how the loss changes: see determinism."
@@ -56,7 +56,7 @@ def finite_difference(probe: Probe) -> Finding:
         up, down = (attack_loss(z, probe.y, "margin").losses for z in ends)
         noise = ROUNDING * ends[0].abs().amax(dim=1)
     predicted = 2 * step * length.flatten()
-    # A step into rounding noise says nothing; a gradient of zero says that nothing changes, which attacks believe.
+    # A step within rounding noise is inconclusive. A zero gradient counts, because attacks rely on it.
     told = (predicted > 10 * noise) | (predicted == 0)
     agree = ((up - down - predicted).abs() <= 0.5 * predicted) & (predicted > 0)
     share = float((agree & told).sum() / told.sum().clamp_min(1))
@@ -79,20 +79,20 @@ def iterations(probe: Probe) -> Finding:
 
 
 def black_box(probe: Probe) -> Finding:
-    """The white-box attack is not weaker than a random search that sees logits only."""
+    """The white-box attack is not weaker than a random search that sees only logits."""
     white, black = probe.attacked(probe.eps), probe.correct(_black_box(probe))
     names = ("PGD", f"a random search of {QUERIES} queries")
     return _not_weaker("black_box", white, black, names, "do not trust its gradient; report a black-box attack too")
 
 
 def eps_sweep(probe: Probe) -> Finding:
-    """Accuracy is the clean one at eps 0, does not rise with eps, and falls to about 0 where all is in reach."""
+    """Accuracy equals the clean one at eps 0, does not rise with eps, and is about 0 if every image is in reach."""
     reach = 1.0 if probe.norm == "Linf" else math.sqrt(probe.x[0].numel())
     radii = sorted({0.0, probe.eps / 2, probe.eps, min(2 * probe.eps, reach), reach / 2, reach})
     curve = {eps: probe.attacked(eps) for eps in radii}
     accuracies = {f"{eps:.4g}": float(right.mean()) for eps, right in curve.items()}
     count = len(probe.x)
-    # Under 5 % accuracy, the noise of the share that is still correct.
+    # The binomial noise of an accuracy of 5 %.
     left = min(float(curve[eps].mean()) for eps in radii[-2:])
     broken = {
         "at eps 0 it is not the clean accuracy": abs(excess(curve[0.0], probe.clean)),
@@ -125,10 +125,10 @@ def gradient_modes(probe: Probe) -> Finding:
 
 
 def fixed_randomness(probe: Probe) -> Finding:
-    """Defense: what it costs that an attacker knows the verdict's draw, and whether one draw's gradient is enough.
+    """Defense: the cost of an attacker who knows the verdict's draw, and whether one draw's gradient suffices.
 
-    Whoever knows the draw may use either attack, so that the lower accuracy of each image counts. The gradient of one
-    draw can still be the weaker one: pixels that its noise clips have none, and no other draw frees them.
+    An attacker who knows the draw may use either attack, so the lower accuracy of each image counts. The gradient of a
+    single draw can be the weaker one: pixels clipped by its noise have no gradient, and no other draw provides one.
     """
     assert isinstance(probe.model, Defense)
     fixed = _FixedDefense(probe.model, derive_seed(probe.seed, "verdict"), 0)
@@ -162,9 +162,10 @@ def fixed_randomness(probe: Probe) -> Finding:
 
 
 def useless_transform(probe: Probe) -> Finding:
-    """Defense: under the best attack on each, it is more robust than its classifier alone.
+    """Defense: it is more robust than its classifier alone, each under the best attack on it.
 
-    Both are attacked at eps / 2 and eps, the Defense by exact, BPDA and blind gradients, of which the strongest counts.
+    Both are attacked at eps / 2 and eps; the Defense with exact, BPDA and blind gradients, of which the strongest
+    counts.
     """
     levels = (probe.eps / 2, probe.eps)
     whole = torch.stack([_strongest(probe, eps) for eps in levels]).mean(dim=0)
@@ -195,7 +196,7 @@ def useless_transform(probe: Probe) -> Finding:
     return Finding("useless_transform", "warn", text, numbers)
 
 
-# In the order in which they run; those of DEFENSE need a Defense.
+# In the order of execution; the checks in DEFENSE require a Defense.
 CHECKS: dict[str, Callable[[Probe], Finding]] = {
     f.__name__: f
     for f in (
@@ -207,19 +208,19 @@ DEFENSE = ("gradient_modes", "fixed_randomness", "useless_transform")
 
 
 class _FixedDefense(Defense):
-    """A Defense that takes one draw, whatever it is asked for; its parts are the given one's."""
+    """A Defense that ignores the requested draw and always takes the same one; it shares the parts of the given one."""
 
     def __init__(self, defense: Defense, seed: int, draw: int) -> None:
         super().__init__(defense.transform, defense.purifier, defense.classifier)
         self.training, self.key = defense.training, (seed, draw)
 
     def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
-        """Purified images under the one draw."""
+        """Purified images under the fixed draw."""
         return super().purify(x, self.key[0], sample_ids, self.key[1])
 
 
 def _not_weaker(name: str, strong: Tensor, weak: Tensor, names: Sequence[str], advice: str) -> Finding:
-    """The finding on two attacks' accuracies (B,), of which the first must not be the higher one."""
+    """The finding on the accuracies (B,) under two attacks, where the first must not be higher than the second."""
     a, b = float(strong.mean()), float(weak.mean())
     errors = excess(strong, weak)
     numbers = {"expected_stronger": a, "expected_weaker": b, "standard_errors": errors}
@@ -237,9 +238,9 @@ def _strongest(probe: Probe, eps: float) -> Tensor:
 
 
 def _black_box(probe: Probe) -> Tensor:
-    """Adversarial images from logits alone."""
+    """Adversarial images from queries for logits."""
     seed = derive_seed(probe.seed, "black box")
-    # One lucky draw must not end an image, and a Defense may always have another.
+    # A single lucky draw must not end the attack on an image, and a Defense may always take another draw.
     ends = probe.draws == 1 and not isinstance(probe.model, Defense)
     square = Square(probe.model, probe.norm, probe.eps, n_queries=QUERIES, seed=seed, early_stop=ends)
     return square(probe.x, probe.y, probe.ids)
