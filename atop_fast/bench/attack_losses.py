@@ -1,4 +1,4 @@
-"""The cases of the attacks' ops: what is measured, and the plain formulations it is measured against."""
+"""Benchmark cases of the ops of attacks, and the plain formulations to which they are compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def attack_loss_cases(device: str) -> Iterator[Case]:
 
 
 def plain(z: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> tuple[Tensor, Tensor]:
-    """By autograd, as attacks are written."""
+    """By autograd, as attacks are usually written."""
     leaf = z.detach().requires_grad_()
     losses = attack_loss.formula(leaf, labels, targets, kind)
     (gradient,) = torch.autograd.grad(losses.sum(), leaf)

@@ -17,12 +17,12 @@ from .harness import Case, flops, same_as_baseline
 
 # The package exports the function under the name of its module.
 hyperplane_step = importlib.import_module("atop_fast.ops.hyperplane_step")
-# Batch, channels, outputs, size of the images and of the weights; the stride is 2.
+# Batch, channels, outputs, image size and kernel size; the stride is 2.
 CONVOLUTIONS = ((128, 3, 24, 32, 3), (128, 24, 48, 16, 3), (128, 48, 96, 8, 3), (128, 1, 16, 32, 5))
 
 
 def attack_op_cases(device: str) -> Iterator[Case]:
-    """All cases, on CPUs, which alone have kernels."""
+    """All cases; only CPUs have kernels."""
     if device != "cpu":
         return
     yield from _convolutions()
@@ -36,7 +36,7 @@ def attack_op_cases(device: str) -> Iterator[Case]:
 
 
 def _convolutions() -> Iterator[Case]:
-    """With the relu that follows; images as attacks have them, features in channels_last."""
+    """Including the ReLU that follows; images in the layout of attacks, features in channels_last."""
     for batch, channels, outputs, size, taps in CONVOLUTIONS:
         convolution = nn.Conv2d(channels, outputs, taps, stride=2, padding=taps // 2).requires_grad_(False)
         convolution.to(memory_format=torch.channels_last)

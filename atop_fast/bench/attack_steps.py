@@ -14,7 +14,7 @@ from .harness import Case, no_judge, same_as_baseline
 
 SHAPES = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))
 DRAWS = 8
-# What goes with the images: alpha, eps and the momentum or the number of entries.
+# The arguments besides images: alpha, eps, and the momentum or the number of entries.
 NUMBERS = {
     "pgd_step_linf": (2 / 255, 8 / 255),
     "pgd_step_l2": (0.1, 0.5),
@@ -68,7 +68,7 @@ def _in_place_case(name: str, device: str, shape: tuple[int, ...]) -> Case:
 
     ours = functools.partial(getattr(ops, f"{name}_"), moved, grad, x0, *numbers)
     run = {"eager": eager, _registry.owner(f"{name}_", device): ours, "compile": torch.compile(eager)}
-    # Not checked here, as that would move the images; the tests compare it, and it runs the code of the other.
+    # No check, because that would move the images; the tests compare it, and it shares the code of the other variant.
     text = "x".join(map(str, shape))
     owner = [_registry.owner(f"{name}_", device)]
     return Case("ops", f"{name}_ forward", text, "float32", run, owner, 4 * x.nbytes, judge=no_judge)

@@ -30,7 +30,7 @@ def cases(options: Options) -> Iterator[Case]:
 def _pgd10(options: Options) -> Case:
     count = (4 if options.quick else 32) * (1 if options.device == "cpu" else 16)
     model, x = resnet18(options.device), smooth_images(count).to(options.device)
-    # Of a network with random weights, what counts is which of its predictions an attack changes.
+    # For a network with random weights, the labels are its own predictions, which the attack changes.
     y = model(x).argmax(dim=1)
     step: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "steps": 10}
     run: dict[str, Function] = {
@@ -41,7 +41,7 @@ def _pgd10(options: Options) -> Case:
     if not options.quick:
         compiled = torch.compile(model)
         run["compile"] = lambda: plain_pgd(compiled, x, y, **step)
-    # A step is a forward pass and the gradient of the images alone, which costs as much.
+    # A step is a forward pass and the gradient in the images, which costs the same.
     work = 10 * 2 * flops(lambda: model(x))
     return attack_case("PGD-10, CIFAR ResNet-18", model, x, y, run, work)
 

@@ -17,7 +17,7 @@ from .._core.precision import full_precision
 from . import results
 from .harness import Case, Options, Roofline, keep_heap, measure
 
-# In the order of a whole run.
+# In the order of a full run.
 SUITES = ("ops", "attacks", "evaluate", "finetune", "scaling")
 
 
@@ -54,7 +54,7 @@ def bench(
     place = check_device("bench", "device", check_choice("bench", "device", device, ["auto", "cpu", "cuda"])).type
     paths = [Path(path) for path in (json, plot) if path]
     for path in paths:
-        # Refused now, not after twenty minutes.
+        # Refuse it now instead of after twenty minutes.
         writable_folder("bench", "json" if str(path) == json else "plot", path.parent)
     document: dict[str, Any] = {}
     for document in run(SUITES if suite == "all" else (suite,), Options(place, quick, compile_all), commit, match):
@@ -74,7 +74,7 @@ def bench(
 def run(
     suites: tuple[str, ...], options: Options, commit: str | None = None, match: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """Measure suites and print their rows; after each case and suite, the document of all so far.
+    """Measure suites and print their rows; yields the document so far after each case and suite.
 
     A case that fails is named in "failures", and the others go on. Float32 is computed without TF32, in all variants.
     """

@@ -1,7 +1,7 @@
 """DeepFillV2 in plain PyTorch, the baseline of the benchmarks and the oracle of the tests.
 
-The public formulation: NCHW, one kernel for every operation, and contextual attention sample by sample. It shares no
-code with the package. Names of parameters are those of public checkpoints; any dtype.
+This is the public formulation: NCHW, one kernel per operation, and contextual attention in a loop over samples. It
+shares no code with the package. Parameter names are those of public checkpoints; any dtype works.
 """
 
 from __future__ import annotations

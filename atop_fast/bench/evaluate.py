@@ -1,4 +1,4 @@
-"""The suite `evaluate`: attacks on random defenses with EOT, and whole evaluations, in images a second."""
+"""The suite `evaluate`: attacks on random defenses with EOT, and whole evaluations, in images per second."""
 
 from __future__ import annotations
 
@@ -93,12 +93,12 @@ def peer_protocol(model: Defense, x: Tensor, y: Tensor, eps: float) -> float:
     candidates = [x, fgsm, pgd]
     chosen = torch.stack([_right(model, candidate, y) for candidate in candidates]).argmin(dim=0)
     judged = torch.stack([_right(model, candidate, y) for candidate in candidates])
-    # The eighth bit: the chosen candidates once more, rounded.
+    # The 8-bit verdict: judge the chosen candidates again, rounded.
     rounded = torch.stack(candidates)[chosen, torch.arange(len(x), device=x.device)].mul(255).round().div(255)
     _right(model, rounded, y)
     return float(judged.gather(0, chosen[None]).mean())
 
 
 def _right(model: Defense, x: Tensor, y: Tensor) -> Tensor:
-    """How often each image is classified correctly in DRAWS draws, float64 (B,)."""
+    """The share of DRAWS draws in which each image is classified correctly, float64 (B,)."""
     return torch.stack([model(x).argmax(dim=1) == y for _ in range(DRAWS)]).double().mean(dim=0)

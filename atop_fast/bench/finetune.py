@@ -1,8 +1,8 @@
-"""The suite `finetune`: steps of fine-tuning against the same step from torch's own layers.
+"""The suite `finetune`: fine-tuning steps compared to the same step built from torch's layers.
 
 FGSM on the classifier, the random transform, the purifier, a step of the discriminator, the losses of AToP's equation 8
-with their gradients, and Adam. Weights, images, masks and noise are the same in all variants; beside the times stands
-the distance of the generator's weight gradients from those of the first variant, relative to their norm.
+with their gradients, and Adam. Weights, images, masks and noise are the same in all variants. The rows also report the
+distance of the generator's weight gradients from those of the first variant, relative to their norm.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Plain(NamedTuple):
     compiled: bool = False
 
 
-# "public" is the public code's formulation: two identical generator passes, attention sample by sample, NCHW. "one
-# pass" has none of our ops, but what every user can do.
+# "public" is the public code's formulation: two identical generator passes, attention in a loop over samples, NCHW.
+# "one pass" has none of our ops, but all optimizations available to any user.
 PLAIN = {
     "plain": Plain(),
     "compile": Plain(compiled=True),
@@ -89,7 +89,7 @@ class PlainStep:
         with record_function("losses"):
             l1 = torch.stack([F.l1_loss(stage.float(), wanted) for stage in stages]).sum()
             ce = F.cross_entropy(self.classifier((last.float() + 1) / 2).float(), y)
-            # The public code keeps the discriminator's weights attached here, though nobody reads their gradients.
+            # The public code does not detach the discriminator's weights here, although their gradients are unused.
             self.discriminator.eval().requires_grad_(self.how.passes == 2)
             gan = generator_loss(self.discriminator(refined.float(), mask).float())
         self._update(0, l1 + CONFIG.gan_weight * gan + CONFIG.ce_weight * ce)
@@ -142,7 +142,7 @@ def step_case(purifier: str, size: tuple[int, int], options: Options, variants: 
         return {name: {"difference": float((found - first).norm() / first.norm())} for name, found in outputs.items()}
 
     title = {"unet": "U-Net, width 32, 2 blocks", "deepfill_v2": "DeepFillV2"}[purifier]
-    # Counted on networks of their own: it is a step, too.
+    # Counting runs a step, so it has separate networks.
     plain, _ = build("plain", purifier, options.device)
     work = flops(lambda: plain(x, y, ids, epoch))
     ours = [name for name in variants if name.startswith("atop_fast")]

@@ -1,4 +1,4 @@
-"""One way to measure: cases, timing in turns, peak memory, roofline, rows. docs/benchmarks.md has the method."""
+"""The measurement harness: cases, timing in turns, peak memory, roofline, rows. docs/benchmarks.md has the method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .._core.precision import is_fast
 from .._core.waits import watched
 
 Function = Callable[[], Any]
-# What a judge says of each variant: "difference", "accuracy" and "agree", as far as they have a meaning.
+# A judge's result for each variant: "difference", "accuracy" and "agree", as far as they apply.
 Quality = dict[str, dict[str, float]]
 # Arguments of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -27,12 +27,12 @@ CALLS = 20
 
 @dataclass(frozen=True)
 class Options:
-    """What a run asks of every suite.
+    """Options of a run that apply to every suite.
 
     Attributes:
         device: "cpu" or "cuda".
         quick: fewer and smaller cases, and no torch.compile.
-        compile_all: torch.compile also where it takes minutes.
+        compile_all: use torch.compile even if it takes minutes.
     """
 
     device: str = "cpu"
@@ -41,14 +41,14 @@ class Options:
 
 
 def no_judge(outputs: dict[str, Any]) -> Quality:
-    """Of cases whose results other tests compare."""
+    """The judge of cases whose results are compared by tests."""
     return {}
 
 
 def same_as_baseline(ours: Sequence[str], tolerance: float) -> Callable[[dict[str, Any]], Quality]:
-    """A judge of tensors, or tuples of them, by their largest difference from the baseline's, over its largest value.
+    """A judge of tensors, or tuples of them, by the largest difference from the baseline over the largest value.
 
-    Ours must not exceed the tolerance.
+    Our variants must not exceed the tolerance.
     """
 
     def judge(outputs: dict[str, Any]) -> Quality:
@@ -67,17 +67,17 @@ class Case:
     """One comparison at equal work.
 
     Attributes:
-        suite, name, shape, dtype: what is measured; a variant whose name ends in bfloat16 has that dtype instead.
+        suite, name, shape, dtype: the case; a variant whose name ends in bfloat16 has that dtype instead.
         run: the variants by name, the baseline first.
-        ours: names of the variants that are this library's.
-        nbytes: bytes that must move at least: inputs read once, outputs written once.
+        ours: names of this library's variants.
+        nbytes: minimum number of bytes to move: inputs read once, outputs written once.
         flops: floating-point operations of the plain formulation.
-        images: that one run works through; 0 where a rate of images says nothing.
-        judge: from the variants' first results to their quality; raises AssertionError for what must not be timed.
-        rounds: samples of each variant: 0 for as many as fit into the time, or 3 where a call takes longer than a fifth
-            of a second; 1 for what takes minutes, and then nothing is run before.
-        own_clock: the functions return the seconds of their work, which goes on in other processes.
-        warm_up: calls before the first sample, where `rounds` is not 1.
+        images: number of images per run; 0 if a rate of images is meaningless.
+        judge: maps the variants' first results to their quality; raises AssertionError for results not to be timed.
+        rounds: samples of each variant: 0 for as many as fit into the time, or 3 if a call takes longer than a fifth of
+            a second; 1 for cases that take minutes, without warm-up.
+        own_clock: the functions return the seconds of their work, which runs in other processes.
+        warm_up: calls before the first sample, unless `rounds` is 1.
         replays: on a GPU, time replays of a CUDA graph of each variant: kernels without the work of the host.
     """
 
@@ -98,20 +98,20 @@ class Case:
 
 
 class Roofline:
-    """What a device reaches at best, measured in the same run."""
+    """The maximum rates of a device, measured in the same run."""
 
     def __init__(self, device: str, seconds: float = 0.1) -> None:
         self.device, self.seconds = device, seconds
         self.rates: dict[str, float] = {}
 
     def floor(self, case: Case, dtype: str) -> float:
-        """The least time of a case in seconds, or 0 where nothing bounds it."""
+        """The minimum time of a case in seconds, or 0 if there is no bound."""
         moved = case.nbytes / self.copy(case.nbytes) if case.nbytes else 0.0
         return max(moved, case.flops / self.matmul(dtype) if case.flops else 0.0)
 
     def copy(self, nbytes: int) -> float:
-        """Bandwidth of torch's copy at this size, bytes read plus bytes written a second."""
-        # Sizes between two powers of two share a measurement: caches have the same say in them.
+        """Bandwidth of torch's copy at this size, in bytes read plus bytes written per second."""
+        # Sizes between two powers of two share a measurement, because caches affect them similarly.
         size = 1 << max(nbytes - 1, 4095).bit_length()
         if f"copy {size}" not in self.rates:
             source = torch.zeros(size // 8, device=self.device)
@@ -120,7 +120,7 @@ class Roofline:
         return self.rates[f"copy {size}"]
 
     def matmul(self, dtype: str) -> float:
-        """Operations a second of torch's product of two square matrices."""
+        """Operations per second of torch's product of two square matrices."""
         if f"matmul {dtype}" not in self.rates:
             n = 1024 if self.device == "cpu" else 8192
             a, b = torch.randn(2, n, n, device=self.device).to(getattr(torch, dtype))
@@ -132,10 +132,10 @@ class Roofline:
 
 
 def keep_heap() -> None:
-    """Have glibc's allocator keep freed memory for the rest of the process; elsewhere nothing happens.
+    """Make glibc's allocator keep freed memory for the rest of the process; has no effect on other systems.
 
-    By default it returns large blocks to the system, and the page faults of getting them back would be charged to
-    whichever variant allocates most: eager mode would lose by a factor that warm programs do not see.
+    By default, it returns large blocks to the system, and the page faults on reallocation would be charged to the
+    variant that allocates the most: eager mode would lose by a factor that warm programs do not see.
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(_M_MMAP_MAX, 0)
@@ -143,7 +143,7 @@ def keep_heap() -> None:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device."""
+    """Synchronize the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -151,11 +151,11 @@ def synchronize(device: str) -> None:
 def time_in_turns(
     functions: Mapping[str, Function], device: str, seconds: float, rounds: int = 0
 ) -> dict[str, list[float]]:
-    """Times of every function in seconds, measured in turns so that a disturbance hits all of them alike.
+    """Times of all functions in seconds, measured in turns so that a disturbance affects all of them.
 
-    Fast functions are repeated within a sample; each gets about `seconds` in all, and at least 7 samples. With
-    `rounds`, each gets that many samples of one call, and none before: for functions that are slow, and warm. A GPU's
-    own clock measures what it does.
+    Fast functions are repeated within a sample; each gets about `seconds` in total, and at least 7 samples. With
+    `rounds`, each gets that many samples of one call, without warm-up: for functions that are slow and already warm. On
+    a GPU, CUDA events measure the time.
     """
     repeats = dict.fromkeys(functions, 1)
     for name, function in functions.items() if not rounds else ():
@@ -201,10 +201,10 @@ def as_graph(function: Function) -> Function:
 
 
 def with_peak(function: Function, device: str) -> tuple[Any, float | None]:
-    """The result of a call, and the memory in MiB that it needs beyond what is there before it.
+    """The result of a call, and the additional memory in MiB that it needs.
 
-    On a GPU, allocated tensors; on the CPU, the growth of the process's resident memory; None where the system does not
-    tell.
+    On a GPU, this counts allocated tensors; on the CPU, the growth of the process's resident memory, or None if the
+    system does not report it.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -214,7 +214,7 @@ def with_peak(function: Function, device: str) -> tuple[Any, float | None]:
         torch.cuda.synchronize()
         return result, (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        # What was freed and kept must count again, and the peak start from here (proc(5), clear_refs).
+        # Return freed memory to the system, so that it counts again, and reset the peak (proc(5), clear_refs).
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         resident = _status("VmRSS")
@@ -236,7 +236,7 @@ class _FlopCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # Here, as it takes longer to import than the rest of the command line.
+        # Imported here, because it takes longer than the rest of the command line.
         from torch.utils.flop_counter import flop_registry
 
         self.counts, self.total = flop_registry, 0
@@ -250,7 +250,7 @@ class _FlopCounter(TorchDispatchMode):
 
 
 def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list[dict[str, Any]]:
-    """The rows of a case, the baseline first; a variant that fails here is named and left out."""
+    """The rows of a case, the baseline first; a peer that fails is reported and omitted."""
     if case.own_clock:
         own: dict[str, list[float]] = {name: [] for name in case.run}
         for name, function in case.rounds * list(case.run.items()):
@@ -270,7 +270,7 @@ def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list
             result, peaks[name] = with_peak(function, device)
             last[name] = [time.perf_counter() - start]
             outputs.setdefault(name, result)
-        except Exception as error:  # a peer that is missing or cannot do the work is no result; the message is
+        except Exception as error:  # a peer that is missing or cannot do the work has no row, only a message
             if name in case.ours:
                 raise
             print(f"{case.name}, {case.shape}: no {name}: {type(error).__name__}: {error}".partition("\n")[0])

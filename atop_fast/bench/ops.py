@@ -27,7 +27,7 @@ NUMBERS = (2 / 255, 8 / 255)
 CONVOLUTIONS = ((64, 64, 64, 32), (64, 128, 128, 16), (64, 256, 256, 8), (64, 512, 512, 4), (8, 96, 192, 64))
 # Batch, channels and size, of the same network.
 UPSAMPLINGS = ((8, 96, 64), (8, 48, 128))
-# Where torch.compile is the peer to beat, or is a target of docs/transforms.md: it competes in all shapes and types.
+# Cases in which torch.compile is the main peer, or a target of docs/transforms.md: it runs in all shapes and types.
 COMPILED = ("gated_elu forward", "gated_elu both", "corrupt forward", "corrupt both", "random_normal forward")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -49,7 +49,7 @@ def pgd_cases(device: str, quick: bool) -> Iterator[Case]:
         def formula_in_place(x: Tensor = moved, grad: Tensor = grad, x0: Tensor = x0) -> Tensor:
             return x.copy_(pgd_step_linf.formula(x, grad, x0, *NUMBERS))
 
-        # Not checked here, as that would move the images; the tests compare it, and it runs the code of the other.
+        # No check, because that would move the images; the tests compare it, and it shares the other variant's code.
         yield _case("pgd_step_linf_", "forward", x, "nchw", nbytes, formula_in_place, in_place, tolerance=None)
 
 
@@ -57,7 +57,7 @@ def gated_cases(device: str, quick: bool) -> Iterator[Case]:
     """Forward, and forward plus backward as autograd runs it; relu, and the bias with its gradient, at one size."""
     shapes = ((8, 96, 32, 32), (8, 96, 128, 128), (8, 96, 256, 256))[: 2 if quick else None]
     for shape, dtype, layout in itertools.product(shapes, gated.DTYPES, LAYOUTS):
-        # The types that networks run in at every size, the others at one.
+        # The usual types of networks at every size, the others at one size.
         if dtype in (torch.float32, torch.bfloat16) or shape == shapes[1]:
             yield from _gated_cases("gated_elu", device, shape, dtype, layout)
     for dtype, layout in itertools.product((torch.float32, torch.bfloat16), LAYOUTS):
@@ -175,7 +175,7 @@ def _in_place(function: Callable[..., None], x: Tensor, grad: Tensor, x0: Tensor
 def _autograd_pass(
     function: Callable[..., Tensor], h: Tensor, dy: Tensor, bias: Tensor | None = None, *rest: Any
 ) -> Tensor:
-    """The gradient in `h`; that in `bias` is computed too."""
+    """The gradient in `h`; the gradient in `bias` is computed, too."""
     leaf = h.detach().requires_grad_()
     if bias is None:
         return torch.autograd.grad(function(leaf, *((None, *rest) if rest else ())), leaf, dy)[0]
@@ -193,7 +193,7 @@ def _two_gradients(function: Callable[..., Tensor], x: Tensor, weight: Tensor, d
 
 
 class _Gate(torch.autograd.Function):
-    """A backend's forward and backward tied together, so that each backend pays autograd's cost alike."""
+    """A backend's forward and backward as one autograd function, for equal autograd overhead."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, bias: Tensor | None, activation: int, backend: str) -> Tensor:
@@ -244,7 +244,7 @@ def _case(
 
 
 def all_cases(device: str, quick: bool) -> Iterator[Case]:
-    """The cases of all ops; `quick` spares those that take time to make."""
+    """The cases of all ops; `quick` skips cases that take long to construct."""
     for sized in (pgd_cases, gated_cases, conv3x3_cases):
         yield from sized(device, quick)
     for make in (
@@ -269,6 +269,6 @@ def cases(options: Options) -> Iterator[Case]:
             continue
         if options.quick or not (first or options.compile_all or case.name in COMPILED):
             case = replace(case, run={name: run for name, run in case.run.items() if name != "compile"})
-        # One graph for each case: a graph of another shape would be made dynamic.
+        # Reset for each case: otherwise a second shape would cause a dynamic graph.
         torch._dynamo.reset()
         yield case

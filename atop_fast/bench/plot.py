@@ -1,4 +1,4 @@
-"""Pictures of result files: ratios to the peers, and how time and memory scale."""
+"""Pictures of result files: ratios to the peers, and scaling of time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Result files: what they hold, how they are checked, written and printed."""
+"""Result files: contents, validation, writing and printing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..env import cpu_model
 from ..ops import _registry
 
 PEERS = ("torchattacks", "pyautoattack", "foolbox", "adversarial-robustness-toolbox", "kornia", "torchvision")
-# What every row has, by type; those with None may be null.
+# The columns of every row with their types; columns with None may be null.
 ROW: dict[str, tuple[type, ...]] = {
     "suite": (str,), "case": (str,), "shape": (str,), "variant": (str,), "ours": (bool,), "dtype": (str,),
     "threads": (int,), "samples": (int,), "median_s": (float, int), "iqr_s": (float, int), "ratio": (float, int),
@@ -33,7 +33,7 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def metadata(device: str, commit: str | None = None) -> dict[str, Any]:
-    """What a reader needs to judge the numbers."""
+    """The context that a reader needs to judge the numbers."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in PEERS:
         try:
@@ -54,7 +54,7 @@ def metadata(device: str, commit: str | None = None) -> dict[str, Any]:
 
 
 def check_document(document: Any, source: object = "the document") -> dict[str, Any]:
-    """The document, if it is one of results; ValueError names what is wrong, and `source`."""
+    """Validate a document of results; a ValueError names the fault and `source`."""
     expected = "a result file of atop-fast bench"
     if not isinstance(document, dict):
         raise ValueError(message("bench", "json", expected, source))
@@ -72,7 +72,7 @@ def check_document(document: Any, source: object = "the document") -> dict[str, 
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file; ValueError if it is none."""
+    """Read a result file; ValueError if it is invalid."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -81,7 +81,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Write a document, one row a line; the folder is made if needed."""
+    """Write a document with one row per line; creates the folder if needed."""
     check_document(document)
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {key: value for key, value in document.items() if key != "rows"}
@@ -103,13 +103,13 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def format_time(seconds: float) -> str:
-    """Three digits, and the unit that suits them."""
+    """Three digits with a suitable unit."""
     scale, unit = next(((s, u) for s, u in UNITS if seconds >= s), UNITS[-1])
     return f"{seconds / scale:.3g} {unit}" if seconds < 100 else f"{seconds:.0f} s"
 
 
 def format_quality(row: dict[str, Any]) -> str:
-    """Difference, accuracy and agreement, as far as they were looked at."""
+    """Difference, accuracy and agreement, as far as they were measured."""
     parts = (
         [] if row["difference"] is None else [f"differs by {row['difference']:.1g}" if row["difference"] else "equal"]
     )

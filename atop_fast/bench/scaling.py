@@ -25,10 +25,10 @@ from .evaluate import torchattacks_eotpgd
 from .harness import Case, Function, Options
 from .models import defense, smooth_images
 
-# What is varied, the others staying at BASE; a quick run has the first two values, and a quarter of the images.
+# The varied parameters, with all others at BASE; a quick run has the first two values and a quarter of the images.
 AXES = {"images": (8, 16, 32, 64), "draws": (1, 4, 16), "steps": (2, 4, 8, 16), "size": (32, 64, 96)}
 BASE = {"images": 16, "draws": 4, "steps": 4, "size": 32}
-# Images of the evaluation by several processes.
+# Number of images in the evaluation by several processes.
 EVALUATED = 64
 
 
@@ -87,7 +87,7 @@ def _timed(processes: int, threads: int, device: str) -> Callable[[], float]:
 
 
 def main() -> None:
-    """Evaluate as one process of several; that of rank 0 prints the seconds, the start of the processes not counted."""
+    """Evaluate as one of several processes; rank 0 prints the seconds, without the startup of the processes."""
     device = sys.argv[1]
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,4 +1,4 @@
-"""The random transforms' cases: what is measured, and the plain formulations it is measured against."""
+"""Benchmark cases of the random transforms, and the plain formulations to which they are compared."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .. import ops
 from ..ops import _registry
 from .harness import Case, Quality
 
-# Functions that are no ops themselves, and the op under them.
+# Functions that are not ops, and the op on which they are based.
 OPS = {"random_resize_pad": "resample"}
 Function = Callable[[Tensor], Tensor]
 
 SIGMA, RATIO = 0.25, 0.25
-# Images, side of a block, and the size they are resized to.
+# Images, side of a block, and the size after resizing.
 CORRUPT = (
     ((64, 3, 32, 32), 8, None),
     ((64, 3, 256, 256), 32, None),
@@ -46,7 +46,7 @@ def plain(x: Tensor, patch: int, size: tuple[int, int] | None) -> Tensor:
 
 
 def with_torchvision(x: Tensor, patch: int, size: tuple[int, int] | None) -> Tensor:
-    """The same from torchvision's transforms v2, as far as they go: masks of blocks are not among them."""
+    """The same with torchvision's transforms v2, which have no block masks."""
     from torchvision.transforms.v2 import functional as vision
 
     if size:
@@ -58,7 +58,7 @@ def with_torchvision(x: Tensor, patch: int, size: tuple[int, int] | None) -> Ten
 
 
 def with_kornia(x: Tensor, patch: int, size: tuple[int, int] | None) -> Tensor:
-    """The same from kornia's augmentations, as far as they go."""
+    """The same with kornia's augmentations, as far as possible."""
     from kornia import augmentation, enhance, geometry
 
     if size:
@@ -106,7 +106,7 @@ def _corrupt_cases(device: str) -> Iterator[Case]:
             yield _case("corrupt", x, size, x.nbytes + 5 * pixels, ours, peers, both=False)
             yield _case("corrupt", x, size, 2 * x.nbytes + 8 * pixels, ours, peers, both=True)
             if dtype == torch.float32:
-                # The noise drawn twice, instead of a bit an element kept.
+                # Recompute the noise instead of saving one bit per element.
                 again = functools.partial(ours, recompute=True)
                 yield _case("corrupt_passes", x, size, 3 * x.nbytes + 8 * pixels, again, peers, both=True)
 
@@ -187,7 +187,7 @@ def _case(
     dtype = str(x.dtype).removeprefix("torch.")
 
     def judge(outputs: dict[str, Any]) -> Quality:
-        # The peers draw other random numbers: there is nothing to compare with theirs.
+        # The peers draw other random numbers, so their results cannot be compared.
         return {owner: {"difference": check(x, ours, both)}}
 
     name = f"{op} {'both' if both else 'forward'}"
@@ -195,7 +195,7 @@ def _case(
 
 
 def check(x: Tensor, ours: Function, both: bool) -> float:
-    """The difference from the specification, which must be 0 in every bit, gradients too."""
+    """The difference from the specification, which must be 0 in every bit, including gradients."""
     dy = torch.randn_like(ours(x)) if both else None
     run = functools.partial(_autograd_pass, ours, x, dy) if both else functools.partial(ours, x)
     found = run()
