@@ -70,7 +70,7 @@ lint: $(STAMP) ## ruff, mypy and clang-format
 bench: $(STAMP) ## atop_fast against other libraries, eager mode and torch.compile: runs/bench.json, .png
 	$(BIN)/atop-fast bench --json runs/bench.json --plot runs/bench.png
 
-# Of each of some 60 targets; they find new inputs in every run, and keep what fails in .hypothesis.
+# Inputs for each of about 60 targets; every run generates new inputs, and failing inputs are kept in .hypothesis.
 FUZZ_INPUTS ?= 250
 
 fuzz: $(STAMP) ## at least 10,000 random inputs for ops, transforms, attacks, options and files: about ten minutes
@@ -95,7 +95,8 @@ sanitize: $(STAMP) ## the op tests on a CPU library with sanitizers, and the ker
 docs: $(VENV)-docs/.installed ## the documentation site, every warning an error: runs/docs/index.html
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build
 
-# Of its own, as mkdocs-material and torchattacks want different requests; the site needs neither torch nor the package.
+# A separate environment, because mkdocs-material and torchattacks need different versions of requests; the site needs
+# neither torch nor the package.
 $(VENV)-docs/.installed: constraints-docs.txt
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff

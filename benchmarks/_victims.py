@@ -34,7 +34,7 @@ UNITS = 2 * ATTACKED // 5
 
 @dataclass(frozen=True)
 class Job:
-    """What a child does.
+    """The task of a child process.
 
     Attributes:
         task: "training" or "evaluation".
@@ -116,7 +116,7 @@ class Disturbance:
     def _read_only_folder(self) -> None:
         for folder in (self.job.folder, *filter(Path.is_dir, self.job.folder.iterdir())):
             folder.chmod(0o555)
-        # What a run imports late must not be what it is refused.
+        # Import everything now, so that the fault does not hit a late import.
         importlib.import_module("sympy")
         if os.geteuid() == 0:
             os.seteuid(65534)
@@ -128,7 +128,7 @@ class Disturbance:
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """The training's images, one of which may be the end of the process that reads it."""
+    """The training's images, one of which may kill the process that reads it."""
 
     def __init__(self, job: Job, x: Tensor, y: Tensor) -> None:
         self.job, self.x, self.y, self.reads = job, x, y, 0
@@ -138,7 +138,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         self.reads += 1
-        # In a worker, of which each has a copy of this object and reads every other batch.
+        # In a worker: each has a copy of this object and reads every other batch.
         if torch.utils.data.get_worker_info() is not None and self.reads > self.job.moment:
             if self.job.fault == "a worker raises":
                 raise OSError(5, "Input/output error")
@@ -209,7 +209,7 @@ def _evaluate(job: Job) -> None:
 
 
 def kept(task: str, folder: Path) -> int:
-    """Updates, or attacked batches, of which the folder holds the results."""
+    """The number of updates or attacked batches whose results are in the folder."""
     if task == "training":
         if not (folder / "run.pt").exists():
             return 0
@@ -220,7 +220,7 @@ def kept(task: str, folder: Path) -> int:
 
 
 def result(task: str, folder: Path, size: int = 1) -> Any:
-    """What a finished run came to, in numbers and lists."""
+    """The result of a finished run, as numbers and lists."""
     if task == "training":
         ends = [torch.load(f"{folder}.result-{rank}", weights_only=True) for rank in range(size)]
         return [(end["history"], {k: v.tolist() for k, v in end["weights"].items()}) for end in ends]

@@ -1,6 +1,6 @@
 """Attacks on trained networks, with hundreds of images: python benchmarks/cifar_attacks.py --help
 
-What `atop-fast bench attacks` measures in small, on the trained networks of tests/models.py and 512 test images.
+A larger version of `atop-fast bench attacks`, with the trained networks of tests/models.py and 512 test images.
 """
 
 from __future__ import annotations

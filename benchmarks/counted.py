@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent / "results" / "counted"
 
 
 def coin() -> str:
-    """What two rules say of a coin, attack by attack."""
+    """The verdicts of two rules on a coin, attack by attack."""
     document = _read("coin-flip")
     right, evaluated = document["right"], document["evaluate"]
     lines = ["| rule | candidates | says | expected |", "|---|---|---|---|"]
@@ -28,7 +28,7 @@ def coin() -> str:
 
 
 def headline() -> str:
-    """What the library is, with the verdicts on the coin after all attacks of AutoAttack's standard version."""
+    """A description of the library, with the verdicts on the coin after all attacks of AutoAttack's `standard`."""
     document = _read("coin-flip")
     right, evaluated = document["right"], document["evaluate"]
     accuracies = list(document["autoattack"]["standard"].values())
@@ -43,7 +43,7 @@ def headline() -> str:
 
 
 def roofline() -> str:
-    """What workloads cost on an H200, on paper."""
+    """The predicted costs of workloads on an H200."""
     document = _read("roofline--h200")
     lines = [
         "| workload | images | networks in | PFLOP | terabytes | launches, millions | floor | predicted |",

@@ -2,7 +2,7 @@
 
 python benchmarks/faults.py [--count 40] [--seed 0] [--json]
 
-Of each fault it says how the process ended, how many updates or attacked batches were lost that were done, and whether
+For each fault it reports how the process ended, how many completed updates or attacked batches were lost, and whether
 the run, taken up by the same call, ends with the bits of one that nothing has happened to.
 """
 

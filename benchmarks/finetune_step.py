@@ -3,7 +3,7 @@
 `atop-fast bench finetune` times the step as a whole; atop_fast/bench/finetune.py has it, and the variants:
 
     public                  the public formulation: two identical generator passes, attention sample by sample, float32
-    one pass bfloat16       that with one pass, without gradients that nobody reads, channels_last, none of our ops
+    one pass bfloat16       the same with one pass, without unused gradients, channels_last, none of our ops
     compile bfloat16        the same, the generator under torch.compile
     atop_fast, atop_fast bfloat16       atop_fast.training.FinetuneStep
 

@@ -1,4 +1,4 @@
-"""Where the time of `corrupt` goes, for 1 and 2 threads: python benchmarks/limits.py [--json FILE]"""
+"""Breakdown of the time of `corrupt`, for 1 and 2 threads: python benchmarks/limits.py [--json FILE]"""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def row(load: str, name: str, samples: list[dict[str, float]], baseline: list[di
 
 
 def measure(name: str, load: str, seconds: float) -> dict[str, float]:
-    """What `train` finds in a process of its own, and the load of the machine before."""
+    """The result of `train` in a separate process, and the load of the machine before it."""
     given = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "MKL_"))}
     command = [sys.executable, __file__, "--train", "--seconds", str(seconds)]
     before = os.getloadavg()[0]

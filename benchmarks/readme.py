@@ -185,7 +185,7 @@ def transforms() -> str:
 
 
 def limits() -> str:
-    """What the time of corrupt is made of, in microseconds, with 1 and with 2 threads."""
+    """Breakdown of the time of corrupt in microseconds, with 1 and with 2 threads."""
     document = documents()["limits--cpu"]
     table: dict[str, dict[str, list[str]]] = {}
     for row in document["rows"]:
@@ -257,7 +257,7 @@ def _compared(machine: str) -> list[Comparison]:
 
 
 def _table(found: list[Comparison]) -> str:
-    """Of two numbers in a cell, the first is theirs."""
+    """A table of comparisons; if a cell has two numbers, the first is theirs."""
     if not found:
         return NOTHING
     lines = [
@@ -335,7 +335,7 @@ def recorded(file: str, table: Callable[[dict[str, Any]], str], machine: str = "
 
 
 def engine(document: dict[str, Any]) -> str:
-    """What a training spends outside of its networks."""
+    """The share of time that a training spends outside its networks."""
     names = {"unet": "U-Net, width 32, 2 blocks", "deepfill_v2": "DeepFillV2"}
     lines = ["| purifier | batch | side | updates | outside of the networks |", "|---|---|---|---|---|"]
     for row in document["rows"]:
@@ -350,7 +350,7 @@ def cifar(document: dict[str, Any]) -> str:
 
 
 def restoration(document: dict[str, Any]) -> str:
-    """What U-Nets of several sizes restore."""
+    """Restoration by U-Nets of several sizes."""
     lines = [
         "| purifier | million parameters | updates | time | PSNR | classified right |",
         "|---|---|---|---|---|---|",
@@ -381,7 +381,7 @@ TABLES = {
     **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in AVX2_SUITES},
     **counted.TABLES,
 }  # fmt: skip
-# Where the tables stand.
+# The tables of each page.
 PAGES = {
     "README.md": ("headline", "speed", "demo"),
     "docs/speed.md": ("attacks", "attacks avx2", "finetune", "ops"),

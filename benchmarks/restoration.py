@@ -1,4 +1,4 @@
-"""What a larger U-Net restores of CIFAR-10: python benchmarks/restoration.py FOLDER [--updates 500] [--json]
+"""Restoration of CIFAR-10 by a larger U-Net: python benchmarks/restoration.py FOLDER [--updates 500] [--json]
 
 FOLDER has `train` and `test`, a folder of images for each class in both. Every network is pre-trained by the same
 images, draws and options; the small one has as many updates as the large one, and then as many as would take its time.

@@ -1,8 +1,8 @@
-"""On paper: what workloads cost on an H200 before one has run them: python benchmarks/roofline.py
+"""Predicted costs of workloads on an H200, before any has run: python benchmarks/roofline.py
 
 Networks run on fake tensors: nothing is computed, and every operation that reaches the dispatcher is counted with its
 floating-point operations (1 multiplication and addition = 2; torch.utils.flop_counter has the formulas) and the bytes
-of its inputs and outputs. Of that:
+of its inputs and outputs. The results are:
 
     floor      max(FLOP / datasheet's rate, bytes of products / datasheet's bandwidth), products being convolutions and
                matrix products, each of whose inputs and outputs passes the memory once. Nothing can be faster without
@@ -106,7 +106,7 @@ def count(work: Callable[[], object], times: float = 1.0) -> tuple[list[Operatio
 
 
 def row(name: str, precision: str, images: int, parts: list[tuple[list[Operation], float]]) -> dict[str, Any]:
-    """What a workload costs in all."""
+    """The total cost of a workload."""
 
     def total(value: Callable[[Operation], float], products: bool = False) -> float:
         return sum(times * sum(value(o) for o in found if o.flop or not products) for found, times in parts)

@@ -1,7 +1,7 @@
 """Attack a Defense with torchattacks, and judge what it found on fresh draws.
 
-A Defense is a module from images to logits like any other. What torchattacks' images look like to one more draw is no
-verdict; `evaluate` takes its attack as it takes ours.
+A Defense is a module from images to logits like any other. The accuracy of one more draw on torchattacks' images is not
+a verdict; `evaluate` accepts its attack like ours.
 """
 
 from __future__ import annotations

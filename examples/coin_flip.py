@@ -24,12 +24,12 @@ class Coin(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         lucky = (torch.rand(len(x), device=x.device) < RIGHT).float()
         logits = torch.stack((lucky, 1 - lucky, -torch.ones_like(lucky), -2 * torch.ones_like(lucky)), dim=1)
-        # So that there is a gradient, which is 0.
+        # Attach the logits to the images; the gradient is 0.
         return logits + 0 * x.flatten(1).sum(dim=1, keepdim=True)
 
 
 def autoattack(images: Tensor, labels: Tensor, version: str) -> dict[str, float]:
-    """What is left after each attack of AutoAttack, by its own rule."""
+    """The accuracy after each attack of AutoAttack, by its own rule."""
     torch.manual_seed(0)
     # Longer attacks would change nothing: there is nothing to find.
     attack = atop.AutoAttack(Coin(), version=version, steps=2, n_queries=8)
@@ -55,7 +55,7 @@ def sound(images: Tensor, labels: Tensor, draws: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Print what each rule says."""
+    """Print the verdict of each rule."""
     args = arguments(__doc__, json="file for the results")
     count = 100 if args.quick else 1000
     images, labels = torch.full((count, 1, 4, 4), 0.5), torch.zeros(count, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What the examples share: 32x32 digits in two parts, and a classifier of them, trained once in a few seconds."""
+"""Shared by the examples: 32x32 digits in two parts, and a classifier of them, trained once in a few seconds."""
 
 from __future__ import annotations
 
