@@ -1,6 +1,6 @@
 # Each target sets up what it needs in .venv (nothing outside this folder) and can be repeated; `make help` lists them.
 
-# A failed compiler must not pass because what reads its output did not.
+# Without pipefail, a failed compiler would pass if the command that reads its output succeeds.
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3

@@ -30,7 +30,7 @@ FP32 = FLOATS[:1]
 # The key of the randomness, and what corrupt reads: its numbers follow the pointers of its outputs.
 KEY = "*i64 *i64 *i64"
 CORRUPT = f"*u8 *fp32 {KEY}"
-# What attack_loss reads and writes, without and with targets; then its kind and its columns.
+# Arguments of attack_loss: inputs and outputs, without and with targets; then its kind and its columns.
 LOSS, TARGETED = (f"*T *i64 {targets} *fp32 *fp32 *i8 i32 i32" for targets in ("=None", "*i64"))
 # How a projected step gets two of its numbers, its draws, and the length of a sample; what it reads, writes and sums.
 STEP = "fp32 =None i fp32 =None i =1 i i"
@@ -181,7 +181,7 @@ CASES = {
         ("fp32",),
     ),
 }
-# What is not held to bits contracts multiplications with additions.
+# Kernels without bitwise guarantees contract multiplications with additions.
 CONTRACTED = ("attack_loss", "contextual_attention", "gated")
 ARCHS = (80, 90, 100)
 

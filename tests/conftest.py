@@ -1,4 +1,4 @@
-"""What all tests share: the Triton interpreter, seeds, NaN-poisoned memory, and the count of tests by backend."""
+"""Shared by all tests: the Triton interpreter, seeds, NaN-poisoned memory, and the count of tests by backend."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     report = yield
     marker = item.get_closest_marker("backend")
     if report.when == "call" and not report.skipped and marker:
-        # Properties travel with the report to the process that counts, of which this one may be a worker.
+        # Properties travel with the report from a worker to the process that counts.
         report.user_properties.append(("backend", marker.args[0]))
     return report
 
@@ -153,7 +153,7 @@ def _state(networks: list[torch.nn.Module]) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Have every torch.empty, of C++ too, filled with NaN, so that an element nobody wrote shows."""
+    """Fill every torch.empty, also in C++, with NaN, so that an unwritten element shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

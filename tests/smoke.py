@@ -1,6 +1,6 @@
 """Try out an installed atop_fast, from outside of the repository: python /path/to/tests/smoke.py
 
-What a user meets first: the import, the report on the installation, an op, an attack on a defense and its verdict, a
+A user's first steps: the import, the report on the installation, an op, an attack on a defense and its verdict, a
 training step, a model's file, and the command line. Needs nothing beyond the package and its dependencies.
 """
 

@@ -49,8 +49,8 @@ def test_equals_the_original_from_the_same_start(trained, norm, loss):
     noise *= eps / distance(noise, norm).amax()
     start = (x + noise).clamp(0, 1)
     best, right, _, _ = original(model, x, norm, loss, 25, eps).attack_single_run(x, y, start.clone())
-    # Where all iterates are classified correctly, both return the one with the largest loss. (The original's start is
-    # sparse for L1 as soon as it is given, ours as part of a schedule.)
+    # If all iterates are classified correctly, both return the iterate with the largest loss. (The original makes any
+    # given start sparse for L1, ours only as part of a schedule.)
     ours = APGD(model, norm, eps, steps=25, loss=loss)(x, y, start=start)
     with torch.no_grad():
         still = model(ours).argmax(dim=1) == y

@@ -17,7 +17,7 @@ from atop_fast.attacks.autoattack import NAMES, VERSIONS
 EPS = {"Linf": 0.07, "L2": 0.8, "L1": 4.5}
 FAST = {"steps": 5, "n_queries": 30}
 X, Y = places(60, seed=999)
-# The classifier is right about all of them: these it shall get wrong.
+# The classifier is right about all images; these are the ones to fool.
 Y[:4] = (Y[:4] + 1) % 4
 
 
@@ -133,7 +133,7 @@ def test_an_attack_sees_the_survivors_alone():
     assert torch.equal(seen["apgd-ce"], right(trained_classifier(), X, Y).nonzero()[:, 0])
     seen.clear()
     Watched(trained_classifier(), eps=1.0, **FAST).run_standard_evaluation(X, Y)
-    assert "square" not in seen, "nobody is left"
+    assert "square" not in seen, "no image is left"
 
 
 class Coin(nn.Module):
@@ -175,7 +175,7 @@ def test_screen_in_bfloat16(task):
     assert list(screen.accuracy) == ["clean", "apgd-ce", "apgd-t", *finished]
     assert 0.1 < wide.accuracy["apgd-t"] < 0.9
     assert abs(screen.accuracy[finished[-1]] - wide.accuracy["apgd-t"]) <= 0.005
-    # What counts as fooled is decided in float32.
+    # Whether an image is fooled is decided in float32.
     assert screen.accuracy[finished[-1]] == pytest.approx(float(right(model, adversarial, y).float().mean()))
 
 

@@ -17,7 +17,7 @@ from atop_fast.bench.models import defense
 from atop_fast.bench.plot import comparisons, draw_ratios, draw_scaling
 from atop_fast.cli import main
 
-# Importing and using the peers warns of their own matters.
+# The peers emit warnings of their own on import and in use.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

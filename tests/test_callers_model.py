@@ -162,7 +162,7 @@ ATTACKS = {
 @pytest.mark.parametrize("kind", ["module", "function", "behind the tensor", "Defense"])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_models_that_write_into_their_input(name, kind):
-    """The result is that of the same function without the write, and the caller's images stay unchanged."""
+    """The result equals that of the function without the write, and the caller's images stay unchanged."""
     inner = network()
 
     def behind(x):

@@ -1,4 +1,4 @@
-"""Updates as graphs: what is recorded, what a replay reads anew, and what runs eagerly instead.
+"""Updates as graphs: what is captured, what a replay reads again, and what runs eagerly instead.
 
 A GPU is not needed to see most of it: a tape of the operators of a run, which knows tensors by their memory and numbers
 by their value, repeats what a CUDA graph would repeat, and refuses what a CUDA graph cannot hold.
@@ -147,7 +147,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_replay_is_what_an_eager_update_is(name):
-    """Bit for bit: with new images, ids, epoch, share and learning rate, none of which may be baked in."""
+    """Bit for bit, with new images, ids, epoch, share and learning rate: none may be baked into the graph."""
     eager, replayed = finetuning(**CASES[name]), recorded(finetuning(**CASES[name]))
     expected, found = updates(eager), updates(replayed)
     recorder = replayed.replayed.recorder
@@ -205,7 +205,7 @@ def test_every_form_has_a_recording_of_its_own_and_a_stage_ends_those_before():
         step(X[ids], Y[ids], ids, 0)
     recorder = step.replayed.recorder
     assert (recorder.runs, recorder.records, recorder.replays) == (2 * WARM_UP, 2, 4)
-    # A recording's Python runs once.
+    # The Python code of a captured update runs once.
     assert step.calls == 2 * (WARM_UP + 1)
     step(X[whole], Y[whole], whole, 2)
     assert recorder.runs == 2 * WARM_UP + 1

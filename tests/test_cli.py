@@ -100,7 +100,7 @@ def test_a_checkpoint_of_torch_can_be_defended(files, command):
     out, part = {"doctor": ("findings.json", []), "evaluate": ("e", ["--draws=2", "--diagnostics=false"])}[command]
     systems = ["--classifier=classifier.pt", "--architecture=small_cnn", "--key=ema"]
     systems += ["--purifier=purifier.safetensors", "--transform.name=rt2"]
-    # What the doctor finds in a network with random weights is a failure.
+    # A network with random weights fails some checks of the doctor.
     with contextlib.suppress(SystemExit) if command == "doctor" else contextlib.nullcontext():
         main([command, *systems, *DATA, "--images=2", f"--out={out}", "--steps=1", *part])
     assert (files / out).exists()

@@ -14,8 +14,8 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90", "100")
 # Six blocks of 256 threads still fit a multiprocessor: 65536 / (256 * 40).
 MAX_REGISTERS = 40
-# Of sources that do more in a thread; float64 takes the most, the other types of corrupt 64 on sm_90 and 80 on sm_100;
-# where gated sums gradients, three blocks share a multiprocessor.
+# Limits of sources with more work per thread; float64 takes the most, the other types of corrupt 64 on sm_90 and 80 on
+# sm_100; the kernel of gated that sums gradients has three blocks per multiprocessor.
 MORE_REGISTERS = {"assemble": 48, "attack_loss": 48, "corrupt": 90, "gated": 80, "resample": 48}
 # The loops over draws, at four blocks and more; and the formulas between norms, at two: 90 registers in float32.
 MORE_REGISTERS |= {"pgd_step_linf": 64, "apgd_step_linf": 64, "pgd_step_l2": 128, "apgd_step_l2": 128}

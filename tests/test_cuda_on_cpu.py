@@ -335,5 +335,5 @@ def check_close(cuda, name, *args):
 
 
 def dy_sum(dy):
-    """What sums over batch and pixels may grow to."""
+    """The tolerance of sums over batch and pixels."""
     return dy.abs().sum(dim=(0, 2, 3)).max().item() if dy.numel() else 0

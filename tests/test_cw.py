@@ -57,7 +57,7 @@ def test_equals_foolbox(c, kappa, search_steps):
     attack = foolbox.attacks.L2CarliniWagnerAttack(search_steps, 20, 0.05, kappa, c, abort_early=False)
     expected = attack(model, X, Y, epsilons=None)[0]
     ours = CW(trained_classifier(), c=c, kappa=kappa, steps=20, lr=0.05, search_steps=search_steps)(X, Y)
-    # Where it finds nothing, foolbox returns zeros.
+    # If it finds nothing, foolbox returns zeros.
     found = fooled(expected)
     assert found.float().mean() > 0.9
     torch.testing.assert_close(ours[found], expected[found], rtol=0, atol=1e-4)

@@ -110,7 +110,7 @@ def test_every_epoch_sees_every_image_once():
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole():
-    """Of unequal parts, too."""
+    """Also for parts of unequal sizes."""
     whole, parts = Line(epochs=1, batch_size=7), Line(epochs=1, batch_size=7, accumulate=3)
     assert run(whole)[0]["loss"] == pytest.approx(run(parts)[0]["loss"], rel=1e-6)
     assert [len(ids) for ids in parts.seen] == [3, 2, 2, 2, 2, 1]

@@ -90,7 +90,7 @@ def test_fixed_randomness_uses_one_draw_of_every_sample(spy):
     assert attack == selection == {(derive_seed(derive_seed(0), "fixed"), i, 0) for i in range(6)}
     assert report.clean.draws == report.robust.draws == 1
     assert report.settings["randomness"] == "fixed"
-    # What third-party attacks call is fixed too.
+    # Third-party attacks also call the fixed model.
     fixed = fixed_randomness(DEFENSE, 0)
     assert torch.equal(fixed(X), fixed(X))
     assert isinstance(fixed.transform, FixedRandomness)
@@ -217,7 +217,7 @@ def test_passes_are_counted():
         # The rows that fill up a pass, and those by which an attack learns what fits into memory, count too.
         assert 16 * forward <= passes["forward"] <= 16 * forward + 24
     assert report.seconds["total"] == pytest.approx(sum(v for k, v in report.seconds.items() if k != "total"))
-    # What other libraries' attacks do cannot be seen.
+    # Passes of other libraries' attacks cannot be counted.
     other = evaluate(DEFENSE, X[:4], Y[:4], attacks={"other": lambda x, y, ids: x}, progress=False)
     assert other.passes["other"] == {"forward": None, "backward": None, "images": 4}
 
@@ -230,7 +230,7 @@ def test_eight_bit_images_stay_in_the_ball():
         low, high = (255 * (clean.double() + s * radius) for s in (-1, 1))
         holds = low.ceil() <= high.floor()
         assert ((levels >= low - 1e-3) & (levels <= high + 1e-3))[holds].all()
-        # Where the ball holds no level, and without one, the nearest level stands.
+        # If the ball contains no level, or there is no ball, the nearest level is taken.
         assert torch.equal(levels[~holds], (255 * x.double()).round()[~holds])
         assert torch.equal(eight_bit(x, clean, None).double(), (255 * x.double()).round())
     grid = torch.randint(0, 256, (2, 1, 4, 4)).float() / 255
@@ -290,7 +290,7 @@ def test_a_budget_gives_an_upper_bound_and_a_later_call_the_rest(tmp_path, monke
     assert time.monotonic() - begin < 3.5
     assert not some.complete
     assert some.passes["fgsm"]["images"] >= 8
-    # The column is that of the attacked images alone, not of the others' clean accuracy.
+    # The column covers only the attacked images, without the clean accuracy of the others.
     counts = {name: some.passes.get(name, {"images": 0})["images"] for name in some.attacks}
     assert {name: verdict.images if verdict else 0 for name, verdict in some.attacks.items()} == counts
     assert 8 <= counts["fgsm"] < 100

@@ -55,7 +55,7 @@ def run(out, batch_size=10, before=lambda ids: None, sigma=0.1, **options):
 
 
 def results(report) -> dict:
-    """What a report says apart from what it cost."""
+    """The contents of a report except its costs."""
     values = report if isinstance(report, dict) else report.to_dict()
     return {k: v for k, v in json.loads(json.dumps(values)).items() if k not in ("seconds", "passes")}
 
@@ -254,7 +254,7 @@ def test_two_processes_find_what_one_finds(tmp_path, whole, folder):
     if folder:
         assert written(out) == whole
         assert {p.name for p in out.glob("log*.jsonl")} == {"log.jsonl", "log-1.jsonl"}
-        # What two processes left, one reads.
+        # One process reads the logs of two.
         assert results(run(out, before=lambda ids: pytest.fail("attacked again"))) == whole
 
 

@@ -78,7 +78,7 @@ def test_passes_that_do_not_fit_are_halved_and_change_no_result(error, summed, b
         assert [str(w.message).rpartition(" with ")[2] for w in warned] == ["32", "16"]
         model.seen.clear()
         again = short(IMAGES, LABELS, IDS, t, summed=summed)
-        # What was learned is kept.
+        # The learned weights are kept.
         assert model.seen == [16, 16, 16, 16]
         for found in (estimate, again):
             gradient = plain.gradient if summed or plain.gradient.dim() == 4 else plain.gradient.sum(0)
@@ -134,7 +134,7 @@ def test_an_evaluation_says_for_which_image_a_model_returns_nan():
 
 
 class Spoilt(Line):
-    """Whose loss, or gradient, is no number from some update on."""
+    """A network whose loss or gradient is NaN from some update on."""
 
     def __init__(self, at, what, **options):
         super().__init__(**options)
@@ -286,7 +286,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     for path in (dead, living, other):
         path.touch()
     fit("test", Line(epochs=0), Feed("test", X, Y, CPU), seed=0, checkpoint=tmp_path / "run.pt", progress=False)
-    # Of this process: it is the name of the checkpoint's own temporary file.
+    # This process's id is in the name of the checkpoint's temporary file.
     assert set(tmp_path.iterdir()) == {tmp_path / "run.pt", other}
 
 

@@ -119,7 +119,7 @@ def test_lower_precision_for_the_networks_alone(precision, tolerance):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_steps_that_add_up_draws_are_the_same_for_any_passes(norm):
-    """Where one pass holds all draws the step op adds them up, otherwise the estimator does: the same bits."""
+    """If one pass holds all draws, the step op adds them up, otherwise the estimator does: the same bits."""
     whole = PGD(DEFENSE, 0.2, norm=norm, steps=4, eot_iter=7)(X, Y, IDS)
     for max_batch in (8, 24, 64):
         assert torch.equal(PGD(DEFENSE, 0.2, norm=norm, steps=4, eot_iter=7, max_batch=max_batch)(X, Y, IDS), whole)

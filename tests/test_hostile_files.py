@@ -88,7 +88,7 @@ def twice(content):
 
 
 class Payload:
-    """What a pickled object can do when it is read."""
+    """An object whose unpickling runs code."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -16,7 +16,7 @@ from atop_fast import FGSM, PGD, RT2, Defense, build_classifier, build_purifier
 from atop_fast.attacks import APGD, APGDT, CW, FAB, MIFGSM, PMA, AutoAttack, Square, StAdv
 from atop_fast.randomness import seeded
 
-# Importing and using the other packages warns of their own matters.
+# The other packages emit warnings of their own on import and in use.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 PAGE = (Path(__file__).parent.parent / "docs" / "interoperability.md").read_text(encoding="utf-8")

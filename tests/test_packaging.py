@@ -1,4 +1,4 @@
-"""What a wheel holds, that it works outside of the repository, and what setup.py refuses."""
+"""The contents of a wheel, its use outside the repository, and the refusals of setup.py."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def task(request):
 
 @contextlib.contextmanager
 def iterates(model):
-    """What goes through the model to be differentiated. A network with hooks is attacked as it is, not folded."""
+    """Collects the inputs at which the model is differentiated. A network with hooks is attacked unchanged."""
     seen = []
 
     def note(module, args):
@@ -72,7 +72,7 @@ def differences(ours, theirs):
 
 
 def third(model, x, y):
-    """Where the label ranks third: DLR is 1 there, and its gradient, and so the next iterate, rounding errors alone."""
+    """Whether the label ranks third: then DLR is 1, and its gradient and the next iterate are rounding errors."""
     with torch.no_grad():
         return model(x).argsort(dim=1, descending=True)[:, 2] == y
 

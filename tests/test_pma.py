@@ -138,7 +138,7 @@ def test_more_restarts_and_longer_runs_never_leave_more_right():
 
 
 def test_candidate_is_the_best_iterate():
-    """A misclassified one if there is any, else that of the largest margin of a second half."""
+    """A misclassified iterate if there is one, otherwise the one with the largest margin of a second half."""
     model = trained_classifier()
     seen, best = recorded("Linf"), PMA(model, eps=EPS["Linf"], steps=STEPS)(X, Y)
     fooled = torch.zeros(len(X), dtype=torch.bool)
@@ -173,7 +173,7 @@ class Sharp(nn.Module):
 
 
 def test_does_not_stand_still_where_the_softmax_has_no_gradient():
-    """The direction is that of the log-odds, whatever the scale of the logits; the cross-entropy's gradient is 0."""
+    """The direction is the gradient of the log-odds at any scale of the logits; that of the cross-entropy is 0."""
     mine = PMA(Sharp(), eps=EPS["Linf"], steps=20, early_stop=True)(X, Y)
     ce = APGD(Sharp(), eps=EPS["Linf"], steps=41, early_stop=True)(X, Y)
     left, masked, clean = (int(right(trained_classifier(), x).sum()) for x in (mine, ce, X))

@@ -222,7 +222,7 @@ def test_state_is_restored_after_an_error():
 
 
 class Sums(nn.Module):
-    """What a convolution may take with it: sums and clamps, written in all ways."""
+    """Operations that are fused into a convolution: sums and clamps, written in all ways."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ def test_sums_and_clamps_go_into_convolutions_where_they_can(kind, left):
 
 
 def test_residual_networks_have_fused_convolutions_alone():
-    """What is left beside them: two reductions, and the same logits in a batch of any size."""
+    """Besides the convolutions, two reductions remain, and logits are the same in a batch of any size."""
     network = fold_batch_norm(trained(build_classifier("small_resnet")))
     kinds = [type(m) for m in network.modules() if not list(m.children())]
     assert (kinds.count(FrozenConv3x3), kinds.count(FrozenConv), kinds.count(nn.Linear)) == (4, 5, 1)

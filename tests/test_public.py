@@ -180,7 +180,7 @@ def replaced(name, tensor):
         (replaced(FIRST, torch.ones(12, 5, 5, 5)), "size mismatch for stage1"),
         (replaced(FIRST, torch.ones(6, 5, 5, 5)), "cnum must be divisible by 4, got 6"),
         (replaced(FIRST, torch.ones(8)), rf"convolution weights {FIRST}, got .*\(of shape \(8,\)\)"),
-        # Nobody has so much memory.
+        # More memory than any machine has.
         (replaced(FIRST, torch.ones(1).expand(4_000_000, 1, 1, 1)), "size mismatch"),
         (replaced("stage1.conv1.conv.bias", torch.ones(8, dtype=torch.int64)), "not of real numbers: stage1.conv1"),
         (replaced("stage2.contextual_attention.fuse_weight", torch.ones(1, 1, 3, 3)), "identity as .*fuse_weight"),

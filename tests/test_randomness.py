@@ -91,7 +91,7 @@ def test_normal_is_normal():
 
 
 def correlations(a, b):
-    """Of every column of a with every column of b, in units of their standard deviation if they are independent."""
+    """Correlations of all columns of a and b, in units of their standard deviation under independence."""
     a, b = ((t.double() - t.double().mean(dim=0)) / t.double().std(dim=0) for t in (a, b))
     return (a.T @ b).abs() / math.sqrt(len(a))
 
@@ -145,7 +145,7 @@ def test_every_order_of_blocks_is_as_likely():
 
 
 def test_masks_of_copies_are_even_and_uniform():
-    """Of 25 blocks, 3 copies mask 9, 8 and 8: each block with these chances, and each pair of blocks alike."""
+    """Three copies mask 9, 8 and 8 of 25 blocks: each block with these probabilities, and all pairs equally."""
     owners = mask_blocks(25, 25, 5, torch.arange(2**15), copies=3)
     sizes = torch.tensor([9, 8, 8])
     groups = torch.stack([owners == n for n in range(3)], dim=1)

@@ -41,7 +41,7 @@ def test_tables_are_those_of_the_result_files(readme_tables):
     [("benchmarks", "losses", "cpu"), ("benchmarks-avx2", "losses avx2", "cpu-avx2")],
 )
 def test_every_loss_is_listed(readme_tables, page, table, machine):
-    """In the words of the page: whoever was faster than the same work of ours stands in its table of losses."""
+    """The page's promise: every peer that was faster than the same work of ours is in its table of losses."""
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     losses = text.partition(f"<!-- {table} -->")[2].partition(f"<!-- /{table} -->")[0].splitlines()
     rows = [row for row in readme_tables.latest(machine) if row["suite"] != "limits"]
@@ -63,7 +63,7 @@ def test_every_loss_is_listed(readme_tables, page, table, machine):
 
 
 def test_the_demo_keeps_its_promises():
-    """What the README says in words, over every recorded seed."""
+    """The README's statements about the demo hold for every recorded seed."""
     runs = json.loads((RESULTS / "demo--cpu.json").read_text())["runs"]
     assert len(runs) >= 3
     for run in runs:
@@ -110,7 +110,7 @@ def test_the_first_screen_says_what_the_result_file_says():
 
 
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md", ROOT / "examples" / "README.md"])
-# What only a measurement or a count can say.
+# Figures that must come from a measurement or a count.
 FIGURE = re.compile(r"\d\s?(?:[GT]FLOP|PFLOP|GB/s|TB/s|MB|ms|us|ns)\b|\b\d+(?:\.\d+)?x (?:faster|slower|as fast)")
 
 

@@ -1,4 +1,4 @@
-"""What a training writes and measures besides its networks: metrics, TensorBoard's logs, held-out evaluations."""
+"""The records of a training: metrics, TensorBoard's logs, held-out evaluations."""
 
 from __future__ import annotations
 

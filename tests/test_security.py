@@ -1,4 +1,4 @@
-"""What the library must not do, read from its source: unpickle, evaluate text, start programs, use the network."""
+"""Forbidden operations, searched for in the source: unpickling, evaluating text, starting programs, the network."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def faults(source: str) -> list[str]:
-    """What is forbidden in a source, with its line."""
+    """The forbidden operations in a source, with their lines."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -139,7 +139,7 @@ def test_reports_escape_all_names(tmp_path):
 
 
 def test_pictures_show_any_name():
-    """What matplotlib would take for mathematics is not."""
+    """Text that matplotlib would parse as mathematics stays text."""
     image = torch.rand(2, 1, 8, 8)
     rows = [(name, image, (name, name)) for name in HOSTILE]
     assert gallery(rows, 0.1).startswith(b"\x89PNG")

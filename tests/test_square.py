@@ -41,7 +41,7 @@ def margin(model, x, y):
 
 
 def images(*shape):
-    """Images of which some pixels are 0 or 1."""
+    """Images with some pixels at 0 or 1."""
     return (1.4 * torch.rand(shape, generator=torch.Generator().manual_seed(2)) - 0.2).clamp(0, 1)
 
 

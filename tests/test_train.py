@@ -261,7 +261,7 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     else:
         torch.save({"online": build_classifier("small_cnn").state_dict(), "ema": classifier.state_dict()}, "given.key")
     recipe = brief(load_recipe("tiny.yaml"))
-    # What a .safetensors file says counts more than the recipe.
+    # The contents of a .safetensors file take precedence over the recipe.
     name, options = ("wrn_28_10", {}) if kind == "safetensors" else ("small_cnn", {"width": 8})
     source = replace(recipe.classifier, path=f"given.{kind}", name=name, options=options)
     source = replace(source, key="ema" if kind == "key" else None)

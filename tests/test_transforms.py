@@ -82,7 +82,7 @@ def test_result_belongs_to_the_sample(transform):
 
 
 def test_noise_is_that_of_the_formula():
-    """What a user would write: x + sigma n, clip, 2x - 1, mask; here with a noise measured from gray images."""
+    """The transform as a user would write it: x + sigma n, clip, 2x - 1, mask; with noise measured on gray images."""
     gray = torch.full((64, 1, 32, 32), 0.5)
     z = RT2(8, 0.25, 0.1)(gray, seed=3)
     kept = z[:, 0][z[:, 2] == 0] / 2
@@ -148,7 +148,7 @@ def test_channels_last_is_kept(transform):
 
 @pytest.mark.parametrize("transform", ALL, ids=NAMES)
 def test_target_is_what_is_left_unmasked(transform):
-    """Where neither mask nor noise falls, the purifier's input is its target."""
+    """Without mask and noise, the purifier's input is its target."""
     if not isinstance(transform, RandomResizePad):
         transform = type(transform)(4, size=transform.size, **({} if isinstance(transform, RT1) else {"sigma": 0}))
     z, target = transform(X, seed=1), transform.target(X, seed=1)

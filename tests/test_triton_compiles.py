@@ -63,7 +63,7 @@ MAX_REGISTERS = {
 }
 ATTENTION = {"diagonals", "diagonals four", "diagonals added", "weigh", "weigh parts", "weigh_bwd", "fuse_bwd"}
 LOSSES = {case for case in MAX_REGISTERS if "attack_loss" in case}
-# Where neighboring elements do not lie side by side, or fill no 16 bytes.
+# Kernels whose adjacent elements are not contiguous, or do not fill 16 bytes.
 NARROW_ANY = {
     *LOSSES,
     *ATTENTION,

@@ -179,7 +179,7 @@ LONG = ("0.5 a draw", "0.99 a draw", "0.9 by a counter")
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in LONG else ()) for case in KNOWN])
 def test_the_true_accuracy_lies_in_the_interval(case):
-    """Of a random classifier that no attack can harm: in at least 90 of 100 seeds, whatever the candidates."""
+    """Intervals cover the accuracy of a random classifier that no attack can harm, in at least 90 of 100 seeds."""
     p, hits, single, fixed = KNOWN[case][0], 0, [], []
     for seed in range(100):
         report = _judged(case, seed)

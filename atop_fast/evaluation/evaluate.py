@@ -100,8 +100,8 @@ def evaluate(
         draws: K, fresh draws of every verdict; default the protocol's (20; bpda-eot: 150).
         selection_draws: draws of the choice among an image's candidates.
         batch_size: images attacked together; half as many, with a warning, from where memory does not hold them.
-        max_batch: most images in one forward pass; None: as many as fit into about 1 GiB on a CPU, or a share of the free
-            memory of a GPU.
+        max_batch: most images in one forward pass; None: as many as fit into about 1 GiB, on a GPU into a share of its
+            free memory.
         out: folder of the run: shards, log, report.json, report.html. A call that was stopped or killed goes on from
             it, with any batch_size, budget and number of processes, to the same verdicts (for models whose randomness
             is their own: to other draws of them).

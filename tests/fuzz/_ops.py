@@ -35,7 +35,7 @@ def per_sample(draw: st.DrawFn, batch: int, dtype: torch.dtype) -> T | None:
 
 
 def inner_shape(draw: st.DrawFn) -> tuple[int, ...]:
-    """Of a sample: several vectors, a few, one, or none."""
+    """The size of a sample: several vectors, a few elements, one, or none."""
     return draw(
         st.one_of(
             st.tuples(st.integers(1, 3), sizes, sizes),
@@ -123,7 +123,7 @@ def corrupt(draw, name):
     if name == "corrupt_bwd":
         dtype = dtype_of(draw)
         narrow = dtype if dtype == torch.float64 else dtype_of(draw, (torch.float32, torch.bfloat16, torch.float16))
-        # Of one copy, the bits are 0 where it was masked, which the op relies on.
+        # With one copy, the bits are 0 where it was masked; the op relies on this.
         blocks = replace(blocks, low=1) if copies == 1 else blocks
         passes = draw(integers((batch, channels, -(-height * width // 8)), 0, 255, torch.uint8))
         dy = draw(tensors((batch * copies, channels + 2, height, width), dtype))

@@ -1,4 +1,4 @@
-"""What is fed to the library: tensors of any shape, dtype, layout and values, and numbers of any size.
+"""Random inputs of the library: tensors of any shape, dtype, layout and values, and numbers of any size.
 
 A tensor is drawn as a `T`, which says how to make it: what Hypothesis prints of a failure can be pasted as an @example.
 """
@@ -17,7 +17,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)
 DTYPES = (*FLOATS, torch.uint8, torch.int64, torch.bool, torch.int32, torch.complex64, torch.float8_e5m2)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted", "offset", "expanded")
-# What is in [0, 1], what is ordinary, and what arithmetic stumbles over.
+# Values in [0, 1], ordinary values, and values that are hard for arithmetic.
 VALUES = ("unit", "normal", "corners", "mixed", "tiny", "huge", "equal", "zero")
 # Sizes at and around those of vectors and blocks, and 0.
 SIZES = (0, 1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33)

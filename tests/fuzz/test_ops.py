@@ -52,7 +52,7 @@ def outcome(function: Any, arguments: list[Any]) -> Any:
 
 
 def wide(value: Any) -> Any:
-    """What computes the same in float64."""
+    """Arguments for the same computation in float64."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
     return torch.float64 if value in (torch.float32, torch.bfloat16, torch.float16) else value
@@ -65,7 +65,7 @@ def near(name: str, actual: Tensor, eager: Tensor, exact: Tensor, values: set[st
         return
     info = torch.finfo(actual.dtype)
     actual, eager, exact = actual.double(), eager.double(), exact.double()
-    # Of huge numbers, sums in another order may overflow or not; attention does not multiply NaN by weights of 0.
+    # For huge numbers, overflow depends on the order of sums; attention does not multiply NaN by weights of 0.
     if "huge" not in values and name != "contextual_attention_bwd":
         assert actual[eager.isnan() & exact.isnan()].isnan().all(), "a number where the specification has NaN"
     plain = eager.isfinite() & exact.isfinite() & (exact.abs() < info.max / 2**10)

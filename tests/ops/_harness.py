@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# What eager rounds differently: in float64 the reference itself is off by some units in the last place.
+# The tolerance for float64, in which the reference itself is off by a few units in the last place.
 ULPS = {torch.float64: 8}
 # Inductor adds code that the op is not part of, which takes a C++ compiler up to a minute: the second tier.
 COMPILERS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
@@ -32,7 +32,7 @@ COMPILERS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 @dataclass(frozen=True)
 class Spec:
-    """What the harness needs to know of an op.
+    """The description of an op for the harness.
 
     `sample(shape, dtype)` makes its tensors, `numbers` are its further arguments. `formula` is the op as a user writes
     it, from torch's own differentiable functions. An `exact` op equals it in every bit. The first `differentiable`
@@ -95,7 +95,7 @@ def _text(value: Any) -> str:
 
 
 def owned_by(backend: str, names: Sequence[str]) -> AbstractContextManager[None]:
-    """Give DEVICE's dispatch key of the ops `names` to `backend`."""
+    """Make `backend` own DEVICE's dispatch key of the ops `names`."""
     return _registry.owned_by(backend, names, DEVICE)
 
 
@@ -171,7 +171,7 @@ def same_bits(actual: Tensor, expected: Tensor, ulps: int = 0) -> None:
 
 
 def ulps_of(backend: str, dtype: torch.dtype) -> int:
-    """How far a result of `backend` may be off: Triton's interpreter truncates to bfloat16, where all others round."""
+    """The error allowed to `backend`: Triton's interpreter truncates to bfloat16, whereas all others round."""
     return int(is_interpreted(backend) and dtype == torch.bfloat16)
 
 
@@ -228,7 +228,7 @@ def gradcheck(backend: str, call: Callable[..., Tensor], leaves: Any) -> None:
 def check_opcheck(
     spec: Spec, backend: str, tensors: Sequence[Tensor], requires_grad: bool, dynamic: bool = True
 ) -> None:
-    """torch's own checks of the op, as `opcheck` has them."""
+    """torch's own checks of the op, as in `opcheck`."""
     leaves = [t.detach().requires_grad_(requires_grad and i in spec.differentiable) for i, t in enumerate(tensors)]
     with owned_by(backend, spec.ops or (spec.name,)):
         opcheck(_registry.OPS[spec.name].overload, (*leaves, *spec.numbers), dynamic)
@@ -249,7 +249,7 @@ def opcheck(op: torch._ops.OpOverload, arguments: Sequence[Any], dynamic: bool =
 def check_compiled(
     spec: Spec, names: Sequence[str], samples: Sequence[Sequence[Tensor]], compiler: str = "aot_eager"
 ) -> Callable[..., Tensor]:
-    """torch.compile takes the op whole, and is right in the backends `names` and for tensors of other sizes.
+    """torch.compile traces the op without graph breaks, and is correct in the backends `names` and for other sizes.
 
     It compiles once for all of them: compiled code calls the dispatcher, which knows the backend. Returns that code.
     """

@@ -1,4 +1,4 @@
-"""What the tests of the projected steps share: samples, and the checks of what all of them promise."""
+"""Shared by the tests of the projected steps: samples, and checks of their common guarantees."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def check_gradients(step: Step, backend: str, differentiable) -> None:
 
 
 def check_compiles_once(step: Step, backend: str) -> None:
-    """torch.compile takes the op whole, and new numbers in tensors do not compile it again."""
+    """torch.compile traces the op without graph breaks, and new numbers in tensors do not recompile it."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda *arguments: step(*arguments), fullgraph=True, backend="aot_eager")
     tensors = step.sample((4, 3, 5, 5), torch.float32, DRAWS)
@@ -197,7 +197,7 @@ def check_small_gradients(step: Step, backend: str, inner, draws: int) -> None:
 
 
 def check_refuses_gradients(step: Step) -> None:
-    """What is not differentiable says so, unless nothing records."""
+    """Steps that are not differentiable raise, unless autograd does not record."""
     tensors = step.sample((2, 3), torch.float32)
     for i, argument in enumerate(step.tensors):
         leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]

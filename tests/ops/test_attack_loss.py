@@ -114,7 +114,7 @@ def test_matches_formula(backend, name, dtype, shape):
 @pytest.mark.usefixtures("poisoned_memory")
 @cases(name=tuple(SPECS), dtype=HALF, shape=((37, 10), (2, 1001)), interpreted={"shape": ((4, 10), (2, 1001))})
 def test_matches_formula_for_16_bits(backend, name, dtype, shape):
-    """Of 1001 such logits many are equal."""
+    """Many of 1001 such logits are equal."""
     check(backend, name, dtype, shape)
 
 

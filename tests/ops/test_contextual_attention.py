@@ -152,7 +152,7 @@ def test_triton_in_every_dtype_and_layout(shape, dtype, layout):
 @pytest.mark.backend("triton")
 @TRITON
 def test_triton_opcheck():
-    """What depends on the backend: that it leaves its arguments alone, and what its results look like."""
+    """Backend-specific guarantees: the arguments are not modified, and the results have the documented form."""
     features, valid = sample((1, 2, 4, 6), torch.float32)
     features = features.contiguous(memory_format=torch.channels_last)
     with harness.owned_by("triton", NAMES):

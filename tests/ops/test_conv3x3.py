@@ -96,7 +96,7 @@ def test_gradients(backend, shape, dilation):
 @pytest.mark.usefixtures("poisoned_memory")
 @cases(shape=SHAPES, residual=(False, True), relu=(False, True), frozen=(False, True))
 def test_sum_and_clamp(backend, shape, residual, relu, frozen):
-    """What is added to the outputs, 0 instead of what is negative, and all gradients, or those of frozen weights."""
+    """Fused bias, residual and ReLU, and all gradients, also with frozen weights."""
     x, weight, bias = sample(shape)
     added = torch.randn_like(spec_module.formula(x, weight, bias, 1))
     leaves = [t.requires_grad_() for t in ([x] if frozen else [x, weight, bias]) + ([added] if residual else [])]
@@ -346,7 +346,7 @@ def test_tiles_of_the_rule(size, dilation):
 
 @native
 def test_rule():
-    """Where the op lost to oneDNN the rule says so, and it does not look at the batch."""
+    """The rule excludes the cases that lost to oneDNN, and does not depend on the batch."""
 
     def wins(size, channels=64, outputs=64, dilation=1, prepared=True, dtype=torch.float32, batch=1):
         x = torch.empty(batch, channels, size, size, dtype=dtype)

@@ -50,7 +50,7 @@ def key(batch):
 
 
 def formula(x, blocks, sigma, seed, ids, draws, patch, copies, size, dtype):
-    """What a user would write."""
+    """The op as a user would write it."""
     v = x if x.dtype == torch.float64 else x.float()
     v = v / 255 if x.dtype == torch.uint8 else v
     v = F.interpolate(v, size, mode="bilinear") if tuple(size) != tuple(x.shape[2:]) else v
@@ -183,7 +183,7 @@ def test_shared_mask(backend):
     assert len(masks.unique(dim=0)) == 1
     assert len(run(backend, x, patch=2)[:, -1].unique(dim=0)) > 1
     assert not torch.equal(run(backend, x, shared_mask=True, patch=2, draw=1)[:, -1], masks)
-    # The noise stays that of the sample.
+    # The noise still belongs to the sample.
     alone = run(backend, x[3:4], shared_mask=True, patch=2, sample_ids=torch.tensor([3]))
     assert torch.equal(alone, run(backend, x, shared_mask=True, patch=2)[3:4])
 

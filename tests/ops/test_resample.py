@@ -59,7 +59,7 @@ def resize_and_pad(x):
 
 
 def recorded(call):
-    """What the op is called with in `call`: images, rows, columns, and their transposes."""
+    """The arguments of the op in `call`: images, rows, columns, and their transposes."""
     found = []
 
     def record(*arguments):
