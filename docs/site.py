@@ -1,4 +1,4 @@
-"""What MkDocs needs beyond its plugins (mkdocs.yml): links to files outside of docs/, and docstrings as Markdown."""
+"""Extensions of MkDocs beyond its plugins (mkdocs.yml): links to files outside docs/, and docstrings as Markdown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _published(path: str) -> str:
-    """Where the site has a file. Markdown is published as text: as a page, its links would lead nowhere."""
+    """The path of a file on the site. Markdown is published as text, because as a page its links would be broken."""
     return f"files/{path}" + (".txt" if path.endswith((".md", "LICENSE")) else "")
 
 

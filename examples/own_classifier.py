@@ -37,7 +37,7 @@ def main() -> None:
     args = arguments(__doc__, checkpoint="state dict of TheirNetwork; by default one is trained first")
     train, test = digits(args.quick)
     network = TheirNetwork()
-    # Whatever normalization the network was trained with goes inside: the library's images are in [0, 1].
+    # The normalization of the network's training goes inside: the library's images are in [0, 1].
     model = Normalized(network, MEAN, STD)
     checkpoint = args.checkpoint or FOLDER / "theirs.pt"
     if not checkpoint.exists():

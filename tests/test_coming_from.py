@@ -63,7 +63,7 @@ def their_names(library, code, names):
     if library == "ART":
         estimators = pytest.importorskip("art.estimators.classification")
         found["art"] = importlib.import_module("art.attacks.evasion")
-        found["FeatureSqueezing"] = importlib.import_module("art.defences.preprocessor").FeatureSqueezing
+        found["FeatureSqueezing"] = importlib.import_module("art.defenses.preprocessor").FeatureSqueezing
         found["PyTorchClassifier"] = estimators.PyTorchClassifier
         found["classifier"] = estimators.PyTorchClassifier(
             names["model"], torch.nn.CrossEntropyLoss(), (3, 8, 8), nb_classes=10, clip_values=(0, 1), device_type="cpu"

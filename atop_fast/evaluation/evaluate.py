@@ -47,7 +47,7 @@ from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name, summarize
 from .tracing import TraceFile, trace_line, traced, write_scalars
 from .verdict import INTERVALS
 
-# Under a budget, images of an attack's first unit, from whose time the sizes of the next follow.
+# Under a budget, the number of images in an attack's first unit, whose time determines the sizes of later units.
 PILOT = 8
 
 
@@ -81,47 +81,49 @@ def evaluate(
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits. The draws of a Defense are keyed
             by (seed, image index, draw), so that its verdict does not depend on `batch_size` beyond rounding; draws of
-            another callable are repeated calls, with torch's generators seeded for them and restored. A model whose
-            logits do not change from call to call is judged by one draw.
-        images: float images (N, C, H, W) in [0, 1], of the dtype in which the model computes; 16 bits are judged in
-            float32. Or a Dataset of this library, or a map-style Dataset of torch of (image, label) or a DataLoader
-            over one, whose items are read batch by batch, in the order of the dataset: the numbers are those of
-            tensors. With `out` its candidates are on disk, and memory holds no more than some batches. Its images are
-            taken to the device of the model's first parameter.
-        labels: int64 labels (N,); None for a dataset, which has its own.
+            another callable are repeated calls, for which the global generators are seeded and then restored. A model
+            with the same logits in every call is judged by one draw.
+        images: float images (N, C, H, W) in [0, 1], of the dtype in which the model computes; 16-bit images are judged
+            in float32. Or a Dataset of this library, a map-style torch Dataset of (image, label), or a DataLoader over
+            one: items are streamed in the order of the dataset, with the same results as for tensors. With `out`, the
+            candidates of a dataset are on disk, and memory holds only a few batches. Images of a dataset are moved to
+            the device of the model's first parameter.
+        labels: int64 labels (N,); None for a dataset, which has labels.
         protocol: a name in PROTOCOLS: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen,
             eot-fast, fast.
-        norm, eps: threat model, eps in units of [0, 1] pixels; default the protocol's (Linf, 8/255; unseen: L2, 0.5).
+        norm, eps: threat model, eps in units of [0, 1] pixels; default is the protocol's (Linf, 8/255; unseen: L2,
+            0.5).
         seed: key of all randomness.
-        attacks: instead of the protocol's: name -> attack(images, labels, sample_ids) returning adversarial images, or
-            attack(images, labels), or an attack of torchattacks or ART; or a function from the model to that, which
-            randomness="fixed" needs: it is called with the fixed model. An attack with an attribute `norm` other than
-            the three, such as "flow", declares that another constraint than the ball bounds its candidates.
-        draws: K, fresh draws of every verdict; default the protocol's (20; bpda-eot: 150).
-        selection_draws: draws of the choice among an image's candidates.
-        batch_size: images attacked together; half as many, with a warning, from where memory does not hold them.
-        max_batch: most images in one forward pass; None: as many as fit into about 1 GiB, on a GPU into a share of its
-            free memory.
-        out: folder of the run: shards, log, report.json, report.html. A call that was stopped or killed goes on from
-            it, with any batch_size, budget and number of processes, to the same verdicts (for models whose randomness
-            is their own: to other draws of them).
-        budget: seconds, or text such as "90s", "10m", "2h". When it is spent no further attack starts: what was not
-            attacked keeps its last candidate, and the result is an upper bound on the robust accuracy (complete=False).
-            The verdict on an attack that was cut covers the images that it reached.
+        attacks: replaces the protocol's attacks: name -> attack(images, labels, sample_ids) returning adversarial
+            images, or attack(images, labels), or an attack of torchattacks or ART; or a function from the model to such
+            a mapping, which randomness="fixed" requires and calls with the fixed model. An attack whose attribute
+            `norm` is not one of the three, such as "flow", declares that its candidates are not bounded by the ball.
+        draws: K, the number of fresh draws of every verdict; default is the protocol's (20; bpda-eot: 150).
+        selection_draws: number of draws for the choice among an image's candidates.
+        batch_size: images attacked together; halved, with a warning, after an out-of-memory error.
+        max_batch: maximum number of images in one forward pass; None allows as many as fit into about 1 GiB, on a
+            GPU into a share of its free memory.
+        out: folder of the run: shards, log, report.json, report.html. A call that was stopped or killed resumes from
+            it, with any batch_size, budget and number of processes, to the same verdicts (or, for models with their own
+            randomness, to other draws).
+        budget: seconds, or text such as "90s", "10m", "2h". When it is spent, no further attack starts: images that
+            were not attacked keep their last candidate, and the result is an upper bound on the robust accuracy
+            (complete=False). The verdict on an interrupted attack covers the images that it reached.
         randomness: "fresh", or "fixed": each image's mask and noise are the same in attack, choice and verdict, and
-            known to the attacker; needs a Defense.
-        interval: of the means: "wilson", which is conservative, or "bootstrap" over images.
+            known to the attacker; requires a Defense.
+        interval: interval of the means: "wilson", which is conservative, or "bootstrap" over images.
         curve: radii at which PGD of the protocol quick is repeated for the curve of accuracy against eps.
-        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}; by default
-            those of atop_fast.doctor, with a warning for each that is not a pass: with `out` all of its checks on at
-            most 64 of the images, without it those of the contract that take a few passes, on at most 32. () for none.
-        title, progress: name of the model in the report, and of the progress bar with the time left.
-        trace: file of JSON lines: loss, accuracy and passes after each step of every attack of this library, as
-            TraceStep has them, with the attack's name and the first image of its batch. Lines of a batch are added when
-            it is done; a run that goes on keeps those it has, as far as it was traced. The report shows their curve.
-        tensorboard: folder for the same as scalars of TensorBoard; needs the extra atop-fast[track].
+        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}. By default,
+            atop_fast.doctor finds them, with a warning for each that does not pass: with `out`, all checks run on at
+            most 64 of the images; without it, the cheap checks of the contract on at most 32. () disables them.
+        title, progress: name of the model in the report and on the progress bar; whether to show a progress bar with
+            the ETA.
+        trace: file of JSON lines with loss, accuracy and passes after each step of every attack of this library, as in
+            TraceStep, with the attack's name and the first image of its batch. Lines of a batch are added when it is
+            done; a resumed run keeps its lines, as far as it was traced. The report shows their curve.
+        tensorboard: folder for the same values as TensorBoard scalars; needs the extra atop-fast[track].
 
-    Under torchrun, or with an initialized process group, every process attacks its share of the images and returns the
+    Under torchrun, or with an initialized process group, every process attacks its shard of the images and returns the
     same Report; rank 0 writes it.
 
     Raises:

@@ -140,7 +140,7 @@ def build_attack(
 ) -> Attack:
     """The attack of an entry on a model.
 
-    Of a deterministic one it takes a single draw, and ends with an image as soon as that is fooled.
+    For a deterministic model, it takes a single draw and stops at an image as soon as it is fooled.
     """
     attack = getattr(importlib.import_module("atop_fast.attacks"), entry.attack)
     options: dict[str, Any] = {**entry.options, "seed": derive_seed(seed, "attack")}

@@ -19,7 +19,7 @@ from .tracing import trace_picture
 # A system's verdicts: "clean" and the attacks' names -> Verdict.to_dict(), or None if no image was attacked.
 Verdicts = Mapping[str, Mapping[str, Any] | None]
 MEASURES = (("mean", "mean of draws"), ("majority", "majority vote"), ("worst", "worst of K"))
-# Of a system with attacks that a budget cut, columns that only bound the robust accuracy.
+# Columns that only bound the robust accuracy, for a system with attacks that a budget cut.
 BOUNDS = ("robust", "eight_bit")
 # Keys of a line of metrics.jsonl that are not losses.
 NOT_DRAWN = ("training", "epoch", "updates", "lr", "seconds", "images_per_second")

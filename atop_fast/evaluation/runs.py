@@ -124,7 +124,7 @@ class Run:
         return [step for name in names for unit in units if unit.name == name for step in unit.trace]
 
     def saved(self, names: Sequence[str]) -> str:
-        """What a process that is stopped leaves behind, in a sentence."""
+        """One sentence on the saved state after an interruption."""
         if self.folder is None:
             return "nothing is saved, as no folder was given (out)"
         counts = [f"{name} {int(self.done(name).sum())}" for name in names if self.done(name).any()]

@@ -1,4 +1,4 @@
-"""The labeled images that are evaluated: tensors in memory, or a dataset that is read batch by batch."""
+"""The labeled images of an evaluation: tensors in memory, or a dataset that is streamed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from torch.utils.data import Dataset as TorchDataset
 from .._core.checks import check_images, check_labels, check_not_empty, message
 from ..data import Dataset
 
-# Items that are read together when a dataset is checked.
+# Number of items read at a time when a dataset is checked.
 CHUNK = 64
 
 
 class Source:
-    """Images (N, C, H, W) in [0, 1] with labels (N,), which are taken by their places.
+    """Images (N, C, H, W) in [0, 1] with labels (N,), accessed by index.
 
     Attributes:
         labels: int64 (N,), on the device of the images.
@@ -43,7 +43,7 @@ class Source:
         return len(self.labels)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and labels (B,) at the places int64 (B,)."""
+        """Images (B, C, H, W) and labels (B,) at the indices int64 (B,)."""
         raise NotImplementedError
 
 
@@ -148,7 +148,7 @@ def make_source(images: Any, labels: Any, model: object) -> Source:
 
 
 def _check_loader(loader: DataLoader[Any]) -> None:
-    """Raise unless a DataLoader gives every item of its dataset once, in any order."""
+    """Raise unless a DataLoader returns every item of its dataset once, in any order."""
     expected = "a DataLoader that visits every item of its dataset once"
     sampler, count = loader.sampler, len(loader.dataset) if hasattr(loader.dataset, "__len__") else 0  # type: ignore[arg-type]
     whole = isinstance(sampler, SequentialSampler) or (

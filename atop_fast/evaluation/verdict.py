@@ -142,7 +142,7 @@ def bootstrap_intervals(values: Tensor, seed: int = 0, resamples: int = 1000, le
 
 
 def emulated_verdicts(correct: Tensor, draws: int = 20) -> dict[str, Any]:
-    """What the rules of the literature say about a random defense; unsound, for comparison only.
+    """The verdicts of the literature's rules on a random defense; unsound, for comparison only.
 
         single_draw    an image is robust iff ONE draw of it and ONE draw of every attack's candidate are right
                        (AutoAttack, Croce & Hein, ICML 2020)

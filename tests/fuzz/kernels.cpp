@@ -223,7 +223,7 @@ void resample(Bytes& in) {
       y);
 }
 
-// What goes into a convolution besides, in buffers of their own.
+// The additional inputs of a convolution, in separate buffers.
 struct Fusion {
   Buffer<float> mask, bias, residual;
   bool masked, shifted, added, relu;
