@@ -165,7 +165,7 @@ def test_inputs_and_global_generator_are_untouched():
 
 def test_nan_gradients_leave_valid_images():
     for norm in ("Linf", "L2"):
-        adversarial = PGD(lambda x: x.flatten(1) * float("nan"), norm, 0.1, steps=2)(X, Y)
+        adversarial = PGD(lambda x: x.flatten(1) * float("nan"), 0.1, norm=norm, steps=2)(X, Y)
         assert adversarial.isfinite().all()
         assert distance(adversarial, norm) <= 0.1 + 1e-6
 

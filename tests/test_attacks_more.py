@@ -128,7 +128,7 @@ def test_mifgsm_names_wrong_steps(steps):
 def test_the_examples_of_the_docs_run(capsys):
     page = (Path(__file__).parent.parent / "docs" / "attacks.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for code in examples:
         exec(code, {})
     assert "rows went backward through the classifier" in capsys.readouterr().out

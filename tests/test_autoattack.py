@@ -226,9 +226,9 @@ def test_wrong_options_are_named(options, pattern):
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="AutoAttack: bs must be an integer and >= 1, got 0"):
         attack().run_standard_evaluation(X, Y, bs=0)
-    with pytest.raises((TypeError, ValueError), match="AutoAttack: x must"):
+    with pytest.raises((TypeError, ValueError), match="AutoAttack: images must"):
         attack().run_standard_evaluation(X.double().long(), Y)
-    with pytest.raises((TypeError, ValueError), match="AutoAttack: y must"):
+    with pytest.raises((TypeError, ValueError), match="AutoAttack: labels must"):
         attack().run_standard_evaluation(X, Y[:3])
     with pytest.raises((TypeError, ValueError), match="AutoAttack: sample_ids must"):
         attack()(X, Y, sample_ids=torch.arange(3))

@@ -18,7 +18,7 @@ from atop_fast.randomness import seeded
 PAGE = (Path(__file__).parent.parent / "docs" / "coming-from.md").read_text(encoding="utf-8")
 LIBRARIES = {"torchattacks": "torchattacks", "AutoAttack": "autoattack", "foolbox": "foolbox",
              "RobustBench": "robustbench", "ART": "art"}  # fmt: skip
-SAME, LOADS = "same images", ("load_model(", "load_classifier(")
+SAME, LOADS = ("same images", "same logits"), ("load_model(", "load_classifier(")
 
 
 def rows():
@@ -49,6 +49,13 @@ def run(code, names):
     return eval(compile(ast.Expression(last.value), code, "eval"), names)
 
 
+def our_names(code, names):
+    """What our code needs, or a skip: one row puts ART's preprocessing into a model."""
+    if "SpatialSmoothing" not in code:
+        return names
+    return {**names, "SpatialSmoothing": pytest.importorskip("art.defences.preprocessor").SpatialSmoothing}
+
+
 def bind(code, names):
     """Check the arguments of a call whose function must not run."""
     call = ast.parse(code, mode="eval").body
@@ -59,11 +66,10 @@ def bind(code, names):
 
 def their_names(library, code, names):
     """What their code needs, or a skip."""
-    found = {**names}
+    found = {**our_names(code, names)}
     if library == "ART":
         estimators = pytest.importorskip("art.estimators.classification")
         found["art"] = importlib.import_module("art.attacks.evasion")
-        found["FeatureSqueezing"] = importlib.import_module("art.defenses.preprocessor").FeatureSqueezing
         found["PyTorchClassifier"] = estimators.PyTorchClassifier
         found["classifier"] = estimators.PyTorchClassifier(
             names["model"], torch.nn.CrossEntropyLoss(), (3, 8, 8), nb_classes=10, clip_values=(0, 1), device_type="cpu"
@@ -97,7 +103,7 @@ def test_ours_runs(library, theirs, ours, differs, names):
     if any(load in ours for load in LOADS):
         bind(ours, names)
         return
-    value = run(ours, names)
+    value = run(ours, our_names(ours, names))
     if isinstance(value, torch.Tensor) and value.dim() == 4:
         assert value.shape == names["images"].shape
         assert 0 <= value.min() <= value.max() <= 1
@@ -120,7 +126,7 @@ def test_theirs_runs_and_same_images_are_the_same(library, theirs, ours, differs
         return
     value = run(theirs, needed)
     if differs.startswith(SAME):
-        expected = run(ours, names)
+        expected = run(ours, our_names(ours, names))
         value = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
         assert not torch.equal(expected, names["images"])
         torch.testing.assert_close(value.detach(), expected, rtol=0, atol=1e-5)

@@ -206,9 +206,9 @@ def test_a_purifier_remembers_its_transform(tmp_path):
 
 
 def test_save_model_takes_the_recorded_architecture(tmp_path):
-    path, mean = tmp_path / "model.safetensors", torch.tensor([0.3])
+    path = tmp_path / "model.safetensors"
     classifier = build_classifier("small_cnn", channels=1, width=8).eval()
-    wrapped = Normalized(classifier, mean, 2 * mean).eval()
+    wrapped = Normalized(classifier, [0.3], [0.6]).eval()
     purifier = build_purifier("unet", channels=1, width=4).eval()
     masked = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for kind, module, x in (("classifier", classifier, X), ("classifier", wrapped, X), ("purifier", purifier, masked)):

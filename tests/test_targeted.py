@@ -10,6 +10,7 @@ from torch import nn
 
 from atop_fast import RT2, Defense, evaluate
 from atop_fast.attacks import APGD, APGDT, BPDA, CW, FAB, FGSM, MIFGSM, PGD, PMA, Square, StAdv
+from atop_fast.randomness import derive_seed
 
 COUNT = 12
 TARGETED = {
@@ -130,14 +131,18 @@ def test_targets_are_reached_more_often_than_by_chance(name, digits):
 def test_restarts_and_early_stop_look_for_the_target(digits):
     images, labels, targets = digits
     model, options = standard_mnist(), {"steps": 4, "early_stop": True}
-    attack = PGD(model, 0.15, n_restarts=6, **options)
-    found = attack(images, labels, targets=targets)
-    once = PGD(model, 0.15, **options)(images, labels, targets=targets)
-    hits, more = ((model(x).argmax(dim=1) == targets) for x in (once, found))
-    assert torch.equal(found[hits], once[hits])
-    assert more.sum() > hits.sum()
-    # Misclassified as another class than the target is no success.
-    assert not (hits == (model(once).argmax(dim=1) != labels)).all()
+    attack = PGD(model, 0.12, n_restarts=5, **options)
+    runs = [PGD(model, 0.12, **options)(images, labels, targets=targets)]
+    for restart in range(1, 5):
+        seed = derive_seed(0, "restart", restart)
+        start = attack.restart_from(seed, images, torch.arange(COUNT))
+        runs.append(PGD(model, 0.12, seed=seed, **options)(images, labels, targets=targets, start=start))
+    hits = torch.stack([model(x).argmax(dim=1) == targets for x in runs])
+    found = model(attack(images, labels, targets=targets)).argmax(dim=1)
+    assert torch.equal(found == targets, hits.any(dim=0))
+    assert 0 < hits.any(dim=0).sum() < COUNT
+    # An image that is misclassified as another class is attacked on.
+    assert ((found != labels) & (found != targets)).any()
 
 
 @pytest.mark.parametrize("name", [*TARGETED, *OTHERS])

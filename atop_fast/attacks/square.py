@@ -111,6 +111,7 @@ class Square(Attack):
             precision=precision,
             callback=callback,
         )
+        self.n_queries = self.steps
         self.p_init = check_number("Square", "p_init", p_init, low=0, high=1)
         self.n_restarts = check_integer("Square", "n_restarts", n_restarts, low=1)
         self.resc_schedule = bool(resc_schedule)
