@@ -293,5 +293,5 @@ def test_a_report_holds_the_diagnostics_of_its_model(tmp_path):
 
     # A call that goes on with the run does not examine the model again.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("atop_fast.evaluation.findings"), "diagnose", fail)
+        patch.setattr(importlib.import_module("atop_fast.evaluation.findings"), "examine", fail)
         assert results(run(tmp_path / "whole", diagnostics=None)) == results(report)
