@@ -54,7 +54,7 @@ def test_versions():
     assert settings("fast") == [pma, targeted, square]
     assert settings("fast", complete=True) == [pma, targeted, square, ce, fab, square]
     fast = attack(version="fast", n_queries=500)
-    assert [fast.build(name).n_queries for name in ("probe", "square")] == [200, 500]
+    assert [fast.build(name).steps for name in ("probe", "square")] == [200, 500]
 
 
 def test_defaults_are_those_of_the_original():
