@@ -47,7 +47,7 @@ def test_quick_takes_80_passes_of_random_models_and_20_of_others():
 
 def test_eot_fast_takes_400_passes_an_image():
     (attack,) = build_attacks(PROTOCOLS["eot-fast"], DEFENSE, "Linf", 0.1, 0).values()
-    assert (attack.steps, attack.eot_iter, attack.momentum, attack.schedule) == (400, 1, 0.9, "cosine")
+    assert (attack.steps, attack.eot_iter, attack.momentum, attack.schedule) == (100, 4, 0.9, "cosine")
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
