@@ -5,9 +5,11 @@ from .autoattack import AutoAttack
 from .base import NORMS, Attack
 from .bpda import BPDA
 from .cw import CW
+from .draws import draw_logits
 from .fab import FAB
-from .gradient import GRADIENT_MODES, Estimate, GradientEstimator, Passes, counted_passes, draw_logits
+from .gradient import GRADIENT_MODES, Estimate, GradientEstimator
 from .network import Model, frozen, prepared
+from .passes import Passes, counted_passes
 from .pgd import FGSM, MIFGSM, PGD
 from .pma import PMA
 from .square import Square

@@ -28,8 +28,8 @@ from ..defense import Defense, refuse_wrapped
 from ..randomness import check_keys, derive_seed
 from .apgd import APGD, APGDT
 from .base import NORMS, Attack
+from .draws import draw_logits
 from .fab import FAB
-from .gradient import draw_logits
 from .network import Model, frozen
 from .pma import PMA
 from .square import Square

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -22,6 +20,7 @@ from ..ops import AttackLoss, attack_loss, resize
 from ..randomness import Draws, derive_seed, seeded, watched_generators
 from .contract import accumulated, is_a_chain
 from .network import Model, is_copy
+from .passes import Pass, Passes, counter
 
 GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
 # Networks run on a multiple of this many rows: convolutions and matrix products of a CPU then round each row in the
@@ -36,28 +35,6 @@ UNMEASURED_ROWS = 64
 # More rows than this make a pass no faster.
 MOST_ROWS = 1024
 T = TypeVar("T")
-
-
-@dataclass
-class Passes:
-    """Rows that went through the model, forward and backward."""
-
-    forward: int = 0
-    backward: int = 0
-
-
-_COUNTER: ContextVar[Passes | None] = ContextVar("passes", default=None)
-
-
-@contextlib.contextmanager
-def counted_passes() -> Iterator[Passes]:
-    """Count the rows that attacks and draw_logits send through a model inside the block."""
-    passes = Passes()
-    token = _COUNTER.set(passes)
-    try:
-        yield passes
-    finally:
-        _COUNTER.reset(token)
 
 
 class Estimate(NamedTuple):
@@ -133,7 +110,7 @@ class GradientEstimator:
         self.eot_iter = 1 if gradient == "blind" else eot_iter
         # For errors: whose call it is, and the largest of its labels, with their name.
         self.function, self.largest_label, self.argument = name, 0, "labels"
-        self.passes = _COUNTER.get() or Passes()
+        self.passes = counter() or Passes()
         # 0: not known yet.
         self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
         self._calls, self._warned = 0, False
@@ -173,7 +150,7 @@ class GradientEstimator:
         total: Tensor | None = None
         sums = x.new_zeros((2, len(x)), dtype=torch.float32)
 
-        def differentiated(part: _Pass) -> tuple[Tensor, AttackLoss]:
+        def differentiated(part: Pass) -> tuple[Tensor, AttackLoss]:
             return self._differentiated(part, x, labels, ids, first_draws, targets, loss, which)
 
         for part, (gradient, result) in self._passes(x, differentiated, graph=True):
@@ -193,14 +170,14 @@ class GradientEstimator:
             total.div_(self.eot_iter)
         return Estimate(total, *sums.div_(self.eot_iter))
 
-    def _draw_by_draw(self, part: _Pass, gradient: Tensor, result: AttackLoss) -> Estimate:
+    def _draw_by_draw(self, part: Pass, gradient: Tensor, result: AttackLoss) -> Estimate:
         shape = (self.eot_iter, part.batch)
         means = (v[: part.count].float().view(shape).mean(dim=0) for v in (result.losses, result.correct))
         return Estimate(gradient[: part.count].unflatten(0, shape), *means)
 
     def _differentiated(
         self,
-        part: _Pass,
+        part: Pass,
         x: Tensor,
         labels: Tensor,
         ids: Tensor,
@@ -305,7 +282,7 @@ class GradientEstimator:
         if isinstance(self.model, nn.Module):
             self._measure(x)
 
-        def forward(part: _Pass) -> Tensor:
+        def forward(part: Pass) -> Tensor:
             logits = self._forward(part.take(x), part, ids, first_draws)[: part.count]
             # Copied: a model may return the same memory in every call.
             return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
@@ -324,7 +301,7 @@ class GradientEstimator:
         """Most rows of a pass without gradients, as far as that is known: the first pass over images tells."""
         return self._forward_rows or MOST_ROWS
 
-    def _passes(self, x: Tensor, work: Callable[[_Pass], T], graph: bool) -> Iterator[tuple[_Pass, T]]:
+    def _passes(self, x: Tensor, work: Callable[[Pass], T], graph: bool) -> Iterator[tuple[Pass, T]]:
         """The eot_iter * B rows, draw by draw, in passes, with what `work` makes of each.
 
         Where one does not fit into memory, smaller ones are made of it, and no larger ones from there on.
@@ -337,7 +314,7 @@ class GradientEstimator:
         first = 0
         while first < count:
             most = self._rows if graph else self.forward_rows
-            part = _Pass(first, min(most, span - first % span), batch, multiple, x.device)
+            part = Pass(first, min(most, span - first % span), batch, multiple, x.device)
             try:
                 with self._watching() as generators:
                     result = work(part)
@@ -354,7 +331,7 @@ class GradientEstimator:
             yield part, result
             first += part.count
 
-    def _forward(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, part: Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         self.passes.forward += len(x)
         try:
             with self._seeded(x.device):
@@ -368,7 +345,7 @@ class GradientEstimator:
         """The tensor for a network, which may write into it."""
         return x if self._known else x.clone()
 
-    def _called(self, x: Tensor, part: _Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
+    def _called(self, x: Tensor, part: Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         if not isinstance(self.model, Defense):
             return self.model(x)
         if self.gradient == "blind":
@@ -430,7 +407,7 @@ class GradientEstimator:
                 saved[address] = t
             return t
 
-        part = _Pass(0, ROWS, 1, ROWS, x.device)
+        part = Pass(0, ROWS, 1, ROWS, x.device)
         zero = torch.zeros(1, dtype=torch.int64, device=x.device)
         most = UNMEASURED_ROWS
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
@@ -463,31 +440,6 @@ def _room(device: torch.device) -> int:
     return max(MEMORY, min(total // GPU_SHARE, free // 2))
 
 
-class _Pass:
-    """Rows first .. first + count - 1 of a batch that is repeated draw by draw, and some more to fill the pass."""
-
-    def __init__(self, first: int, count: int, batch: int, multiple: int, device: torch.device) -> None:
-        self.first, self.count, self.batch = first, count, batch
-        self.size = -(-count // multiple) * multiple
-        rows = torch.arange(first, first + self.size, device=device).clamp_(max=first + count - 1)
-        self.draws = rows // batch
-        # The whole batch as it is needs no copy.
-        self.samples = None if (self.size, first % batch) == (batch, 0) else rows % batch
-
-    def take(self, t: Tensor) -> Tensor:
-        """The rows' values of t (B, ...)."""
-        return t if self.samples is None else t[self.samples]
-
-    def pieces(self) -> Iterator[tuple[slice, slice]]:
-        """The parts of the pass that belong to one draw: which rows of the pass, and which samples."""
-        row = 0
-        while row < self.count:
-            sample = (self.first + row) % self.batch
-            size = min(self.count - row, self.batch - sample)
-            yield slice(row, row + size), slice(sample, sample + size)
-            row += size
-
-
 def _chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[str], which: Tensor) -> AttackLoss:
     """Each row's loss of several."""
     results = [attack_loss(z, labels, loss, None if loss in ("ce", "pm-label") else targets) for loss in losses]
@@ -502,26 +454,3 @@ def _chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[
 def _targeted(result: AttackLoss) -> AttackLoss:
     """The losses of an attack that is to reach the labels."""
     return AttackLoss(-result.losses, -result.gradient, ~result.correct)
-
-
-def draw_logits(
-    model: Model,
-    images: Tensor,
-    seed: int,
-    sample_ids: Tensor,
-    draws: range,
-    max_batch: int = 1024,
-    function: str = "draw_logits",
-) -> Tensor:
-    """Logits (B, draws, classes), float32 or float64, of images (B, C, H, W) under the given draws; no gradients.
-
-    The draws of a Defense are keyed by (seed, sample id, draw). Those of another callable, and what the networks of a
-    Defense draw, are repeated calls, for which the generators of torch, Python and numpy are seeded by (seed, first
-    sample id, first draw) and afterwards restored. Errors name `function`.
-    """
-    estimator = GradientEstimator(model, eot_iter=len(draws), max_batch=max_batch, seed=seed)
-    estimator.function = function
-    if len(images):
-        # Else all parts of a set of images would have the same noise.
-        estimator.calls_seed = derive_seed(seed, int(sample_ids[0]), draws.start)
-    return estimator._logits(images, sample_ids, torch.full_like(sample_ids, draws.start))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .gradient import Passes
+    from .passes import Passes
 
 
 class TraceStep(NamedTuple):

@@ -1,0 +1,63 @@
+"""Passes of rows through a model: how they are counted, and which rows of a batch and its draws one of them has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Passes:
+    """Rows that went through the model, forward and backward."""
+
+    forward: int = 0
+    backward: int = 0
+
+
+_COUNTER: ContextVar[Passes | None] = ContextVar("passes", default=None)
+
+
+@contextlib.contextmanager
+def counted_passes() -> Iterator[Passes]:
+    """Count the rows that attacks and draw_logits send through a model inside the block."""
+    passes = Passes()
+    token = _COUNTER.set(passes)
+    try:
+        yield passes
+    finally:
+        _COUNTER.reset(token)
+
+
+def counter() -> Passes | None:
+    """The count of the block, if there is one."""
+    return _COUNTER.get()
+
+
+class Pass:
+    """Rows first .. first + count - 1 of a batch that is repeated draw by draw, and some more to fill the pass."""
+
+    def __init__(self, first: int, count: int, batch: int, multiple: int, device: torch.device) -> None:
+        self.first, self.count, self.batch = first, count, batch
+        self.size = -(-count // multiple) * multiple
+        rows = torch.arange(first, first + self.size, device=device).clamp_(max=first + count - 1)
+        self.draws = rows // batch
+        # The whole batch as it is needs no copy.
+        self.samples = None if (self.size, first % batch) == (batch, 0) else rows % batch
+
+    def take(self, t: Tensor) -> Tensor:
+        """The rows' values of t (B, ...)."""
+        return t if self.samples is None else t[self.samples]
+
+    def pieces(self) -> Iterator[tuple[slice, slice]]:
+        """The parts of the pass that belong to one draw: which rows of the pass, and which samples."""
+        row = 0
+        while row < self.count:
+            sample = (self.first + row) % self.batch
+            size = min(self.count - row, self.batch - sample)
+            yield slice(row, row + size), slice(sample, sample + size)
+            row += size
