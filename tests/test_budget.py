@@ -19,6 +19,7 @@ from atop_fast.cli import main
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.recipes import budget
 from atop_fast.recipes.evaluation import EvaluationConfig
+from atop_fast.recipes.forecast import Forecast, too_little
 
 STAGES = ["pretrain", "finetune", "evaluate"]
 
@@ -87,6 +88,31 @@ def test_an_evaluation_takes_what_fits(tmp_path, clock, rate, protocol, images):
     assert text + (" by the protocol quick instead of pgd-eot" if protocol == "quick" else ",") in made.notes(config)[0]
 
 
+def test_a_forecast_says_what_fits_and_what_would_be_enough():
+    config = EvaluationConfig(steps=20, eot_iter=1, draws=20, selection_draws=20, images=200)
+    trainings = {"classifier": (400, 0.1), "pretrain": (200, 0.1), "finetune": (1000, 0.1)}
+    made = Forecast(trainings, config, 200, 1e-3)
+    # A fifth of 100 s; a quarter of the 80 that are left; two thirds of 60; and 20 for the images.
+    found = made.fits(100)
+    assert {stage: n for stage, (n, _) in found.items() if stage != "evaluate"} == {
+        "classifier": 180, "pretrain": 180, "finetune": 360
+    }  # fmt: skip
+    passes = 4 + 20 + 0.4 * (3 * 40 + 20)
+    assert found["evaluate"] == (200, 200)
+    assert made.fits(5)["evaluate"] == (int(0.8 / (1e-3 * passes)), 200)
+    assert made.sentence(100) == (
+        "About 1.67m hold: classifier 180 of 400 updates, pretrain 180 of 200 updates, finetune 360 of 1,000 updates, "
+        "200 of 200 images attacked."
+    )
+    # A stage that needs less leaves it to the others, so that all fits in the end.
+    assert made.fits(1000) == {**{stage: (n, n) for stage, (n, _) in trainings.items()}, "evaluate": (200, 200)}
+    short = made.sentence(5)
+    assert "finetune 18 of 1,000 updates" in short
+    assert short.endswith("This resolves nothing; 1m would.")
+    assert not too_little(made.fits(60))
+    assert Forecast({"finetune": (10**6, 10.0)}, None, 0, 0.0).sentence(60).endswith("not even a week would be enough.")
+
+
 def test_a_training_of_updates_ends_within_an_epoch():
     """With a schedule that ends there, too, and a history of its parts."""
     step = Line(epochs=3, updates=7, batch_size=3, lr=0.5)
@@ -103,6 +129,9 @@ def test_a_run_ends_with_what_was_planned(tiny, capsys, monkeypatch):  # noqa: F
     # A slow machine must not cut the evaluations, which would make of one plan two reports.
     monkeypatch.setattr(budget.Budget, "limit", lambda *_: 600.0)
     main(["train", "tiny.yaml", "--out=run", "--budget=1s"])
+    said = capsys.readouterr().out
+    assert said.index("About 1s hold: classifier ") < said.index("Accuracy of the classifier")
+    assert "images attacked." in said
     plan = json.loads(Path("run/plan.json").read_text())
     assert list(plan) == ["classifier", *STAGES]
     report = json.loads(Path("run/report.json").read_text())

@@ -174,7 +174,7 @@ def _passes(config: EvaluationConfig) -> float:
     protocol = PROTOCOLS[config.protocol]
     attacks = 0
     for entry in protocol.attacks.values():
-        options = {**entry.options, **{key: value for key, value in config.quick.items() if key in entry.options}}
+        options = {**entry.options, **(config.quick if entry.attack == "PGD" else {})}
         steps = options.get("steps", options.get("n_queries", 1)) * (2 if entry.attack == "PMA" else 1)
         attacks += steps * options.get("eot_iter", 1) * options.get("target_classes", 1)
     draws = config.draws or protocol.draws

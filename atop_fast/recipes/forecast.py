@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .._core.distributed import Group
 from ..training import TrainingConfig
 from .budget import IMAGES, MARGIN, SHARES, evaluation_that_fits
 from .evaluation import EvaluationConfig
@@ -78,11 +79,12 @@ def spoken(seconds: float) -> str:
     return f"{seconds / 60:.3g}m" if seconds < 3600 else f"{seconds / 3600:.3g}h"
 
 
-def seconds_per_update(config: TrainingConfig, train: Callable[..., Any], limit: float) -> float:
+def seconds_per_update(config: TrainingConfig, train: Callable[..., Any], limit: float, group: Group) -> float:
     """How long an update takes: the mean of three after a first one, or that one if it took longer than `limit`."""
     start = time.monotonic()
     train(config=replace(config, updates=1, evaluate_every=0))
-    first = time.monotonic() - start
+    # All processes train together, and so must decide alike.
+    first: float = group.gather(time.monotonic() - start)[0]
     if first > limit:
         return first
     start = time.monotonic()

@@ -244,7 +244,7 @@ class _Pipeline:
             if name in trainings:
                 config, fit, networks = trainings[name]
                 train = functools.partial(fit, *copy.deepcopy(networks), seed=self.seed, progress=False)
-                each = seconds_per_update(config, train, seconds / 50)
+                each = seconds_per_update(config, train, seconds / 50, self.group)
                 found[name] = (config.epochs * -(-len(self.train) // config.batch_size), each)
         if "evaluate" not in stages:
             return Forecast(found, None, 0, 0.0)
