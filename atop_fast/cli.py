@@ -1,4 +1,4 @@
-"""The command line: atop-fast demo | train | doctor | evaluate | bench | env."""
+"""The command line: atop-fast demo | train | doctor | evaluate | report | bench | env."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -26,6 +27,7 @@ from .doctor.command import doctor
 from .evaluation.report import format_table
 from .recipes.evaluation import EvaluationConfig
 from .recipes.options import DataConfig, GivenTransform, TransformConfig
+from .recipes.pack import pack_run, system_of
 from .recipes.run import run_recipe
 from .recipes.schema import ClassifierSource, DiscriminatorSource, PurifierSource, Recipe, load_recipe
 from .training import FinetuneConfig, PretrainConfig
@@ -116,6 +118,9 @@ def evaluate(
 ) -> None:
     """Attack a defense by a protocol, and judge it on fresh draws; writes report.html and report.json.
 
+    `atop-fast evaluate RUN [options]` takes defense, images and protocol from the folder of a run, or from its archive
+    (see report), and `atop-fast evaluate FILE` the model of a .safetensors file.
+
     Args:
         classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
             as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
@@ -160,12 +165,27 @@ def evaluate(
     print(f"Report: {Path(out) / 'report.html'}")
 
 
+def report(run: str, pack: str | None = None) -> None:
+    """Show what a finished run has found; `atop-fast report RUN [options]`.
+
+    Args:
+        run: folder of the commands train or demo.
+        pack: file, such as run.zip, for an archive of defense, attacked images, report and recipe, which `atop-fast
+            evaluate` takes on another machine.
+    """
+    if pack is not None:
+        pack_run(Path(run), Path(pack))
+    _print(json.loads((Path(run) / "report.json").read_text(encoding="utf-8")))
+    if pack is not None:
+        print(f"Wrote {pack}; atop-fast evaluate {pack} attacks its defense on its images")
+
+
 def env() -> None:
     """Print versions, which backend owns which op, and why anything is missing."""
     environment.main()
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, doctor, evaluate, bench, env)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, doctor, evaluate, report, bench, env)}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -183,8 +203,9 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")
     jsonargparse.set_loader("yaml", _load_option, exceptions=(ValueError,))
     try:
-        args = _with_numbers(_with_positional(sys.argv[1:] if args is None else args))
-        jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
+        with tempfile.TemporaryDirectory() as folder:
+            args = _with_numbers(_with_positional(sys.argv[1:] if args is None else args, Path(folder)))
+            jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
     except OSError as error:
@@ -225,13 +246,19 @@ def _with_numbers(args: list[str]) -> list[str]:
     return numbers
 
 
-def _with_positional(args: list[str]) -> list[str]:
-    """The PRESET of `train` as the configuration that later options change, and the SUITE of `bench` as an option."""
-    if args[:1] not in (["train"], ["bench"]) or len(args) == 1 or args[1].startswith("-"):
+def _with_positional(args: list[str], folder: Path) -> list[str]:
+    """What stands after a command, as options; `folder` takes what an archive holds.
+
+    The PRESET of `train` and the RUN of `evaluate` are configurations, which later options change.
+    """
+    command, *rest = args or [""]
+    if command not in ("train", "bench", "evaluate", "report") or not rest or rest[0].startswith("-"):
         return args
-    if args[0] == "bench":
-        return ["bench", f"--suite={args[1]}", *args[2:]]
-    return ["train", f"--config={json.dumps(asdict(load_recipe(args[1])))}", *args[2:]]
+    if command in ("bench", "report"):
+        return [command, f"--{'suite' if command == 'bench' else 'run'}={rest[0]}", *rest[1:]]
+    if command == "train":
+        return ["train", f"--config={json.dumps(asdict(load_recipe(rest[0])))}", *rest[1:]]
+    return ["evaluate", f"--config={json.dumps(system_of(Path(rest[0]), folder))}", *rest[1:]]
 
 
 def _show(report: dict[str, Any] | None, out: str) -> None:
@@ -241,9 +268,13 @@ def _show(report: dict[str, Any] | None, out: str) -> None:
     if report is None:
         print(f"Wrote {', '.join(sorted(path.name for path in Path(out).glob('*.safetensors')))} into {out}")
     else:
-        print("\n".join(report["answer"]))
-        print(format_table({**report["systems"], **report.get("findings", {})}, report["chance"]))
+        _print(report)
         print(f"Report: {Path(out) / 'report.html'}")
+
+
+def _print(report: dict[str, Any]) -> None:
+    print("\n".join(report["answer"]))
+    print(format_table({**report["systems"], **report.get("findings", {})}, report["chance"]))
 
 
 def _say(text: str) -> None:

@@ -59,13 +59,13 @@ def fail(capsys, *args):
     return error
 
 
-# A recipe in small for these images; the length of each training is given beside it.
+# A recipe in small for these images.
 TRAIN = [
     *("train", "cifar10-native-rt2", *DATA, "--classifier.name=small_cnn", "--classifier.options.width=16"),
     "--classifier.training={epochs: 30, batch_size: 4, lr: 0.02, optimizer: adam, weight_decay: 0.0}",
     "--classifier.training={augment: false, schedule: cosine, average: none, label_smoothing: 0.0, evaluate_every: 0}",
-    *("--transform.sigma=0.1", "--finetune.epochs=1", "--finetune.evaluate_every=0"),
     *("--purifier.options={channels: 1, width: 4}", "--pretrain.epochs=1", "--pretrain.evaluate_every=0"),
+    *("--transform.sigma=0.1", "--finetune.epochs=1", "--finetune.evaluate_every=0"),
 ]
 
 
@@ -243,7 +243,7 @@ def test_env_prints_owners(capsys):
         ([*TRAIN, "--pretrain.epochs=-1"], "epochs must be an integer and >= 0, got -1"),
         ([*TRAIN, "--until=report"], "until"),
         (["train", "demo", "--evaluation.steps=0"], "steps must be an integer and >= 1, got 0"),
-        (["demo", "--seed=-1"], "seed must be an integer and >= 0"),
+        (["demo", "--seed=-1"], "run_recipe: seed must be an integer"),
         (["fly"], "fly"),
     ],
     ids=lambda value: " ".join(a for a in value if "data" not in a) if isinstance(value, list) else "",

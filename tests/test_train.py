@@ -47,7 +47,8 @@ TINY = {
 FILES = [
     *("classifier.safetensors", "defense.safetensors", "discriminator.safetensors", "evaluate_classifier"),
     *("evaluate_finetuned", "evaluate_pretrained", "evaluate_rt_only", "finetuned.safetensors", "gallery.png"),
-    *("metrics.jsonl", "pretrained.safetensors", "report.html", "report.json", "run.json"),
+    *("metrics.jsonl", "pretrained.safetensors", "recipe.yaml", "repeat.sh", "report.html"),
+    *("report.json", "run.json"),
 ]
 SYSTEMS = ["classifier", "rt_only", "pretrained", "finetuned"]
 

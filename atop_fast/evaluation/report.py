@@ -118,6 +118,7 @@ def write_report(
     picture: bytes | None = None,
     picture_caption: str = "",
     curves: bytes | None = None,
+    repeat: str | None = None,
 ) -> None:
     """Write report.json, report.html and, with a picture, gallery.png; each atomically.
 
@@ -129,6 +130,7 @@ def write_report(
         notes: paragraphs under the tables.
         picture, picture_caption: a PNG and its caption.
         curves: a PNG of the trainings' losses (see training_picture).
+        repeat: a script that repeats the run.
     """
     page = _page(
         title=title,
@@ -137,6 +139,7 @@ def write_report(
         picture=_base64(picture) if picture else None,
         picture_caption=picture_caption,
         curves=_base64(curves) if curves else None,
+        repeat=repeat,
     )
     write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
     write_text(folder / "report.html", page)
@@ -262,7 +265,7 @@ def _page(title: str, data: Mapping[str, Any], **values: Any) -> str:
     ]
     bounds = {name: BOUNDS for _, part, *_ in tables for name, verdicts in part.items() if _is_cut(verdicts)}
     # Sections without values are omitted.
-    keys = ("details", "curve", "tries", "trace", "strips", "notes", "picture", "picture_caption", "curves")
+    keys = ("details", "curve", "tries", "trace", "strips", "notes", "picture", "picture_caption", "curves", "repeat")
     given = {key: values.get(key) for key in keys}
     return environment.from_string(template).render(
         title=title, data=data, tables=tables, measures=MEASURES, bounds=bounds, **given

@@ -18,6 +18,7 @@ from .._core.files import write_text
 from ..evaluation import PROTOCOLS
 from ..training import FinetuneConfig, TrainingConfig
 from .evaluation import EvaluationConfig
+from .schema import Recipe
 
 # Fine-tuning decides what a defense is worth.
 SHARES = {"classifier": 1, "pretrain": 1, "finetune": 2, "ablation": 2, "evaluate": 1}
@@ -100,6 +101,18 @@ class Budget:
             batch_size=min(config.batch_size, -(-plan["images"] // self.group.size)),
             diagnostics=False,
         )
+
+    def reduced(self, recipe: Recipe, images: int, evaluation: EvaluationConfig) -> Recipe:
+        """The recipe that the run follows, so that it can be repeated without a time; trained on `images` images."""
+
+        def short(stage: str, config: Config) -> Config:
+            if stage not in self.plan:
+                return config
+            return shorten(config, self.plan[stage]["updates"], -(-images // config.batch_size))
+
+        classifier = replace(recipe.classifier, training=short("classifier", recipe.classifier.training))
+        pretrain, finetune = short("pretrain", recipe.pretrain), short("finetune", recipe.finetune)
+        return replace(recipe, classifier=classifier, pretrain=pretrain, finetune=finetune, evaluation=evaluation)
 
     def limit(self, system: str) -> float:
         """Seconds after which the evaluation of a system starts no further attack.

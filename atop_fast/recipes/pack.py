@@ -1,0 +1,163 @@
+"""A finished run as one archive, which `atop-fast evaluate` takes on a machine that has nothing else of it.
+
+defense.safetensors     the defense
+held_out.safetensors    the images that were attacked, in their order
+run.json, recipe.yaml   which run it was
+repeat.sh, report.html, report.json, gallery.png
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .._core.checks import message
+from .._core.files import write_atomic, write_text
+from ..classifiers.zoo import match_classes
+from ..data import TORCHVISION, Dataset
+from .evaluation import EvaluationConfig
+from .images import save_images
+from .options import DataConfig
+from .schema import Recipe
+
+DEFENSE, IMAGES, RUN = "defense.safetensors", "held_out.safetensors", "run.json"
+NEEDED = (DEFENSE, RUN, "recipe.yaml", "repeat.sh", "report.html", "report.json")
+# Options of a run's evaluation that another one of it takes, unless told otherwise.
+KEPT = ("protocol", "norm", "eps", "images", "draws", "selection_draws")
+# Bytes of an archive's member, and how much smaller it may be in the archive: files of weights hardly shrink.
+LARGEST, SHRUNK = 2**34, 200
+
+REPEAT = """#!/bin/sh
+# Repeats the run of this folder: sh repeat.sh [OUT], where OUT is a new folder, by default ./repeat.
+# It was made with atop_fast {atop_fast}, torch {torch}; other versions and machines round otherwise.
+# On another machine, variables say where the files are:{variables}
+set -e
+cd "$(dirname "$0")"
+out="${{1:-repeat}}"
+atop-fast train recipe.yaml --seed {seed}{options} --out "$out"
+python3 - "$out/report.json" <<'END'
+import json, sys
+found, expected = (json.load(open(path))["systems"] for path in (sys.argv[1], "report.json"))
+print("The verdicts are the same." if found == expected else "The verdicts differ from those of report.json.")
+sys.exit(found != expected)
+END
+"""
+
+
+def write_repeat(out: Path, recipe: Recipe, seed: int, versions: dict[str, str]) -> str:
+    """Write recipe.yaml and repeat.sh, which repeat a run; the text of the latter."""
+    write_text(out / "recipe.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(recipe))), sort_keys=False))
+    options, variables = "", ""
+    for option, value in _paths(recipe).items():
+        name = option.replace(".", "_").upper()
+        options += f' --{option} "${{{name}:-{_quoted(value)}}}"'
+        variables += f"\n#   {name}={shlex.quote(value)}"
+    text = REPEAT.format(**versions, seed=seed, options=options, variables=variables or " none is needed.")
+    write_text(out / "repeat.sh", text)
+    return text
+
+
+def _paths(recipe: Recipe) -> dict[str, str]:
+    """Options that are paths -> the paths, absolute: a script starts elsewhere."""
+    data = recipe.data
+    named = [*TORCHVISION, "mnist5k"]
+    given = {f"data.{key}": value for key in ("source", "test") if (value := getattr(data, key)) not in (None, *named)}
+    if {data.source, data.test} & set(TORCHVISION):
+        given["data.root"] = data.root
+    for kind in ("classifier", "purifier", "discriminator"):
+        if (path := getattr(recipe, kind).path) is not None:
+            given[f"{kind}.path"] = path
+    return {option: str(Path(path).absolute()) for option, path in given.items()}
+
+
+def _quoted(text: str) -> str:
+    """A path inside double quotes of a shell."""
+    return "".join(f"\\{c}" if c in '"\\$`}' else c for c in text)
+
+
+def pack_run(run: Path, archive: Path) -> None:
+    """Write the archive of a finished run.
+
+    Raises:
+        ValueError: `run` is not the folder of a finished run, or the images that it names are others now.
+    """
+    if missing := [name for name in NEEDED if not (run / name).exists()]:
+        raise ValueError(message("report", "run", f"the folder of a finished run, with {missing[0]}", run))
+    header = read_run(run)
+    held_out: Any = DataConfig(**header["data"]).load()[1]
+    if header["classifier"]["path"] is not None:
+        held_out = match_classes("report", run / "classifier.safetensors", held_out)
+    assert isinstance(held_out, Dataset)
+    if not header["images"].endswith(held_out.description()):
+        raise ValueError(message("report", "run", "one whose images are as they were", f"{run} with other images"))
+    evaluated = EvaluationConfig(**header["evaluation"]).part(held_out)
+
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / IMAGES
+        save_images(images, evaluated)
+        files = {name: run / name for name in (*NEEDED, "gallery.png")} | {IMAGES: images}
+
+        def write(path: Path) -> None:
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+                for name, source in files.items():
+                    if source.exists():
+                        file.write(source, name)
+
+        write_atomic(archive, write)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the defense, the images and run.json of an archive into a folder; nothing else of it.
+
+    Raises:
+        ValueError: it is no archive of pack_run, or claims to hold more than such a one may.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for name in (DEFENSE, IMAGES, RUN):
+                info = file.getinfo(name)
+                if info.file_size > min(LARGEST, 2**20 + SHRUNK * info.compress_size):
+                    raise ValueError(f"{name} would take {info.file_size:,} bytes")
+                file.extract(info, folder)
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            message("evaluate", "RUN", "an archive of `atop-fast report`", f"{archive} ({reason})")
+        ) from error
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """run.json of a folder of run_recipe."""
+    try:
+        header = json.loads((run / RUN).read_text(encoding="utf-8"))
+        if not isinstance(header, dict) or not {"data", "evaluation", "classifier", "images"} <= header.keys():
+            raise ValueError("it is not that of `atop-fast train`")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(message("report", "run", "the folder of a run", f"{run / RUN} ({error})")) from error
+    return header
+
+
+def system_of(path: Path, folder: Path) -> dict[str, Any]:
+    """Options of the command evaluate for a run, an archive of one (unpacked into `folder`), or a model's file."""
+    if path.suffix == ".zip":
+        unpack(path, folder)
+        header = read_run(folder)
+        data: dict[str, Any] = {"source": str(folder / IMAGES)}
+        path = folder
+    elif path.is_dir():
+        header = read_run(path)
+        data = header["data"]
+    else:
+        from ..checkpoints import read_header
+
+        kind = "defense" if read_header(path).get("kind") == "defense" else "classifier"
+        return {kind: str(path)}
+    kept = {key: value for key in KEPT if (value := header["evaluation"].get(key)) is not None}
+    return {"defense": str(path / DEFENSE), "data": data, **kept}
