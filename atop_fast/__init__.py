@@ -3,9 +3,11 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from ._core.threads import is_command, wait_asleep
+from ._core.usage import answer_usage
 
 # This must precede the first import of torch; programs of users keep their own policy.
 if is_command():
+    answer_usage()
     wait_asleep()
 
 # isort: split

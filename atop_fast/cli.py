@@ -18,6 +18,7 @@ import torch
 from . import env as environment
 from ._core.checks import check_device, message, pick_device
 from ._core.distributed import launched
+from ._core.usage import answer_usage
 from ._core.yaml import parse_yaml
 from .bench.command import bench
 from .classifiers.zoo import System
@@ -29,7 +30,7 @@ from .recipes.evaluation import EvaluationConfig
 from .recipes.options import DataConfig, GivenTransform, TransformConfig
 from .recipes.pack import pack_run, system_of
 from .recipes.run import run_recipe
-from .recipes.schema import ClassifierSource, DiscriminatorSource, PurifierSource, Recipe, load_recipe
+from .recipes.schema import ClassifierSource, DiscriminatorSource, PurifierSource, Recipe, load_recipe, preset_names
 from .training import FinetuneConfig, PretrainConfig
 
 
@@ -201,6 +202,7 @@ def main(args: list[str] | None = None) -> None:
         # A console without UTF-8 gets replacements for the characters that it lacks.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    answer_usage(sys.argv[1:] if args is None else args)
     jsonargparse.set_loader("yaml", _load_option, exceptions=(ValueError,))
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -252,6 +254,11 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
     The PRESET of `train` and the RUN of `evaluate` are configurations, which later options change.
     """
     command, *rest = args or [""]
+    named = ("-h", "--help", "--config", "--print_config")
+    preset = bool(rest) and not rest[0].startswith("-")
+    if command == "train" and not preset and not any(arg.split("=")[0] in named for arg in rest):
+        expected = f"a YAML file or one of {', '.join(preset_names())}, as in `atop-fast train demo --out=runs/demo`"
+        raise ValueError(message("train", "PRESET", f"{expected} (docs/training.md)", None))
     if command not in ("train", "bench", "evaluate", "report") or not rest or rest[0].startswith("-"):
         return args
     if command in ("bench", "report"):

@@ -18,6 +18,7 @@ import torch
 from atop_fast import RT1, RT2, build_classifier, build_purifier, load_model, save_model
 from atop_fast.cli import COMMANDS, main
 from atop_fast.randomness import seeded
+from atop_fast.recipes.schema import preset_names
 
 DEMO = [
     *("--data.holdout=4968", "--evaluation.images=4", "--classifier.training.epochs=1", "--pretrain.epochs=1"),
@@ -197,6 +198,32 @@ def test_help_explains_every_option(command, capsys):
     for option in re.findall(r"^  (--[\w.]+)", text, re.MULTILINE):
         if option not in ("--config", "--print_config") and "CONFIG" not in text.partition(option)[2][:20]:
             assert re.search(rf"{re.escape(option)} [^-]*?\n?\s+[A-Za-z(]", text), option
+
+
+def test_the_usage_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    listed = dict(re.findall(r"^    (\w+) +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert list(listed) == list(COMMANDS)
+    for name, text in listed.items():
+        assert COMMANDS[name].__doc__.startswith(re.split(r"[.:;]", text)[0]), name
+
+
+@pytest.mark.slow
+def test_the_usage_does_not_wait_for_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "atop_fast.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "atop-fast COMMAND [options]" in done.stdout
+    assert "atop_fast" in done.stderr
+    assert not re.search(r"\| +(torch|jsonargparse)$", done.stderr, re.MULTILINE)
+
+
+def test_train_without_a_preset_explains_itself(capsys):
+    for args in ([], ["--out=run"], ["--data.source=images"]):
+        error = fail(capsys, "train", *args)
+        assert all(name in error for name in preset_names())
+        assert "atop-fast train demo --out=runs/demo" in error
 
 
 def test_env_prints_owners(capsys):
