@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from toolkit import nvcc
+from toolkit import cuobjdump, nvcc
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -19,6 +19,8 @@ MAX_REGISTERS = 40
 MORE_REGISTERS = {"assemble": 48, "attack_loss": 48, "corrupt": 90, "gated": 80, "resample": 48}
 # The loops over draws, at four blocks and more; and the formulas between norms, at two: 90 registers in float32.
 MORE_REGISTERS |= {"pgd_step_linf": 64, "apgd_step_linf": 64, "pgd_step_l2": 128, "apgd_step_l2": 128}
+# Sources whose kernels store packs of 16 bytes, wherever their template has a width above 1.
+PACKED = {"apgd_step_l2", "apgd_step_linf", "assemble", "gated", "pgd_step_l2", "pgd_step_linf"}
 # Limits of single kernels: the odds of attack_loss take 76 in float64 and at most 51 in other types, at three blocks.
 KERNELS = {"launch_odds_kernel": 80}
 
@@ -43,3 +45,16 @@ def test_compiles(source, tmp_path):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(frames) == len(registers)
     assert set(frames) == {("0", "0", "0")}, done.stderr
+    if source.stem in PACKED and (tool := cuobjdump()):
+        listing = subprocess.run([tool, "--dump-sass", tmp_path / "out.o"], capture_output=True, text=True, check=True)
+        packed = {name: body for name, body in functions(listing.stdout) if re.search(r"Li[248]E", name)}
+        assert packed
+        for name, body in packed.items():
+            for access in ("LDG", "STG"):
+                assert re.search(rf"{access}\.E\S*\.128", body), f"{name} has no {access} of 16 bytes"
+
+
+def functions(listing):
+    """The names and code of the kernels in a listing of cuobjdump."""
+    parts = re.split(r"^\s*Function : (\w+)$", listing, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2], strict=True))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -38,6 +40,16 @@ def end_itself(stop: int, due: Callable[[], bool], delay: float) -> None:
         os.kill(os.getpid(), stop)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def cuobjdump() -> str | None:
+    """The disassembler, beside the compiler or in Triton's package."""
+    compiler, triton = nvcc(), importlib.util.find_spec("triton")
+    folders = [Path(compiler).parent] if compiler else []
+    if triton is not None and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    found = (folder / "cuobjdump" for folder in folders)
+    return next((str(path) for path in found if path.is_file()), shutil.which("cuobjdump"))
 
 
 def ranks(size: int) -> list[dict[str, str]]:

@@ -7,8 +7,9 @@
 namespace atop {
 namespace {
 
-// The number of outputs in a part, which has separate sums: fixed, so that results do not depend on the device.
-constexpr int64_t kPart = 16384;
+// The number of outputs in a part, which has separate sums: fixed, so that results do not depend on the device, and
+// small, so that a small batch occupies all multiprocessors.
+constexpr int64_t kPart = 4096;
 // Minimum blocks per multiprocessor: with this bound, ptxas does not spill registers to fit one more block.
 constexpr int kBlocks = 3;
 

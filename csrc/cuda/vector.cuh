@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace atop {
 
@@ -24,6 +25,18 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* p) {
 
 template <typename T, int V>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(pack) == 16) {
+    // An assignment becomes stores of the single values where these are computed one by one.
+    uint32_t w[4];
+    memcpy(w, &pack, 16);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
