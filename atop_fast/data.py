@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +34,12 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
 PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 # Folders that operating systems create; names that begin with a dot are hidden, too.
 HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found")
+# Minimum number of files for which it pays to start reader processes, and the number of files per task.
+MANY, PART = 5000, 64
 # Number of files whose bytes enter the hash if the images are not in memory.
 SAMPLED = 64
+# The files that a reader process reads.
+_FILES: Files | None = None
 
 
 @dataclass(frozen=True)
@@ -356,11 +364,41 @@ def _files(path: str | Path, size: int | None, grayscale: bool) -> Files:
         return Files(folder, torch.arange(len(folder)))
 
 
-def _read(files: Files) -> Dataset:
-    """Read all images into memory, as uint8."""
+def _read(files: Files, processes: int | None = None) -> Dataset:
+    """Read all images into memory, as uint8; several processes read large folders."""
+    images = torch.empty((len(files), *files.shape), dtype=torch.uint8)
+    done = 0
+    if processes is None:
+        processes = min(16, _processors()) if sys.platform == "linux" and len(files) >= MANY else 1
     with _reading(files.folder.root):
-        images = [files[i][0] for i in range(len(files))]
-    return Dataset(torch.stack(images), files.labels, files.classes)
+        if processes > 1:
+            parts = [range(i, min(i + PART, len(files))) for i in range(0, len(files), PART)]
+            fork = multiprocessing.get_context("fork")
+            # If a reader is killed, this process reads the rest.
+            with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(processes, fork, _begin, (files,)) as pool:
+                for part, pixels in zip(parts, pool.map(_read_part, parts), strict=True):
+                    images[part.start : part.stop] = torch.from_numpy(pixels)
+                    done = part.stop
+        for i in range(done, len(files)):
+            images[i] = files[i][0]
+    return Dataset(images, files.labels, files.classes)
+
+
+def _begin(files: Files) -> None:
+    """Initialize a reader process; the threads of its parent do not exist in it."""
+    global _FILES
+    torch.set_num_threads(1)
+    _FILES = files
+
+
+def _read_part(part: range) -> np.ndarray[Any, Any]:
+    assert _FILES is not None
+    return np.stack([_FILES[i][0].numpy() for i in part])
+
+
+def _processors() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

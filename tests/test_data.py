@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atop_fast import Dataset, image_folder, load_data, mnist5k
+from atop_fast import Dataset, data, image_folder, load_data, mnist5k
 from atop_fast.data import Files
 from atop_fast.recipes.options import DataConfig, TransformConfig
 from atop_fast.training import Feed
@@ -95,6 +95,27 @@ def test_image_folder_names_what_is_wrong(folder, tmp_path):
     image.new("RGB", (4, 4)).save(folder / "class1" / "small.png")
     with pytest.raises(ValueError, match="must be images of one size"):
         image_folder(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux alone")
+def test_processes_read_what_one_reads(folder, monkeypatch):
+    """The same images in the same order, the same error, and torch's generator is left alone."""
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(data, "PART", 3)
+    files, state = data._files(folder, 6, False), torch.get_rng_state()
+    alone, together = (data._read(files, processes) for processes in (1, 2))
+    assert torch.equal(alone.images, together.images)
+    assert torch.equal(alone.labels, together.labels)
+    assert len(alone.images.unique()) == 10
+    assert torch.equal(torch.get_rng_state(), state)
+    (folder / "class1" / "3.png").write_bytes(b"nothing")
+    said = []
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match=r"readable images, got .*3\.png") as error:
+            data._read(files, processes)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 def test_data_config_splits_and_checks(folder):
