@@ -10,7 +10,7 @@ import torch
 _MESSAGES = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
-def halved(function: str, what: str, size: int, error: Exception, least: int = 1) -> int:
+def halve_chunk(function: str, unit: str, size: int, error: Exception, least: int = 1) -> int:
     """Half of the chunk size `size`, as a multiple of `least`, with a warning, if `error` is an out-of-memory error.
 
     Any other error is raised again, as is an out-of-memory error at size `least`.
@@ -18,7 +18,7 @@ def halved(function: str, what: str, size: int, error: Exception, least: int = 1
     if size <= least or not _is_out_of_memory(error):
         raise error
     smaller = max(least, size // 2 // least * least)
-    text = f"{function}: not enough memory for {size} {what} at a time; going on with {smaller}"
+    text = f"{function}: not enough memory for {size} {unit} at a time; going on with {smaller}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
     return smaller
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .._core.checks import check_choice, check_integer, check_logits, check_same_dtype, message
 from .._core.flags import put_back
-from .._core.memory import halved
+from .._core.memory import halve_chunk
 from .._core.precision import PRECISIONS
 from ..defense import Defense
 from ..ops import AttackLoss, attack_loss, resize
@@ -319,7 +319,7 @@ class GradientEstimator:
                 with self._watching() as generators:
                     result = work(part)
             except (RuntimeError, MemoryError) as error:
-                most = halved("GradientEstimator", "rows", part.size, error, ROWS)
+                most = halve_chunk("GradientEstimator", "rows", part.size, error, ROWS)
                 if graph:
                     self._rows = most
                 else:

@@ -57,14 +57,14 @@ def doctor(
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    place = check_device("doctor", "device", device)
+    target = check_device("doctor", "device", device)
     check_integer("doctor", "images", images, low=1)
     system = System(classifier, purifier, defense, transform, architecture, weights, key)
     model, part = system.load("doctor", data.load(print)[1])
     assert isinstance(part, Dataset)
-    part = part.to(place)
+    part = part.to(target)
     findings = diagnose(
-        model.eval().to(place),
+        model.eval().to(target),
         part.images,
         part.labels,
         norm=norm,

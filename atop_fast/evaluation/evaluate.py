@@ -26,7 +26,7 @@ from .._core.checks import (
     message,
 )
 from .._core.distributed import process_group
-from .._core.memory import halved
+from .._core.memory import halve_chunk
 from .._core.signals import stop_requests
 from .._core.threads import Queueing
 from ..attacks import NORMS, Model, Passes, counted_passes, frozen
@@ -152,7 +152,7 @@ def evaluate(
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
     with process_group() as group, counted_passes() as passes:
         with frozen(model):
-            if judge.trial(source):
+            if judge.is_repeatable(source):
                 judge.collapse()
         named = _attacks(attacks, plan, model, threat, seed, judge.deterministic, max_batch)
         for radius in radii:
@@ -275,7 +275,7 @@ class _Work:
                 try:
                     unit = self._unit(name, part)
                 except (RuntimeError, MemoryError) as error:
-                    self.batch_size = halved("evaluate", "images", len(part), error)
+                    self.batch_size = halve_chunk("evaluate", "images", len(part), error)
                     continue
                 todo = todo[size:]
                 rate = unit.seconds / len(part)

@@ -30,7 +30,7 @@ class Judge:
             whose draws are repeated calls; torch's generators are seeded for them and restored.
         seed: key of the evaluation.
         draws, selection_draws: numbers of draws; both become 1 for a deterministic model.
-        max_batch: maximum number of images in one forward pass; None uses the limit of the attacks, found by trial().
+        max_batch: maximum number of images in one forward pass; None uses the attacks' limit, found by is_repeatable().
 
     Logits are computed in float32 (float64 for float64 images), without autocast and TF32, on the unmodified model.
     """
@@ -43,7 +43,7 @@ class Judge:
         self.deterministic = False
         self.max_batch = None if max_batch is None else check_integer("evaluate", "max_batch", max_batch, low=1)
 
-    def trial(self, source: Source) -> bool:
+    def is_repeatable(self, source: Source) -> bool:
         """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
         x = source.take(torch.arange(min(len(source), TRIAL_IMAGES)))[0]
         ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")

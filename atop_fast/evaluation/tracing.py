@@ -17,7 +17,7 @@ from ..training.metrics import summary_writer
 
 Line = dict[str, Any]
 # The fields that identify a line: its unit (attack and first image), and a step of that unit.
-PLACE = {"attack": str, "first": int, "part": str, "restart": int, "step": int}
+ID_FIELDS = {"attack": str, "first": int, "part": str, "restart": int, "step": int}
 BEGINNING = '{"attack": "'
 NUMBERS = ("images", "accuracy", "forward", "backward")
 
@@ -47,7 +47,7 @@ def check_line(line: Any) -> Line:
     """A line as trace_line makes it; ValueError for anything else."""
     whole = (
         isinstance(line, dict)
-        and all(type(line.get(key)) is kind for key, kind in PLACE.items())
+        and all(type(line.get(key)) is kind for key, kind in ID_FIELDS.items())
         and all(type(line.get(key)) in (int, float) for key in NUMBERS)
         and type(line.get("loss", "")) in (int, float, type(None))
     )
@@ -112,12 +112,12 @@ def mean_trace(lines: Iterable[Line]) -> list[Line]:
         run.setdefault(line["first"], []).append(line)
     found = []
     for (attack, part, restart), units in runs.items():
-        place = {"attack": attack, "part": part, "restart": restart}
+        fields = {"attack": attack, "part": part, "restart": restart}
         steps = [[line["step"] for line in unit] for unit in units.values()]
         for step in sorted(set().union(*steps)):
             last = [bisect.bisect_right(own, step) - 1 for own in steps]
             now = [unit[i] for unit, i in zip(units.values(), last, strict=True) if i >= 0]
-            found.append({**place, "step": step, **_together(now)})
+            found.append({**fields, "step": step, **_together(now)})
     return found
 
 

@@ -109,8 +109,8 @@ def _ranked(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Ten
         spread = losses * slope
         moves = [(other, slope), (y, -slope), (first, -spread), (low, (spread / low.shape[1]).expand_as(low))]
     gradient = torch.zeros_like(z)
-    for place, move in moves:
-        gradient = gradient.scatter_add(1, place, move)
+    for index, move in moves:
+        gradient = gradient.scatter_add(1, index, move)
     return losses[:, 0], gradient
 
 

@@ -75,9 +75,9 @@ def random_placement(
 ) -> Placement:
     """The random side, top and left of every image."""
     key = key_tensors(function, x.shape[0], x.device, seed, sample_ids, draw)
-    word, *places = random_bits(3, *key, Tag.RESIZE).unbind(dim=1)
+    word, *offset_words = random_bits(3, *key, Tag.RESIZE).unbind(dim=1)
     side = min_size + (word * (max_size - min_size + 1) >> 32)
-    top, left = (place * (max_size - side + 1) >> 32 for place in places)
+    top, left = (offset * (max_size - side + 1) >> 32 for offset in offset_words)
     return Placement(side, top, left)
 
 
@@ -102,11 +102,11 @@ def check_sizes(function: str, min_size: int, max_size: int) -> None:
 
 def _rows(side: Tensor, offset: Tensor, given: int, frame: int, dtype: torch.dtype) -> Taps:
     """The matrix (B, frame, given) along one axis, with two taps per row."""
-    place = torch.arange(frame, device=side.device) - offset[:, None]
-    first, weight = _source(place, side[:, None], given)
-    inside = ((place >= 0) & (place < side[:, None])).to(dtype)
+    index = torch.arange(frame, device=side.device) - offset[:, None]
+    first, weight = _source(index, side[:, None], given)
+    inside = ((index >= 0) & (index < side[:, None])).to(dtype)
     if given == 1:
-        return Taps(torch.zeros_like(place), inside[:, :, None])
+        return Taps(torch.zeros_like(index), inside[:, :, None])
     # At the border, the last pixel is the second tap.
     start = first.clamp(max=given - 2)
     second = torch.where(first > start, 1, weight).to(dtype)
@@ -123,15 +123,15 @@ def _columns(side: Tensor, offset: Tensor, given: int, frame: int, dtype: torch.
     side, offset = side[:, None], offset[:, None]
     start = (side * (2 * pixel - 1) - given + 2 * given - 1).div(2 * given, rounding_mode="floor").clamp(min=0)
     start = (start + offset).clamp(max=frame - taps)
-    place = start[:, :, None] + torch.arange(taps, device=side.device) - offset[:, :, None]
-    first, weight = _source(place, side[:, :, None], given)
-    inside = (place >= 0) & (place < side[:, :, None])
+    index = start[:, :, None] + torch.arange(taps, device=side.device) - offset[:, :, None]
+    first, weight = _source(index, side[:, :, None], given)
+    inside = (index >= 0) & (index < side[:, :, None])
     return Taps(start, _weight(first, weight, inside, pixel[:, None], given).to(dtype))
 
 
-def _source(place: Tensor, side: Tensor, given: int) -> tuple[Tensor, Tensor]:
+def _source(index: Tensor, side: Tensor, given: int) -> tuple[Tensor, Tensor]:
     """The first source pixel of an output and the weight of the second: resize.bilinear_taps for many sizes."""
-    position = ((2 * place + 1) * given - side).clamp(min=0)
+    position = ((2 * index + 1) * given - side).clamp(min=0)
     first = (position // (2 * side)).clamp(max=given - 1)
     return first, (position % (2 * side)).double() / (2 * side)
 
