@@ -2,8 +2,8 @@
 
 RUN is a folder of `atop-fast train`. Four systems of it (the classifier alone, behind the transform, behind the
 purifier as pre-trained and as fine-tuned) meet the same test images under every attack, and are judged by 20 fresh
-draws an image. The fine-tuned one is what the package carries, if --carried names it. Cells that are in --out are not
-computed again.
+draws an image. With --carried, the fine-tuned system of the first run is the defense of that name in the package. Cells
+that are in --out are not computed again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from atop_fast import PGD, Defense, StAdv, evaluate, image_folder, load_defense,
 from atop_fast.attacks import Model
 
 LINF, L2, FLOW = 8 / 255, 0.5, 0.05
-# One draw a step, averaged by momentum, as in the protocol eot-fast.
+# One draw per step, averaged by momentum, as in the protocol eot-fast.
 SCHEDULE: dict[str, Any] = {"momentum": 0.9, "schedule": "cosine"}
 
 
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def systems(run: Path, carried: str | None) -> dict[str, torch.nn.Module]:
-    """What of a run is judged, by name."""
+    """The systems of a run that are judged, by name."""
     tuned = load_defense(carried or run / "defense.safetensors")
     assert tuned.purifier is not None
     pretrained = load_model(run / "pretrained.safetensors", "purifier")
@@ -101,7 +101,7 @@ def systems(run: Path, carried: str | None) -> dict[str, torch.nn.Module]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """A row for each system: accuracy of a draw with its 95 % interval under every attack."""
+    """A row for each system: mean accuracy of a draw, with its 95 % interval, under every attack."""
     names = list(document["columns"])
     lines = ["| system | images | clean | " + " | ".join(names) + " | single draw |", "|---" * (len(names) + 4) + "|"]
     for row in document["rows"]:
@@ -119,7 +119,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def cell(system: torch.nn.Module, name: str, x: Tensor, y: Tensor, out: Path, title: str) -> dict[str, Any]:
-    """The verdicts of one attack: mean accuracy of a draw with its interval, and what one draw would have said."""
+    """The verdicts on one attack: mean accuracy of a draw with its interval, and the verdict of a single draw."""
     column = COLUMNS[name]
     if name in ("blind", "BPDA") and not isinstance(system, Defense):
         return {}

@@ -1,7 +1,7 @@
 """Robust accuracy of random defenses against the passes that PGD spends: python benchmarks/eot_curves.py --help
 
-Every row is a schedule, a split of the passes into steps and draws a step; the verdict is the mean over fresh draws. A
-row is written as soon as it is measured, and a run that was stopped goes on after the last one.
+Every row is a schedule, a split of the passes into steps and draws per step; the verdict is the mean over fresh draws.
+A row is written as soon as it is measured, and a stopped run resumes after the last row.
 """
 
 from __future__ import annotations

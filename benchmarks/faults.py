@@ -1,9 +1,9 @@
-"""Disturbs trainings and evaluations at random moments, goes on with each, and looks at what is left and how it ends.
+"""Interrupts trainings and evaluations at random moments, resumes each, and checks its saved state and its result.
 
 python benchmarks/faults.py [--count 40] [--seed 0] [--json]
 
 For each fault it reports how the process ended, how many completed updates or attacked batches were lost, and whether
-the run, taken up by the same call, ends with the bits of one that nothing has happened to.
+the run, resumed by the same call, ends with the same bits as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def record(faults: list[dict[str, Any]], seed: int) -> Path:
-    """Put the faults into the result file, in the place of earlier ones with this seed."""
+    """Write the faults to the result file; they replace earlier ones with this seed."""
     path = RESULTS / "reliability--cpu.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     keys = ("task", "fault", "done", "lost", "ended", "equal", "right")
@@ -89,7 +89,7 @@ def record(faults: list[dict[str, Any]], seed: int) -> Path:
 
 
 def inject(count: int, seed: int, kinds: dict[str, tuple[str, ...]] = FAULTS) -> list[dict[str, Any]]:
-    """About `count` faults, evenly over the kinds of each task: what each did, and whether that was right."""
+    """Inject about `count` faults, evenly over the kinds of each task; returns their effects, and which were right."""
     pairs = [(task, fault) for task, faults in kinds.items() for fault in faults]
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -108,14 +108,14 @@ def inject(count: int, seed: int, kinds: dict[str, tuple[str, ...]] = FAULTS) ->
 
 
 class _Runs:
-    """Runs in one folder, and what each kind ends with when nothing happens."""
+    """Runs in one folder, and the result of each kind without faults."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.numbers = folder, itertools.count()
         self.wanted: dict[tuple[str, int], Any] = {}
 
     def disturbed(self, task: str, fault: str, most: int, moments: random.Random) -> list[dict[str, Any]]:
-        """A run with up to `most` faults, fewer if it ends before, that then goes on to its end."""
+        """A run with up to `most` faults, fewer if it ends earlier, which is then resumed to its end."""
         size, total = 1 + (fault == "a rank is killed"), {"training": UPDATES, "evaluation": UNITS}[task]
         if (task, size) not in self.wanted:
             self.wanted[task, size] = self._end(self._job(task, size))

@@ -2,9 +2,9 @@
 
     python benchmarks/mutations.py --scratch DIR
 
-Every mutation changes one place of an op's eager specification, C++ or Triton kernel (in Triton's interpreter); the
-tests of that op then run up to the first failure. It counts as caught if that test passes on the copy as it was.
-Rows that the result file has already are left as they are, so that a run that was stopped goes on.
+Every mutation changes one line of an op's eager specification, C++ or Triton kernel (in Triton's interpreter); the
+tests of that op then run up to the first failure. It counts as caught if that test passes on the unchanged copy.
+Rows already in the result file are kept, so that a stopped run resumes.
 """
 
 from __future__ import annotations

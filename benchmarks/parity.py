@@ -1,8 +1,8 @@
 """AutoAttack "fast" against pyautoattack's "standard", model by model: python benchmarks/parity.py --help
 
-Among the models are hard cases for a fast attack: masked gradients, quantized pixels, a network distilled at a high
-temperature, one with logits a hundredfold, a ViT. A row is written as soon as it is measured, and a run that was
-stopped goes on after the last one.
+The models include hard cases for a fast attack: masked gradients, quantized pixels, a network distilled at a high
+temperature, one whose logits are multiplied by 100, a ViT. A row is written as soon as it is measured, and a stopped
+run resumes after the last row.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/pilot.py FOLDER --classifier classifier.safetensors --out runs/pilot [--seconds 150] [--json]
 
 FOLDER has `train` and `test`, a folder of images for each class in both. Purifiers that are in --out are not trained
-again, so that a stopped call goes on, and a better classifier can judge them later.
+again, so that a stopped run resumes, and a better classifier can judge them later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #pragma once
 // Enough of CUDA to run the kernels of csrc/cuda on the CPU, one thread after the other; test_cuda_on_cpu.py compiles
-// it in the place of <cuda_runtime.h>. Every thread is a coroutine, which gives way at __syncthreads() and twice in a
-// shuffle: the lanes of a warp that all take part stay in step. A kernel that has both must have all its warps shuffle
-// equally often between two barriers.
+// it instead of <cuda_runtime.h>. Every thread is a coroutine, which yields at __syncthreads() and twice in a
+// shuffle: the participating lanes of a warp stay in step. In a kernel that has both, all warps must shuffle equally
+// often between two barriers.
 
 #include <ucontext.h>
 

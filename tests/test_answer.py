@@ -1,4 +1,4 @@
-"""What a run says first: paired gains of the defense, chance, and predictions that hardly depend on the images."""
+"""The summary of a run: paired gains of the defense, chance, and predictions that hardly depend on the images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atop_fast.recipes.answer import answer, paired_gains
 
 
 def report(clean, robust, attacked=None, chance=0.1, diagnostics=()):
-    """As much of an evaluation's report as the answer reads."""
+    """The part of an evaluation's report that the answer reads."""
     attacked = [True] * len(clean) if attacked is None else attacked
     rows = zip(clean, robust, attacked, strict=True)
     samples = [{"clean": c, "robust": r, "attacked": a} for c, r, a in rows]
@@ -113,7 +113,7 @@ def test_constant_predictions_are_flagged():
         found.to_dict()
     )
     assert not evaluate(model(0.5), x, y, **options).diagnostics
-    # Where one class has nearly all images, always naming it is no sign of anything.
+    # If one class has nearly all images, a constant prediction is not suspicious.
     assert not evaluate(model(1.0), x, torch.full_like(y, 2), **options).diagnostics
     reports = {"classifier": report([1.0], [1.0]), "finetuned": report([1.0], [1.0], diagnostics=found.diagnostics)}
     assert "finetuned: 100% of the predictions" in " ".join(answer(paired_gains(reports), reports, "quick"))

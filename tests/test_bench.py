@@ -183,7 +183,7 @@ def test_command_writes_results_and_pictures(monkeypatch, tmp_path, capsys):
 
 
 def test_a_failure_costs_no_other_case(monkeypatch, tmp_path):
-    """What is measured is written at once, and float32 is computed without TF32, in the making of cases, too."""
+    """Results are written immediately, and float32 is computed without TF32, also while cases are constructed."""
     written, precisions = [], []
 
     def compute():

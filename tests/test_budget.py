@@ -78,7 +78,7 @@ def test_an_evaluation_takes_what_fits(tmp_path, clock, rate, protocol, images):
     passes = 200 * 20 + 0.4 * 100 if protocol == "pgd-eot" else 4 + 20 * 4 + 0.4 * 140
     assert planned.images == (images or int(0.8 * 400 * rate / passes))
     assert (*planned.threat, planned.draws or PROTOCOLS["pgd-eot"].draws) == ("Linf", 8 / 255, 20)
-    # Each has its share, and the margin as long as nobody else has taken it.
+    # Each stage has its share, and the margin until another stage has used it.
     assert made.limit("first") == pytest.approx(400 - 0.8 * 360)
     clock[0] += 100
     assert made.limit("second") == pytest.approx(max(160, 300 - 0.8 * 200))

@@ -92,7 +92,7 @@ class TapeRecorder:
 
 
 def recorded(step):
-    """The step with tapes in the place of CUDA graphs; attack_loss looks at the classes of CPU tensors alone."""
+    """The step with tapes instead of CUDA graphs; attack_loss checks classes only of CPU tensors."""
     step.replayed.recorder, step.replayed.missing = TapeRecorder(), None
     return step
 
@@ -296,7 +296,7 @@ def test_tf32_is_float32_without_a_gpu():
 @pytest.mark.parametrize("name", CASES)
 def test_a_cuda_graph_is_what_eager_updates_are(name, monkeypatch):
     """To rounding: the order of some sums on a GPU is not fixed."""
-    # Adam divides by the size of gradients: where these are small, another algorithm's rounding moves a weight far.
+    # Adam divides by the size of gradients: if they are small, rounding differences change a weight a lot.
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     steps = []
     for graphs in (False, True):

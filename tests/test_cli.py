@@ -420,7 +420,7 @@ def test_a_console_without_utf_8_gets_its_table(files):
 
 @pytest.mark.slow
 def test_a_process_that_waits_for_others_says_so(files):
-    # A port at which nobody answers, and that nobody else can have.
+    # A reserved port on which no process listens.
     taken = socket.socket()
     taken.bind(("127.0.0.1", 0))
     port = str(taken.getsockname()[1])
@@ -462,7 +462,7 @@ def test_stopped_commands_save_and_end_with_the_signal_s_status(files, number, s
 
 
 def test_variables_of_half_a_launch_are_none(files, capsys, monkeypatch):
-    """Without an address there is nobody to wait for, and the table is printed."""
+    """Without an address there is no process to wait for, and the table is printed."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     part = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]

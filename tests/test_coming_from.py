@@ -65,7 +65,7 @@ def bind(code, names):
 
 
 def their_names(library, code, names):
-    """What their code needs, or a skip."""
+    """The objects that their code needs; skips if the library is missing."""
     found = {**our_names(code, names)}
     if library == "ART":
         estimators = pytest.importorskip("art.estimators.classification")

@@ -1,7 +1,7 @@
-"""What a CUDA graph cannot hold: copies from the host, and waits for the device, in attacks and updates. Needs no GPU.
+"""Attacks and updates must not copy from the host or synchronize, as CUDA graphs cannot capture that. Needs no GPU.
 
-Everything runs on the meta device, whose tensors have no values, so that a look at one is an error; a detector refuses
-operators that would copy from the host. As before a recording, the work is done once unobserved: tables are made then.
+Everything runs on the meta device, whose tensors have no values, so that reading one is an error; a detector refuses
+operators that would copy from the host. As before a capture, a first run without the detector builds cached tables.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from atop_fast.training.step import Step, run_attack
 
 META = torch.device("meta")
 aten = torch.ops.aten
-# Those whose results have shapes or numbers that depend on values.
+# Operators whose results have shapes or numbers that depend on values.
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2}
 
 
@@ -41,7 +41,7 @@ class Detector(TorchDispatchMode):
         if func.overloadpacket in WAITS:
             raise AssertionError(f"{func} waits for the device")
         copies = func.overloadpacket in (aten._to_copy, aten.copy_)
-        # Kernels take single numbers of the host by value.
+        # Kernels take single numbers from the host by value.
         if any(t.device != META and (t.dim() or copies) for t in given):
             raise AssertionError(f"{func} copies from the host")
         return result
@@ -68,7 +68,7 @@ def detected(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def a_step_of_a_queue(monkeypatch):
-    """The queue looks at which images are done, which no graph is to hold; its steps, all alike, are what matters."""
+    """The queue reads which images are done outside of graphs, so only its steps, which are all alike, are run."""
 
     def run_queue(program, estimator, images, labels, ids, start=None, given=None):
         state = program.begin(estimator, images, labels, ids, start) | (given or {})

@@ -286,7 +286,7 @@ def test_a_signal_saves_the_update_in_which_it_comes(tmp_path, capsys, number, e
         run(Stopped(epochs=3, batch_size=5), checkpoint=tmp_path / "run.pt")
     assert error is KeyboardInterrupt or stop.value.code == 143
     assert signal.getsignal(number) is before
-    assert "run.pt has update 4 of 9, and the same call goes on" in capsys.readouterr().err
+    assert "run.pt has update 4 of 9, and the same call resumes" in capsys.readouterr().err
     run(rest, checkpoint=tmp_path / "run.pt")
     assert len(rest.seen) == 5
     assert torch.equal(rest.now(), whole.now())

@@ -198,7 +198,7 @@ def test_early_stop_is_refused_for_a_random_defense():
 
 @pytest.mark.parametrize(("free", "total", "room"), [(130, 140, 17.5), (20, 140, 11), (2, 16, 2), (0, 4, 1)])
 def test_a_gpu_gives_passes_a_share_of_its_memory(free, total, room, monkeypatch):
-    """An eighth of all, half of what is free or kept for torch where that is less, and never less than on a CPU."""
+    """An eighth of the total, at most half of free and cached memory, and at least as much as on a CPU."""
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * gib, total * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * gib)

@@ -30,13 +30,13 @@ def is_fast(device: torch.device, precision: str) -> bool:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Plain float32 arithmetic inside the block: no autocast, and neither TF32 nor bfloat16 in its place.
+    """Plain float32 arithmetic in the block: no autocast, and neither TF32 nor bfloat16 products.
 
-    Torch has one such setting for all threads: others compute in plain float32, too, until the last block is left.
+    The setting is global in torch: other threads also compute in plain float32 until the last block ends.
     """
-    backends = torch.backends
-    places = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    flags = [(place, "fp32_precision", "ieee") for place in places]
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    backends = (cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
+    flags = [(backend, "fp32_precision", "ieee") for backend in backends]
     with holding(flags), torch.autocast(device.type, enabled=False):
         yield
 

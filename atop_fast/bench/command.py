@@ -48,7 +48,7 @@ def bench(
         commit: what to record as the commit; by default what git says.
 
     Raises:
-        RuntimeError: cases that failed, when the others are measured and written.
+        RuntimeError: some cases failed; it is raised after the others are measured and written.
     """
     check_choice("bench", "suite", suite, [*SUITES, "all"])
     place = check_device("bench", "device", check_choice("bench", "device", device, ["auto", "cpu", "cuda"])).type
@@ -97,7 +97,7 @@ def run(
                 if re.search(match, case.name):
                     try:
                         rows += measure(case, options.device, 0.05 if options.quick else 0.15, roofline)
-                    except Exception as error:  # whatever it is, the other cases are worth their time
+                    except Exception as error:  # one failing case must not stop the others
                         _note(failures, f"{case.name}, {case.shape}", error)
                     yield document()
         if rows[first:]:
@@ -108,10 +108,10 @@ def run(
 
 
 def _cases(suite: str, options: Options, failures: list[str]) -> Iterator[Case]:
-    """The cases of a suite, up to one that cannot be made."""
+    """The cases of a suite, up to the first that cannot be constructed."""
     try:
         yield from importlib.import_module(f"atop_fast.bench.{suite}").cases(options)
-    except Exception as error:  # the other suites are worth their time
+    except Exception as error:  # one failing suite must not stop the others
         _note(failures, suite, error)
 
 

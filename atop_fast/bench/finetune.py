@@ -124,7 +124,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def _compiled(options: Options, gpu: bool) -> tuple[str, ...]:
-    """The compiled variants of the U-Net, in each type that ours have."""
+    """The compiled variants of the U-Net, in each precision of ours."""
     if options.quick:
         return ()
     return ("compile", "compile bfloat16") if gpu else ("compile",)
@@ -147,7 +147,7 @@ def step_case(purifier: str, size: tuple[int, int], options: Options, variants: 
     work = flops(lambda: plain(x, y, ids, epoch))
     ours = [name for name in variants if name.startswith("atop_fast")]
     shape = "x".join(map(str, x.shape))
-    # On a GPU the first updates warm up, and the next is recorded as a CUDA graph: what is timed are replays.
+    # On a GPU, the first updates are a warm-up and the next is captured as a CUDA graph, so that replays are timed.
     rounds, warm_up = (10, WARM_UP + 3) if options.device == "cuda" else (3, 2)
     return Case("finetune", title, shape, "float32", run, ours, 0, work, len(x), judge, rounds, warm_up=warm_up)
 

@@ -21,7 +21,7 @@ Function = Callable[[], Any]
 Quality = dict[str, dict[str, float]]
 # Arguments of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-# Calls in a CUDA graph, so that the time of starting it does not count.
+# Calls in a CUDA graph: enough for its launch overhead to be negligible.
 CALLS = 20
 
 
@@ -285,7 +285,7 @@ def measure(case: Case, device: str, seconds: float, roofline: Roofline) -> list
 
 
 def _replayed(case: Case, warm: Mapping[str, Function], seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Times of replays; of calls where a variant cannot be recorded, so that all variants are timed alike."""
+    """Times of replays, or of calls for all variants if one of them cannot be captured."""
     try:
         graphs = {name: as_graph(function) for name, function in warm.items()}
     except RuntimeError as error:

@@ -52,8 +52,8 @@ class Threat:
 def examined(folder: Path | None, model: Model, source: Source, threat: Threat, seed: int) -> list[dict[str, Any]]:
     """The findings of atop_fast.doctor, with a warning of each that is not a pass.
 
-    With a folder all checks run, and it keeps them for a call that goes on with the run; without one the cheap checks
-    run, on no more images than one pass with gradients holds.
+    With a folder, all checks run, and it keeps their findings for a call that resumes the run; without one, the cheap
+    checks run, on at most as many images as fit into one pass with gradients.
     """
     path = None if folder is None else folder / "diagnostics.json"
     if path is not None and path.exists():

@@ -129,7 +129,7 @@ class Run:
             return "nothing is saved, as no folder was given (out)"
         counts = [f"{name} {int(self.done(name).sum())}" for name in names if self.done(name).any()]
         what = f"has {', '.join(counts)} of {self.count} images" if counts else "has no image yet"
-        return f"{self.folder} {what}, and the same call goes on"
+        return f"{self.folder} {what}, and the same call resumes it"
 
     def agree(self, work: Callable[[], object]) -> None:
         """Run `work` in every process; if it raises ValueError in one, raise it in all."""

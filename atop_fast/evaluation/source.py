@@ -65,7 +65,7 @@ class InMemory(Source):
 
 
 class Streamed(Source):
-    """A dataset whose items are read whenever they are needed; memory holds the images that are taken, and no others.
+    """A dataset whose items are read on demand; only the images in use are in memory.
 
     It is read once at the start, for its labels, its identity and the checks of its images. A checksum of each image is
     kept: one that differs in a later read, as under a random augmentation, raises.
@@ -130,7 +130,7 @@ class Streamed(Source):
 
 
 def make_source(images: Any, labels: Any, model: object) -> Source:
-    """The source of evaluate's arguments; datasets are taken to the device of the model's first parameter, or the CPU.
+    """The source of evaluate's arguments; dataset images are moved to the device of the model's first parameter or CPU.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.

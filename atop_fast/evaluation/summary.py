@@ -110,8 +110,8 @@ def choice(run: Run, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Each image's worst candidate: fewest correct selection draws, ties broken by the larger mean cross-entropy.
 
     Returns:
-        Its place in `names` (N,) and its right selection draws (N,). An image whose candidate of a name is missing does
-        not choose it; the first name must be complete in what the caller reads.
+        Its index in `names` (N,) and its number of correct selection draws (N,). Missing candidates are not chosen;
+        the first name must have a candidate for every image that the caller reads.
     """
     shape = (len(names), run.count)
     correct = torch.full(shape, torch.iinfo(torch.int32).max, dtype=torch.int32)

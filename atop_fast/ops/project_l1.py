@@ -31,7 +31,7 @@ def _threshold(length: Tensor, cap: Tensor, eps: float | Tensor) -> Tensor:
     slope = torch.where(order < length.shape[1], 1.0, -1.0).to(length.dtype).cumsum(dim=1)
     steps = torch.cat((torch.zeros_like(bends[:, :1]), slope[:, :-1] * bends.diff(dim=1)), dim=1)
     left = length.minimum(cap).sum(dim=1, keepdim=True) - steps.cumsum(dim=1)
-    # Filled on the device: a copy of a number from the host would wait for a GPU, and no CUDA graph can hold it.
+    # Fill on the device: copying a number from the host synchronizes with a GPU, which a CUDA graph cannot capture.
     radius = eps.to(length.dtype) if isinstance(eps, Tensor) else length.new_full((), eps)
     radius = radius.expand(len(length))[:, None]
     last = ((left > radius).sum(dim=1, keepdim=True) - 1).clamp_min(0)

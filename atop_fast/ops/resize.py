@@ -108,7 +108,7 @@ def _taps(x: Tensor, given: Sequence[int], wanted: Sequence[int], antialias: boo
     return [_device_taps(g, w, antialias, x.device, dtype) for g, w in zip(given, wanted, strict=True)]
 
 
-# Kept for good: CUDA graphs read this memory. A copy from the host in each call would wait for a GPU.
+# Cached forever, because CUDA graphs read this memory. A copy from the host in each call would synchronize with a GPU.
 @functools.cache
 def _device_taps(
     given: int, wanted: int, antialias: bool, device: torch.device, dtype: torch.dtype

@@ -27,7 +27,7 @@ class Recorder(Protocol):
         """Run the work eagerly, on the stream on which it will be captured."""
 
     def rehearse(self, work: Callable[[], Logs]) -> tuple[Logs, str | None]:
-        """Do the work as `run` does; its results, and what would make its recording fail, if that shows."""
+        """Run the work like `run`; returns its results and, if one is found, the reason why a capture would fail."""
 
     def record(self, work: Callable[[], Logs]) -> tuple[Logs, Callable[[], None]]:
         """Capture the work without running it; returns its result tensors and the function that runs it and fills them.

@@ -104,7 +104,7 @@ def fit(
                 if stop.signal is not None:
                     if checkpoint is not None and group.rank == 0:
                         done = f"update {training.done:,} of {training.total:,}"
-                        print(f"{title}: stopped; {checkpoint} has {done}, and the same call goes on", file=sys.stderr)
+                        print(f"{title}: stopped; {checkpoint} has {done}, and the same call resumes", file=sys.stderr)
                     stop.leave()
             training.save(checkpoint)
             training.average.apply()

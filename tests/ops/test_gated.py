@@ -105,7 +105,7 @@ def test_parts_of_sums(backend, layout, monkeypatch):
 
 
 def check_gradients(kind, backend, tensors):
-    """As the harness has it; but the bias's gradient, a sum in another order, is held to its rounding and its terms."""
+    """Like the harness, but the bias's gradient, a sum in another order, has a tolerance for its rounding and terms."""
     spec = SPECS[kind]
     if len(tensors) == 1:
         return harness.check_gradients(spec, backend, tensors)

@@ -96,7 +96,7 @@ def test_small_gradients(backend, inner, draws):
 
 @cases(odd=(math.nan, math.inf, -math.inf, 1e30))
 def test_odd_gradients(backend, odd):
-    """As the formula has it: NaN counts as 0, and the norm of what is too large is infinite."""
+    """Like the formula: NaN counts as 0, and a norm that overflows is infinite."""
     x, grad, x0 = STEP.sample((3, 3, 5, 7), torch.float32)
     grad[1, 0, 0, ::3] = odd
     with harness.owned_by(backend, NAMES):

@@ -1,6 +1,6 @@
 #pragma once
-// What csrc/cpu needs of torch, on threads of its own, so that ThreadSanitizer sees all of them: pieces are as many and
-// as uneven as the driver says, whatever the grain.
+// The parts of torch that csrc/cpu needs, on separate threads, so that ThreadSanitizer sees all of them: the driver
+// chooses the number and sizes of the chunks, regardless of the grain size.
 
 #include <cstdint>
 #include <thread>
