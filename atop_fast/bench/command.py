@@ -59,7 +59,7 @@ def bench(
     document: dict[str, Any] = {}
     for document in run(SUITES if suite == "all" else (suite,), Options(place, quick, compile_all), commit, match):
         if json:
-            # After every case: a run that is ended keeps what it has measured.
+            # Write after every case, so that an interrupted run keeps its measurements.
             results.write(Path(json), document)
     if plot:
         from .plot import draw_ratios, draw_scaling
@@ -76,7 +76,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Measure suites and print their rows; yields the document so far after each case and suite.
 
-    A case that fails is named in "failures", and the others go on. Float32 is computed without TF32, in all variants.
+    A case that fails is named in "failures", and the others continue. All variants compute float32 without TF32.
     """
     keep_heap()
     start = time.perf_counter()

@@ -77,8 +77,8 @@ class Case:
         rounds: samples of each variant: 0 for as many as fit into the time, or 3 if a call takes longer than a fifth of
             a second; 1 for cases that take minutes, without warm-up.
         own_clock: the functions return the seconds of their work, which runs in other processes.
-        warm_up: calls before the first sample, unless `rounds` is 1.
-        replays: on a GPU, time replays of a CUDA graph of each variant: kernels without the work of the host.
+        warm_up: number of calls before the first sample, unless `rounds` is 1.
+        replays: on a GPU, time replays of a CUDA graph of each variant: kernels without the host's work.
     """
 
     suite: str
@@ -185,7 +185,7 @@ def _seconds_of(function: Function, calls: int, device: str) -> float:
 
 
 def as_graph(function: Function) -> Function:
-    """CALLS calls of a warm function as one CUDA graph; RuntimeError says why they cannot be recorded."""
+    """Capture CALLS calls of a warm function in one CUDA graph; a RuntimeError explains why it cannot be captured."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -192,7 +192,7 @@ def quick_attacks(
         seed: key of the evaluation.
         gradient: "exact"; or, for a Defense alone, "checkpointed", "bpda" or "blind".
         steps, eot_iter: of PGD, with momentum 0.9 and cosine steps; FGSM takes 4 draws, or eot_iter if that is more.
-        max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
+        max_batch: maximum number of rows in one pass; None takes as many as save about 1 GiB for the backward pass.
     """
     options: dict[str, Any] = {"gradient": gradient, "seed": derive_seed(seed, "attack")}
     if max_batch is not None:

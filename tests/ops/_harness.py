@@ -26,7 +26,7 @@ LAYOUTS = ("contiguous", "channels_last", "sliced", "permuted")
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The tolerance for float64, in which the reference itself is off by a few units in the last place.
 ULPS = {torch.float64: 8}
-# Inductor adds code that the op is not part of, which takes a C++ compiler up to a minute: the second tier.
+# Inductor's code around the op takes a C++ compiler up to a minute, and so runs in the second tier.
 COMPILERS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 
@@ -237,8 +237,8 @@ def check_opcheck(
 def opcheck(op: torch._ops.OpOverload, arguments: Sequence[Any], dynamic: bool = True) -> None:
     """torch's own checks of schema, autograd registration and fake, and with `dynamic` of AOT dispatch.
 
-    The last traces the op with sizes as symbols, in 50 times the time of the others: once for an op, owned by eager, as
-    tracing calls no kernel. It takes channels_last where there are layouts, as check_compiled takes contiguous tensors.
+    The last traces the op with symbolic sizes, which takes 50 times as long as the others. It runs only for the backend
+    eager, as tracing calls no kernel, and on channels_last tensors, as check_compiled uses contiguous ones.
     """
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if dynamic and _registry.owner(op.name().partition("::")[2].partition(".")[0], DEVICE) == "eager":
@@ -251,7 +251,7 @@ def check_compiled(
 ) -> Callable[..., Tensor]:
     """torch.compile traces the op without graph breaks, and is correct in the backends `names` and for other sizes.
 
-    It compiles once for all of them: compiled code calls the dispatcher, which knows the backend. Returns that code.
+    It compiles once for all backends, as compiled code calls the dispatcher, which selects one. Returns that code.
     """
     torch._dynamo.reset()
     compiled = torch.compile(
