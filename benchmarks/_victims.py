@@ -38,12 +38,12 @@ class Job:
 
     Attributes:
         task: "training" or "evaluation".
-        folder: of the run; what the child says of its end stands beside it.
+        folder: run folder; the child writes its exit report next to it.
         done: counter of finished updates or attacked batches, which the parent reads.
-        fault: the one that the child itself brings about, or "".
-        moment: before which update or attacked batch.
-        seed: of what is random in the fault.
-        rank, size, port: of the process group.
+        fault: the fault that the child itself causes, or "".
+        moment: the update or attacked batch before which it happens.
+        seed: seed of the fault's random choices.
+        rank, size, port: settings of the process group.
         workers: processes that read the images; -1: they are in memory.
     """
 

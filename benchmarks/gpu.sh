@@ -44,7 +44,7 @@ fi
 within 60 "$python" -m atop_fast.env | tee "$out/env--cuda.txt"
 
 if [ "$sanitize" = true ]; then
-    # torch's cache of memory would hide what is read beyond a tensor. The tool slows a kernel 10 to 100 times.
+    # torch's memory cache would hide reads beyond a tensor. The tool makes a kernel 10 to 100 times slower.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
         echo "==> $tool, after $SECONDS s"

@@ -19,7 +19,7 @@ from atop_fast.ops import _registry
 
 
 def parts(shape: tuple[int, ...], patch: int, size: tuple[int, int] | None) -> dict[str, Callable[[], Any]]:
-    """The whole, and what it is made of."""
+    """The op and its parts."""
     x = torch.rand(shape)
     height, width = size or shape[2:]
     key = keys(len(x), "cpu")

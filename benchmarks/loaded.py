@@ -1,9 +1,9 @@
-"""Training beside a busy loop: how threads wait for one another decides. Writes results/loaded--cpu-avx2.json.
+"""Speed of training next to a busy loop, by waiting policy of the threads. Writes results/loaded--cpu-avx2.json.
 
 python benchmarks/loaded.py [--rounds 5] [--seconds 8] [--machine cpu-avx2] [--json]
 
-The demo's fine-tuning, by processes that take turns: two threads that spin while they wait (GNU OpenMP by itself),
-spin for a moment, or sleep (what the command line asks for), and one thread; each alone and beside a loop that keeps
+The demo's fine-tuning runs in processes that take turns: two threads that spin while they wait (GNU OpenMP's default),
+spin briefly, or sleep (the setting of the command line), and one thread; each alone and next to a loop that keeps
 one core busy.
 """
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="write results/numerics--cpu.json")
     args = parser.parse_args()
-    # Triton's interpreter warns of what is computed in lanes that are not used.
+    # Triton's interpreter warns about values in unused lanes.
     warnings.simplefilter("ignore", RuntimeWarning)
     parts = {}
     for work in (losses, strength, determinism):

@@ -97,9 +97,9 @@ def config(updates: int) -> PretrainConfig:
 
 
 def make(path: Path, options: dict[str, int], sigma: float, ratio: float, train: Tensor, seconds: float) -> None:
-    """Pre-train a purifier for about so many seconds of this thread, and write it with what it took.
+    """Pre-train a purifier for about `seconds` of this thread's time, and write it with its cost.
 
-    How many updates these are is measured once for every form, so that the pilots of one differ in nothing else.
+    The number of updates is measured once for every architecture, so that its pilots differ in nothing else.
     """
     if path.exists():
         return

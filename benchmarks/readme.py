@@ -165,7 +165,7 @@ TRANSFORMS = (
 
 
 def transforms() -> str:
-    """Speed-ups in all runs that have them, beside the targets, for float32."""
+    """Speed-ups in all runs that have them, next to the targets, for float32."""
     runs = [document for document in documents().values() if _variants(document, *TRANSFORMS[0][:2])]
     peers = ("eager", "compile", "torchvision", "kornia")
     lines = [

@@ -44,7 +44,7 @@ H200 = {
     "float32": {"peak_tflops": 67.0, "sustained_tflops": 50.0},
     "memory": {"peak_tbps": 4.8, "sustained_tbps": 4.3},
 }
-# Ours with products inside, which are in float32 whatever the features are: counted by their references.
+# Our ops with matrix products inside, which are in float32 for any feature type: counted by their references.
 INNER = ("contextual_attention", "contextual_attention_bwd")
 PRECISIONS = ("float32", "bfloat16")
 

@@ -1,10 +1,10 @@
-"""How long the two tiers of the tests take; and the first in random orders, beside a busy loop.
+"""Measures the two tiers of the tests, and runs the first in random orders next to a busy loop.
 
 python benchmarks/suite.py [--tiers test test-slow] [--shuffles 10] [--device cpu-avx2] [--json]
 
-Each tier runs by its target of the Makefile, set up before. A shuffle runs all tests of the first tier in an order of
-its own, alternately with one worker and with two, while another process keeps one core busy. Ends with 1 if a test
-fails.
+Each tier runs by its target in the Makefile, which is set up first. Each shuffle runs all tests of the first tier in a
+new random order, alternately with one worker and with two, while another process keeps one core busy. The exit status
+is 1 if a test fails.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def timed(name: str, command: list[str]) -> dict[str, Any]:
 
 
 def shuffled(seed: int, workers: int) -> dict[str, Any]:
-    """The first tier in a random order beside a busy loop."""
+    """The first tier in a random order next to a busy loop."""
     order = ["--random-order-bucket=global", f"--random-order-seed={seed}"]
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *order]
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -11,7 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-# Published beside the pages, which link to them as `../<folder>/<file>`, as they lie in the repository.
+# Published next to the pages, which link to them as `../<folder>/<file>`, as in the repository.
 PUBLISHED = ("benchmarks", "examples", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE")
 
 

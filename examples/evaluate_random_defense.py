@@ -1,7 +1,7 @@
 """Evaluate a random defense that is not one of ours: any module, or any callable, from images to logits.
 
-Here it is a classifier behind noise and a random shift, as it might stand in another project. The report says how often
-one draw is right under attack, with an interval, and what the diagnostics found.
+The example is a classifier behind noise and a random shift, as another project might define it. The report shows the
+accuracy of one draw under attack, with an interval, and the findings of the diagnostics.
 """
 
 from __future__ import annotations

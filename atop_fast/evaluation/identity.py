@@ -154,7 +154,7 @@ class Walk:
         elif not isinstance(value, (Tensor, np.ndarray, set, frozenset, types.ModuleType)) and not _is_opaque(value):
             attributes = {**{k: getattr(value, k) for k in _slots(value)}, **getattr(value, "__dict__", {})}
             if isinstance(value, (Attack, AutoAttack)):
-                # A callback only observes, and the place, log and accuracy of an AutoAttack do not change what it does.
+                # A callback only observes, and the device, log and accuracy of an AutoAttack do not change its results.
                 reports = ("callback", "verbose", "log_path", "device", "accuracy")
                 attributes = {k: v for k, v in attributes.items() if k not in reports}
             yield from (type(value), attributes)

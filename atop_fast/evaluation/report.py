@@ -125,7 +125,7 @@ def write_report(
     Args:
         folder: an existing folder.
         title: heading of the page.
-        data: the JSON: "seed", "threat_model", "systems" (name -> Verdicts), and whatever else the run records; further
+        data: the JSON: "seed", "threat_model", "systems" (name -> Verdicts), and other records of the run; further
             groups of systems under "findings" get a table of their own, and the sentences under "answer" come first.
         notes: paragraphs under the tables.
         picture, picture_caption: a PNG and its caption.

@@ -85,7 +85,7 @@ class Report:
         return f"{heading} {self.settings['eps']:.4g}\n{format_table({'model': columns}, self.chance)}{cut}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; the settings stand beside the results."""
+        """JSON-ready; the settings are next to the results."""
         values = {**vars(self), **self.settings}
         del values["settings"]
         verdicts: dict[str, Any] = {"attacks": {name: v and v.to_dict() for name, v in self.attacks.items()}}

@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 INTERVALS = ("wilson", "bootstrap")
 UNSOUND = (
     "Not verdicts: both rules pick the draws that went against the defense, so that for a random defense they fall "
-    "with every further attack, whatever the attacks do. They are here for comparison with published numbers."
+    "with every further attack, regardless of the attacks. They are here for comparison with published numbers."
 )
 
 
