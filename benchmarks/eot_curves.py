@@ -28,7 +28,7 @@ import models
 
 NAME, EPS, PASSES, DRAWS = "eot-curves", 0.25, (40, 100, 400, 1000, 4000), 40
 STRONG = {"momentum": 0.9, "schedule": "cosine"}
-# Names of schedules, each with the attack for so many passes an image; None where they cannot be split so.
+# Names of schedules, each with the attack for a number of passes per image; None if they cannot be split this way.
 SCHEDULES: dict[str, Callable[[Defense, int], Any]] = {
     "momentum, cosine, 1 draw": lambda d, n: _pgd(d, n, 1, **STRONG),
     "momentum, cosine, 4 draws": lambda d, n: _pgd(d, n, 4, **STRONG),

@@ -27,7 +27,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point the links to published files to where the site has them; `no-run` is a word to the tests alone."""
+    """Rewrite links to published files for the site, and remove `no-run`, which only the tests use."""
     markdown = markdown.replace("```python no-run", "```python")
     here = "../" * page.file.src_uri.count("/")
     links = rf"\]\({re.escape(here)}\.\./((?:{'|'.join(map(re.escape, PUBLISHED))})[^)]*)\)"

@@ -1,4 +1,4 @@
-"""Types of networks, and the warning where one is slow."""
+"""Precisions of networks, and the warning if one is slow."""
 
 from __future__ import annotations
 

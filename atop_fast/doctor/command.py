@@ -45,7 +45,7 @@ def doctor(
             package carries.
         out: file for the findings as JSON; none by default.
         data: images and their split; the held-out part is used.
-        transform: the random transform, where no file says it.
+        transform: the random transform, if no file states it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.

@@ -144,7 +144,7 @@ def constant_finding(predictions: Tensor, labels: Tensor) -> list[dict[str, Any]
 
 
 def doubt_finding(attacks: Mapping[str, Verdict | None]) -> list[dict[str, Any]]:
-    """A finding where the protocol fast may have left too many images, by the signs of AutoAttack's "fast"."""
+    """A finding if the protocol fast may have left too many images robust, by the criteria of AutoAttack's "fast"."""
     left = {name: verdict.mean for name, verdict in attacks.items() if verdict is not None}
     if left.keys() != {"pma", "apgd_t", "square"}:
         return []

@@ -153,7 +153,7 @@ def fixed_randomness(model: Model, seed: int) -> Defense:
 def eight_bit(images: Tensor, clean: Tensor, radius: float | None) -> Tensor:
     """Images (B, C, H, W) rounded to 8 bits, uint8.
 
-    With a `radius`, to the nearest level in the Linf ball around `clean`; where it holds none, the nearest one stands.
+    With a `radius`, to the nearest level in the Linf ball around `clean`, or to the nearest level if the ball has none.
     """
     levels = (255 * images.double()).round()
     if radius is not None:

@@ -37,10 +37,10 @@ class Protocol:
 
     Attributes:
         attacks: name -> Entry, in the order in which they run.
-        citation: where the settings come from.
-        norm, eps: threat model where the caller names none; eps in units of [0, 1] pixels.
+        citation: source of the settings.
+        norm, eps: default threat model; eps in units of [0, 1] pixels.
         draws: K, fresh draws of every verdict.
-        images: how many images the source evaluates; None where it does not say or all are meant.
+        images: number of images that the source evaluates; None if it does not state one, or uses all.
         headline: the unsound verdict that the source reports, shown beside ours: "single_draw", "fixed_draws" or None.
         cascade: images of a deterministic model that one attack has fooled are not attacked by the next.
     """
