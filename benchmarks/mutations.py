@@ -261,7 +261,7 @@ def main() -> None:
         row = attempt(scratch, mutation)
         print(f"{row['outcome']}: {row['layer']}, {row['family']}, {row['mistake']}: {row['test']}", flush=True)
         rows.append(row)
-        write("mutations", arguments.device, arguments.out, {**metadata(), "command": COMMAND, "rows": rows})
+        write("mutations", arguments.device, arguments.out, {**metadata("cpu"), "command": COMMAND, "rows": rows})
     if any(row["outcome"] != "caught" for row in rows):
         raise SystemExit("not every mutation is caught")
 
