@@ -12,7 +12,7 @@ if is_command():
 
 # isort: split
 
-from . import attacks, doctor, evaluation, ops, purifiers, training, transforms
+from . import attacks, defenses, doctor, evaluation, ops, purifiers, training, transforms
 from .attacks import APGD, APGDT, BPDA, CW, FAB, FGSM, MIFGSM, PGD, PMA, AutoAttack, Square, StAdv
 from .checkpoints import list_defenses, load_defense, load_model, save_defense, save_model
 from .classifiers import build_classifier
@@ -59,6 +59,7 @@ __all__ = [
     "attacks",
     "build_classifier",
     "build_purifier",
+    "defenses",
     "doctor",
     "evaluate",
     "evaluation",

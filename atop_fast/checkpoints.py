@@ -23,6 +23,7 @@ from ._core.checks import check_choice, check_integer, check_number, message
 from ._core.files import identify, load_weights, write_atomic
 from .classifiers import CLASSIFIERS, Normalized, Resized
 from .defense import Defense
+from .defenses import ActivationPruning, SelfEnsemble, WinnersTakeAll
 from .purifiers import DISCRIMINATORS, PURIFIERS
 from .randomness import seeded
 from .transforms import RandomTransform, describe_transform, restore_transform
@@ -36,6 +37,9 @@ KINDS: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
 WRAPPERS: dict[str, tuple[type[nn.Module], str, Callable[[Any], dict[str, Any]]]] = {
     "normalized": (Normalized, "model", lambda m: {"mean": m.mean.flatten().tolist(), "std": m.std.flatten().tolist()}),
     "resized": (Resized, "classifier", lambda m: {"size": m.size[0]}),
+    "self_ensemble": (SelfEnsemble, "model", lambda m: {"sigma_first": m.sigma_first, "sigma": m.sigma}),
+    "activation_pruning": (ActivationPruning, "model", lambda m: {"ratio": m.ratio}),
+    "winners_take_all": (WinnersTakeAll, "model", lambda m: {"ratio": m.ratio}),
 }
 # Metadata keys that commands read.
 CLASSES, SHAPE, NORM, EPS = "classes", "shape", "norm", "eps"

@@ -28,7 +28,9 @@ class Defense(nn.Module):
         transform: a RandomTransform.
         purifier: maps (B, C + 2, H, W) = [masked image in [-1, 1], ones, mask] to images (B, C, H, W) in [-1, 1];
             None passes the masked image on.
-        classifier: maps images (B, C, H, W) in [0, 1] to logits (B, classes), normalization inside.
+        classifier: maps images (B, C, H, W) in [0, 1] to logits (B, classes), normalization inside. One with an
+            attribute `keyed` = True draws numbers of its own, and is called with the key: (images, seed, sample_ids,
+            draw); see atop_fast.defenses.
 
     Without a key, every call takes the next draw of a counter, so that repeated calls differ, as for an attacker of a
     deployed system; torch's global generator is not used. With a key, the result is a function of (seed, sample id,
@@ -67,7 +69,17 @@ class Defense(nn.Module):
 
         draw=None takes the next draw from the module's counter.
         """
-        return self.classifier(self.purify(x, seed, sample_ids, draw))
+        draw = self._next_draw() if draw is None else draw
+        return self.classify(self.purify(x, seed, sample_ids, draw), seed, sample_ids, draw)
+
+    def classify(
+        self, images: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
+    ) -> Tensor:
+        """Logits (B, classes) of purified images; a classifier that draws gets the key, as the transform uses it."""
+        if getattr(self.classifier, "keyed", False):
+            sample_ids, draw = check_keys("Defense", len(images), images.device, seed, sample_ids, draw)
+            return self.classifier(images, *self.transform.key(seed, sample_ids, draw))
+        return self.classifier(images)
 
     def purify(
         self,
@@ -77,14 +89,17 @@ class Defense(nn.Module):
         draw: int | Tensor | None = None,
     ) -> Tensor:
         """Purified images (B, C, H, W) in [0, 1], as the classifier sees them."""
-        if draw is None:
-            draw = self.draw.clone()
-            with torch.no_grad():
-                self.draw.add_(1)
+        draw = self._next_draw() if draw is None else draw
         sample_ids, draw = check_keys("Defense", len(x), x.device, seed, sample_ids, draw)
         corrupted = self.transform(x, seed, sample_ids, draw)
         purified = corrupted[:, :-2] if self.purifier is None else restored("Defense", self.purifier, corrupted)
         return (self.transform.assemble(purified, corrupted) + 1) / 2
+
+    def _next_draw(self) -> Tensor:
+        draw = self.draw.clone()
+        with torch.no_grad():
+            self.draw.add_(1)
+        return draw
 
 
 def restored(function: str, purifier: nn.Module, corrupted: Tensor) -> Tensor:

@@ -59,6 +59,12 @@ class RandomTransform(nn.Module):
         """One image per sample (B, C, H', W') from the purifier's outputs (B * copies, C, H', W') and inputs."""
         return purified
 
+    def key(
+        self, seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor
+    ) -> tuple[int | Tensor, Tensor, int | Tensor]:
+        """The key that a call with the given one uses; a Defense hands it to a classifier that draws."""
+        return seed, sample_ids, draw
+
 
 class _BlockMask(RandomTransform):
     """Noise and block masks: the base class of RT1, RT2 and RT3.

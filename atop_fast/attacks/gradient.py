@@ -348,22 +348,22 @@ class GradientEstimator:
     def _called(self, x: Tensor, part: Pass, ids: Tensor, first_draws: Tensor) -> Tensor:
         if not isinstance(self.model, Defense):
             return self.model(x)
-        if self.gradient == "blind":
-            return self.model.classifier(x)
         key = (self.seed, part.take(ids), part.take(first_draws) + part.draws)
+        if self.gradient == "blind":
+            return self.model.classify(x, *key)
         if self.gradient == "exact" or not x.requires_grad:
             return self.model(x, *key)
-        purify, classifier = self.model.purify, self.model.classifier
+        purify, classify = self.model.purify, self.model.classify
         if self.gradient == "checkpointed":
             # The recomputation must find its inputs unchanged.
             purified = checkpoint(lambda t: purify(t.clone(), *key), x, use_reentrant=False)
-            return checkpoint(lambda t: classifier(t.clone()), purified, use_reentrant=False)
+            return checkpoint(lambda t: classify(t.clone(), *key), purified, use_reentrant=False)
         purified = purify(self._given(x.detach()), *key).detach()
         stand_in = x if self.substitute is None else self.substitute(x)
         # A transform may have resized the images; then the "identity" is the resize alone.
         if stand_in.shape != purified.shape:
             stand_in = resize(stand_in, (purified.shape[2], purified.shape[3]))
-        return classifier(purified + (stand_in - stand_in.detach()))
+        return classify(purified + (stand_in - stand_in.detach()), *key)
 
     def _seeded(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """The global generators seeded for one call of a model that may draw from them."""

@@ -218,6 +218,10 @@ class _FixedDefense(Defense):
         """Purified images under the fixed draw."""
         return super().purify(x, self.key[0], sample_ids, self.key[1])
 
+    def classify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = 0) -> Tensor:
+        """Logits under the fixed draw."""
+        return super().classify(x, self.key[0], sample_ids, self.key[1])
+
 
 def _not_weaker(name: str, strong: Tensor, weak: Tensor, names: Sequence[str], advice: str) -> Finding:
     """The finding on the accuracies (B,) under two attacks, where the first must not be higher than the second."""

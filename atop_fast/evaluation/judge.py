@@ -134,6 +134,10 @@ class FixedRandomness(RandomTransform):
         """See RandomTransform.assemble."""
         return self.transform.assemble(purified, corrupted)
 
+    def key(self, seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor) -> tuple[int | Tensor, Tensor, int]:
+        """See RandomTransform.key; seed and draw are not used."""
+        return self.seed, sample_ids, 0
+
     def extra_repr(self) -> str:
         return f"seed={self.seed}"
 

@@ -1,0 +1,117 @@
+"""Defenses inside a classifier: how its layers are replaced, and where their random numbers come from.
+
+A classifier is wrapped, not rewritten: while the wrapper runs, calls of certain functions (relu, conv2d) go to it,
+whether a module makes them or the code of a forward. Its class attribute `keyed` tells Defense to hand over the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._core.checks import message
+from ..randomness import derive_seed, key_tensors
+
+Key = tuple[Tensor, Tensor, Tensor]
+Compute = Callable[[Tensor], Tensor]
+CONVOLUTIONS = frozenset({torch.conv2d})
+ACTIVATIONS = frozenset(
+    {
+        F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu,
+        F.hardswish, F.softplus, F.mish,
+    }
+)  # fmt: skip
+IN_PLACE = (torch.relu_, Tensor.relu_)
+
+
+class Replaced(nn.Module):
+    """A classifier in which some functions are replaced while it is called through this wrapper.
+
+    Args:
+        model: the classifier, whose weights are shared and which stays as it is.
+
+    A subclass defines `replace` and `functions`. The functions are found as they are called: inside of compiled or
+    TorchScript modules they are not. Networks that recompute (torch.utils.checkpoint inside of the classifier) are
+    refused, because the recomputation would run outside of this call.
+
+    Attributes:
+        keyed: whether draws are needed: a Defense then calls the module with its key.
+        functions: functions of torch that are replaced.
+    """
+
+    keyed = True
+    functions: frozenset[Callable[..., Any]] = ACTIVATIONS
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(message(type(self).__name__, "model", "a torch.nn.Module", type(model).__name__))
+        self.model = model
+
+    def forward(
+        self, x: Tensor, seed: int | Tensor | None = None, sample_ids: Tensor | None = None, draw: int | Tensor = 0
+    ) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) in [0, 1]; the key is as in RandomTransform.forward.
+
+        Without a seed, one number of torch's global generator is the seed, so that calls differ as with dropout.
+        """
+        name = type(self).__name__
+        if seed is None:
+            seed = int(torch.randint(2**62, ())) if self.keyed else 0
+        key = key_tensors(name, len(x), x.device, seed, sample_ids, draw)
+        with _Calls(self, key) as calls:
+            logits: Tensor = self.model(x)
+        if not calls.count:
+            some = ", ".join(sorted({getattr(f, "__name__", str(f)) for f in self.functions}))
+            raise ValueError(message(name, "model", f"a network that calls one of {some}", "no such call"))
+        return logits
+
+    def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
+        """What stands for compute(x), call number `place` of the pass, for x (B, ...); `key` is that of this place."""
+        raise NotImplementedError
+
+
+class _Calls(TorchFunctionMode):
+    """Sends the calls of one pass to a Replaced; inside of `replace`, functions are themselves again."""
+
+    def __init__(self, owner: Replaced, key: Key) -> None:
+        super().__init__()
+        self.owner, self.key, self.count = owner, key, 0
+        self.recording = _recording()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in self.owner.functions:
+            return func(*args, **(kwargs or {}))
+        name, options = type(self.owner).__name__, dict(kwargs or {})
+        x, *rest = args if args else (options.pop("input"),)
+        ids = self.key[1]
+        if x.shape[:1] != ids.shape:
+            expected = f"a network whose layers keep the batch of {len(ids)} images"
+            raise ValueError(message(name, "model", expected, f"a layer on {tuple(x.shape)}"))
+        if _recording() != self.recording:
+            expected = "a network without torch.utils.checkpoint and without no_grad"
+            raise ValueError(message(name, "model", expected, "one of them around a replaced function"))
+        # `inplace` is the last parameter of all functions that have it.
+        writes = func in IN_PLACE or bool(options.get("inplace", rest and rest[-1] is True))
+
+        def compute(t: Tensor) -> Tensor:
+            result: Tensor = func(t.clone() if writes else t, *rest, **options)
+            return result
+
+        seed, place = derive_seed(self.key[0], self.count), self.count
+        self.count += 1
+        result = self.owner.replace(compute, x.clone() if writes else x, place, (seed, *self.key[1:]))
+        # Code may rely on the writing.
+        return x.copy_(result) if writes else result
+
+
+def _recording() -> tuple[bool, Any]:
+    """Whether autograd records, and the innermost hooks on what it saves: a checkpoint changes one or the other."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
