@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.checks import check_images, check_integer, check_number, message
-from ..attacks import frozen
-from ..attacks.gradient import draw_logits
+from ..attacks import draw_logits, frozen
 from ..defense import Defense
 from ..ops import random_normal
 from .base import ImageTransform
