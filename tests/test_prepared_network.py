@@ -293,3 +293,16 @@ def test_residual_networks_have_fused_convolutions_alone():
 def test_a_network_of_the_registry_is_folded_without_change():
     model = build_classifier("small_cnn", channels=3).eval()
     torch.testing.assert_close(fold_batch_norm(model)(X), model(X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: build_purifier("unet", channels=1, width=4),
+        lambda: build_purifier("deepfill_v2", cnum=8),
+        lambda: build_classifier("vit_tiny", image_size=32, patch_size=8),
+    ],
+)
+def test_own_networks_that_no_trace_survives_are_laid_out(build):
+    network = build().eval()
+    assert fold_batch_norm(network) is not network

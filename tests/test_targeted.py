@@ -214,6 +214,28 @@ def test_bpda_takes_the_derivative_of_backward():
     assert torch.equal(broken(leaf), quantized(leaf.detach()).flatten(1))
 
 
+def test_bpda_is_attacked_as_it_is(digits):
+    """A copy of the model would call a copy of the function."""
+    images, labels, _ = digits
+
+    class Counted:
+        calls = 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return quantized(x)
+
+    process, model = Counted(), standard_mnist()
+    found = PGD(BPDA(model, process), 0.2, 0.05, 10, False)(images, labels)
+    assert process.calls >= 10
+    x = images
+    for _ in range(10):
+        leaf = quantized(x).requires_grad_()
+        g = torch.autograd.grad(F.cross_entropy(model(leaf), labels, reduction="sum"), leaf)[0]
+        x = torch.minimum(torch.maximum(x + 0.05 * g.sign(), images - 0.2), images + 0.2).clamp(0, 1)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
+
+
 def test_a_verdict_on_bpda_is_one_on_what_it_computes(digits):
     images, labels, _ = digits
     attacked = BPDA(standard_mnist(), quantized)

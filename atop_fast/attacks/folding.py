@@ -42,7 +42,7 @@ _LAYERS = (
 )  # fmt: skip
 _FORWARDS = {kind: kind.forward for kind in _LAYERS}
 # This package's own networks have no state or randomness, but check shapes, which no trace survives.
-_OWN = tuple(f"{__package__}.{name}" for name in ("purifiers.", "classifiers.", "_transformer"))
+_OWN = tuple(f"{__name__.partition('.')[0]}.{name}" for name in ("purifiers.", "classifiers.", "_core.transformer"))
 
 
 # While it traces, torch sends the calls of all modules of all threads through the tracer: there must be one at a time.
