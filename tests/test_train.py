@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toolkit import PATIENCE, ranks
+from toolkit import PATIENCE, end_itself, ranks
 
 from atop_fast import build_classifier, build_purifier, load_defense, load_model, save_model
 from atop_fast.cli import main
@@ -42,7 +41,14 @@ TINY = {
     "discriminator": {"options": {"width": 4, "depth": 2}},
     "pretrain": {"epochs": 2, "batch_size": 8, "gan_weight": 0.005},
     "finetune": {"epochs": 2, "batch_size": 8, "eps": 0.2, "evaluate_every": 2, "gan_weight": 0.005},
-    "evaluation": {"protocol": "quick", "eps": 0.2, "draws": 2, "selection_draws": 2, "diagnostics": False},
+    "evaluation": {
+        "protocol": "quick",
+        "eps": 0.2,
+        "steps": 8,
+        "draws": 2,
+        "selection_draws": 2,
+        "diagnostics": False,
+    },
 }
 FILES = [
     *("classifier.safetensors", "defense.safetensors", "discriminator.safetensors", "evaluate_classifier"),
@@ -189,7 +195,7 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
 
 def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
     """--until ends it after a stage; a later one goes on; the ablation is a fine-tuning that differs in the attack."""
-    args = ["train", "tiny.yaml", "--ablation=true", "--notes=Small <b>images</b>.", "--evaluation.images=1"]
+    args = ["train", "tiny.yaml", "--ablation=true", "--notes=Small <b>images</b>.", "--evaluation.images=2"]
     main([*args, "--out=whole"])
     capsys.readouterr()
     expected = {"classifier.safetensors", "run.json", "metrics.jsonl"}
@@ -203,7 +209,7 @@ def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
         assert {path.name for path in Path("parts").iterdir()} == expected
         out = capsys.readouterr().out
         assert all(file in out for file in files)
-        assert "Accuracy of the classifier on 8 held-out images: " in out
+        assert "Accuracy of the classifier on 2 held-out images: " in out
         assert ("Going on with the run in parts" in out) is (stage != "classifier")
     main([*args, "--out=parts"])
     text = Path("whole/report.json").read_text()
@@ -314,17 +320,19 @@ SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["atop_fast.recipes.run", "torchvision.transforms.v2", "jinja2", "matplotlib.figure"])
 
 
-def rank(variables: dict[str, str], recipe: Recipe, out: str) -> None:
-    """One process of a run, as torchrun would start it."""
+def rank(variables: dict[str, str], recipe: Recipe, out: str, last: str | None) -> None:
+    """One process of a run, as torchrun would start it, killed as soon as there is a file `last`."""
     os.environ.update(variables)
     torch.set_num_threads(1)
+    if last:
+        end_itself(signal.SIGKILL, (Path(out) / last).exists, 0)
     run_recipe(recipe, out, progress=False)
 
 
-def start(files: Path, out: str, size: int = 1) -> list:
+def start(files: Path, out: str, size: int = 1, last: str | None = None) -> list:
     recipe = load_recipe(files / "tiny.yaml")
     recipe = replace(recipe, data=replace(recipe.data, source=str(files / "images")))
-    arguments = [(variables, recipe, str(files / out)) for variables in ranks(size)]
+    arguments = [(variables, recipe, str(files / out), last) for variables in ranks(size)]
     processes = [SPAWN.Process(target=rank, args=args, daemon=True) for args in arguments]
     for process in processes:
         process.start()
@@ -343,12 +351,9 @@ def test_killed_runs_and_two_processes_end_with_the_report_of_one(files):
     expected = (files / "whole/report.json").read_text()
     killed = files / "killed"
     for name in ("discriminator.safetensors", "evaluate_pretrained/log.jsonl"):
-        (process,) = start(files, "killed")
-        while not (killed / name).exists():
-            assert process.is_alive(), "it ended before it could be killed"
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        (process,) = start(files, "killed", last=name)
+        process.join(PATIENCE)
+        assert process.exitcode == -signal.SIGKILL
     assert not (killed / "report.json").exists()
     finish(start(files, "killed"))
     assert (killed / "report.json").read_text() == expected
