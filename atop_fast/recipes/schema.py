@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
 from .._core.checks import check_choice, check_integer, message
 from .._core.yaml import parse_yaml
 from ..classifiers import CLASSIFIERS
@@ -135,6 +133,9 @@ def load_recipe(preset: str | Path) -> Recipe:
         _check_keys(Recipe, content, "")
     except ValueError as error:
         raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} ({error})")) from error
+    # Here alone: the rest of the package works without it.
+    import jsonargparse
+
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe)
     try:
