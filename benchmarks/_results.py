@@ -25,7 +25,6 @@ OTHERS = (
     "reliability--cpu",
     "restoration--cpu",
     "suite--cpu-avx2",
-    "tests--cuda",
 )
 
 
