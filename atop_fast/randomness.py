@@ -73,6 +73,18 @@ def philox4x32(counter: Sequence[Any], seed: int | Tensor) -> tuple[Any, Any, An
 
 def random_bits(count: int, seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor, tag: int) -> Tensor:
     """`count` 32-bit words per sample, int64 (B, count), for sample_ids (B,) and draw, an int or int64 () or (B,)."""
+    if not sample_ids.is_cuda:
+        return philox_words(count, seed, sample_ids, draw, tag)
+    # One kernel instead of a hundred. The ops import this module.
+    from .ops.random_bits import OP
+
+    device = sample_ids.device
+    words: Tensor = OP(_on(device, seed), sample_ids, _on(device, draw), int(tag), count)
+    return words
+
+
+def philox_words(count: int, seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor, tag: int) -> Tensor:
+    """The specification of `random_bits`."""
     groups = torch.arange((count + 3) // 4, device=sample_ids.device)[None, :]
     ids = sample_ids.reshape(-1, 1)
     draw = draw.reshape(-1, 1) if isinstance(draw, Tensor) else torch.full_like(ids[:1], draw)

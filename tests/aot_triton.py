@@ -118,6 +118,7 @@ CASES = {
     # COUNT is divisible by 4, and is not.
     "random_normal": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =True", BLOCK, ("fp32",)),
     "random_normal any": ("random_normal.random_normal_kernel", f"{KEY} *T i32 i32 i32 =False", BLOCK, ("fp32",)),
+    "random_bits": ("random_bits.random_bits_kernel", f"{KEY} *i64 i32 i32 i32", BLOCK, ("fp32",)),
     "mask_blocks": ("mask_blocks.mask_blocks_kernel", f"{KEY} *i64 *u8 i32 i32 i32 i32 i =8", TILE, ("fp32",)),
     "assemble": ("assemble.assemble_fwd_kernel", "*T *u8 *T i32 i32 i i =3 =8 =False", BLOCK, FLOATS[:2]),
     "assemble_bwd": ("assemble.assemble_bwd_kernel", "*T *u8 *T i32 i i =3 =4 =8 =False", BLOCK, FLOATS[:2]),

@@ -47,6 +47,7 @@ MAX_REGISTERS = {
     "fuse_bwd": 72,
     "random_normal": 32,
     "random_normal any": 56,
+    "random_bits": 40,
     "mask_blocks": 40,
     "assemble": 32,
     "assemble_bwd": 40,
@@ -74,7 +75,7 @@ NARROW_ANY = {
     "resample",
     "resample rows first",
 }
-NARROW_LOADS = {*NARROW_ANY, "random_normal", "corrupt resized"}
+NARROW_LOADS = {*NARROW_ANY, "random_bits", "random_normal", "corrupt resized"}
 # A block's sum is one number.
 NARROW_STORES = {*NARROW_ANY, "corrupt_passes", "pgd_step_l2 first", "gated_bwd db", "gated_bwd db channels_last"}
 # All others have the same bits in every backend, hence contract no multiplication with an addition.
@@ -92,7 +93,7 @@ def test_compiles(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["case"] for row in rows} == set(MAX_REGISTERS)
-    assert len(rows) == (3 * 3 + 9 * 2 + 34) * 3
+    assert len(rows) == (3 * 3 + 9 * 2 + 35) * 3
     for row in rows:
         case = row["case"]
         assert row["reg"] <= MAX_REGISTERS[case], row

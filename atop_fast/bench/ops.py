@@ -21,6 +21,7 @@ from .harness import Case, Function, Options, flops, no_judge, same_as_baseline
 contextual_attention = importlib.import_module("atop_fast.ops.contextual_attention")
 conv3x3 = importlib.import_module("atop_fast.ops.conv3x3")
 upsample_conv3x3 = importlib.import_module("atop_fast.ops.upsample_conv3x3")
+random_bits = importlib.import_module("atop_fast.ops.random_bits")
 pgd_step_linf = importlib.import_module("atop_fast.ops.pgd_step_linf")
 NUMBERS = (2 / 255, 8 / 255)
 # Batch, channels, outputs and size: a CIFAR ResNet-18 under attack, and an inpainting network.
@@ -159,6 +160,17 @@ def attention_cases(device: str) -> Iterator[Case]:
         yield _case(name, "both", features, layout, 5 * features.nbytes, formula, both, tolerance=1e-3, products=True)
 
 
+def bits_cases(device: str) -> Iterator[Case]:
+    """Random words for images; GPUs alone have a kernel."""
+    for shape in ((64, 3, 32, 32), (64, 3, 256, 256)):
+        x = torch.empty(shape, device=device)
+        seed, ids = torch.full((), 5, device=device), torch.arange(len(x), device=device)
+        key = (seed, ids, seed, 3, x[0].numel())
+        run = {name: functools.partial(f, *key) for name, f in _impls("random_bits").items()}
+        formula = functools.partial(random_bits.reference, *key)
+        yield _case("random_bits", "forward", x, "nchw", 2 * x.nbytes, formula, run, tolerance=0)
+
+
 def _impls(name: str) -> dict[str, Callable[..., Any]]:
     """The native implementations; the reference is checked by the tests, the formula is the baseline here."""
     return {backend: f for backend, f in _registry.impls(name).items() if backend != "eager"}
@@ -250,6 +262,7 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
     for make in (
         upsample_conv3x3_cases,
         attention_cases,
+        bits_cases,
         attack_steps.step_cases,
         attack_losses.attack_loss_cases,
         attack_ops.attack_op_cases,

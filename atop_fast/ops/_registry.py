@@ -108,7 +108,7 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
     CUDA tensors, or CPU tensors in the interpreter (TRITON_INTERPRET=1).
     """
     found = {"eager": OPS[name].reference}
-    if "cpp" not in MISSING:
+    if "cpp" not in MISSING and _has_kernel(name, "CPU"):
         found["cpp"] = _kernel(name, torch._C.DispatchKey.CPU)
     launcher = OPS[name].launcher
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

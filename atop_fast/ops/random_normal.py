@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._core.checks import check_integer, check_tensor, message
-from ..randomness import Tag, key_tensors, random_bits
+from ..randomness import Tag, key_tensors, philox_words
 from ._registry import define
 
 
@@ -21,7 +21,7 @@ def reference(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: i
 
 def normals(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> Tensor:
     """`reference` without checks, for symbolic sizes."""
-    words = random_bits(count + count % 2, seed, sample_ids, draw, tag)
+    words = philox_words(count + count % 2, seed, sample_ids, draw, tag)
     # torch's float32 square root is not correctly rounded on every CPU; computed in float64 it is.
     radius = _minus_2_log(words[:, 0::2]).double().sqrt_().float()
     cosine, sine = _cos_sin(words[:, 1::2])

@@ -103,7 +103,7 @@ def mask_blocks(draw, name):
     return *key(draw, batch), masked, blocks, draw(st.sampled_from((1, 2, 3, 4, 7, 255)))
 
 
-@of("random_normal")
+@of("random_normal", "random_bits")
 def random_normal(draw, name):
     count = draw(st.sampled_from((0, 1, 2, 3, 4, 5, 31, 32, 127, 128, 129, 1000)))
     return *key(draw, draw(st.integers(0, 5))), draw(st.sampled_from((0, 1, 3, 65535))), count
