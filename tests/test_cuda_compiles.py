@@ -46,7 +46,8 @@ def test_compiles(source, tmp_path):
     assert len(frames) == len(registers)
     assert set(frames) == {("0", "0", "0")}, done.stderr
     if source.stem in PACKED and (tool := cuobjdump()):
-        listing = subprocess.run([tool, "--dump-sass", tmp_path / "out.o"], capture_output=True, text=True, check=True)
+        command = [tool, "--dump-sass", "--gpu-architecture=sm_90", tmp_path / "out.o"]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True)
         packed = {name: body for name, body in functions(listing.stdout) if re.search(r"Li[248]E", name)}
         assert packed
         for name, body in packed.items():
