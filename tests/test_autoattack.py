@@ -234,6 +234,8 @@ def test_wrong_arguments_are_named():
         attack()(X, Y, sample_ids=torch.arange(3))
 
 
+# So short an attack may leave an image to the next one.
+@pytest.mark.filterwarnings("ignore:AutoAttack. 'fast' may leave too many images")
 @pytest.mark.parametrize(
     ("loader", "norm", "eps"),
     [pytest.param("robust", "Linf", 0.24, marks=pytest.mark.slow), ("standard", "L2", 1.1)],

@@ -131,7 +131,7 @@ def test_the_choice_takes_the_worst_candidate_of_each_image():
     assert all(sample["attack"] == ("even", "odd")[i % 2] for i, sample in enumerate(report.samples))
     sample = report.samples[1]
     assert sample.pop("distance") == pytest.approx(float(X[1].max()))
-    assert sample == {"id": 1, "label": 1, "clean": 1, "robust": 0, "attack": "odd"}
+    assert sample == {"id": 1, "label": 1, "clean": 1, "robust": 0, "attack": "odd", "attacked": True}
 
 
 def test_ties_are_broken_by_the_larger_loss():

@@ -395,7 +395,7 @@ def test_defense_takes_a_new_draw_with_every_bare_call():
         (
             lambda: build_purifier("vae"),
             ValueError,
-            "build_purifier: name must be one of 'deepfill_v2', 'mae', 'unet', got 'vae'",
+            "build_purifier: name must be one of 'deepfill_v2', 'mae', 'unet', 'residual_filters', got 'vae'",
         ),
         (lambda: build_classifier("resnet18", blocks=()), ValueError, r"ResNet: blocks must be .*, got \(\)"),
         (lambda: build_classifier("resnet18", blocks=(0,)), ValueError, "ResNet: blocks must be an integer and >= 1"),

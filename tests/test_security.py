@@ -32,6 +32,8 @@ MODULES = {
 }
 # Benchmarks ask git for the commit, start themselves as several processes, and tell the allocator to keep its memory.
 BENCH = {"results.py": "import subprocess", "scaling.py": "import subprocess", "harness.py": "import ctypes"}
+# An archive of a run is a zip file, of which three members are read by their names.
+RECIPES = {"pack.py": "import zipfile"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 ATTRIBUTES = {
     "os": {"system", "popen", "execv", "execve", "execvp", "spawnl", "spawnv", "fork", "posix_spawn", "startfile"},
@@ -86,7 +88,7 @@ def test_nothing_runs_or_fetches_what_is_read():
     assert len(SOURCES) > 100
     found = []
     for path in SOURCES:
-        allowed = BENCH.get(path.name, "") if path.parent.name == "bench" else ""
+        allowed = {"bench": BENCH, "recipes": RECIPES}.get(path.parent.name, {}).get(path.name, "")
         wrong = [fault for fault in faults(path.read_text(encoding="utf-8")) if fault.split(": ")[1] != allowed]
         found += [f"{path.relative_to(ROOT)}:{fault}" for fault in wrong]
     assert found == []
