@@ -19,7 +19,6 @@ OTHERS = (
     "engine--cpu",
     "load--cpu",
     "loaded--cpu-avx2",
-    "mutations--cpu-avx2",
     "numerics--cpu",
     "pilot--cpu-avx2",
     "reliability--cpu",

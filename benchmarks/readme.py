@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import counted
-from _reliability import faults, load, mutations, numerics
+from _reliability import faults, load, numerics
 from _results import OTHERS, RESULTS
 
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
@@ -328,9 +328,9 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-def recorded(file: str, table: Callable[[dict[str, Any]], str], machine: str = "cpu") -> str:
+def recorded(file: str, table: Callable[[dict[str, Any]], str]) -> str:
     """A table of one of the files that hold no timings."""
-    document = json.loads((RESULTS / f"{file}--{machine}.json").read_text())
+    document = json.loads((RESULTS / f"{file}--cpu.json").read_text())
     return f"{table(document)}\n\n{_source(document)}"
 
 
@@ -375,7 +375,6 @@ TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes, "finetune": finetune, "speed": speed,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
-    "mutations": functools.partial(recorded, "mutations", mutations, AVX2),
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
     **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in AVX2_SUITES},
@@ -391,7 +390,7 @@ PAGES = {
         f"{name} avx2" for name in ("summary", "losses", *(f"all {suite}" for suite in AVX2_SUITES), "processes")
     ),
     **counted.PAGES,
-    "docs/reliability.md": ("faults", "numerics", "load", "mutations"),
+    "docs/reliability.md": ("faults", "numerics", "load"),
     "docs/training.md": ("engine", "cifar"),
     "docs/purifiers.md": (*counted.PAGES["docs/purifiers.md"], "restoration"),
 }
