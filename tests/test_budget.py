@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import Line, run
-from test_train import TINY, fail, files, tiny  # noqa: F401
+from test_train import TINY, fail, files, no_pictures, tiny  # noqa: F401
 
 from atop_fast import FinetuneConfig, PretrainConfig
 from atop_fast._core.distributed import Group
@@ -125,6 +125,7 @@ def test_a_training_of_updates_ends_within_an_epoch():
     assert len(run(Line(epochs=2, updates=50, batch_size=3))) == 8
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_ends_with_what_was_planned(tiny, capsys, monkeypatch):  # noqa: F811
     # A slow machine must not cut the evaluations, which would make of one plan two reports.
     monkeypatch.setattr(budget.Budget, "limit", lambda *_: 600.0)

@@ -76,6 +76,12 @@ def files(tmp_path):
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Reports whose plots are not drawn, which takes as long as all else in a tiny run."""
+    monkeypatch.setattr("atop_fast.evaluation.report._png", lambda figure: b"picture")
+
+
+@pytest.fixture
 def tiny(files, monkeypatch):
     """The same as working directory."""
     monkeypatch.chdir(files)
@@ -193,6 +199,7 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     assert Path("run/report.json").read_text() == text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
     """--until ends it after a stage; a later one goes on; the ablation is a fine-tuning that differs in the attack."""
     args = ["train", "tiny.yaml", "--ablation=true", "--notes=Small <b>images</b>.", "--evaluation.images=2"]
@@ -240,6 +247,7 @@ def test_a_given_purifier_is_fine_tuned(tiny, capsys):
     assert not Path("three").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_adversarially(tiny):
     recipe = brief(load_recipe("tiny.yaml"))
     run_recipe(replace(recipe, pretrain=replace(recipe.pretrain, gan_weight=0.0)), "one", progress=False)
@@ -257,6 +265,7 @@ def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_
     assert losses[1] > losses[0]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "key"])
 def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     with seeded(7):
@@ -278,6 +287,7 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     assert "classifier" not in Path("run/metrics.jsonl").read_text().replace("classifiers", "")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_published_recipe_runs_in_small(tiny, monkeypatch):
     """DeepFillV2 with few channels, at 32x32 pixels, to which the defense resizes the images."""
     attacks = {"fgsm": Entry("FGSM"), "pgd_eot": Entry("PGD", {"steps": 2})}
