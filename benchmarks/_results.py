@@ -17,6 +17,7 @@ OTHERS = (
     "cifar-native--cpu",
     "demo--cpu",
     "engine--cpu",
+    "eot-curves--cpu",
     "load--cpu",
     "loaded--cpu-avx2",
     "numerics--cpu",
