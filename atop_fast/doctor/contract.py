@@ -31,7 +31,13 @@ _ACTING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 # (gradients, further forward passes) of an image under the usual protocols; docs/diagnostics.md says where from.
 PASSES = {
     "deterministic": {"quick": (21, 3), "pgd-200": (200, 2), "autoattack": (1100, 3200)},
-    "random": {"quick": (84, 60), "bpda-eot": (750, 300), "pgd-eot": (4000, 40), "autoattack-rand": (4000, 40)},
+    "random": {
+        "quick": (84, 60),
+        "eot-fast": (400, 40),
+        "bpda-eot": (750, 300),
+        "pgd-eot": (4000, 40),
+        "autoattack-rand": (4000, 40),
+    },
 }
 
 
