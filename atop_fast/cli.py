@@ -265,7 +265,7 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
         return [command, f"--{'suite' if command == 'bench' else 'run'}={rest[0]}", *rest[1:]]
     if command == "train":
         return ["train", f"--config={json.dumps(asdict(load_recipe(rest[0])))}", *rest[1:]]
-    return ["evaluate", f"--config={json.dumps(system_of(Path(rest[0]), folder))}", *rest[1:]]
+    return ["evaluate", f"--config={json.dumps(system_of(Path(rest[0]), folder, rest))}", *rest[1:]]
 
 
 def _show(report: dict[str, Any] | None, out: str) -> None:

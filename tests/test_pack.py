@@ -23,7 +23,7 @@ from atop_fast.recipes.pack import _quoted, unpack
 from atop_fast.recipes.run import run_recipe
 from atop_fast.recipes.schema import load_recipe
 
-SHORT = ["--classifier.training.epochs=1", "--pretrain.epochs=1", "--finetune.epochs=1"]
+SHORT = ["--classifier.training.epochs=1", "--pretrain.epochs=1", "--finetune.epochs=1", "--evaluation.images=2"]
 
 
 def test_an_archive_is_evaluated_as_the_run_was(tiny, capsys, tmp_path):  # noqa: F811
@@ -50,11 +50,15 @@ def test_an_archive_is_evaluated_as_the_run_was(tiny, capsys, tmp_path):  # noqa
     for path in ("../near", "far"):
         report = json.loads(Path(path, "report.json").read_text())
         assert report["samples"] == expected["samples"]
-        assert (report["protocol"], report["eps"], report["draws"]) == ("quick", 0.2, 2)
+        assert (report["protocol"], report["eps"], report["draws"]) == (expected["protocol"], 0.2, 2)
     # Options of the command replace those of the run.
-    main(["evaluate", "run.zip", "--out=other", "--eps=0.1", "--images=2", "--steps=1", "--diagnostics=false"])
+    main(["evaluate", "run.zip", "--out=other", "--eps=0.1", "--images=1", "--steps=1", "--diagnostics=false"])
     report = json.loads(Path("other/report.json").read_text())
-    assert (report["eps"], report["images"]) == (0.1, 2)
+    assert (report["eps"], report["images"]) == (0.1, 1)
+    assert list(report["attacks"]) == ["fgsm", "pgd_eot"]
+    fast = ["--protocol=bpda-eot", "--draws=1", "--images=1", "--eps=0", "--diagnostics=false"]
+    main(["evaluate", "run.zip", "--out=protocol", *fast])
+    assert json.loads(Path("protocol/report.json").read_text())["protocol"] == "bpda-eot"
 
 
 def test_a_run_says_how_to_repeat_it(tiny, capsys):  # noqa: F811
@@ -70,7 +74,8 @@ def test_a_run_says_how_to_repeat_it(tiny, capsys):  # noqa: F811
     assert f'--data.source "${{DATA_SOURCE:-{Path("images").absolute()}}}"' in script
     assert "How to repeat it" in Path("run/report.html").read_text()
     # Other images than those that were attacked make no archive.
-    shutil.copy("images/class0/0.png", "images/class1/0.png")
+    for file in Path("images/class1").iterdir():
+        shutil.copy("images/class0/0.png", file)
     error = fail(capsys, "report", "run", "--pack=run.zip")
     assert "report: run must be one whose images are as they were" in error
     assert not Path("run.zip").exists()

@@ -12,6 +12,7 @@ import json
 import shlex
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from .._core.checks import message
 from .._core.files import write_atomic, write_text
 from ..classifiers.zoo import match_classes
 from ..data import TORCHVISION, Dataset
-from .evaluation import EvaluationConfig
+from .evaluation import QUICK, EvaluationConfig
 from .images import save_images
 from .options import DataConfig
-from .schema import Recipe
+from .schema import Recipe, load_recipe
 
-DEFENSE, IMAGES, RUN = "defense.safetensors", "held_out.safetensors", "run.json"
-NEEDED = (DEFENSE, RUN, "recipe.yaml", "repeat.sh", "report.html", "report.json")
+DEFENSE, IMAGES, RUN, RECIPE = "defense.safetensors", "held_out.safetensors", "run.json", "recipe.yaml"
+NEEDED = (DEFENSE, RUN, RECIPE, "repeat.sh", "report.html", "report.json")
 # Options of a run's evaluation that another one of it takes, unless told otherwise.
 KEPT = ("protocol", "norm", "eps", "images", "draws", "selection_draws")
 # Bytes of an archive's member, and how much smaller it may be in the archive: files of weights hardly shrink.
@@ -114,14 +115,14 @@ def pack_run(run: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the defense, the images and run.json of an archive into a folder; nothing else of it.
+    """Unpack the defense, the images, run.json and recipe.yaml of an archive into a folder; nothing else of it.
 
     Raises:
         ValueError: it is no archive of pack_run, or claims to hold more than such a one may.
     """
     try:
         with zipfile.ZipFile(archive) as file:
-            for name in (DEFENSE, IMAGES, RUN):
+            for name in (DEFENSE, IMAGES, RUN, RECIPE):
                 info = file.getinfo(name)
                 if info.file_size > min(LARGEST, 2**20 + SHRUNK * info.compress_size):
                     raise ValueError(f"{name} would take {info.file_size:,} bytes")
@@ -144,8 +145,11 @@ def read_run(run: Path) -> dict[str, Any]:
     return header
 
 
-def system_of(path: Path, folder: Path) -> dict[str, Any]:
-    """Options of the command evaluate for a run, an archive of one (unpacked into `folder`), or a model's file."""
+def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, Any]:
+    """Options of the command evaluate for a run, an archive of one (unpacked into `folder`), or a model's file.
+
+    Options of the protocol quick are the run's, too, unless a protocol is among the `given` arguments.
+    """
     if path.suffix == ".zip":
         unpack(path, folder)
         header = read_run(folder)
@@ -159,5 +163,8 @@ def system_of(path: Path, folder: Path) -> dict[str, Any]:
 
         kind = "defense" if read_header(path).get("kind") == "defense" else "classifier"
         return {kind: str(path)}
-    kept = {key: value for key in KEPT if (value := header["evaluation"].get(key)) is not None}
+    # Under a budget, the evaluation was not that of run.json.
+    done = asdict(load_recipe(path / RECIPE).evaluation) if (path / RECIPE).exists() else header["evaluation"]
+    names = KEPT if any(argument.split("=")[0] == "--protocol" for argument in given) else (*KEPT, *QUICK)
+    kept = {key: value for key in names if (value := done.get(key)) is not None}
     return {"defense": str(path / DEFENSE), "data": data, **kept}
