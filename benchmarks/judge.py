@@ -1,12 +1,11 @@
-"""Random defenses in front of a classifier, by the verdicts of the literature and by a sound one.
+"""Judges random defenses in front of a classifier, by the rules of the literature and by a sound verdict.
 
     python benchmarks/judge.py FOLDER --classifier FILE --out runs/judge [--only jpeg --only noise] [--images 200]
         [--cells sound rand] [--budget 30m] [--json NAME]
 
-FOLDER holds one folder of test images for each class. Every cell (a defense under one way of judging) is an evaluation
-in a folder of its own below --out: a call that was stopped goes on, and attacks that are done are not repeated. A row
-with a cell whose budget is spent has complete = false; the next call goes on with it. Each classifier needs an --out of
-its own.
+FOLDER holds one folder of test images for each class. Every cell (a defense under one rule) is an evaluation in a
+separate folder in --out: a stopped call resumes, and finished attacks are not repeated. A row with a cell whose budget
+is spent has complete = false; the next call resumes it. Each classifier needs a separate --out.
 """
 
 from __future__ import annotations
@@ -79,10 +78,10 @@ def strongest(model: nn.Module) -> Mapping[str, Any]:
     seed = derive_seed(0, "attack")
     gradients = ("exact", "bpda", "blind") if isinstance(model, Defense) else ("exact",)
     attacks: dict[str, Any] = {g: PGD(model, "Linf", EPS, gradient=g, seed=seed, **steps) for g in gradients}
-    return attacks | {"square": Square(model, "Linf", EPS, queries=QUERIES, seed=seed)}
+    return attacks | {"square": Square(model, "Linf", EPS, n_queries=QUERIES, seed=seed)}
 
 
-# Ways of judging: options of evaluate.
+# Rules of judging, as options of evaluate.
 CELLS: dict[str, dict[str, Any]] = {
     "standard": {"protocol": "paper", "diagnostics": ()},
     "rand": {"protocol": "autoattack-rand", "diagnostics": ()},
@@ -93,7 +92,7 @@ CELLS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--classifier", required=True, help="whatever load_classifier takes")
+    parser.add_argument("--classifier", required=True, help="a file or name for load_classifier")
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluations")
     parser.add_argument("--only", action="append", choices=DEFENSES, help="this defense; may be repeated")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))

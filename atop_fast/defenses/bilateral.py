@@ -30,7 +30,7 @@ class NoisyBilateral(ImageTransform):
 
     Source: Stalder et al., A combination of noise and bilateral filters achieve supralinear and scalable adversarial
     robustness in CNNs, arXiv 2606.02267, 2026; Tomasi and Manduchi, ICCV 1998. The defaults are those of this library,
-    for 32x32 pixels, and the paper adversarially trains the network behind the filters, which is the caller's part.
+    for 32x32 pixels. The paper trains the network behind the filters adversarially; here, the caller trains it.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class _Bilateral(torch.autograd.Function):
 
 
 def _windows(size: Any, radius: int, sigma_space: float) -> Iterator[tuple[slice, slice, float]]:
-    """The places of the pixels q in the padded images, and their weights over distance."""
+    """The slices of the pixels q in the padded images, and their weights by distance."""
     for i in range(2 * radius + 1):
         for j in range(2 * radius + 1):
             distance = (i - radius) ** 2 + (j - radius) ** 2

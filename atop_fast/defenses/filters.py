@@ -13,7 +13,7 @@ from .base import ImageTransform
 
 
 class FilterDraw(ImageTransform):
-    """Draws which of `count` filters a ResidualFilters behind it applies; the images stay as they are.
+    """Draws one of `count` filters for the ResidualFilters behind it; the images are not changed.
 
     Args:
         count: number of filters, all equally likely.
@@ -81,7 +81,7 @@ class ResidualFilters(nn.Module):
 
 
 def mean_logits(defense: Defense, x: Tensor) -> Tensor:
-    """The mean of the logits (B, classes) over all filters: what EOT estimates from draws, exactly.
+    """The exact mean of the logits (B, classes) over all filters, which EOT estimates from draws.
 
     Args:
         defense: Defense(FilterDraw(n), ResidualFilters(n), classifier).

@@ -1,7 +1,7 @@
-"""Defenses inside a classifier: how its layers are replaced, and where their random numbers come from.
+"""Defenses inside a classifier: replacement of its layers, and their random numbers.
 
-A classifier is wrapped, not rewritten: while the wrapper runs, calls of certain functions (relu, conv2d) go to it,
-whether a module makes them or the code of a forward. Its class attribute `keyed` tells Defense to hand over the key.
+A classifier is wrapped, not rewritten: while the wrapper runs, it intercepts calls of certain functions (relu, conv2d)
+by modules and by the code of a forward. Its class attribute `keyed` tells Defense to pass the key.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Replaced(nn.Module):
     """A classifier in which some functions are replaced while it is called through this wrapper.
 
     Args:
-        model: the classifier, whose weights are shared and which stays as it is.
+        model: the classifier; its weights are shared, and it is not changed.
 
-    A subclass defines `replace` and `functions`. The functions are found as they are called: inside of compiled or
-    TorchScript modules they are not. Networks that recompute (torch.utils.checkpoint inside of the classifier) are
-    refused, because the recomputation would run outside of this call.
+    A subclass defines `replace` and `functions`. Calls inside compiled or TorchScript modules cannot be intercepted.
+    Networks that recompute (torch.utils.checkpoint inside the classifier) are refused, because the recomputation would
+    run outside of this call.
 
     Attributes:
         keyed: whether draws are needed: a Defense then calls the module with its key.
@@ -58,7 +58,7 @@ class Replaced(nn.Module):
     ) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [0, 1]; the key is as in RandomTransform.forward.
 
-        Without a seed, one number of torch's global generator is the seed, so that calls differ as with dropout.
+        Without a seed, torch's global generator draws one, so that calls differ as with dropout.
         """
         name = type(self).__name__
         if seed is None:
@@ -72,12 +72,12 @@ class Replaced(nn.Module):
         return logits
 
     def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
-        """What stands for compute(x), call number `place` of the pass, for x (B, ...); `key` is that of this place."""
+        """The replacement of compute(x) for x (B, ...), in call number `place` of the pass; `key` is this call's key."""
         raise NotImplementedError
 
 
 class _Calls(TorchFunctionMode):
-    """Sends the calls of one pass to a Replaced; inside of `replace`, functions are themselves again."""
+    """Sends the calls of one pass to a Replaced; inside `replace`, the original functions run."""
 
     def __init__(self, owner: Replaced, key: Key) -> None:
         super().__init__()
@@ -108,10 +108,10 @@ class _Calls(TorchFunctionMode):
         seed, place = derive_seed(self.key[0], self.count), self.count
         self.count += 1
         result = self.owner.replace(compute, x.clone() if writes else x, place, (seed, *self.key[1:]))
-        # Code may rely on the writing.
+        # The caller's code may rely on the in-place write.
         return x.copy_(result) if writes else result
 
 
 def _recording() -> tuple[bool, Any]:
-    """Whether autograd records, and the innermost hooks on what it saves: a checkpoint changes one or the other."""
+    """Whether autograd records, and the innermost saved-tensor hooks: a checkpoint changes one of them."""
     return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)

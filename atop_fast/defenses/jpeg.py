@@ -1,4 +1,4 @@
-"""JPEG's quantisation of colors and frequencies, with a surrogate for the gradient of its rounding."""
+"""JPEG's quantization of colors and frequencies, with a surrogate for the gradient of its rounding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._core.checks import check_integer, message
 from ..randomness import Tag, random_bits
 from .base import ImageTransform
 
-# Quantisation tables of ITU-T T.81, annex K, by rows: luma and chroma at quality 50.
+# Quantization tables of ITU-T T.81, annex K, by rows: luma and chroma at quality 50.
 _LUMA = (
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
     87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
@@ -31,9 +31,9 @@ class JPEG(ImageTransform):
         quality: 1 to 100, as in libjpeg; with two numbers (low, high), every sample and draw gets its own, uniformly
             distributed integer.
 
-    Calls are documented in RandomTransform.forward. Images have one channel or three. Forward, coefficients are rounded
-    as by a codec; backward, the derivative of rounding is 1 (straight-through). The small slopes of smooth rounding
-    would hide from an attack the perturbations that cross a rounding step.
+    Calls are documented in RandomTransform.forward. Images have one channel or three. The forward pass rounds
+    coefficients like a codec; the backward pass uses 1 as the derivative of rounding (straight-through). With smooth
+    rounding, small slopes would hide perturbations that cross a rounding step from an attack.
 
     Source: Guo et al., Countering adversarial images using input transformations, ICLR 2018; for the surrogate, Athalye
     et al., Obfuscated gradients give a false sense of security, ICML 2018. Codecs also round pixels to integers, and by
@@ -57,7 +57,7 @@ class JPEG(ImageTransform):
 
 
 def compress(x: Tensor, quality: Tensor) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] after JPEG of each one's quality, int64 (B,)."""
+    """Images (B, C, H, W) in [0, 1] after JPEG with a quality for each image, int64 (B,)."""
     height, width = x.shape[2:]
     pixels = F.pad(255 * x, (0, -width % 8, 0, -height % 8), mode="replicate")
     pixels = _mixed(pixels, _YCC) if x.shape[1] == 3 else pixels
@@ -90,7 +90,7 @@ def _cosine(like: Tensor) -> Tensor:
 
 
 def _along(t: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """matrix @ t along an axis of 8, by sums whose rounding does not depend on the batch, as a matrix product's may."""
+    """matrix @ t along an axis of 8, by sums whose rounding, unlike a matrix product's, does not depend on the batch."""
     shape = [8 if axis == dim else 1 for axis in range(t.dim())]
     total = t.narrow(dim, 0, 1) * matrix[:, 0].view(shape)
     for j in range(1, 8):

@@ -42,7 +42,7 @@ class SelfEnsemble(Replaced):
 
 
 class ActivationPruning(Replaced):
-    """Activations kept by a lottery in which the large ones have more chances, and scaled up in turn.
+    """Activations kept at random, large ones with higher probability, and scaled up in compensation.
 
         p_j = |h_j| / sum_k |h_k|,   j is kept if one of r = ratio N draws from p hits it,   h_j / (1 - (1 - p_j)^r)
 
@@ -87,8 +87,8 @@ class WinnersTakeAll(Replaced):
         ratio: k / N for the N inputs of a layer and an image; k is at least 1. Inputs equal to the smallest kept one
             are kept, too.
 
-    Calls are documented in Replaced.forward. Deterministic. The function is discontinuous: its gradient is that of the
-    kept inputs, which is exact between the jumps and says nothing of them. Robustness against gradients alone is not
+    Calls are documented in Replaced.forward. The function is deterministic and discontinuous: its gradient is that of
+    the kept inputs, which is exact between the jumps but ignores them. Robustness only against gradient attacks is not
     evidence; see doctor.
 
     Source: Xiao et al., Enhancing adversarial defense by k-winners-take-all, ICLR 2020, equation 1. The paper trains

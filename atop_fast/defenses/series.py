@@ -62,7 +62,7 @@ def noise(x: Tensor, u: Tensor, key: Key) -> Tensor:
 
 
 def swirl(x: Tensor, u: Tensor, key: Key) -> Tensor:
-    """Turned around a random point, by an angle that falls with the distance: scikit-image's swirl.
+    """Rotation around a random point, by an angle that decreases with the distance: scikit-image's swirl.
 
     Strength 0.01 to 2, radius 0.05 to 0.9 of the image's side.
     """
@@ -75,7 +75,7 @@ def swirl(x: Tensor, u: Tensor, key: Key) -> Tensor:
 
 
 def zoom(x: Tensor, u: Tensor, key: Key) -> Tensor:
-    """Up to 15 % cut off each side, and the rest resized to the whole."""
+    """Cropping by up to 15 % on each side, and resizing to the original size."""
     rows, columns = _grid(x)
     top, bottom, left, right = (column(0.15 * u[:, k], x)[:, 0] for k in range(4))
     return _sampled(
@@ -86,7 +86,7 @@ def zoom(x: Tensor, u: Tensor, key: Key) -> Tensor:
 
 
 def color(x: Tensor, u: Tensor, key: Key) -> Tensor:
-    """Up to 0.05 added to each of Y, U and V; to each channel of images that have not three."""
+    """Up to 0.05 added to each of Y, U and V, or to each channel if there are not three."""
     shift = 0.1 * u - 0.05
     if x.shape[1] != 3:
         return x + shift[:, torch.arange(x.shape[1], device=x.device) % 4, None, None]
@@ -95,14 +95,14 @@ def color(x: Tensor, u: Tensor, key: Key) -> Tensor:
 
 
 def contrast(x: Tensor, u: Tensor, key: Key) -> Tensor:
-    """0.7 to 1.3 times the distance to the image's mean."""
+    """Contrast: 0.7 to 1.3 times the difference from the image's mean."""
     # In float64, so that rounding does not depend on the batch.
     mean = x.flatten(1).double().mean(dim=1)
     return column(mean, x) + column(0.7 + 0.6 * u[:, 0], x) * (x - column(mean, x))
 
 
 def gray(x: Tensor, u: Tensor, key: Key) -> Tensor:
-    """Mixed, by a random share, with a gray image of random weights."""
+    """Mixture, by a random share, with a gray image of random channel weights."""
     weights = u[:, torch.arange(x.shape[1], device=x.device) % 3]
     weights = (weights / weights.sum(dim=1, keepdim=True))[:, :, None, None]
     return x + column(u[:, 3], x) * ((weights * x).sum(dim=1, keepdim=True) - x)
@@ -123,6 +123,6 @@ def _grid(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sampled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Bilinear values of the images at places (B, H, W), in pixels from the border; border pixels are repeated."""
+    """Bilinear values of the images at positions (B, H, W), in pixels from the border; border pixels are repeated."""
     grid = torch.stack((2 * columns / x.shape[3] - 1, 2 * rows / x.shape[2] - 1), dim=3)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)

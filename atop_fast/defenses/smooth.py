@@ -1,4 +1,4 @@
-"""Total-variation smoothing of images of which random pixels were dropped."""
+"""Total-variation smoothing of images with randomly dropped pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import ImageTransform, column
 
 
 class TotalVariation(ImageTransform):
-    """The image of small total variation that agrees with the pixels that were not dropped.
+    """An image with small total variation that is close to the pixels that were not dropped.
 
         argmin_z  1/2 sum_p kept_p (z_p - x_p)^2 + weight sum_p sqrt(|grad z|_p^2 + smooth^2)
 
@@ -47,7 +47,7 @@ class TotalVariation(ImageTransform):
 
 def smoothed(x: Tensor, kept: Tensor, weight: float, steps: int, smooth: float) -> Tensor:
     """TotalVariation of images x (B, C, H, W), of which the values with kept = 0 are not used."""
-    # The neighbors' mean is the start, as gradient steps would fill a dropped pixel slowly.
+    # Start from the neighbors' mean, because gradient steps fill a dropped pixel slowly.
     one, few = x.new_ones(len(x)), 1e-3
     filled = (blurred(x * kept, one) + 0.5 * few) / (blurred(kept, one) + few)
     z = ahead = torch.where(kept > 0, x, filled)
@@ -70,7 +70,7 @@ def variation_gradient(z: Tensor, smooth: float) -> Tensor:
 
 
 def blurred(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur (5, 5) of images (B, C, H, W), by each one's sigma (B,) in pixels; border pixels are repeated."""
+    """Gaussian blur (5, 5) of images (B, C, H, W), with a sigma (B,) in pixels for each; border pixels are repeated."""
     offsets = torch.arange(-2, 3, device=x.device)
     weights = torch.exp(-(offsets**2) / (2 * sigma.to(x.dtype)[:, None] ** 2))
     weights = weights / weights.sum(dim=1, keepdim=True)
