@@ -34,7 +34,7 @@ TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
 PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 # Folders that operating systems create; names that begin with a dot are hidden, too.
 HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found")
-# Minimum number of files for which it pays to start reader processes, and the number of files per task.
+# Minimum number of files for which reader processes are started, and number of files per task.
 MANY, PART = 5000, 64
 # Number of files whose bytes enter the hash if the images are not in memory.
 SAMPLED = 64

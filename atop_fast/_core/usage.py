@@ -1,4 +1,4 @@
-"""`atop-fast --help`, which is answered before torch is imported: that alone takes seconds."""
+"""`atop-fast --help`, which prints the usage before torch is imported, because the import takes seconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGTERM.
 
 
 def answer_usage(args: Sequence[str] | None = None) -> None:
-    """Print the usage and end the program if its arguments ask for that, and not for a command's."""
+    """Print the usage and exit if the arguments are only -h or --help, without a command."""
     if list(sys.argv[1:] if args is None else args) in (["-h"], ["--help"]):
         print(USAGE, end="")
         sys.exit(0)
