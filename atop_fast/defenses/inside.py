@@ -72,7 +72,7 @@ class Replaced(nn.Module):
         return logits
 
     def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
-        """The replacement of compute(x) for x (B, ...), in call number `place` of the pass; `key` is this call's key."""
+        """The replacement of compute(x), x (B, ...), for call number `place` of the pass; `key` is its key."""
         raise NotImplementedError
 
 

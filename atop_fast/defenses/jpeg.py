@@ -90,7 +90,7 @@ def _cosine(like: Tensor) -> Tensor:
 
 
 def _along(t: Tensor, matrix: Tensor, dim: int) -> Tensor:
-    """matrix @ t along an axis of 8, by sums whose rounding, unlike a matrix product's, does not depend on the batch."""
+    """matrix @ t along an axis of 8, by sums whose rounding, unlike that of @, does not depend on the batch."""
     shape = [8 if axis == dim else 1 for axis in range(t.dim())]
     total = t.narrow(dim, 0, 1) * matrix[:, 0].view(shape)
     for j in range(1, 8):
