@@ -77,8 +77,8 @@ def strongest(model: nn.Module) -> Mapping[str, Any]:
     steps: dict[str, Any] = {"steps": 400, "momentum": 0.9, "schedule": "cosine"}
     seed = derive_seed(0, "attack")
     gradients = ("exact", "bpda", "blind") if isinstance(model, Defense) else ("exact",)
-    attacks: dict[str, Any] = {g: PGD(model, "Linf", EPS, gradient=g, seed=seed, **steps) for g in gradients}
-    return attacks | {"square": Square(model, "Linf", EPS, n_queries=QUERIES, seed=seed)}
+    attacks: dict[str, Any] = {g: PGD(model, norm="Linf", eps=EPS, gradient=g, seed=seed, **steps) for g in gradients}
+    return attacks | {"square": Square(model, norm="Linf", eps=EPS, n_queries=QUERIES, seed=seed)}
 
 
 # Rules of judging, as options of evaluate.

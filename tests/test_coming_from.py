@@ -53,7 +53,7 @@ def our_names(code, names):
     """What our code needs, or a skip: one row puts ART's preprocessing into a model."""
     if "SpatialSmoothing" not in code:
         return names
-    return {**names, "SpatialSmoothing": pytest.importorskip("art.defences.preprocessor").SpatialSmoothing}
+    return {**names, "SpatialSmoothing": pytest.importorskip("art.defenses.preprocessor").SpatialSmoothing}
 
 
 def bind(code, names):

@@ -195,7 +195,7 @@ def test_jpeg_has_the_gradient_of_its_surrogate():
     torch.testing.assert_close(torch.autograd.grad(y, x, upstream)[0], upstream, rtol=0, atol=1e-4)
 
 
-def test_variation_is_minimised():
+def test_variation_is_minimized():
     x = torch.rand(2, 1, 6, 5, dtype=torch.float64, generator=RANDOM)
     kept = (torch.rand(x.shape, generator=RANDOM) > 0.4).double()
 
