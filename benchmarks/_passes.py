@@ -1,10 +1,31 @@
-"""The table of eot_curves.py."""
+"""Tables of attacks that take few passes: parity.py and eot_curves.py."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
 from typing import Any
+
+
+def parity(document: dict[str, Any]) -> str:
+    """AutoAttack fast, and with the rest of standard where it is in doubt, against the original standard."""
+    lines = [
+        "| model | threat | images | standard | fast | auto | left by one alone | passes | seconds | faster |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    titles = ("standard", "fast", "auto")
+    for row in document["rows"]:
+        left = " | ".join(f"{100 * row[title]:.1f} %" for title in titles)
+        alone = f"{row['left by standard alone']}, {row['left by fast alone']}"
+        passes = ", ".join(f"{row[f'{title} passes']:,}" for title in titles)
+        seconds = ", ".join(f"{row[f'{title} s']:.1f}" for title in titles)
+        left += " (in doubt)" if row["doubt"] else ""
+        faster = ", ".join(f"{row[f'{title} x']:.1f}x" for title in titles[1:])
+        threat = f"{row['norm']} {row['eps']:.3g}"
+        lines.append(
+            f"| {row['model']} | {threat} | {row['images']} | {left} | {alone} | {passes} | {seconds} | {faster} |"
+        )
+    return "\n".join(lines)
 
 
 def eot_curves(document: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ OTHERS = (
     "load--cpu",
     "loaded--cpu-avx2",
     "numerics--cpu",
+    "parity--cpu",
     "pilot--cpu-avx2",
     "reliability--cpu",
     "restoration--cpu",

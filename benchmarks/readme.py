@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import counted
-from _passes import eot_curves
+from _passes import eot_curves, parity
 from _reliability import faults, load, numerics
 from _results import OTHERS, RESULTS
 
@@ -367,7 +367,7 @@ def _threads(document: dict[str, Any]) -> str:
 
 
 RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine": engine, "cifar-native": cifar,
-            "restoration": restoration, "eot-curves": eot_curves}  # fmt: skip
+            "restoration": restoration, "parity": parity, "eot-curves": eot_curves}  # fmt: skip
 # Result files of a CPU without AVX-512 end so.
 AVX2 = "cpu-avx2"
 AVX2_SUITES = ("attacks", "evaluate", "scaling")
@@ -393,6 +393,7 @@ PAGES = {
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
     "docs/training.md": ("engine", "cifar"),
+    "docs/attacks.md": ("parity",),
     "docs/evaluation.md": (*counted.PAGES["docs/evaluation.md"], "eot_curves"),
     "docs/purifiers.md": (*counted.PAGES["docs/purifiers.md"], "restoration"),
 }
