@@ -63,7 +63,7 @@ class ActivationPruning(Replaced):
     def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
         """See Replaced.replace."""
         h = compute(x)
-        flat = h.flatten(1)
+        flat = h.flatten(1).to(torch.promote_types(h.dtype, torch.float32))
         draws = max(1, round(self.ratio * flat.shape[1]))
         sums = flat.detach().abs().double().cumsum(dim=1)
         points = (random_bits(draws, *key, Tag.MASK).double() + 0.5) * 2.0**-32 * sums[:, -1:]
@@ -71,9 +71,11 @@ class ActivationPruning(Replaced):
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, hit, True) & (flat != 0)
         # In float64, so that rounding does not depend on the batch.
         total = flat.abs().double().sum(dim=1, keepdim=True).to(flat.dtype)
-        p = (flat.abs() / torch.where(total > 0, total, 1)).clamp(max=1 - 1e-6)
-        chance = -torch.expm1(draws * torch.log1p(-p))
-        return torch.where(kept, flat / torch.where(kept, chance, 1), 0).view_as(h)
+        p = flat.abs() / torch.where(total > 0, total, 1)
+        # At p = 1, the derivative of the logarithm is infinite.
+        chance = -torch.expm1(draws * torch.log1p(-p.clamp(max=1 - torch.finfo(p.dtype).eps)))
+        chance = torch.where(kept & (p < 1), chance, 1)
+        return torch.where(kept, flat / chance, 0).view_as(h).to(h.dtype)
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}"

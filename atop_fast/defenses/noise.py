@@ -19,7 +19,7 @@ class GaussianNoise(ImageTransform):
     """x + sigma n with n ~ N(0, 1), not clipped: the noise of randomized smoothing.
 
     Args:
-        sigma: standard deviation of the noise, in units of [0, 1] pixels.
+        sigma: standard deviation of the noise, in units of [0, 1] pixels; 0 leaves the images as they are.
 
     Calls are documented in RandomTransform.forward; as in the paper, noisy pixels may leave the range of images.
 
@@ -32,6 +32,8 @@ class GaussianNoise(ImageTransform):
 
     def images(self, x: Tensor, seed: Tensor, sample_ids: Tensor, draw: Tensor) -> Tensor:
         """See ImageTransform.images."""
+        if not self.sigma:
+            return x
         return x + self.sigma * random_normal(x.shape[1:], seed, sample_ids, draw).to(x.dtype)
 
 

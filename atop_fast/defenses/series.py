@@ -25,9 +25,9 @@ class RandomSeries(ImageTransform):
 
     Calls are documented in RandomTransform.forward. Pixels are clipped to [0, 1] after each transform.
 
-    Source: Raff et al., Barrage of random transforms for adversarially robust defense, CVPR 2019. The paper has ten
-    groups of transforms, some without gradients, and trains the classifier on them; here are those groups that are
-    differentiable (noise, swirl, zoom, color space, contrast, gray scale, denoising), with one transform each.
+    Source: Raff et al., Barrage of random transforms for adversarially robust defense, CVPR 2019. The paper draws from
+    ten groups of transforms, some without gradients, and trains the classifier on them. Here are seven groups that have
+    gradients, with one transform each.
     """
 
     def __init__(self, most: int = 5) -> None:
@@ -40,19 +40,18 @@ class RandomSeries(ImageTransform):
         ranks = random_ranks(len(STEPS), *key, Tag.ORDER)
         parameters = random_uniform((len(STEPS) + 1, 4), *key, Tag.RATIO)
         count = (parameters[:, -1, 0] * (self.most + 1)).long()
-        each = draw.expand(len(x))
         for place in range(self.most):
             for number, step in enumerate(STEPS):
                 rows = ((ranks[:, number] == place) & (place < count)).nonzero()[:, 0]
                 if len(rows):
-                    part = (seed, sample_ids[rows], each[rows])
+                    part = (seed, sample_ids[rows], draw.expand(len(x))[rows])
                     changed = step(x[rows], parameters[rows, number].to(x.dtype), part)
                     x = x.index_copy(0, rows, changed.clamp(0, 1))
         return x
 
 
-Key = tuple[Tensor, Tensor, Tensor]
 # Images (B, C, H, W), four uniform numbers for each, (B, 4), and the key of more.
+Key = tuple[Tensor, Tensor, Tensor]
 Step = Callable[[Tensor, Tensor, Key], Tensor]
 
 
@@ -78,11 +77,8 @@ def zoom(x: Tensor, u: Tensor, key: Key) -> Tensor:
     """Cropping by up to 15 % on each side, and resizing to the original size."""
     rows, columns = _grid(x)
     top, bottom, left, right = (column(0.15 * u[:, k], x)[:, 0] for k in range(4))
-    return _sampled(
-        x,
-        top * x.shape[2] + rows * (1 - top - bottom) + 0 * columns,
-        left * x.shape[3] + columns * (1 - left - right) + 0 * rows,
-    )
+    rows, columns = top * x.shape[2] + rows * (1 - top - bottom), left * x.shape[3] + columns * (1 - left - right)
+    return _sampled(x, *torch.broadcast_tensors(rows, columns))
 
 
 def color(x: Tensor, u: Tensor, key: Key) -> Tensor:
@@ -97,8 +93,8 @@ def color(x: Tensor, u: Tensor, key: Key) -> Tensor:
 def contrast(x: Tensor, u: Tensor, key: Key) -> Tensor:
     """Contrast: 0.7 to 1.3 times the difference from the image's mean."""
     # In float64, so that rounding does not depend on the batch.
-    mean = x.flatten(1).double().mean(dim=1)
-    return column(mean, x) + column(0.7 + 0.6 * u[:, 0], x) * (x - column(mean, x))
+    mean = column(x.flatten(1).double().mean(dim=1), x)
+    return mean + column(0.7 + 0.6 * u[:, 0], x) * (x - mean)
 
 
 def gray(x: Tensor, u: Tensor, key: Key) -> Tensor:
