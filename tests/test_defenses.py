@@ -117,7 +117,7 @@ def test_a_draw_belongs_to_the_sample(name):
 
 @pytest.mark.parametrize("name", ["noise", "series", "bilateral", "filters", "variation"])
 def test_gradcheck_of_transforms(name, filters):
-    x = (0.3 + 0.4 * torch.rand(2, 3, 4, 5, dtype=torch.float64, generator=RANDOM)).requires_grad_()
+    x = (0.3 + 0.4 * torch.rand(2, 3, 3, 2, dtype=torch.float64, generator=RANDOM)).requires_grad_()
     whole = Defense(TRANSFORM[name], None, nn.Identity()).double()
     if name == "filters":
         with seeded(1):
@@ -125,7 +125,7 @@ def test_gradcheck_of_transforms(name, filters):
     if name == "series":
         # Noise and contrast must not reach the clip, which has kinks.
         x = (0.5 + 0.2 * (x.detach() - 0.5)).requires_grad_()
-    for draw in range(3):
+    for draw in range(2):
         assert torch.autograd.gradcheck(lambda x, draw=draw: whole.purify(x, 1, draw=draw), x, atol=1e-4)
 
 
@@ -169,19 +169,26 @@ def test_bilateral_filter_is_that_of_the_formula():
 
 
 def test_jpeg_is_that_of_a_codec():
+    """Images that a codec made are its fixed points, and on others it errs by much less than the codec loses.
+
+    A codec rounds colors and pixels to integers, too, which changes a few coefficients by a whole step.
+    """
     image = pytest.importorskip("PIL.Image")
-    pixels = F.interpolate(torch.rand(1, 3, 12, 12, generator=RANDOM), (24, 19), mode="bicubic").clamp(0.1, 0.9)
-    levels = (255 * pixels).round().to(torch.uint8)
-    for quality in (10, 50, 90):
-        ours = 255 * (JPEG(quality)(levels)[:, :3].double() + 1) / 2
+    pixels = F.interpolate(torch.rand(1, 3, 12, 12, generator=RANDOM), (24, 19), mode="bicubic").clamp(0, 1)
+    levels = (75 + 105 * pixels).round().to(torch.uint8)
+
+    def ours(t, quality):
+        return 255 * (JPEG(quality)(t)[:, :3].double() + 1) / 2
+
+    for quality in (10, 50):
         buffer = io.BytesIO()
         given = image.fromarray(levels[0].permute(1, 2, 0).numpy())
         given.save(buffer, "jpeg", quality=quality, subsampling=0)
-        theirs = torch.from_numpy(np.array(image.open(buffer))).permute(2, 0, 1)[None].double()
-        # A codec rounds colors and pixels to integers, too, which changes few coefficients.
-        difference, loss = (ours - theirs).abs().mean(), (theirs - levels).abs().mean()
-        assert difference < 0.6 + 0.05 * loss, (quality, difference, loss)
-        assert loss > 1 + (quality < 90), (quality, loss)
+        theirs = torch.from_numpy(np.array(image.open(buffer))).permute(2, 0, 1)[None]
+        loss = (theirs.double() - levels).abs().mean()
+        assert loss > 3
+        assert (ours(levels, quality) - theirs).abs().mean() < 0.35 * loss
+        assert (ours(theirs, quality) - theirs).abs().mean() < 0.75
 
 
 def test_jpeg_has_the_gradient_of_its_surrogate():
@@ -255,8 +262,8 @@ def test_steps_of_the_series():
         changed.std(dim=(1, 2, 3)) / x.std(dim=(1, 2, 3)), 0.7 + 0.6 * u[:, 0], rtol=0, atol=1e-12
     )
     sigma = 0.2 + 0.8 * u[0, 0]
-    weights = torch.exp(-(torch.arange(-2.0, 3) ** 2) / (2 * sigma**2))
-    kernel = torch.outer(weights, weights).expand(3, 1, 5, 5) / weights.sum() ** 2
+    weights = torch.exp(-(torch.arange(-2.0, 3).double() ** 2) / (2 * sigma**2))
+    kernel = (torch.outer(weights, weights).expand(3, 1, 5, 5) / weights.sum() ** 2).double()
     expected = F.conv2d(F.pad(x[:1], (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
     torch.testing.assert_close(series.blur(x[:1], u[:1], None), expected, rtol=0, atol=1e-9)
 
@@ -395,7 +402,9 @@ def test_every_gradient_has_the_draws_of_the_key(name, mode, classifier, filters
     losses = [F.cross_entropy(whole.classifier(x, 7, ids, d), labels, reduction="sum") for d in range(count)]
     (expected,) = torch.autograd.grad(sum(losses) / count, x)
     with frozen(whole), watched_generators() as generators:
-        estimate = GradientEstimator(whole, mode, 2, seed=7)(X[:3], labels, ids, torch.zeros_like(ids))
+        estimate = GradientEstimator(whole, gradient=mode, eot_iter=2, seed=7)(
+            X[:3], labels, ids, torch.zeros_like(ids)
+        )
     assert not generators.drawn
     torch.testing.assert_close(estimate.gradient, expected, rtol=1e-3, atol=1e-6)
 
