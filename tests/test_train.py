@@ -287,6 +287,20 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     assert "classifier" not in Path("run/metrics.jsonl").read_text().replace("classifiers", "")
 
 
+def test_a_package_builds_the_given_classifier_and_the_run_keeps_its_normalization(tiny):
+    models = pytest.importorskip("torchvision").models
+    with seeded(7):
+        network = models.shufflenet_v2_x0_5(num_classes=2).eval()
+    torch.save(network.state_dict(), "given.pt")
+    recipe = load_recipe("tiny.yaml")
+    source = replace(recipe.classifier, path="torchvision:shufflenet_v2_x0_5", weights="given.pt", options={})
+    run_recipe(replace(recipe, classifier=source), "run", until="classifier", progress=False)
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model("run/classifier.safetensors")(x), network((x - mean) / std))
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_published_recipe_runs_in_small(tiny, monkeypatch):
     """DeepFillV2 with few channels, at 32x32 pixels, to which the defense resizes the images."""

@@ -12,9 +12,9 @@ from torch import nn
 
 from .._core.checks import check_fits, message
 from ..attacks import frozen
-from ..checkpoints import load_model, read_header
+from ..checkpoints import load_model
 from ..classifiers import Resized, build_classifier
-from ..classifiers.zoo import load_classifier
+from ..classifiers.zoo import PACKAGES, load_classifier
 from ..data import Dataset, Files
 from ..defense import Defense
 from ..purifiers import DISCRIMINATORS, build_purifier
@@ -26,10 +26,10 @@ from .schema import Recipe
 
 @dataclass
 class Network:
-    """A network and how to build it."""
+    """A network and its architecture; a module from a file or package records its own, and `name` is None."""
 
     module: nn.Module
-    name: str
+    name: str | None
     options: dict[str, Any]
 
 
@@ -50,13 +50,16 @@ def build_networks(recipe: Recipe, data: Dataset | Files, seed: int, device: tor
         sources["discriminator"] = (judge.name, judge.options, lambda name, **options: DISCRIMINATORS[name](**options))
     for kind in sources:
         path = getattr(recipe, kind).path
-        if path is not None and (kind != "classifier" or path.endswith(".safetensors")):
-            header = read_header(path)
-            load = functools.partial(_load, path, kind)
-            sources[kind] = (header.get("name", ""), header.get("options", {}), load)
-        elif path is not None:
-            load = functools.partial(load_classifier, path, key=source.key)
-            sources[kind] = (*sources[kind][:2], load)
+        if path is None:
+            continue
+        if kind != "classifier" or path.endswith(".safetensors"):
+            sources[kind] = ("", {}, functools.partial(_load, path, kind))
+        elif path.partition(":")[0] in PACKAGES:
+            options = {"num_classes": len(data.classes), **source.options}
+            load = functools.partial(load_classifier, weights=source.weights, key=source.key)
+            sources[kind] = (path, options, load)
+        else:
+            sources[kind] = (*sources[kind][:2], functools.partial(load_classifier, path, key=source.key))
     networks = {}
     for kind, (name, options, build) in sources.items():
         with seeded(derive_seed(seed, f"init {kind}")):
@@ -65,7 +68,7 @@ def build_networks(recipe: Recipe, data: Dataset | Files, seed: int, device: tor
             except TypeError as error:
                 given = f"{options} ({error})"
                 raise ValueError(message("run_recipe", kind, f"{name} with options of it", given)) from error
-        networks[kind] = Network(module.to(device), name, options)
+        networks[kind] = Network(module.to(device), None if getattr(recipe, kind).path else name, options)
     return networks
 
 
@@ -98,5 +101,5 @@ def resized(recipe: Recipe, classifier: nn.Module) -> nn.Module:
     return classifier if size is None else Resized(classifier, size)
 
 
-def _load(path: str, kind: str, name: str, **options: Any) -> nn.Module:
+def _load(path: str, kind: str, name: str) -> nn.Module:
     return load_model(path, kind)

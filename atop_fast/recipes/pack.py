@@ -21,7 +21,7 @@ import yaml
 
 from .._core.checks import message
 from .._core.files import write_atomic, write_text
-from ..classifiers.zoo import match_classes
+from ..classifiers.zoo import PACKAGES, match_classes
 from ..data import TORCHVISION, Dataset
 from .evaluation import QUICK, EvaluationConfig
 from .images import save_images
@@ -73,8 +73,10 @@ def _paths(recipe: Recipe) -> dict[str, str]:
     if {data.source, data.test} & set(TORCHVISION):
         given["data.root"] = data.root
     for kind in ("classifier", "purifier", "discriminator"):
-        if (path := getattr(recipe, kind).path) is not None:
+        if (path := getattr(recipe, kind).path) is not None and path.partition(":")[0] not in PACKAGES:
             given[f"{kind}.path"] = path
+    if recipe.classifier.weights is not None:
+        given["classifier.weights"] = recipe.classifier.weights
     return {option: str(Path(path).absolute()) for option, path in given.items()}
 
 

@@ -352,7 +352,8 @@ class _Pipeline:
                 about["metadata"] = {"classes": self.train.classes, "shape": self.train.shape}
             if kind == "purifier":
                 about["transform"] = self.transform
-            save_model(self.out / f"{file}.safetensors", module, kind, network.name, **about, **network.options)
+            options = {} if network.name is None else network.options
+            save_model(self.out / f"{file}.safetensors", module, kind, network.name, **about, **options)
 
     def _save_defense(self, classifier: nn.Module) -> None:
         path = self.out / "defense.safetensors"

@@ -25,8 +25,9 @@ class ClassifierSource:
     """The classifier to defend.
 
     Attributes:
-        path: trained weights: a .safetensors file of atop-fast, or a checkpoint of torch.save with architecture `name`
-            (see load_classifier); none trains one.
+        path: trained weights: a .safetensors file of atop-fast, or a checkpoint of torch.save with architecture `name`;
+            or "torchvision:<name>" or "timm:<name>" with `weights` (see load_classifier); none trains one.
+        weights: file of the weights of a torchvision or timm model.
         key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
         name: architecture, a name of build_classifier.
         options: of the architecture; channels and classes are those of the data unless given.
@@ -35,6 +36,7 @@ class ClassifierSource:
     """
 
     path: str | None = None
+    weights: str | None = None
     key: str | None = None
     name: str = "resnet18"
     options: dict[str, Any] = field(default_factory=dict)
