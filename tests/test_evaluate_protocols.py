@@ -14,6 +14,7 @@ from torch import nn
 from atop_fast import evaluate
 from atop_fast.evaluation import PROTOCOLS, quick_attacks
 from atop_fast.evaluation.protocols import Entry, Protocol, build_attacks
+from atop_fast.evaluation.summary import whole_prefix
 
 
 def test_quick_and_unknown_protocols():
@@ -133,3 +134,16 @@ def test_a_cascade_attacks_only_what_still_stands(monkeypatch):
     # A random defense is never done with an image.
     monkeypatch.setitem(PROTOCOLS, "paper", plan)
     assert evaluate(DEFENSE, X, Y, protocol="paper", **QUIET).passes["pgd"]["images"] == 100
+
+
+def test_a_cut_cascade_does_not_count_all_that_earlier_attacks_fooled():
+    """One attack fools every second of 20 images; the next one is cut after four of the others."""
+    fooled = torch.arange(20) % 2 == 0
+    done = torch.zeros(20, dtype=torch.bool)
+    assert not whole_prefix(done, fooled).any()
+    done[[1, 3, 5, 7]] = True
+    assert whole_prefix(done, fooled).nonzero()[:, 0].tolist() == list(range(8))
+    assert whole_prefix(~fooled, fooled).all()
+    # With several processes, images beyond the first gap do not count.
+    done[15] = True
+    assert whole_prefix(done, fooled).nonzero()[:, 0].tolist() == list(range(8))

@@ -146,7 +146,9 @@ def constant_finding(predictions: Tensor, labels: Tensor) -> list[dict[str, Any]
 def doubt_finding(attacks: Mapping[str, Verdict | None]) -> list[dict[str, Any]]:
     """A finding if the protocol fast may have left too many images robust, by the criteria of AutoAttack's "fast"."""
     left = {name: verdict.mean for name, verdict in attacks.items() if verdict is not None}
-    if left.keys() != {"pma", "apgd_t", "square"}:
+    counts = {verdict.images for verdict in attacks.values() if verdict is not None}
+    # Verdicts of a budget's cut attacks are of different images.
+    if left.keys() != {"pma", "apgd_t", "square"} or len(counts) > 1:
         return []
     late, probed = left["pma"] - left["apgd_t"], left["apgd_t"] - left["square"]
     if late <= DOUBT and probed <= 0:

@@ -148,7 +148,7 @@ def summarize(
         predictions.append(torch.where(done[:, None], known, _pick(predictions, chosen)))
         # A missing candidate cannot fail under the emulated rules.
         right.append((predictions[-1] == labels[:, None]) | ~done[:, None])
-        reached.append(done | (correct == 0) if cascade else done)
+        reached.append(whole_prefix(done, correct == 0) if cascade else done)
     chosen, _ = choice(run, names)
     rounded = torch.zeros_like(predictions[0])
     for row, name in enumerate(names):
@@ -186,6 +186,19 @@ def summarize(
         ],
         versions=versions(),
     )
+
+
+def whole_prefix(done: Tensor, fooled: Tensor) -> Tensor:
+    """The images, bool (N,), that an attack of a cascade has decided: all of them, or the first up to where it was cut.
+
+    A cut attack has met some of those `done` (N,), but the attacks before it have met all that are `fooled` (N,): an
+    accuracy over both would count every fooled image, and only a few of the others.
+    """
+    decided = (done | fooled).long().cumprod(0).bool()
+    if not decided.all():
+        last = (decided & done).nonzero()[:, 0]
+        decided[int(last[-1]) + 1 if len(last) else 0 :] = False
+    return decided
 
 
 def _pick(predictions: Sequence[Tensor], chosen: Tensor) -> Tensor:
