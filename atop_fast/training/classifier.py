@@ -83,7 +83,9 @@ class ClassifierStep(Step):
         return {"accuracy": (logits.argmax(dim=1) == y).float().mean()}
 
     def _logits(self, x: Tensor, ids: Tensor, epoch: int | Tensor) -> Tensor:
-        return self.classifier(x) if self.plain else self.pipeline(x, self.transform_seed, ids, epoch)
+        if not self.plain:
+            return self.pipeline(x, self.transform_seed, ids, epoch)
+        return self.pipeline.classify(x, self.transform_seed, ids, epoch)
 
 
 def train_classifier(

@@ -323,7 +323,7 @@ class FinetuneStep(PretrainStep):
         image, loss, logs = self.restore(adversarial, target, ids, epoch)
         with record_function("losses"):
             with self.autocast():
-                logits, *others = self.classifier(image).float().split(len(y))
+                logits, *others = self.pipeline.classify(image, self.seed, ids, epoch).float().split(len(y))
             logs["ce"] = F.cross_entropy(logits, y)
             judgment = self.config.ce_weight * logs["ce"]
             if clean:
