@@ -12,6 +12,7 @@ import json
 import shlex
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +60,8 @@ def write_repeat(out: Path, recipe: Recipe, seed: int, versions: dict[str, str])
     for option, value in _paths(recipe).items():
         name = option.replace(".", "_").upper()
         options += f' --{option} "${{{name}:-{_quoted(value)}}}"'
-        variables += f"\n#   {name}={shlex.quote(value)}"
+        # A comment ends with its line, and the rest of a path would be a command.
+        variables += "\n#   " + f"{name}={shlex.quote(value)}".replace("\n", "\n#   ")
     text = REPEAT.format(**versions, seed=seed, options=options, variables=variables or " none is needed.")
     write_text(out / "repeat.sh", text)
     return text
@@ -129,7 +131,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 if info.file_size > min(LARGEST, 2**20 + SHRUNK * info.compress_size):
                     raise ValueError(f"{name} would take {info.file_size:,} bytes")
                 file.extract(info, folder)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             message("evaluate", "RUN", "an archive of `atop-fast report`", f"{archive} ({reason})")
