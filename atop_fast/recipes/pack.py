@@ -32,7 +32,10 @@ from .schema import Recipe, load_recipe
 DEFENSE, IMAGES, RUN, RECIPE = "defense.safetensors", "held_out.safetensors", "run.json", "recipe.yaml"
 NEEDED = (DEFENSE, RUN, RECIPE, "repeat.sh", "report.html", "report.json")
 # Options of a run's evaluation that another one of it takes, unless told otherwise.
-KEPT = ("protocol", "norm", "eps", "images", "draws", "selection_draws")
+KEPT = (
+    *("protocol", "norm", "eps", "images", "draws", "selection_draws"),
+    *("randomness", "interval", "curve"),
+)
 # Bytes of an archive's member, and how much smaller it may be in the archive: files of weights hardly shrink.
 LARGEST, SHRUNK = 2**34, 200
 
@@ -171,4 +174,4 @@ def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, 
     done = asdict(load_recipe(path / RECIPE).evaluation) if (path / RECIPE).exists() else header["evaluation"]
     names = KEPT if any(argument.split("=")[0] == "--protocol" for argument in given) else (*KEPT, *QUICK)
     kept = {key: value for key in names if (value := done.get(key)) is not None}
-    return {"defense": str(path / DEFENSE), "data": data, **kept}
+    return {"defense": str(path / DEFENSE), "data": data, "seed": header.get("seed", 0), **kept}
