@@ -62,7 +62,8 @@ class Replaced(nn.Module):
         """
         name = type(self).__name__
         if seed is None:
-            seed = int(torch.randint(2**62, ())) if self.keyed else 0
+            # A tensor of x's device: a CUDA graph draws another one in each replay, and would repeat a number.
+            seed = torch.randint(2**62, (), device=x.device) if self.keyed else 0
         key = key_tensors(name, len(x), x.device, seed, sample_ids, draw)
         with _Calls(self, key) as calls:
             logits: Tensor = self.model(x)
