@@ -49,6 +49,10 @@ from .verdict import INTERVALS
 
 # Under a budget, the number of images in an attack's first unit, whose time determines the sizes of later units.
 PILOT = 8
+NOT_FIXED = (
+    "evaluate: randomness='fixed' fixes what the transform and a keyed classifier draw, but this Defense still differs "
+    "from draw to draw: its networks draw without a key, or rounding differs"
+)
 
 
 def evaluate(
@@ -154,6 +158,8 @@ def evaluate(
         with frozen(model):
             if judge.is_repeatable(source):
                 judge.collapse()
+            elif randomness == "fixed":
+                warnings.warn(NOT_FIXED, stacklevel=2)
         named = _attacks(attacks, plan, model, threat, seed, judge.deterministic, max_batch)
         for radius in radii:
             args = (threat.norm, radius, seed, judge.deterministic, max_batch)
