@@ -31,8 +31,8 @@ class PGD(Attack):
 
         m <- momentum m + g / mean|g|
 
-    With a random model, momentum averages over the draws of all steps so far: many steps of one to four draws then do
-    better than fewer steps of many draws (docs/evaluation.md).
+    With a random model, momentum averages over the draws of all steps so far: one to four draws per step then suffice
+    (docs/evaluation.md).
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
