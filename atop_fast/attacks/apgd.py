@@ -31,8 +31,8 @@ class APGD(Attack):
 
         z = P(x + eta dir(g)),   x <- P(x + 0.75 (z - x) + 0.25 (x - x_previous))        Algorithm 1 of the 2020 paper
 
-    eta starts at 2 eps. At checkpoints it is halved, and the search goes back to the best point, where the loss rose
-    in too few of the steps since the last one, or where neither eta nor the best loss has changed since. For L1 the
+    eta starts at 2 eps. At checkpoints it is halved, and the search goes back to the best point, if the loss rose
+    in too few of the steps since the last one, or if neither eta nor the best loss has changed since. For L1 the
     step goes along the largest entries of the gradient alone, their number following the best point's sparsity (Croce
     and Hein, 2021, section 3).
 
@@ -44,7 +44,7 @@ class APGD(Attack):
         norm: "Linf", "L2" or "L1".
         eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: iterations; there is one evaluation more.
-        n_restarts: runs from further random points, of the images that some draw still classifies correctly.
+        n_restarts: number of runs; further ones start at random points, for images that some draw still gets right.
         seed: key of the attack's randomness and draws.
         loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss for their formulas.
         eot_iter: draws of the model in each gradient, which is their mean.
@@ -54,13 +54,13 @@ class APGD(Attack):
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
 
@@ -69,7 +69,7 @@ class APGD(Attack):
     """
 
     norms = NORMS
-    # How often the schedule is gone through, with another target class each.
+    # Repetitions of the schedule, each with another target class.
     rounds = 1
 
     def __init__(
@@ -144,7 +144,7 @@ class APGD(Attack):
             state["done"] |= (estimate.correct == 0) & now["counts"]
         state["t"] += ~state["done"]
         state["done"] |= state["t"] >= tables.length
-        # The index must stay inside of the tables for rows that nobody has fetched yet.
+        # The index must stay inside the tables for rows that are done but not yet fetched.
         state["t"].clamp_(max=tables.length - 1)
 
     def targets(self, state: State, now: State) -> Tensor | None:
@@ -179,7 +179,7 @@ class APGD(Attack):
         state["candidate_loss"] = torch.where(better, estimate.loss, state["candidate_loss"])
 
     def _keep_best(self, state: State, estimate: Estimate, now: State) -> None:
-        """Where the loss is largest, the search goes back to; at the start of a stage all begins anew."""
+        """Keep the point of the largest loss, to which the search goes back; the start of a stage resets it."""
         first, loss = now["first"], estimate.loss
         assert estimate.gradient is not None
         state["gradient"] = self.masked(state, torch.nan_to_num(estimate.gradient))
@@ -247,24 +247,24 @@ class APGDT(APGD):
         norm: "Linf", "L2" or "L1".
         eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: iterations against every target class, each from the same random start.
-        n_restarts: runs from further random points, of the images that some draw still classifies correctly.
+        n_restarts: number of runs; further ones start at random points, for images that some draw still gets right.
         seed: key of the attack's randomness and draws.
         eot_iter: draws of the model in each gradient, which is their mean.
         rho: share of the steps since the last checkpoint in which the loss must rise.
-        target_classes: how many; at most the number of classes less one.
-        order: "logits" or "malt". With ten classes and nine targets it changes nothing but their order.
+        target_classes: number of target classes, at most the number of classes less one.
+        order: "logits" or "malt". With ten classes and nine targets it only changes their order.
         shrink_eps: for L1, spend 3/10 of the steps in the ball of radius 3 eps, 3/10 in 2 eps and the rest in eps, as
             AutoAttack does.
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, start=None, mask=None); returns adversarial images.
     """
@@ -342,7 +342,7 @@ class APGDT(APGD):
             gradient, loss, _ = estimator(images[rows], *ahead, loss="margin")
             assert gradient is not None
             slope = torch.linalg.vector_norm(gradient.flatten(1).float(), order, dim=1)
-            # A class without a slope cannot be reached.
+            # A class with zero gradient cannot be reached.
             distance = torch.where(slope > 0, -loss / slope, torch.inf)
             distances[rows, columns] = distance.masked_fill(distance.isnan(), torch.inf)
         return classes.gather(1, distances.argsort(dim=1, stable=True))
@@ -353,7 +353,7 @@ class APGDT(APGD):
 
 @dataclass(frozen=True)
 class _Tables(Schedule):
-    """What happens at each evaluation of a row, (length,): the schedule of all rounds and stages."""
+    """The schedule of all rounds and stages: one entry for each evaluation of a row, (length,)."""
 
     eps: Tensor  # radius of the stage
     first: Tensor  # the evaluation of the stage's start
@@ -366,7 +366,7 @@ class _Tables(Schedule):
     round: Tensor
 
 
-# Kept for good: CUDA graphs read this memory.
+# Never freed: CUDA graphs read this memory.
 @functools.cache
 def _tables(
     steps: int, norm: str, eps: float, shrink_eps: bool, rounds: int, device: torch.device, dtype: torch.dtype
@@ -410,7 +410,7 @@ def _nonzero(delta: Tensor) -> Tensor:
 
 
 def _random_start(norm: str, images: Tensor, radius: float, seed: int | Tensor, ids: Tensor) -> Tensor:
-    """A random point on the ball's surface (in its inside for L1), clipped to [0, 1]; keyed by (seed, id)."""
+    """A random point on the ball's surface (in its interior for L1), clipped to [0, 1]; keyed by (seed, id)."""
     shape = images.shape[1:]
     if norm == "Linf":
         direction = 2 * random_uniform(shape, seed, ids, 0, Tag.START).to(images.dtype) - 1

@@ -43,8 +43,8 @@ VERSIONS = {
     "custom": (),
 }
 NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma", "probe")
-# What completes "fast", which is in doubt where APGD-T fools more than this share of the images after PMA, or a random
-# search of so many queries any image after both.
+# The attacks that complete "fast". Its result is in doubt if APGD-T fools more than this share of the images after PMA,
+# or if a random search of so many queries fools any image after both.
 REST = ("apgd-ce", "fab-t", "square")
 DOUBT, PROBE = 0.002, 200
 DOUBTED = (
@@ -62,7 +62,7 @@ class AutoAttack:
     - "fast": PMA, and APGD-T on what is left (as PMA+ of Xie et al., CVPR 2025), for deterministic models; then
       "probe", a Square of 200 queries. Far fewer passes than "standard" for a robust network; its result is, like that
       of every attack, an upper bound on the robust accuracy. It is in doubt if APGD-T fools more than 0.2 % of the
-      images after PMA, which then has missed something, or the probe an image after both, whose gradients then mislead.
+      images after PMA, a sign that PMA misses some, or if the probe fools any after both, a sign of masked gradients.
     - "custom": `attacks_to_run`, each as in "standard".
 
     An image that one draw of the model gets wrong counts as not robust and is attacked no further. For a random
@@ -77,10 +77,10 @@ class AutoAttack:
         complete: for "fast": True goes on with "apgd-ce", "fab-t" and "square"; "auto" does so in doubt, so that an
             image's result depends on the others of the call; False, the default, warns in doubt.
         seed: key of all randomness.
-        device: where images are attacked, such as "cuda"; a model that is a module must be there. None: on the device
-            of the images. Results come back to it in both cases.
+        device: device of the attacks, such as "cuda"; a model that is a module must be on it. None: the device of the
+            images. Results are returned on the images' device in both cases.
         verbose: show a progress bar, and print the accuracy after every attack.
-        log_path: file to which the accuracy after every attack is added, with the time.
+        log_path: file to which the accuracy after every attack is appended, with the time.
         precision: of the networks in the attacks; what counts as fooled is always decided in float32. With "bfloat16"
             or "float16" the images that survive are attacked once more in float32 (`finish` of the attacks).
         finish: attacks of the float32 pass after a screen in lower precision; for a network that is not adversarially
@@ -90,14 +90,14 @@ class AutoAttack:
         eot_iter: draws of the model in each gradient and query; None: the version's number.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         callback: called with a TraceStep after each step of every attack, which has the name of its attack in the
-            ensemble; on a GPU every step then waits for the device.
+            ensemble; on a GPU this synchronizes at every step.
 
     Attributes:
         accuracy: after a run, {"clean": ..., attack: accuracy after it}, each from single draws.
         in_doubt: after a run of "fast": whether it may have left images that "standard" fools.
 
     Departures from the original: "plus" has FAB-T in the place of the untargeted FAB; restarts, target classes and
-    draws as APGD, FAB and Square say.
+    draws are those of APGD, FAB and Square.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class AutoAttack:
         self.device = None if device is None else check_device(name, "device", str(device))
         self.log_path = None if log_path is None else Path(log_path)
         if self.log_path is not None:
-            # An unwritable place must be reported now, not after an hour.
+            # An unwritable path must be reported now, not after an hour.
             writable_folder(name, "log_path", self.log_path.parent)
         self.verbose, self.callback = bool(verbose), callback
         self.accuracy: dict[str, float] = {}
@@ -206,7 +206,7 @@ class AutoAttack:
     def run_standard_evaluation_individual(
         self, images: Tensor, labels: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Tensor] | dict[str, tuple[Tensor, Tensor]]:
-        """Attack images by every attack of the ensemble alone, none of them profiting from the others.
+        """Run each attack of the ensemble by itself, independently of the others.
 
         Args:
             images: float (N, C, H, W) in [0, 1].
@@ -234,7 +234,7 @@ class AutoAttack:
     def _evaluate(
         self, images: Tensor, labels: Tensor, sample_ids: Tensor | None, bs: int, attacks: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """The results of some attacks one after the other, and their classes in the draws that decided."""
+        """The results of attacks that run in sequence, and their classes in the draws that decided."""
         name, start = "AutoAttack", time.monotonic()
         x = check_images(name, "images", images)
         y = check_labels(name, "labels", labels, x)
@@ -279,7 +279,7 @@ class AutoAttack:
                 file.write(line + "\n")
 
     def _leaves_doubt(self) -> bool:
-        """Whether what "fast" has done may have left images that "standard" fools."""
+        """Whether "fast" may have left images that "standard" fools."""
         if self.version != "fast" or not {"pma", "apgd-t", "probe"} <= self.accuracy.keys():
             return False
         after_pma, after_both, after_probe = (self.accuracy[name] for name in ("pma", "apgd-t", "probe"))

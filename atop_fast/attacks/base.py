@@ -1,4 +1,4 @@
-"""What all attacks share: their arguments, their checks, and how they are run."""
+"""The base class of all attacks: their arguments, their checks, and their run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .queue import State, run_queue
 from .trace import Callback, Trace
 
 NORMS = ("Linf", "L2", "L1")
-# No image is so far from another; squares of lengths beyond would overflow.
+# No two images are this far apart; squares of larger lengths would overflow.
 MAX_LENGTH = 1e6
 
 
@@ -30,21 +30,21 @@ class Attack(ABC):
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
-        norm: "Linf", "L2" or "L1", as far as the attack has it.
+        norm: "Linf", "L2" or "L1", if the attack supports it.
         eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: iterations.
         eot_iter: draws of the model in each gradient, which is their mean.
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     The model's mode, buffers and requires_grad flags are left as they were, also after an error.
     """
@@ -54,7 +54,7 @@ class Attack(ABC):
     has_targets: ClassVar[bool] = True
     loss: str = "ce"
     n_restarts: int = 1
-    # Of one call; set in a copy of the attack.
+    # State of one call, set on a copy of the attack.
     trace: Trace | None = None
     targeted: bool = False
     mask: Tensor | None = None  # bool (B, C, H, W)
@@ -154,7 +154,7 @@ class Attack(ABC):
                 return this.run(estimator, images, labels, ids, start)
 
     def _check_targets(self, targets: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        """Raise unless the attack can reach targets (B,), and they are no labels (B,)."""
+        """Raise unless the attack takes targets (B,), and all of them differ from the labels (B,)."""
         name = type(self).__name__
         check_labels(name, "targets", targets, images)
         if not self.has_targets:
@@ -173,11 +173,11 @@ class Attack(ABC):
         return gradient.masked_fill(~state["mask"], 0) if "mask" in state else gradient
 
     def given(self) -> State:
-        """What the state of each row has besides that of `begin`."""
+        """The entries of the rows' state that `begin` does not set."""
         return {} if self.mask is None else {"mask": self.mask}
 
     def observe(self, loss: Tensor, correct: Tensor) -> None:
-        """Tell the trace, if there is one, what a step saw: loss and share of right draws of every row, (B,)."""
+        """Report a step to the trace, if there is one: loss and share of correct draws of every row, (B,)."""
         if self.trace is not None:
             self.trace.seen = (loss, correct)
 
@@ -273,7 +273,7 @@ class Attack(ABC):
     def rank(
         self, judge: GradientEstimator, candidates: Tensor, images: Tensor, labels: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """How good candidates are: the share of draws that classify them correctly, (B,), and their loss, (B,)."""
+        """The quality of candidates: the share of draws that classify them correctly, (B,), and their loss, (B,)."""
         _, loss, correct = judge.evaluate(candidates, labels, ids, torch.zeros_like(ids))
         return correct, loss
 
@@ -302,7 +302,7 @@ class Attack(ABC):
 
 
 def initial_state(images: Tensor, labels: Tensor, ids: Tensor, x: Tensor) -> State:
-    """What every attack's state has: the images, where they are now, and how far they are."""
+    """The entries that all attacks' states share: images, iterates, candidates and progress."""
     return {
         "x0": images,
         "labels": labels,

@@ -1,4 +1,4 @@
-"""BPDA (Athalye et al., ICML 2018) for any model: another derivative for what comes before it."""
+"""BPDA (Athalye et al., ICML 2018) for any model: a substitute derivative for its preprocessing."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Map = Callable[[Tensor], Tensor]
 
 
 class BPDA(nn.Module):
-    """model(forward(x)), whose gradient goes through `backward` in the place of `forward`.
+    """model(forward(x)), whose gradient goes through `backward` instead of `forward`.
 
         value: model(forward(x)),     gradient: that of model at forward(x), times the Jacobian of backward at x
 
-    All attacks and atop_fast.evaluate take it as they take the model. What it computes does not depend on `backward`:
-    a verdict on it is one on model(forward(x)).
+    All attacks and atop_fast.evaluate take it like any model. Its output does not depend on `backward`: a verdict on
+    it is a verdict on model(forward(x)).
 
     Args:
         model: any callable from images (B, C, H, W) in [0, 1] to logits.
-        forward: what comes before it, such as a quantization or a JPEG compression; it needs no derivative.
-        backward: differentiable map from images to what it approximates, of the shape of forward's images; None is
-            the identity.
+        forward: its preprocessing, such as a quantization or a JPEG compression; it needs no derivative.
+        backward: differentiable map from images to an approximation of forward(x), of the same shape; None is the
+            identity.
 
     Raises:
         TypeError: an argument is not callable, or the model is a Defense, whose draws would lose their keys: attacks

@@ -16,7 +16,7 @@ from .network import Model
 from .queue import State
 from .trace import Callback
 
-# Pixels this close to 0 and 1 have a finite place in tanh space (the factor of the authors' code).
+# Bound of |2 x - 1|, within which atanh is finite (the factor of the authors' code).
 INSIDE = 0.999999
 LARGEST_C = 1e10
 
@@ -40,7 +40,7 @@ class CW(Attack):
         kappa: the margin that counts as adversarial (the paper's confidence), in units of the logits.
         steps: Adam steps of one run; each is one forward and backward pass for each draw.
         lr: step size of Adam, in units of w.
-        search_steps: runs, each with another c; 1 is no search.
+        search_steps: number of runs, each with another c; 1 disables the search.
         eps: None for no bound; otherwise only adversarial points within eps count as results. Neither the objective
             nor the search depends on it.
         norm: "L2".
@@ -48,18 +48,18 @@ class CW(Attack):
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
-        early_stop: an image ends a run when its objective has not fallen by 0.01 % since the last look; there are 10
-            looks a run (the authors' abort_early, for each image instead of each batch). For deterministic models, and
-            for an lr that does not make the objective swing. It is not the misclassification that ends an image.
+        early_stop: an image ends a run when its objective has not fallen by 0.01 % since the last check; there are 10
+            checks a run (the authors' abort_early, for each image instead of each batch). For deterministic models, and
+            for an lr at which the objective does not oscillate. Misclassification does not end an image.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
-    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); `start` takes the place of
-    the image as the start of every run.
+    Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); `start` replaces the image
+    as the start of every run.
     """
 
     norms = ("L2",)
@@ -156,14 +156,14 @@ class CW(Attack):
         state["done"] = state["t"] >= self.steps * self.search_steps
 
     def _look(self, state: State, new: State, objective: Tensor) -> None:
-        """End the runs whose objective stands still."""
+        """End the runs whose objective no longer falls."""
         look = state["t"] % self.steps % max(1, self.steps // 10) == 0
         still = look & (objective > 0.9999 * state["objective"])
         new["objective"] = torch.where(look, objective, state["objective"])
         new["t"] = torch.where(still, (state["t"] // self.steps + 1) * self.steps, new["t"])
 
     def _end_runs(self, state: State, new: State) -> None:
-        """Where a run is over: the next c, and everything else as it was at the start."""
+        """Begin the next run of images whose run is over: set its c, and reset the rest of the state."""
         over, c = new["t"] % self.steps == 0, state["c"]
         new["upper"] = torch.where(over & new["found"], c, state["upper"])
         new["lower"] = torch.where(over & ~new["found"], c, state["lower"])

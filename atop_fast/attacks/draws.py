@@ -28,6 +28,6 @@ def draw_logits(
     estimator = GradientEstimator(model, eot_iter=len(draws), max_batch=max_batch, seed=seed)
     estimator.function = function
     if len(images):
-        # Else all parts of a set of images would have the same noise.
+        # Otherwise all parts of a set of images would have the same noise.
         estimator.calls_seed = derive_seed(seed, int(sample_ids[0]), draws.start)
     return estimator._logits(images, sample_ids, torch.full_like(sample_ids, draws.start))

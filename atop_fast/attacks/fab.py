@@ -24,7 +24,7 @@ class FAB(Attack):
         x <- clip((1 - a)(x + eta d1) + a (x0 + eta d2)),   a = min(|d1| / (|d1| + |d2|), alpha_max)
         x <- x0 + beta (x - x0)   where x is adversarial                  Croce & Hein, 2020, algorithm 1
 
-    The attack minimizes the norm. What comes back is the nearest adversarial point that it met, if it is within eps,
+    The attack minimizes the norm. Its result is the nearest adversarial point that it met, if that is within eps,
     and the image itself otherwise. Targeted only: the untargeted FAB needs the gradients of all logits in every step.
 
     Args:
@@ -32,27 +32,27 @@ class FAB(Attack):
         norm: "Linf", "L2" or "L1".
         eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: iterations against each target class; each takes two forward passes and one backward.
-        n_restarts: runs; all but the first start from random points at the distance eps / 2 of the images that were
-            not fooled before.
+        n_restarts: number of runs; all but the first take the images that were not fooled before, and start from
+            random points at distance eps / 2.
         alpha_max, eta, beta: see above.
-        target_classes: the most likely classes besides y, by the clean image's logits, one after the other; an image
-            that is fooled within eps goes on to no other.
+        target_classes: number of target classes: the most likely ones besides y, by the clean image's logits, one
+            after the other; an image that is fooled within eps skips the rest.
         eot_iter: draws of the model in each gradient, which is their mean. With a random defense, a point is
             adversarial if more than half of as many other draws are misclassified.
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done at its first adversarial point within eps, which is not the nearest. For
             deterministic models.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
-    Called as attack(images, labels, sample_ids=None, start=None, mask=None); `start`, if it is given, is where the
-    first run starts from against each class. An image that is misclassified comes back as it is.
+    Called as attack(images, labels, sample_ids=None, start=None, mask=None); `start`, if it is given, is the
+    starting point of the first run against each class. An image that is misclassified is returned unchanged.
     """
 
     norms = ("Linf", "L2", "L1")

@@ -2,7 +2,7 @@
 
     norm(conv(x)) = conv(x) * s + (b - mean) * s + beta,  s = gamma / sqrt(var + eps)    one convolution, not two passes
 
-What is changed is a copy; the caller's model is left as it was.
+Only a copy is changed; the caller's model stays as it was.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _LAYERS = (
     nn.LayerNorm, nn.GroupNorm, nn.Sequential, nn.ModuleList, nn.ModuleDict,
 )  # fmt: skip
 _FORWARDS = {kind: kind.forward for kind in _LAYERS}
-# This package's own networks have no state or randomness, but check shapes, which no trace survives.
+# This package's own networks have no state or randomness, but their checks of shapes cannot be traced.
 _OWN = tuple(f"{__name__.partition('.')[0]}.{name}" for name in ("purifiers.", "classifiers.", "_core.transformer"))
 
 
-# While it traces, torch sends the calls of all modules of all threads through the tracer: there must be one at a time.
+# A trace intercepts the module calls of all threads: only one may run at a time.
 _TRACING = threading.Lock()
 
 
 class _Tracer(fx.Tracer):
-    """A tracer that lets modules be which other threads call meanwhile."""
+    """A tracer that ignores modules called by other threads meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class _Tracer(fx.Tracer):
 def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of a trained network for fast passes, with each batch norm folded into the convolution before it.
 
-    Folded is a BatchNorm2d with running statistics that alone reads a Conv2d, both called once. The weights are folded
-    in float64. They are in channels_last, which CPUs and tensor cores prefer. Where that can be faster, convolutions
-    become FrozenConv3x3 or FrozenConv, with the sum and the relu that follow them.
+    A BatchNorm2d with running statistics is folded if it alone reads a Conv2d and both are called once. The weights are
+    folded in float64. They are in channels_last, which CPUs and tensor cores prefer. If that can be faster,
+    convolutions become FrozenConv3x3 or FrozenConv, fused with the sum and the relu that follow them.
 
     Args:
         model: in evaluation mode.
@@ -85,11 +85,11 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
         A module with the outputs of `model` up to rounding, in evaluation mode and without parameter gradients. It does
         not follow later changes of `model`.
 
-        `model` itself is returned where the copy might compute something else: in training mode, with hooks,
-        parametrizations or patched methods, where its code reads what may change or draws random numbers, or where it
-        does not consist of well-known deterministic layers and functions alone. This package's own networks that
+        `model` itself is returned if the copy might compute something else: in training mode, with hooks,
+        parametrizations or patched methods, if its code reads mutable state or draws random numbers, or if it has
+        anything but well-known deterministic layers and functions. This package's own networks that
         cannot be traced, the purifiers and the vision transformer, are laid out without folding. Only a deep copy is
-        traced: nothing of `model`, and no generator of random numbers, changes.
+        traced: neither `model` nor any random generator changes.
 
     Raises:
         TypeError: `model` is no module.
@@ -130,7 +130,7 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
 
 
 def _forget(file: str) -> None:
-    """Remove the source of a generated function, which torch would keep for ever."""
+    """Remove the source of a generated function, which torch would keep forever."""
     linecache.cache.pop(file, None)
     fx.graph_module._loader.eval_cache.pop(file, None)
 
@@ -147,7 +147,7 @@ def _is_rewritable(model: nn.Module) -> bool:
 
 
 def _traced(copied: nn.Module) -> fx.Graph | None:
-    """The graph of a copy of the model, or None where it may not be rewritten."""
+    """The graph of a copy of the model, or None if it may not be rewritten."""
     before = _state(copied)
     graphs = []
     with watched_generators() as generators:
@@ -209,7 +209,7 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _fuse(graph: fx.Graph, layers: dict[str, Any]) -> None:
-    """Have convolutions add what is added to their outputs alone, and clamp the sum, if that comes next."""
+    """Fuse residual sums, and a relu that follows, into convolutions whose output only the sum reads."""
     uses = [node.target for node in graph.nodes if node.op == "call_module"]
     for node in list(graph.nodes):
         kind = _frozen(layers[node.target]) if node.op == "call_module" and uses.count(node.target) == 1 else None
@@ -252,7 +252,7 @@ def _adds(node: fx.Node, term: fx.Node) -> bool:
 
 
 def _changed_between(first: fx.Node, last: fx.Node, layers: dict[str, Any]) -> bool:
-    """Whether anything works in-place between the two: what `first` reads may be something else at `last`."""
+    """Whether a node between the two works in-place: the inputs of `first` may have changed at `last`."""
     node = first.next
     while node is not last:
         module = layers[node.target] if node.op == "call_module" else None

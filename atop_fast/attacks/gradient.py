@@ -26,8 +26,8 @@ GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
 # Networks run on a multiple of this many rows: convolutions and matrix products of a CPU then round each row in the
 # same way whatever the others are, so that results do not depend on how images are batched. A GPU's may not.
 ROWS = 8
-# What the pass with gradients may save for the backward pass, unless a caller says how many rows it may have; a GPU
-# gives a share of its memory, if that is more.
+# Bytes that the pass with gradients may save for the backward pass, unless the caller limits its rows; on a GPU a share
+# of its memory, if that is more.
 MEMORY = 1 << 30
 GPU_SHARE = 8
 # Rows of a pass of a model whose memory cannot be measured.
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 class Estimate(NamedTuple):
-    """What one evaluation of the model at B images tells an attack."""
+    """The result of one evaluation of the model at B images."""
 
     gradient: Tensor | None  # (B, C, H, W): of the mean loss, or as asked for
     loss: Tensor  # (B,) float32: mean over the draws
@@ -51,9 +51,9 @@ class GradientEstimator:
         g(x) = 1/n sum_draw grad_x loss(model(x; draw), y)                 EOT, Athalye et al., ICML 2018
 
     The draws are folded into the batch, in passes whose size is set by memory and not by their number; the graph of a
-    pass is gone before the next. Gradients are summed draw by draw, in their order, whatever the passes are.
+    pass is freed before the next. Gradients are summed draw by draw, in order, however passes divide the draws.
 
-    The model gets copies of the images: it may write into what it is given. Its errors are passed on as they are.
+    The model gets copies of the images, and may write into them. Its errors propagate unchanged.
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits. The draws of a Defense are keyed
@@ -72,7 +72,7 @@ class GradientEstimator:
             (it needs 3, or 4 with targets), the margin replaces it, with a warning if there are no targets.
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
             float32.
-        substitute: differentiable map from images to what it stands for, the purified images; the identity by default.
+        substitute: differentiable map from images to an approximation of the purified images; the identity by default.
         seed: key of the draws, an int or an int64 scalar tensor.
         targeted: the labels are classes to be reached: losses and their gradients have the other sign, and a draw
             counts as correct until it gives the label.
@@ -108,13 +108,13 @@ class GradientEstimator:
         self.model, self.gradient, self.loss, self.seed = model, gradient, loss, seed
         self.precision, self.substitute, self.targeted = precision, substitute, targeted
         self.eot_iter = 1 if gradient == "blind" else eot_iter
-        # For errors: whose call it is, and the largest of its labels, with their name.
+        # For errors: the name of the caller, the largest of its labels, and the name of that argument.
         self.function, self.largest_label, self.argument = name, 0, "labels"
         self.passes = counter() or Passes()
         # 0: not known yet.
         self._rows = self._forward_rows = 0 if max_batch is None else max(ROWS, max_batch // ROWS * ROWS)
         self._calls, self._warned = 0, False
-        # The seed of repeated calls, where it is not that of keyed draws.
+        # The seed of repeated calls, if it differs from that of keyed draws.
         self.calls_seed: int | None = None
         self._known = is_copy(model)
         # For a Defense: whether a call was watched, and whether it draws from the global generators.
@@ -140,10 +140,10 @@ class GradientEstimator:
             labels, ids: classes and sample ids, int64 (B,).
             t: int64 (B,); row b uses the draws t[b] * eot_iter .. t[b] * eot_iter + eot_iter - 1.
             targets: int64 (B,), the other class of a targeted loss.
-            loss: another loss than the estimator's; or several, of which each row has the one that `which` says.
-            summed: False for those to whom the gradient's scale does not matter: they get the sum over the draws, or,
-                where one pass holds all draws, their gradients (eot_iter, B, C, H, W), which the step ops add up.
-            which: int64 (B,), places in `loss`.
+            loss: overrides the estimator's loss; or several losses, from which `which` selects one for each row.
+            summed: False for callers that ignore the gradient's scale: they get the sum over the draws, or, if one pass
+                holds all draws, the gradients of all (eot_iter, B, C, H, W), which the step ops add up.
+            which: int64 (B,), indices into `loss`.
         """
         self._measure(x)
         first_draws = t * self.eot_iter
@@ -199,8 +199,8 @@ class GradientEstimator:
             result = _chosen(logits.detach(), part.take(labels), rivals, loss, part.take(which))
         if self.targeted:
             result = _targeted(result)
-        # Confident networks have gradients near the smallest numbers, with which CPUs compute slowly and which float16
-        # does not have: the backward pass gets rows of size 1. Powers of two change no bits.
+        # Confident networks have gradients near the smallest numbers, which are slow on CPUs and underflow in float16:
+        # the backward pass gets rows scaled to size 1. Scaling by powers of two is exact.
         largest = result.gradient.abs().amax(dim=1).nan_to_num(1.0).clamp(2.0**-100, 2.0**100)
         size = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
         try:
@@ -252,7 +252,7 @@ class GradientEstimator:
         targets: Tensor | None = None,
         loss: str | None = None,
     ) -> Estimate:
-        """As a call, without the gradient and its pass."""
+        """Like a call, without the gradient and its pass."""
         logits = self.logits(x, ids, t)
         n = logits.shape[1]
         repeated = None if targets is None else targets.repeat_interleave(n)
@@ -264,7 +264,7 @@ class GradientEstimator:
         return Estimate(None, *means)
 
     def _loss(self, loss: str | None, logits: Tensor, targets: Tensor | None) -> str:
-        """The loss of a call: where there are too few classes for dlr, the margin, its numerator."""
+        """The loss of a call: with too few classes for dlr, the margin, its numerator."""
         loss, needed, classes = loss or self.loss, 3 if targets is None else 4, logits.shape[1]
         if loss != "dlr" or classes >= needed:
             return loss
@@ -278,7 +278,7 @@ class GradientEstimator:
         return self._logits(x, ids, t * self.eot_iter)
 
     def _logits(self, x: Tensor, ids: Tensor, first_draws: Tensor) -> Tensor:
-        # Another callable than a module may not be differentiable, and tells nothing of its memory.
+        # A callable that is no module may not be differentiable, and its memory cannot be measured.
         if isinstance(self.model, nn.Module):
             self._measure(x)
 
@@ -298,18 +298,18 @@ class GradientEstimator:
 
     @property
     def forward_rows(self) -> int:
-        """Most rows of a pass without gradients, as far as that is known: the first pass over images tells."""
+        """Most rows of a pass without gradients, as far as it is known: the first pass over images measures it."""
         return self._forward_rows or MOST_ROWS
 
     def _passes(self, x: Tensor, work: Callable[[Pass], T], graph: bool) -> Iterator[tuple[Pass, T]]:
-        """The eot_iter * B rows, draw by draw, in passes, with what `work` makes of each.
+        """The eot_iter * B rows, draw by draw, in passes, with the result of `work` on each.
 
-        Where one does not fit into memory, smaller ones are made of it, and no larger ones from there on.
+        A pass that runs out of memory is divided, and no later pass is larger than its parts.
         """
         batch, count = len(x), self.eot_iter * len(x)
         # A model with randomness of its own gets one draw a pass.
         span = count if isinstance(self.model, Defense) and not self._random else batch
-        # A network's rows are filled up; another callable may mind.
+        # The passes of a network are padded; other callables may not tolerate padding.
         multiple = ROWS if isinstance(self.model, nn.Module) else 1
         first = 0
         while first < count:
@@ -393,7 +393,7 @@ class GradientEstimator:
         return torch.autocast(x.device.type, dtype, cache_enabled=False)
 
     def _measure(self, x: Tensor) -> None:
-        """Find out, once, how many rows of images like x a pass may have; see _room."""
+        """Measure, once, how many rows of images like x a pass may have; see _room."""
         if self._rows:
             return
         saved: dict[int, Tensor] = {}
@@ -401,7 +401,7 @@ class GradientEstimator:
         shared = {p.untyped_storage().data_ptr() for p in parameters}
 
         def pack(t: Tensor) -> Tensor:
-            # Detached: a node that holds its own output keeps itself, and the whole graph, alive for ever.
+            # Detached: a node that holds its own output keeps itself, and the whole graph, alive forever.
             t = t.detach()
             if (address := t.untyped_storage().data_ptr()) not in shared:
                 saved[address] = t
@@ -418,7 +418,7 @@ class GradientEstimator:
                     self._forward(leaf, part, zero, zero)
                 most = _room(x.device) * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
             except RuntimeError as error:
-                # Those of torch.func do not go with hooks.
+                # torch.func does not support these hooks.
                 if "saved tensor hooks" not in str(error):
                     raise
         self._draws(generators)
@@ -430,8 +430,8 @@ class GradientEstimator:
 def _room(device: torch.device) -> int:
     """Bytes that a pass may save.
 
-    The share is of all memory of a GPU, so that its passes do not change from run to run, but at most half of what is
-    free, as the network and other processes have some, too.
+    It is a share of the total memory of a GPU, so that its passes do not change from run to run, but at most half of
+    the free memory, as the network and other processes need some, too.
     """
     if device.type != "cuda":
         return MEMORY
@@ -441,7 +441,7 @@ def _room(device: torch.device) -> int:
 
 
 def _chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[str], which: Tensor) -> AttackLoss:
-    """Each row's loss of several."""
+    """The loss that `which` selects for each row."""
     results = [attack_loss(z, labels, loss, None if loss in ("ce", "pm-label") else targets) for loss in losses]
     values, gradient, correct = results[0]
     for place, other in enumerate(results[1:], 1):
@@ -452,5 +452,5 @@ def _chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[
 
 
 def _targeted(result: AttackLoss) -> AttackLoss:
-    """The losses of an attack that is to reach the labels."""
+    """The losses of a targeted attack, whose labels are the targets."""
     return AttackLoss(-result.losses, -result.gradient, ~result.correct)

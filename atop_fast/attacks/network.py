@@ -18,8 +18,8 @@ from ..randomness import watched_generators
 from .folding import fold_batch_norm
 
 Model = Callable[..., Tensor]
-# Folding a network takes as long as some of its passes. How many images there are must not matter: rounding would
-# depend on it.
+# Folding a network takes as long as some of its passes. The decision must not depend on the number of images:
+# rounding would, too.
 WORTHWHILE = 8
 # Tolerances of a copy's outputs and gradients, relative to their norms; docs/reliability.md has the measurements.
 TOLERANCES = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-3, 3e-2)}
@@ -43,12 +43,12 @@ class Probe(NamedTuple):
 def prepared(
     model: Model, dtype: torch.dtype | None = None, passes: int = WORTHWHILE, probe: Probe | None = None
 ) -> Iterator[Model]:
-    """The model as attacks call it: frozen inside the block, and folded where that is exact and worth its time.
+    """The model as attacks call it: frozen inside the block, and folded if that is exact and worth its time.
 
     Args:
         model: a Defense, or any callable from images to logits.
         dtype: the type in which an autocast will run it: weights are cast here once instead of in every pass.
-        passes: how often each image will go through it, about.
+        passes: approximate number of passes of each image.
         probe: images at which logits and input gradients of the copy must be the model's, up to rounding; else the
             model itself is yielded, with a warning, now and later. None: the copy is not compared.
 
@@ -104,7 +104,7 @@ def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
         except Exception:  # the attack will raise the model's own error
             return False
     if generators.drawn:
-        # Its calls differ, with a copy or without.
+        # Its calls differ with or without a copy.
         _UNLIKE.add(model)
         return False
     with watched_generators() as generators:
@@ -134,7 +134,7 @@ def _response(network: nn.Module, probe: Probe) -> tuple[Tensor, Tensor | None]:
         version = copied._version
         logits = network(copied, *key)
         if copied._version != version:
-            # Such as an in-place relu that comes first: it must go on getting copies.
+            # A first layer such as an in-place relu: it must still get copies.
             _COPIES.discard(network)
         weights = (2.4 * torch.arange(logits.shape[-1], device=leaf.device)).cos()
         total = (logits * weights.to(logits.dtype)).sum()
@@ -196,7 +196,7 @@ def frozen(*models: object) -> Iterator[None]:
 
 
 def _modes(model: nn.Module) -> tuple[list[nn.Module], dict[str, nn.Module]]:
-    """The modules that belong into evaluation mode, and, by name, those that were left in training mode on purpose."""
+    """The modules that belong in evaluation mode, and, by name, those that were left in training mode on purpose."""
     evaluated: list[nn.Module] = []
     training: dict[str, nn.Module] = {}
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""Passes of rows through a model: how they are counted, and which rows of a batch and its draws one of them has."""
+"""Passes of rows through a model: their count, and the rows of a batch and its draws that one of them has."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def counter() -> Passes | None:
 
 
 class Pass:
-    """Rows first .. first + count - 1 of a batch that is repeated draw by draw, and some more to fill the pass."""
+    """Rows first .. first + count - 1 of a batch that is repeated draw by draw, and padding to fill the pass."""
 
     def __init__(self, first: int, count: int, batch: int, multiple: int, device: torch.device) -> None:
         self.first, self.count, self.batch = first, count, batch

@@ -51,15 +51,15 @@ class PGD(Attack):
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified, or, in Linf with constant steps and no momentum,
-            when an iterate comes back: further steps would only repeat iterates that were classified correctly. For
+            when an iterate recurs: further steps would only repeat iterates that were classified correctly. For
             deterministic models: one lucky draw says little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
     """
@@ -183,14 +183,14 @@ class FGSM(PGD):
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
     """
@@ -249,14 +249,14 @@ class MIFGSM(PGD):
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); returns adversarial images.
     """

@@ -21,7 +21,7 @@ from .pgd import random_start
 from .queue import Schedule, State, run_queue
 from .trace import Callback
 
-# The losses that a row may climb on in a step; a step refers to them by index.
+# The losses that a row may ascend in a step; a step refers to them by index.
 PARTS = ("pm", "pm-label", "pm-other")
 MARGIN, LABEL, OTHER = range(3)
 # Share of the entries that a step in L1 moves, at the start of a half and at its end.
@@ -31,17 +31,17 @@ SHARES = (0.1, 0.01)
 class PMA(Attack):
     """Probability Margin Attack: signed or normalized steps on P = max_{k != y} p_k - p_y, p the softmax.
 
-    Two runs from random starts. The first step of each goes down on -p_y, the others of the first half up on -p_y in
-    one run and on max_{k != y} p_k in the other, those of the second half up on P. In both halves of N / 2 steps the
+    Two runs from random starts. The first step of each descends -p_y; the others of the first half ascend -p_y in
+    one run and max_{k != y} p_k in the other, and those of the second half ascend P. In both halves of N / 2 steps the
     step size falls from 2 eps to 0:
 
-        x <- P(x + alpha_i dir(g)),   alpha_i = eps (1 + cos(pi (i - 1) / (N / 2))),   i = 0 .. N / 2, and then anew
+        x <- P(x + alpha_i dir(g)),   alpha_i = eps (1 + cos(pi (i - 1) / (N / 2))),   i = 0 .. N / 2, in each half
 
     The gradients are those of the log-odds of P, p_y and p_k (atop_fast.ops.attack_loss), which have the directions of
     the paper's and do not vanish with confident predictions.
 
-    The candidate of an image is the iterate that fewest draws classify correctly, ties broken by the larger loss, of
-    the second halves alone.
+    The candidate of an image is the iterate of the second halves that fewest draws classify correctly, ties broken by
+    the larger loss.
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
@@ -50,19 +50,19 @@ class PMA(Attack):
         steps: N, of each run; there is one evaluation more.
         n_restarts: pairs of runs from further random points, of the images that some draw still classifies correctly.
         target_classes: 0 for the two runs above; n for n runs, each towards one of the n classes that follow the most
-            likely one at the image itself: the first half climbs on p_t, the second on p_t - p_y.
+            likely one at the image itself: the first half ascends p_t, the second p_t - p_y.
         eot_iter: draws of the model in each gradient, which is their mean.
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, start=None, mask=None); returns adversarial images.
 
@@ -167,7 +167,7 @@ class PMA(Attack):
         )
 
     def _keep_candidate(self, state: State, x: Tensor, estimate: Estimate, now: State) -> None:
-        # The first half climbs on other losses, which do not compare.
+        # The first half ascends other losses, which are not comparable.
         loss = torch.where(now["part"] == MARGIN, estimate.loss, -torch.inf)
         better = better_candidate(estimate.correct, loss, state["candidate_correct"], state["candidate_loss"])
         better &= ~state["done"]
@@ -196,14 +196,14 @@ class _Tables(Schedule):
     """The schedule of all rounds: one entry for each evaluation of a row, (length,)."""
 
     is_first: Tensor  # the evaluation of the round's start
-    is_odd: Tensor  # of an odd round
-    part: Tensor  # loss that the step after it climbs on, an index into PARTS
-    alpha: Tensor  # length of that step, in units of eps; below 0 downwards
-    share: Tensor  # of the entries that it moves in L1
+    is_odd: Tensor  # whether the round is odd
+    part: Tensor  # loss that the step after it ascends, an index into PARTS
+    alpha: Tensor  # length of that step, in units of eps; negative to descend
+    share: Tensor  # share of the entries that it moves in L1
     round: Tensor
 
 
-# Kept for good: CUDA graphs read this memory.
+# Never freed: CUDA graphs read this memory.
 @functools.cache
 def _tables(steps: int, rounds: int, targeted: bool, device: torch.device) -> _Tables:
     half, rows = steps / 2, []

@@ -11,17 +11,17 @@ from .gradient import ROWS, GradientEstimator
 from .trace import Trace
 
 State = dict[str, Tensor]
-# Images in the batch at a time. More of them cost tiny networks fewer calls, and nothing else: passes have sizes of
-# their own.
+# Images in the batch at a time. A larger batch only saves calls of tiny networks, because passes have sizes of their
+# own.
 SLOTS = {"cpu": 256}
 SLOTS_ON_GPU = 512
-# Steps between two looks at which images are done; each look waits for a GPU.
+# Steps between two checks for images that are done; each check synchronizes with the GPU.
 STEPS = {"cpu": 1}
 STEPS_ON_GPU = 8
 
 
 class Program(Protocol):
-    """What the queue needs of an attack: rows that can be set up, and moved on, independently of each other."""
+    """The queue's interface to an attack: rows that can be set up and advanced independently of each other."""
 
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
@@ -29,14 +29,14 @@ class Program(Protocol):
         """The state of new rows: tensors (B, ...), among them "done", bool (B,), and "best", images (B, C, H, W)."""
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
-        """One iteration of every row that is not done; must not wait for a GPU, nor change rows that are done."""
+        """One iteration of every row that is not done; must not synchronize, nor change rows that are done."""
 
     def length(self) -> int | None:
-        """After how many steps every row is done, or None where that depends on the row."""
+        """The number of steps after which every row is done, or None if it depends on the row."""
 
 
 class Schedule:
-    """What an attack does at each evaluation of a row: a subclass is a dataclass of tensors (length,)."""
+    """The plan of a row, evaluation by evaluation: a subclass is a dataclass of tensors (length,)."""
 
     @property
     def length(self) -> int:
@@ -56,10 +56,10 @@ def run_queue(
     start: Tensor | None = None,
     given: State | None = None,
 ) -> Tensor:
-    """Run the program over all images; what "best" holds for each when it is done, (N, C, H, W).
+    """Run the program over all images; returns "best" of each when it is done, (N, C, H, W).
 
-    `given` are further tensors (N, ...) of which each row's state gets its part. An attack's
-    trace, if there is one, is told of every iteration.
+    `given` holds further tensors (N, ...), from which each row's state takes its entry. An attack's
+    trace, if there is one, is notified of every iteration.
 
     The batch always has a multiple of 8 rows. When the queue is empty it shrinks.
     """
@@ -78,7 +78,7 @@ def run_queue(
             program.step(estimator, state)
             return
         t, alive = state["t"].clone(), ~state["done"]
-        # In a batch that never shrinks, copies fill up the last rows.
+        # In a batch that never shrinks, copies pad the last rows.
         alive[len(images) :] = False
         program.step(estimator, state)
         trace.take(t, alive, state["t"], state["done"], waiting < len(images))
@@ -91,7 +91,7 @@ def run_queue(
         trace.begin(len(images))
     waiting, length = slots, program.length()
     if length is not None and (trace is None or len(images) <= slots):
-        # All rows of a batch are done at the same time: nothing waits for a GPU, so that a CUDA graph may hold it all.
+        # All rows of a batch are done at the same time: nothing synchronizes, so that a CUDA graph may hold it all.
         parts = []
         for first in range(0, len(images), slots):
             state = begin(rows_from(first))
@@ -101,7 +101,7 @@ def run_queue(
         return torch.cat(parts)
     state = begin(rows_from(0))
     results = images.clone()
-    # Which image is in which slot; a slot without an image holds a copy that is done.
+    # The image in each slot; a slot without an image holds a copy that is done.
     owner = [slot if slot < len(images) else -1 for slot in range(slots)]
     state["done"][len(images) :] = True
     while any(number >= 0 for number in owner):
@@ -128,7 +128,7 @@ def run_queue(
 
 
 def _shrunk(state: State, owner: list[int]) -> tuple[State, list[int]]:
-    """The rows that still hold an image, filled up to a multiple of 8."""
+    """The rows that still hold an image, padded to a multiple of 8."""
     busy = [slot for slot, number in enumerate(owner) if number >= 0]
     idle = [slot for slot, number in enumerate(owner) if number < 0]
     kept = busy + idle[: -len(busy) % ROWS]

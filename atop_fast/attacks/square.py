@@ -24,7 +24,7 @@ from .trace import Callback
 # Queries of one step: their random words are drawn together, which costs hardly more than those of one. Images that are
 # fooled wait for the end of the step.
 QUERIES = 8
-# Of 10,000 queries; at each of them the share p of the pixels is halved.
+# Queries, out of 10,000, at which the share p of the pixels is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -34,7 +34,7 @@ class _Square(NamedTuple):
     signs: Tensor  # (B, C, 1, 1): -1 or 1
     rows: Tensor  # (B, 1, H, 1): mask
     columns: Tensor  # (B, 1, 1, W): mask
-    # L2 and L1 alone: the mask of another square, the place of this one, and which bump of the table it gets.
+    # L2 and L1 only: the mask of another square, the position of this one, and the index of its bump in the table.
     other_rows: Any = None
     other_columns: Any = None
     top: Any = None  # (B, 1, 1, 1)
@@ -55,7 +55,7 @@ class Square(Attack):
     squares of its own.
 
     For a random defense a candidate is kept if its estimated loss, of its own `eot_iter` draws, is larger than that
-    of the candidate kept last, of other draws: a noisy comparison, which also keeps what was only lucky.
+    of the candidate kept last, of other draws: a noisy comparison, which also keeps candidates that were only lucky.
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
@@ -64,7 +64,7 @@ class Square(Attack):
         n_queries: squares that are tried in each run.
         n_restarts: independent runs, each for the images that were not fooled before; of the candidates, the one that
             is classified correctly in fewer of `eot_iter` fresh draws, ties broken by the larger loss.
-        p_init: share of the pixels that the first squares have.
+        p_init: share of the pixels that the first squares cover.
         resc_schedule: shrink the squares at the same fractions of `n_queries` whatever their number, instead of at
             the paper's numbers of queries, which are meant for 10,000. AutoAttack does the latter.
         eot_iter: draws of the model in each query.
@@ -73,7 +73,7 @@ class Square(Attack):
             module.
         early_stop: an image is done as soon as it is misclassified; by default True, unless the model is a Defense.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, start=None, targets=None, mask=None); an image that is not fooled
     comes back as the candidate of the largest loss.
@@ -130,7 +130,7 @@ class Square(Attack):
     ) -> State:
         x = self._start(estimator.seed, images, ids) if start is None else self._nearest(start, images)
         state = initial_state(images, labels, ids, x)
-        # A loss that is not a number is worse than any.
+        # NaN counts as the lowest loss.
         state["loss"] = self._loss(estimator, x, labels, ids, state["t"]).nan_to_num(nan=-torch.inf)
         if self.early_stop:
             clean = self._loss(estimator, images, labels, ids, state["t"] + 1)
@@ -154,7 +154,7 @@ class Square(Attack):
         state["done"] = state["done"] | (state["t"] >= self.steps) | (loss > enough)
 
     def _loss(self, estimator: GradientEstimator, x: Tensor, labels: Tensor, ids: Tensor, t: Tensor) -> Tensor:
-        """The margin, (B,), averaged over the draws; as estimator.evaluate, in fewer ops."""
+        """The margin, (B,), averaged over the draws; like estimator.evaluate, in fewer ops."""
         logits = estimator.logits(x, ids, t)
         own = labels[:, None, None].expand(-1, logits.shape[1], 1)
         margin = (logits.scatter(2, own, -torch.inf).amax(dim=2) - logits.gather(2, own)[..., 0]).mean(dim=1)
@@ -181,7 +181,7 @@ class Square(Attack):
         return self._onto_ball(delta, images)
 
     def _squares(self, seed: int, state: State) -> Iterator[tuple[Tensor, Tensor, _Square]]:
-        """Of each of the next queries: which rows have it, bool (B,), the draws t of its evaluation, and the square."""
+        """For each of the next queries: the rows that have it, bool (B,), the draws t of its evaluation, the square."""
         x, t = state["x"], state["t"] + torch.arange(QUERIES, device=state["t"].device)[:, None]  # (Q, B)
         batch, channels, height, width = x.shape
         at = t * 10000 // self.steps if self.resc_schedule else t
@@ -217,7 +217,7 @@ class Square(Attack):
             return torch.clamp(x, x0 - self.eps, x0 + self.eps)
         order = 1 if self.norm == "L1" else 2
         inside = torch.linalg.vector_norm((x - x0).flatten(1), order, dim=1) <= self.eps
-        # What lies inside keeps its bits.
+        # Points inside keep their bits.
         return torch.where(per_image(inside), x, (project_l1 if order == 1 else project_l2)(x, x0, self.eps))
 
     def _onto_ball(self, delta: Tensor, x0: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ def _keep(x: Tensor, candidate: Tensor, kept: Tensor) -> None:
     if not x.is_cpu:
         x.lerp_(candidate, per_image(kept.to(x.dtype)))
         return
-    # Few are, and to know which costs nothing on a CPU.
+    # Few are kept, and finding them on a CPU needs no synchronization.
     rows = kept.nonzero()[:, 0]
     x.index_copy_(0, rows, candidate[rows])
 
@@ -243,14 +243,14 @@ def _signs(words: Tensor) -> Tensor:
 
 
 def _masks(corners: Tensor, size: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows (Q, B, 1, H, 1) and columns (Q, B, 1, 1, W) the squares of top left corners (Q, B, 2) have."""
+    """The rows (Q, B, 1, H, 1) and columns (Q, B, 1, 1, W) of the squares with top left corners (Q, B, 2)."""
     top, left = corners[..., None, None, None].unbind(2)
     row = torch.arange(x.shape[2], device=x.device)[:, None] - top
     column = torch.arange(x.shape[3], device=x.device) - left
     return ((row >= 0) & (row < size)).to(x.dtype), ((column >= 0) & (column < size)).to(x.dtype)
 
 
-# Kept for good: CUDA graphs read this memory.
+# Never freed: CUDA graphs read this memory.
 @functools.cache
 def _tables(norm: str, p_init: float, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """HALVINGS; the side of the squares at every level, 0 .. 9; and the bumps of every level with their transposes,

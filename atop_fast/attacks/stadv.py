@@ -40,14 +40,14 @@ class StAdv(Attack):
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
             alone is attacked).
-        substitute: for "bpda", a differentiable map from images to what it stands for, the purified images; None is
-            the identity.
+        substitute: for "bpda", a differentiable map from images to an approximation of the purified images; None is the
+            identity.
         seed: key of the attack's randomness and draws.
         max_batch: most rows of one pass; None takes as many as save about 1 GiB for the backward pass.
         early_stop: an image is done as soon as it is misclassified. For deterministic models: one lucky draw says
             little about a random one.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
-        callback: called with a TraceStep after each step; on a GPU every step then waits for the device.
+        callback: called with a TraceStep after each step; on a GPU this synchronizes at every step.
 
     Called as attack(images, labels, sample_ids=None, targets=None, mask=None); there is no `start`.
     """
@@ -133,13 +133,13 @@ def warp(images: Tensor, flow: Tensor) -> Tensor:
     Args:
         images: (B, C, H, W).
         flow: (B, 2, H, W), the move along x and along y, on the grid on which [-1, 1] spans the image from edge to
-            edge (align_corners=False): pixel j of W is at (2 j + 1) / W - 1. Beyond the edge, the edge's pixels go on.
+            edge (align_corners=False): pixel j of W is at (2 j + 1) / W - 1. Edge pixels are repeated beyond the edge.
 
     Returns:
         Images of the same shape, in the range of the given ones; the zero flow gives the images back.
     """
     height, width = images.shape[2:]
-    # In float32 a pixel's place would be off by 1e-7 of the width, and the zero flow would blur.
+    # In float32 a pixel's position would be off by 1e-7 of the width, and the zero flow would blur.
     x, y = ((2 * torch.arange(n, device=images.device, dtype=torch.float64) + 1) / n - 1 for n in (width, height))
     grid = torch.stack((x + flow[:, 0], y[:, None] + flow[:, 1]), dim=-1)
     return F.grid_sample(images.double(), grid, "bilinear", "border", align_corners=False).to(images.dtype)
@@ -149,5 +149,5 @@ def roughness(flow: Tensor) -> Tensor:
     """sum_p sum_{q next to p} |f(p) - f(q)|_2 of flows (B, 2, H, W), (B,): Xiao et al., 2018, equation 4."""
     # The root's slope is infinite where neighbors move alike.
     pairs = (flow.diff(dim=dim).square().sum(dim=1).add(1e-12).sqrt().flatten(1).sum(dim=1) for dim in (2, 3))
-    # Each pair is met from both of its ends.
+    # Each pair counts from both of its ends.
     return 2 * sum(pairs, flow.new_zeros(len(flow)))

@@ -21,7 +21,7 @@ class TraceStep(NamedTuple):
     step: int  # the steps before this one; of Square, the queries
     images: int  # of this run; those that are done count with their last values
     loss: float | None  # mean loss that the attack maximizes; None if no image has a finite one
-    accuracy: float  # mean share of draws that are right
+    accuracy: float  # mean share of draws that are correct
     forward: int  # rows through the model since the attack was called, forward ...
     backward: int  # ... and backward
 
@@ -30,10 +30,10 @@ Callback = Callable[[TraceStep], object]
 
 
 class Trace:
-    """Adds up what the rows of a queue see, and calls back for each step that all images have passed.
+    """Sums the observations of a queue's rows, and calls back for each step that all images have passed.
 
     Args:
-        callback: called with a TraceStep; what it returns is not used.
+        callback: called with a TraceStep; its return value is ignored.
         attack: name of the attack.
         passes: the counter of the call's estimators.
     """
