@@ -42,7 +42,7 @@ def demo(
     The same as `atop-fast train demo`, which takes all options.
 
     Args:
-        out: folder of the models, the report and what a stopped run goes on from.
+        out: folder of the models, the report and the state from which a stopped run resumes.
         budget: see train.
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
@@ -77,7 +77,7 @@ def train(
     YAML file; options replace what it says.
 
     Args:
-        out: folder of the models, the report and what a stopped run goes on from.
+        out: folder of the models, the report and the state from which a stopped run resumes.
         data: images and their split.
         transform: the random transform.
         classifier: the classifier to defend, given or to train.
@@ -87,9 +87,9 @@ def train(
         finetune: training of the purifier on adversarial images.
         evaluation: how the classifier alone and the defenses are judged.
         ablation: also fine-tune on adversarial images of the classifier alone, as the public code does, and judge it.
-        notes: what the report says besides.
-        until: the last stage; the same command with a later one goes on.
-        budget: time such as 45m or 2h in which a reduced form of it ends: with fewer updates and images, as reported.
+        notes: text that the report quotes.
+        until: the last stage; the same command with a later one continues.
+        budget: time such as 45m or 2h that the run must fit into: with fewer updates and images, as reported.
         tensorboard: write logs for TensorBoard to `out`/tensorboard; needs the extra atop-fast[track].
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
@@ -128,13 +128,13 @@ def evaluate(
         purifier: purifier.safetensors; without it the classifier alone is evaluated, or, if `transform` is given, that
             transform before it.
         defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defense that the
-            package carries.
-        out: folder of the run and its report; the same command goes on with a run that was stopped.
+            package ships.
+        out: folder of the run and its report; the same command resumes a run that was stopped.
         data: images and their split; the held-out part is attacked.
-        transform: the random transform, where no file says it.
+        transform: the random transform, if no file states it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
-        key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
+        key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
         trace: file of JSON lines with loss, accuracy and passes after each step of every attack.
         tensorboard: write the same to `out`/tensorboard; needs the extra atop-fast[track].
         budget: time after which no further attack starts, such as 90s, 10m or 2h.
@@ -167,7 +167,7 @@ def evaluate(
 
 
 def report(run: str, pack: str | None = None) -> None:
-    """Show what a finished run has found; `atop-fast report RUN [options]`.
+    """Show the results of a finished run; `atop-fast report RUN [options]`.
 
     Args:
         run: folder of the commands train or demo.
@@ -249,7 +249,7 @@ def _with_numbers(args: list[str]) -> list[str]:
 
 
 def _with_positional(args: list[str], folder: Path) -> list[str]:
-    """What stands after a command, as options; `folder` takes what an archive holds.
+    """Turn the positional argument of a command into options; `folder` takes the contents of an archive.
 
     The PRESET of `train` and the RUN of `evaluate` are configurations, which later options change.
     """
@@ -269,7 +269,7 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
 
 
 def _show(report: dict[str, Any] | None, out: str) -> None:
-    """What a run has found, for the terminal."""
+    """Print the results of a run."""
     if not _first():
         return
     if report is None:

@@ -1,4 +1,4 @@
-"""Findings on the evaluation itself: the contract, candidates outside the ball, an ended budget."""
+"""Findings on the evaluation itself: the contract, candidates outside the ball, an exhausted budget."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .verdict import Verdict
 # Checks of the contract that take few passes, except `mode` and `cost`: evaluate sets the mode and reports the time.
 CHEAP = ("finite", "logits", "determinism", "batch_coupling", "accuracy", "normalization", "zero_gradient")
 IMAGES = 32
-# Share of the predictions on clean images from which one class stands for a constant answer.
+# Share of the predictions on clean images from which on one class counts as a constant answer.
 CONSTANT = 0.9
 
 
@@ -50,7 +50,7 @@ class Threat:
 
 
 def examined(folder: Path | None, model: Model, source: Source, threat: Threat, seed: int) -> list[dict[str, Any]]:
-    """The findings of atop_fast.doctor, with a warning of each that is not a pass.
+    """The findings of atop_fast.doctor, with a warning for each that is not a pass.
 
     With a folder, all checks run, and it keeps their findings for a call that resumes the run; without one, the cheap
     checks run, on at most as many images as fit into one pass with gradients.
@@ -64,7 +64,7 @@ def examined(folder: Path | None, model: Model, source: Source, threat: Threat, 
             if path is not None:
                 write_text(path, json.dumps(found, indent=2) + "\n")
         except (RuntimeError, NotImplementedError) as error:
-            # Not every attack needs what the checks do.
+            # The checks need more of a model than some attacks do.
             reason = f"The contract could not be checked: {type(error).__name__}: {error}".partition("\n")[0]
             found = [_finding("contract", "warn", reason, {})]
     for finding in found:

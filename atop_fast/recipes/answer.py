@@ -1,4 +1,4 @@
-"""What a run says first: whether the defense helps, by how much on the same images, and what to doubt."""
+"""The summary of a run: whether the defense helps, by how much on the same images, and reasons for doubt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..evaluation.verdict import paired_interval
 
-# What the fine-tuned defense is compared with, if it was evaluated.
+# The system that the others are compared with.
 DEFENSE = "finetuned"
 
 
@@ -54,7 +54,7 @@ def _gain(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], 
 def answer(
     gains: Mapping[str, Mapping[str, Any]], reports: Mapping[str, Mapping[str, Any]], protocol: str
 ) -> list[str]:
-    """Sentences: the gain of the defense over the classifier alone first."""
+    """The sentences of the summary; the first gives the gain of the defense over the classifier alone."""
     gain, report = gains["classifier"], reports[DEFENSE]
     lines = [_robust(gain["robust"], protocol), f"Without an attack: {_compared(gain['clean'])}."]
     chance, low = report["chance"], report["robust"]["mean_ci"][0]

@@ -1,7 +1,8 @@
-"""A recipe in a reduced form that ends within a time.
+"""A reduced form of a recipe that fits into a time budget.
 
-How long a training is, and how many images are attacked, is planned once, when that begins, from how fast this machine
-is. <out>/plan.json keeps it, so that a run that goes on keeps to it and ends with the bits of one that was not stopped.
+The length of a training and the number of attacked images are planned once, when that stage begins, from the measured
+speed of the machine. <out>/plan.json stores the plan, so that a resumed run follows it and ends with the same bits as
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from .schema import Recipe
 
 # Fine-tuning decides what a defense is worth.
 SHARES = {"classifier": 1, "pretrain": 1, "finetune": 2, "ablation": 2, "evaluate": 1}
-# Of a stage's time, what its plan counts on: the machine may slow down, and files are to be written.
+# Share of a stage's time that its plan uses: the machine may slow down, and files must be written.
 MARGIN = {"train": 0.9, "evaluate": 0.8}
-# Of a training's time, what is spent on measuring its updates.
+# Share of a training's time that is spent on measuring its updates.
 TRIAL = 0.03
-# A forward pass over one with the gradient of the images.
+# Cost of a forward pass relative to one with the gradient of the images.
 FORWARD = 0.4
 # If the recipe's protocol can attack fewer images than this, the protocol "quick" takes its place.
 IMAGES = 100
@@ -35,7 +36,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 
 class Budget:
-    """How the time is divided.
+    """Divides the time among the stages.
 
     Args:
         seconds: of the whole run, from time.monotonic() = `start`.
@@ -47,9 +48,9 @@ class Budget:
     def __init__(self, seconds: float, start: float, path: Path, stages: Sequence[str], group: Group) -> None:
         self.path, self.stages, self.group = path, list(stages), group
         plan = json.loads(path.read_text(encoding="utf-8")) if group.rank == 0 and path.exists() else {}
-        # stage -> "seconds", and what was planned.
+        # stage -> "seconds", and its plan.
         self.plan: dict[str, dict[str, Any]] = group.gather(plan)[0]
-        # What earlier processes of this run planned is as good as spent.
+        # Time planned by earlier processes of this run counts as spent.
         self.end = start + seconds - sum(stage["seconds"] for stage in self.plan.values())
 
     def left(self) -> float:
@@ -103,7 +104,7 @@ class Budget:
         )
 
     def reduced(self, recipe: Recipe, images: int, evaluation: EvaluationConfig) -> Recipe:
-        """The recipe that the run follows, so that it can be repeated without a time; trained on `images` images."""
+        """The recipe that the run follows, so that it can be repeated without a budget; trained on `images` images."""
 
         def short(stage: str, config: Config) -> Config:
             if stage not in self.plan:
@@ -117,7 +118,7 @@ class Budget:
     def limit(self, system: str) -> float:
         """Seconds after which the evaluation of a system starts no further attack.
 
-        All together were planned to leave a margin, which those that turn out slower than measured may take.
+        The plan leaves one margin for all systems, for those that turn out slower than measured.
         """
         plan = self.plan["evaluate"]
         shares: dict[str, float] = plan["shares"]
@@ -126,7 +127,7 @@ class Budget:
         return max(shares[system] * plan["seconds"], self.left() - MARGIN["evaluate"] * later * plan["seconds"])
 
     def notes(self, config: EvaluationConfig) -> list[str]:
-        """What was reduced, for the report; `config` is of the whole evaluation."""
+        """The reductions, for the report; `config` is of the whole evaluation."""
         parts = [
             f"{stage}: {plan['updates']:,} of {plan['of']:,} updates"
             for stage, plan in self.plan.items()
@@ -139,7 +140,7 @@ class Budget:
         return ["Reduced to fit a time: " + "; ".join(parts) + "."]
 
     def _seconds(self, stage: str) -> float:
-        """A stage's time, of what is left to it and the stages after it."""
+        """A stage's share of the time that is left to it and the stages after it."""
         after = self.stages[self.stages.index(stage) :]
         return self.group.gather(self.left())[0] * SHARES[stage] / sum(SHARES[name] for name in after)
 
@@ -157,8 +158,8 @@ class Budget:
 def shorten(config: Config, updates: int, epoch: int) -> Config:
     """The options of a training of fewer updates, `epoch` of which pass over the data.
 
-    What counts in epochs or updates happens after the same part of the training: the end of the classification loss's
-    warm-up, and how far back a moving average reaches.
+    Options that count epochs or updates scale with the training: the end of the classification loss's warm-up, and the
+    span of a moving average.
     """
     part = updates / (config.epochs * epoch) if config.epochs else 1.0
     changes: dict[str, Any] = {"updates": updates, "epochs": -(-updates // epoch)}
@@ -191,6 +192,6 @@ def _passes(config: EvaluationConfig) -> float:
         steps = options.get("steps", options.get("n_queries", 1)) * (2 if entry.attack == "PMA" else 1)
         attacks += steps * options.get("eot_iter", 1) * options.get("target_classes", 1)
     draws = config.draws or protocol.draws
-    # Of the clean images and every attack's there are selection draws and a verdict; of the rounded ones, a verdict.
+    # Clean images and every attack's images get selection draws and a verdict; rounded images get a verdict.
     judged = (1 + len(protocol.attacks)) * (config.selection_draws + draws) + draws
     return attacks + FORWARD * judged

@@ -1,4 +1,4 @@
-"""What fits into a time, said before it is spent, and what time would be enough."""
+"""A forecast, before a run starts, of the work that fits into a budget, and of a budget that would be enough."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMES = [m * 60 for m in (1, 2, 3, 5, 10, 15, 20, 30, 40)] + [
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run under a budget is made of.
+    """The costs of a run under a budget.
 
     Attributes:
         trainings: stage -> its updates, and the seconds that one takes.
@@ -49,7 +49,7 @@ class Forecast:
             whole, each = self.trainings[stage]
             updates = min(whole, max(1, int(MARGIN["train"] * share / each)))
             found[stage] = (updates, whole)
-            # What a stage does not need goes to the later ones.
+            # The time that a stage does not need goes to the later ones.
             seconds -= min(share, updates * each / MARGIN["train"])
         return found
 

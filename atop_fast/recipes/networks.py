@@ -1,4 +1,4 @@
-"""The networks of a recipe: built with keyed weights, or read from files, and tried on one another."""
+"""The networks of a recipe: built with keyed weights, or read from files, and checked against one another."""
 
 from __future__ import annotations
 

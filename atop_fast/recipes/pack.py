@@ -1,4 +1,4 @@
-"""A finished run as one archive, which `atop-fast evaluate` takes on a machine that has nothing else of it.
+"""A finished run as one archive, which `atop-fast evaluate` takes on a machine without the run.
 
 defense.safetensors     the defense
 held_out.safetensors    the images that were attacked, in their order
@@ -31,12 +31,12 @@ from .schema import Recipe, load_recipe
 
 DEFENSE, IMAGES, RUN, RECIPE = "defense.safetensors", "held_out.safetensors", "run.json", "recipe.yaml"
 NEEDED = (DEFENSE, RUN, RECIPE, "repeat.sh", "report.html", "report.json")
-# Options of a run's evaluation that another one of it takes, unless told otherwise.
+# Options of a run's evaluation that a later one inherits, unless they are given.
 KEPT = (
     *("protocol", "norm", "eps", "images", "draws", "selection_draws"),
     *("randomness", "interval", "curve"),
 )
-# Bytes of an archive's member, and how much smaller it may be in the archive: files of weights hardly shrink.
+# Most bytes of an archive's member, and its highest compression ratio: weights hardly compress.
 LARGEST, SHRUNK = 2**34, 200
 
 REPEAT = """#!/bin/sh
@@ -71,7 +71,7 @@ def write_repeat(out: Path, recipe: Recipe, seed: int, versions: dict[str, str])
 
 
 def _paths(recipe: Recipe) -> dict[str, str]:
-    """Options that are paths -> the paths, absolute: a script starts elsewhere."""
+    """Options that are paths -> the paths, absolute: a script runs in another folder."""
     data = recipe.data
     named = [*TORCHVISION, "mnist5k"]
     given = {f"data.{key}": value for key in ("source", "test") if (value := getattr(data, key)) not in (None, *named)}
@@ -94,7 +94,7 @@ def pack_run(run: Path, archive: Path) -> None:
     """Write the archive of a finished run.
 
     Raises:
-        ValueError: `run` is not the folder of a finished run, or the images that it names are others now.
+        ValueError: `run` is not the folder of a finished run, or the images that it names have changed.
     """
     if missing := [name for name in NEEDED if not (run / name).exists()]:
         raise ValueError(message("report", "run", f"the folder of a finished run, with {missing[0]}", run))
@@ -122,10 +122,10 @@ def pack_run(run: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack the defense, the images, run.json and recipe.yaml of an archive into a folder; nothing else of it.
+    """Unpack the defense, the images, run.json and recipe.yaml of an archive into a folder, and nothing else.
 
     Raises:
-        ValueError: it is no archive of pack_run, or claims to hold more than such a one may.
+        ValueError: it is no archive of pack_run, or states sizes above the limits of one.
     """
     try:
         with zipfile.ZipFile(archive) as file:

@@ -1,6 +1,6 @@
 """A recipe from its images to its report, in one folder and in stages that a stopped run need not repeat.
 
-    <out>/run.json                    which run it is: recipe, seed, images
+    <out>/run.json                    the run's identity: recipe, seed, images
     <out>/classifier.safetensors      the classifier, given or trained
     <out>/pretrained.safetensors      the purifier trained on clean images, or the given one
     <out>/discriminator.safetensors   its discriminator, where a GAN term has a weight
@@ -11,11 +11,11 @@
     <out>/metrics.jsonl               losses of every epoch of the trainings; of the ablation, metrics-ablation.jsonl
     <out>/report.json, report.html    all verdicts; gallery.png
     <out>/tensorboard/                if asked for, logs of the trainings
-    <out>/plan.json                   under a budget, what fits into it
+    <out>/plan.json                   under a budget, its plan
     <out>/<stage>.pt                  the checkpoint of a training that has not ended
 
-A stage is finished when its file is there, which appears at once and whole. The next one starts from the file, not from
-what is in memory, so that a run that was killed ends with the bits of one that was not.
+A stage is finished when its file exists; files are written atomically. The next stage starts from the file, not from
+memory, so that a run that was killed and resumed ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run_recipe(
 ) -> dict[str, Any] | None:
     """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defense and its parts.
 
-    A call that was stopped or killed is taken up by the same call, and one that ended early by one with a later stage.
+    The same call resumes a run that was stopped or killed; a call with a later stage continues one that ended early.
     Under torchrun every process does its part of the trainings and of the evaluation, in a common folder; rank 0
     writes.
 
@@ -79,8 +79,8 @@ def run_recipe(
         device: where to compute; "auto" takes a GPU if there is one.
         seed: key of all randomness: weights, data order, noise, masks, attacks and verdict.
         budget: seconds, or text such as "90s", "45m", "2h", in which a reduced form of the recipe is to end: with fewer
-            updates and images, and perhaps a lighter protocol (docs/training.md); the report says which. What is
-            planned depends on the speed of this machine; the result, for one plan, does not.
+            updates and images, and perhaps a lighter protocol (docs/training.md); the report says which. The plan
+            depends on the speed of this machine; the result of a given plan does not.
         tensorboard: write logs of the trainings for TensorBoard, too, to <out>/tensorboard.
         progress: show progress bars with the time left.
 
@@ -88,8 +88,8 @@ def run_recipe(
         The contents of report.json; None if the run ended before the evaluation.
 
     Raises:
-        ValueError: `out` of another run or with something else in it: nothing is changed; or networks, transform and
-            images that do not fit one another.
+        ValueError: `out` belongs to another run or holds something else, and is left unchanged; or networks, transform
+            and images do not fit one another.
     """
     check_integer("run_recipe", "seed", seed, low=0, high=2**63 - 1)
     check_choice("run_recipe", "until", until, STAGES)
@@ -229,7 +229,7 @@ class _Pipeline:
         finetune(defense, *self.train.training(), discriminator=judge, **options)
 
     def _forecast(self, seconds: float, stages: Sequence[str]) -> Forecast:
-        """What the run is made of, measured on untrained copies of the networks."""
+        """The costs of the run, measured on untrained copies of the networks."""
         classifier, *others = (network.module for network in self.networks.values())
         frozen = resized(self.recipe, copy.deepcopy(classifier).eval())
         fit_defense = functools.partial(self._fit_defense, frozen)
@@ -279,7 +279,7 @@ class _Pipeline:
         if not isinstance(system, Defense):
             config = replace(config, randomness="fresh")
         if name not in ("pretrained", "finetuned"):
-            # What the report rests on is the defense.
+            # The report's claims rest on the defenses.
             config = replace(config, diagnostics=False)
         return config.run(
             system,
@@ -292,20 +292,20 @@ class _Pipeline:
         ).to_dict()
 
     def _stage(self, name: str, make: Callable[[], None], file: str) -> None:
-        """Do a stage unless its last file is there."""
-        # Rank 0 decides: another one may look when it has gone on.
+        """Run a stage unless its last file exists."""
+        # Rank 0 decides: another rank might check after rank 0 has written the file.
         if not self.group.gather((self.out / f"{file}.safetensors").exists())[0]:
             make()
         if self.group.rank == 0:
             (self.out / f"{name}.pt").unlink(missing_ok=True)
-        # Nobody reads a file before it is written.
+        # Barrier: no rank reads a file before it is written.
         self.group.gather(None)
 
     def _train(
         self, name: str, config: TrainingConfig, train: Callable[..., None], networks: tuple[nn.Module, ...]
     ) -> None:
-        """Let `train` change the networks; as far as the budget goes, if there is one."""
-        # Both fine-tunings differ in nothing but what the attack sees.
+        """Train the networks by `train`, within the budget if there is one."""
+        # The two fine-tunings differ only in the model under attack.
         seed = derive_seed(self.seed, "finetune" if name == "ablation" else name)
         own = "-ablation" if name == "ablation" else ""
         held_out = self.test.take(slice(0, HELD_OUT))
@@ -314,7 +314,7 @@ class _Pipeline:
             def measure(trial: TrainingConfig) -> None:
                 train(*copy.deepcopy(networks), config=trial, seed=seed, progress=False)
 
-            # Of as many updates, too.
+            # The ablation has as many updates as the fine-tuning.
             planned = "finetune" if name == "ablation" else name
             config = self.budget.train(planned, config, len(self.train), measure)
         train(
@@ -336,7 +336,7 @@ class _Pipeline:
         times: dict[bool, float] = {}
         for name in ("rt_only", "finetuned"):
             attack = PGD(systems[name].to(self.device), steps=steps, eot_iter=draws)
-            # The first time, memory is laid out and kernels are made.
+            # Warm-up: the first pass allocates memory and compiles kernels.
             for _ in range(2):
                 start = time.monotonic()
                 attack(part.images, part.labels).cpu()

@@ -28,10 +28,10 @@ class ClassifierSource:
         path: trained weights: a .safetensors file of atop-fast, or a checkpoint of torch.save with architecture `name`;
             or "torchvision:<name>" or "timm:<name>" with `weights` (see load_classifier); none trains one.
         weights: file of the weights of a torchvision or timm model.
-        key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
+        key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
         name: architecture, a name of build_classifier.
         options: of the architecture; channels and classes are those of the data unless given.
-        size: side in pixels at which it works; images of another size are resized to it. None takes them as they come.
+        size: side in pixels at which it works; images of another size are resized to it. None does not resize.
         training: options of its training.
     """
 
@@ -97,7 +97,7 @@ class Recipe:
         pretrain, finetune: the two trainings of the purifier.
         evaluation: how the result is judged.
         ablation: also fine-tune on adversarial images of the classifier alone, as the public code does, and judge it.
-        notes: what the report says besides.
+        notes: text that the report quotes.
     """
 
     data: DataConfig = DataConfig()
@@ -135,7 +135,7 @@ def load_recipe(preset: str | Path) -> Recipe:
         _check_keys(Recipe, content, "")
     except ValueError as error:
         raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} ({error})")) from error
-    # Here alone: the rest of the package works without it.
+    # Imported here, as the rest of the package works without it.
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -148,7 +148,7 @@ def load_recipe(preset: str | Path) -> Recipe:
 
 
 def _read(preset: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
-    """The content of a preset or file over that of its base, and what to call it in a message."""
+    """The content of a preset or file merged over that of its base, and its name in messages."""
     path = Path(preset)
     is_file = path.suffix in SUFFIXES
     if not is_file and str(preset) not in preset_names():

@@ -62,7 +62,7 @@ def write_verdicts(
     Args:
         out: folder of the run, with the evaluations.
         recipe, seed, budget, group: of the run.
-        config: of the evaluations, as far as a budget let them be.
+        config: of the evaluations, after the reductions of a budget.
         test: the images that were attacked are its first.
         systems, reports: name -> model, and its evaluation's report.
         reduced: the recipe that a budget made of the run's, for recipe.yaml.
