@@ -47,7 +47,7 @@ class Scaled(nn.Module):
 
 
 class Quantized(nn.Module):
-    """Pixels of so many levels; the gradient passes as through the identity."""
+    """Pixels quantized to a number of levels, with a straight-through gradient."""
 
     def __init__(self, model: nn.Module, levels: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Quantized(nn.Module):
 
 
 class Masked(nn.Module):
-    """A sigmoid so steep in front that its gradient vanishes in float32 nearly everywhere."""
+    """A sigmoid in front, so steep that its gradient vanishes in float32 nearly everywhere."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class SmallViT(nn.Module):
 
 
 def trained(build: Callable[[], nn.Module], temperature: float = 1.0) -> nn.Module:
-    """A network trained for some epochs on digits that the attacked ones are not among."""
+    """A network trained for some epochs on digits other than the attacked ones."""
     data = models.all_digits().split(4000, seed=0)[0]
     with seeded(0):
         model = build()
@@ -154,7 +154,7 @@ def measured(name: str, count: int, settings: dict[str, int]) -> dict[str, Any]:
         row |= {"left by fast alone": int((ours & ~left).sum()), "left by standard alone": int((left & ~ours).sum())}
         row["doubt"] = fast.in_doubt
         if fast.in_doubt:
-            # What complete="auto" adds: the same attacks with the same seeds.
+            # The attacks that complete="auto" adds, with the same seeds.
             ids = ours.nonzero()[:, 0]
             rest = AutoAttack(model, norm, eps, version="custom", attacks_to_run=REST, **settings)
             ours[ids] = _right(model, rest(x[ids], y[ids], ids), y[ids])

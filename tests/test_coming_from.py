@@ -41,7 +41,7 @@ def names():
 
 
 def run(code, names):
-    """The value of the last of some statements on one line."""
+    """Run statements on one line, and return the value of the last."""
     *first, last = ast.parse(code).body
     assert isinstance(last, ast.Expr)
     names = dict(names)
@@ -50,7 +50,7 @@ def run(code, names):
 
 
 def our_names(code, names):
-    """What our code needs, or a skip: one row puts ART's preprocessing into a model."""
+    """The names that our code needs, or a skip: one row puts ART's preprocessing into a model."""
     if "SpatialSmoothing" not in code:
         return names
     return {**names, "SpatialSmoothing": pytest.importorskip("art.defenses.preprocessor").SpatialSmoothing}

@@ -90,7 +90,7 @@ def mean_logits(defense: Defense, x: Tensor) -> Tensor:
     `lambda x: mean_logits(defense, x)` is a deterministic model for attacks, whose candidates the Defense is judged on.
 
     Raises:
-        TypeError: `defense` is another one.
+        TypeError: `defense` is not such a Defense.
     """
     drawn = isinstance(defense, Defense) and type(defense.transform) is FilterDraw and defense.purifier is not None
     if not drawn or getattr(defense.classifier, "keyed", False):

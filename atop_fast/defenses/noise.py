@@ -51,7 +51,7 @@ def majority_vote(
         class c_1  if  2 P(Binomial(n_1 + n_2, 1/2) >= n_1) <= alpha,  else abstain      n_1 >= n_2: the two most votes
 
     Args:
-        defense: a Defense; of another transform than GaussianNoise, the vote is that of its draws.
+        defense: a Defense; with a transform other than GaussianNoise, the vote is over its draws.
         x: images (B, C, H, W), floats in [0, 1].
         draws: number n of draws; draw 0 .. n - 1 of `seed`.
         alpha: probability that the class is not the most probable one over all draws; 1 never abstains, except in ties.

@@ -26,8 +26,8 @@ class RandomSeries(ImageTransform):
     Calls are documented in RandomTransform.forward. Pixels are clipped to [0, 1] after each transform.
 
     Source: Raff et al., Barrage of random transforms for adversarially robust defense, CVPR 2019. The paper draws from
-    ten groups of transforms, some without gradients, and trains the classifier on them. Here are seven groups that have
-    gradients, with one transform each.
+    ten groups of transforms, some without gradients, and trains the classifier on them. This class has seven
+    groups with gradients, one transform each.
     """
 
     def __init__(self, most: int = 5) -> None:
