@@ -160,7 +160,7 @@ def evaluate(
         if finding["name"] == "constant":
             print(finding["reason"])
     if not report["complete"]:
-        print("The budget ended before every attack had got to every image: the robust accuracy is an upper bound.")
+        print("The budget ended before every attack had reached every image: the robust accuracy is an upper bound.")
     if headline := report["headline"]:
         print(f"The protocol's source reports {headline}: {report['emulated'][headline]['accuracy']:.3f} (unsound)")
     print(f"Report: {Path(out) / 'report.html'}")
@@ -214,7 +214,7 @@ def main(args: list[str] | None = None) -> None:
         _fail(error)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("atop-fast: stopped; the same command takes up what was saved", file=sys.stderr)
+        print("atop-fast: stopped; the same command resumes from what was saved", file=sys.stderr)
         sys.exit(130)
 
 

@@ -48,8 +48,8 @@ NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma", "probe")
 REST = ("apgd-ce", "fab-t", "square")
 DOUBT, PROBE = 0.002, 200
 DOUBTED = (
-    "AutoAttack: 'fast' may leave too many images: APGD-T fooled some that PMA had left, or a random search some that "
-    "both had; use complete='auto', or version 'standard'"
+    "AutoAttack: 'fast' may leave too many images: APGD-T fooled some that PMA had missed, or a random search some "
+    "that both had missed; use complete='auto', or version 'standard'"
 )
 
 

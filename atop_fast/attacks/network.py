@@ -181,7 +181,7 @@ def frozen(*models: object) -> Iterator[None]:
             _say_once(
                 model,
                 f"{type(model).__name__} is in evaluation mode, but these of its modules are in training mode, and "
-                f"stay so: {some}; call eval() on the model if that is not meant",
+                f"stay so: {some}; call eval() on the model if that is not intended",
             )
         flags += [(module, "training", False) for module in evaluated]
         flags += [(p, "requires_grad", False) for p in model.parameters() if p.is_leaf]

@@ -127,7 +127,7 @@ def outside_text(name: str, count: int, distance: Tensor, threat: Threat) -> str
 def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, Any]]:
     """A finding that says which attacks the budget cut, if any; `reached`: attack -> images."""
     cut = [f"{name} {count} of {images} attacked" for name, count in reached.items() if count < images]
-    text = f"The budget ended before every attack had got to every image ({', '.join(cut)}): their columns are of the "
+    text = f"The budget ended before every attack had reached every image ({', '.join(cut)}): their columns are of the "
     text += "attacked images alone, and the robust accuracy is an upper bound."
     return [_finding("budget", "warn", text, dict(reached))] if cut else []
 
@@ -138,7 +138,7 @@ def constant_finding(predictions: Tensor, labels: Tensor) -> list[dict[str, Any]
     share, label = float(counts.max()) / predictions.numel(), int(counts.argmax())
     expected = float(labels.bincount().max()) / len(labels)
     text = f"{share:.0%} of the predictions on clean images are class {label}, the most frequent class has "
-    text += f"{expected:.0%} of the images: the model hardly looks at them."
+    text += f"{expected:.0%} of the images: the predictions hardly depend on them."
     numbers = {"share": share, "class": label, "most_frequent": expected}
     return [_finding("constant", "warn", text, numbers)] if share >= CONSTANT and share > expected + 0.2 else []
 
@@ -154,7 +154,7 @@ def doubt_finding(attacks: Mapping[str, Verdict | None]) -> list[dict[str, Any]]
     if late <= DOUBT and probed <= 0:
         return []
     text = f"APGD-T fooled {late:.2%} of the images after PMA, and a short random search {probed:.2%} after both: this "
-    text += "protocol may have left too many; use 'paper', whose attacks are those of AutoAttack standard."
+    text += "protocol may overestimate robustness; use 'paper', whose attacks are those of AutoAttack standard."
     return [_finding("doubt", "warn", text, left)]
 
 

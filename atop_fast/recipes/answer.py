@@ -68,7 +68,7 @@ def answer(
 
 def _robust(gain: Mapping[str, Any] | None, protocol: str) -> str:
     if gain is None:
-        return "The time ended before any image was attacked in the classifier alone and in the defense: no answer."
+        return "The budget ended before any image was attacked in both the classifier alone and the defense: no answer."
     low, high = gain["interval"]
     verb = "helps" if low > 0 else "harms" if high < 0 else "makes no difference that these images show"
     return f"The defense {verb}. Under attack (protocol {protocol}): {_compared(gain)}."

@@ -137,7 +137,7 @@ class Budget:
         protocol = plan["protocol"]
         instead = "" if protocol == config.protocol else f" by the protocol {protocol} instead of {config.protocol}"
         parts.append(f"evaluation: {plan['images']:,} of {plan['of']:,} images{instead}, without diagnostics")
-        return ["Reduced to fit a time: " + "; ".join(parts) + "."]
+        return ["Reduced to fit the budget: " + "; ".join(parts) + "."]
 
     def _seconds(self, stage: str) -> float:
         """A stage's share of the time that is left to it and the stages after it."""

@@ -33,13 +33,13 @@ def read_images(path: str | Path) -> Dataset:
             images, labels = (file.get_tensor(name) for name in ("images", "labels"))
             classes = json.loads((file.metadata() or {})["classes"])
         if images.dtype != torch.uint8 or images.dim() != 4 or not len(images):
-            raise ValueError("its images are not bytes (N, C, H, W)")
+            raise ValueError("its images are not uint8 of shape (N, C, H, W)")
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError("its classes are no names")
+            raise ValueError("its classes are not names")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError("its labels are not those of its images")
+            raise ValueError("its labels are not one int64 for each image")
         if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
-            raise ValueError("its labels are not those of its classes")
+            raise ValueError("its labels are not indices into its classes")
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -36,10 +36,10 @@ FINDING = (
     "Finding: the row of a purifier fine-tuned on adversarial images of the classifier alone, as in the public code, "
     "under the same attacks through the whole pipeline."
 )
-INCOMPLETE = "evaluate_{}: the time ended before every image was attacked: the robust accuracy is an upper bound."
+INCOMPLETE = "evaluate_{}: the budget ended before every image was attacked: the robust accuracy is an upper bound."
 CAPTION = (
-    "Adversarial images of {} on the fine-tuned pipeline, their perturbation, one draw of the transform, and what the "
-    "two purifiers make of it; above each image, the class that the classifier sees in it."
+    "Adversarial images of {} on the fine-tuned pipeline, their perturbation, one draw of the transform, and the "
+    "outputs of the two purifiers; above each image, the class that the classifier assigns to it."
 )
 # Images of the gallery.
 COUNT = 8
