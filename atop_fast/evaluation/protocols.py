@@ -60,7 +60,7 @@ def _apgd(loss: str, **options: Any) -> Entry:
 
 
 # Momentum averages over the draws of all steps, so that a few draws per step suffice. At equal passes, this is stronger
-# than fewer steps with more draws (docs/evaluation.md).
+# than constant steps of 4 draws (docs/evaluation.md).
 _STRONG: dict[str, Any] = {"momentum": 0.9, "schedule": "cosine"}
 _QUICK = Entry("PGD", {"steps": 80, **_STRONG}, {"steps": 20, "momentum": 0.0, "schedule": "constant"})
 _RAND = {"apgd_ce": _apgd("ce", eot_iter=20), "apgd_dlr": _apgd("dlr", eot_iter=20)}
