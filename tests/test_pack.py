@@ -19,7 +19,7 @@ from atop_fast.cli import main
 from atop_fast.data import Dataset
 from atop_fast.recipes.budget import Budget
 from atop_fast.recipes.images import read_images, save_images
-from atop_fast.recipes.pack import _quoted, unpack
+from atop_fast.recipes.pack import _quoted, system_of, unpack
 from atop_fast.recipes.run import run_recipe
 from atop_fast.recipes.schema import load_recipe
 
@@ -59,6 +59,11 @@ def test_an_archive_is_evaluated_as_the_run_was(tiny, capsys, tmp_path):  # noqa
     fast = ["--protocol=bpda-eot", "--draws=1", "--images=1", "--eps=0", "--diagnostics=false"]
     main(["evaluate", "run.zip", "--out=protocol", *fast])
     assert json.loads(Path("protocol/report.json").read_text())["protocol"] == "bpda-eot"
+    # A radius in Linf is none in L2: a protocol of another norm has its own.
+    kept = system_of(Path("run.zip"), tmp_path / "unpacked", ["run.zip", "--protocol", "pgd-eot"])
+    assert (kept["eps"], "steps" in kept) == (0.2, False)
+    kept = system_of(Path("run.zip"), tmp_path / "unpacked", ["run.zip", "--protocol=unseen"])
+    assert not {"norm", "eps"} & kept.keys()
 
 
 def test_a_run_says_how_to_repeat_it(tiny, capsys):  # noqa: F811

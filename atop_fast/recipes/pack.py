@@ -24,6 +24,7 @@ from .._core.checks import message
 from .._core.files import write_atomic, write_text
 from ..classifiers.zoo import PACKAGES, match_classes
 from ..data import TORCHVISION, Dataset
+from ..evaluation import PROTOCOLS
 from .evaluation import QUICK, EvaluationConfig
 from .images import save_images
 from .options import DataConfig
@@ -152,10 +153,20 @@ def read_run(run: Path) -> dict[str, Any]:
     return header
 
 
+def _value(given: Sequence[str], option: str) -> str | None:
+    """The value of an option among the arguments of a command; None if it is not there."""
+    for argument, following in zip(given, (*given[1:], ""), strict=True):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            return value if equals else following
+    return None
+
+
 def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, Any]:
     """Options of the command evaluate for a run, an archive of one (unpacked into `folder`), or a model's file.
 
-    Options of the protocol quick are the run's, too, unless a protocol is among the `given` arguments.
+    The options of the protocol quick are inherited, too, unless a protocol is among the `given` arguments; norm and eps
+    are inherited unless that protocol has another norm, in which the run's radius has no meaning.
     """
     if path.suffix == ".zip":
         unpack(path, folder)
@@ -172,6 +183,10 @@ def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, 
         return {kind: str(path)}
     # Under a budget, the evaluation was not that of run.json.
     done = asdict(load_recipe(path / RECIPE).evaluation) if (path / RECIPE).exists() else header["evaluation"]
-    names = KEPT if any(argument.split("=")[0] == "--protocol" for argument in given) else (*KEPT, *QUICK)
+    names: tuple[str, ...] = (*KEPT, *QUICK)
+    if (protocol := _value(given, "--protocol")) is not None:
+        norm = done["norm"] or PROTOCOLS[done["protocol"]].norm
+        other = protocol in PROTOCOLS and PROTOCOLS[protocol].norm != norm
+        names = tuple(name for name in KEPT if not (other and name in ("norm", "eps")))
     kept = {key: value for key in names if (value := done.get(key)) is not None}
     return {"defense": str(path / DEFENSE), "data": data, "seed": header.get("seed", 0), **kept}
