@@ -13,14 +13,15 @@ from atop_fast.evaluation.verdict import paired_interval
 from atop_fast.recipes.answer import answer, paired_gains
 
 
-def report(clean, robust, attacked=None, chance=0.1, diagnostics=()):
+def report(clean, robust, attacked=None, chance=0.1, diagnostics=(), complete=True):
     """The part of an evaluation's report that the answer reads."""
     attacked = [True] * len(clean) if attacked is None else attacked
     rows = zip(clean, robust, attacked, strict=True)
     samples = [{"clean": c, "robust": r, "attacked": a} for c, r, a in rows]
     mean = sum(robust) / len(robust)
     verdict = {"mean_ci": [mean - 0.1, mean + 0.1]}
-    return {"samples": samples, "chance": chance, "robust": verdict, "diagnostics": list(diagnostics)}
+    found = {"samples": samples, "chance": chance, "robust": verdict, "diagnostics": list(diagnostics)}
+    return {**found, "complete": complete}
 
 
 def test_the_interval_is_agresti_and_min_s():
@@ -84,6 +85,9 @@ def test_the_first_sentence_is_the_gain(own, other, verb):
     assert "-0.100 [" in lines[1]
     assert "would score 0.100" in lines[2]
     assert ("not above that beyond doubt" in " ".join(lines)) is (own == 0.1)
+    assert "upper bound" not in " ".join(lines)
+    cut = {**reports, "finetuned": {**reports["finetuned"], "complete": False}}
+    assert "upper bound" in " ".join(answer(paired_gains(cut), cut, "quick"))
 
 
 def test_without_attacked_images_there_is_no_answer():

@@ -61,6 +61,8 @@ def answer(
     lines.append(f"Always naming the most frequent class of these images would score {chance:.3f}.")
     if low <= chance:
         lines.append("The robust accuracy of the defense is not above that beyond doubt.")
+    if not report["complete"]:
+        lines.append("The budget ended before every attack reached every image: that accuracy is an upper bound.")
     for name, other in reports.items():
         lines += [f"{name}: {d['reason']}" for d in other["diagnostics"] if d["name"] == "constant"]
     return lines
