@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atop_fast import Defense, build_classifier, build_purifier, evaluate, load_defense, save_defense
 from atop_fast.attacks import GradientEstimator, frozen
+from atop_fast.classifiers import Normalized, Resized
 from atop_fast.defenses import (
     JPEG,
     ActivationPruning,
@@ -491,3 +492,11 @@ def test_the_example_of_the_docs(tmp_path, monkeypatch):
         exec(compile(code, "own.py", "exec"), names)
     assert names["report"].settings["draws"] == 20
     assert repr(load_defense("mine.safetensors").transform) == "Blocks(size=4, sigma=0.1)"
+
+
+@pytest.mark.parametrize("wrap", [lambda net: Normalized(net, [0.5], [0.5]), lambda net: Resized(net, 16)])
+def test_no_wrapper_keeps_a_key_from_its_classifier(wrap):
+    network = build_classifier("small_cnn", channels=1, classes=3)
+    SelfEnsemble(wrap(network))
+    with pytest.raises(ValueError, match="a network without keyed draws: SelfEnsemble"):
+        wrap(SelfEnsemble(network))

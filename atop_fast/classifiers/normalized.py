@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from .._core.checks import check_number, message
 
 
+def refuse_keyed(function: str, argument: str, module: nn.Module) -> None:
+    """Raise for a classifier with keyed draws: inside a wrapper it would not get its key."""
+    if getattr(module, "keyed", False):
+        kind = type(module).__name__
+        raise ValueError(message(function, argument, f"a network without keyed draws: {kind}({function}(...))", kind))
+
+
 class Normalized(nn.Module):
     """model((x - mean) / std), channel by channel: for networks that were trained on normalized images.
 
@@ -28,6 +35,7 @@ class Normalized(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(message("Normalized", "model", "a torch.nn.Module", type(model).__name__))
+        refuse_keyed("Normalized", "model", model)
         means = [check_number("Normalized", "mean", value) for value in mean]
         stds = [check_number("Normalized", "std", value) for value in std]
         if not means:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops import resize
+from .normalized import refuse_keyed
 
 
 class Resized(nn.Module):
@@ -13,10 +14,14 @@ class Resized(nn.Module):
     Args:
         classifier: the classifier.
         size: side in pixels; images of another size are resized bilinearly (antialiased if they shrink).
+
+    Raises:
+        ValueError: the classifier has keyed draws, and must be outside: SelfEnsemble(Resized(...)).
     """
 
     def __init__(self, classifier: nn.Module, size: int) -> None:
         super().__init__()
+        refuse_keyed("Resized", "classifier", classifier)
         self.classifier, self.size = classifier, (size, size)
 
     def forward(self, x: Tensor) -> Tensor:
