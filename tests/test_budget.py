@@ -151,3 +151,12 @@ def test_a_run_ends_with_what_was_planned(tiny, capsys, monkeypatch):  # noqa: F
     assert Path("again/report.json").read_text() == Path("run/report.json").read_text()
     assert "another budget" in fail(capsys, "train", "tiny.yaml", "--out=run", "--budget=5s")
     assert "run_recipe: budget must be seconds, or text" in fail(capsys, "train", "tiny.yaml", "--budget=soon")
+
+
+def test_an_evaluation_in_l1_keeps_its_protocol():
+    """The attacks of "quick", which takes the place of a protocol that is too long, do not work in L1."""
+    for norm, expected in (("L2", "quick"), ("L1", "paper")):
+        config = EvaluationConfig(protocol="paper", norm=norm, eps=1.0)
+        images, protocol = budget.evaluation_that_fits(config, 1000, 40_000.0)
+        assert protocol == expected
+        assert 1 <= images < 1000

@@ -173,7 +173,9 @@ def shorten(config: Config, updates: int, epoch: int) -> Config:
 def evaluation_that_fits(config: EvaluationConfig, images: int, passes: float) -> tuple[int, str]:
     """How many of the images can be attacked by so many passes with gradients, and by which protocol."""
     count, lighter = (min(images, max(1, int(passes / _passes(c)))) for c in (config, _lighter(config)))
-    return (count, config.protocol) if count >= min(images, IMAGES) else (lighter, "quick")
+    # The attacks of "quick" do not work in L1.
+    kept = count >= min(images, IMAGES) or config.threat[0] == "L1"
+    return (count, config.protocol) if kept else (lighter, "quick")
 
 
 def _lighter(config: EvaluationConfig) -> EvaluationConfig:
