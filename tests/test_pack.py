@@ -128,7 +128,7 @@ def test_images_round_trip(tmp_path):
     bad = {
         "classes": Dataset(images, data.labels, ("a", "b")),
         "labels": Dataset(images, data.labels[:2], data.classes),
-        "bytes": Dataset(images[0], data.labels, data.classes),
+        "uint8": Dataset(images[0], data.labels, data.classes),
     }
     for name, given in bad.items():
         save_images(tmp_path / "bad", given)
