@@ -188,12 +188,14 @@ FAST = ("cifar10-native-rt2",)
 def test_updates_of_presets(name, monkeypatch):
     recipe = schema.load_recipe(name)
     source, size = recipe.classifier, recipe.data.size or 32
+    # The demo's images are digits.
+    channels = recipe.purifier.options.get("channels", 3)
     transform = recipe.transform.build()
     with META:
-        classifier = build_classifier(source.name, **{"channels": 3, "classes": 10, **source.options})
+        classifier = build_classifier(source.name, **{"channels": channels, "classes": 10, **source.options})
         purifier = build_purifier(recipe.purifier.name, **recipe.purifier.options)
         judge = SNPatchDiscriminator(**recipe.discriminator.options)
-    images = batch(3, size, 4)
+    images = batch(channels, size, 4)
     through = None if source.training.attack == "none" else transform
     update(ClassifierStep(classifier, source.training, 0, through), images, monkeypatch)
     update(PretrainStep(transform, purifier, judge, recipe.pretrain, 0), images, monkeypatch)
