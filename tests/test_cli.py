@@ -441,6 +441,7 @@ def test_a_process_that_waits_for_others_says_so(files):
     assert time.monotonic() - start < 90
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_commands_save_and_end_with_the_signal_s_status(files, number, status):

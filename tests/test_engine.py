@@ -271,6 +271,7 @@ def written(path):
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_saves_the_update_in_which_it_comes(tmp_path, capsys, number, error):
     class Stopped(Line):

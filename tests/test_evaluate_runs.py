@@ -95,6 +95,7 @@ def test_a_stopped_run_goes_on_with_another_batch_size(tmp_path, whole, stop_at)
     assert results(run(tmp_path / "run", before=lambda ids: pytest.fail("attacked again"))) == whole
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_stopped_evaluation_says_what_was_saved(tmp_path, capsys, number, error):
     def stop_in_the_third(ids):
