@@ -21,10 +21,11 @@ from torch import Tensor
 
 from atop_fast import PGD, Defense, StAdv, evaluate, image_folder, load_defense, load_model
 from atop_fast.attacks import Model
+from atop_fast.evaluation import PROTOCOLS
 
 LINF, L2, FLOW = 8 / 255, 0.5, 0.05
-# One draw per step, averaged by momentum, as in the protocol eot-fast.
-SCHEDULE: dict[str, Any] = {"momentum": 0.9, "schedule": "cosine"}
+# Draws of a step, momentum and schedule are those of the protocol eot-fast, whose only attack is PGD.
+(EOT_FAST,) = PROTOCOLS["eot-fast"].attacks.values()
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Column:
 
 
 def pgd(model: Model, column: Column, **options: Any) -> PGD:
-    return PGD(model, norm=column.norm, eps=column.eps, steps=column.steps, **SCHEDULE, **options)
+    return PGD(model, norm=column.norm, eps=column.eps, **{**EOT_FAST.options, "steps": column.steps}, **options)
 
 
 COLUMNS = {
     "blind": Column("Linf", LINF, 40, lambda model, column: pgd(model, column, gradient="blind")),
     "BPDA": Column("Linf", LINF, 40, lambda model, column: pgd(model, column, gradient="bpda")),
-    "exact": Column("Linf", LINF, 400, pgd),
+    "exact": Column("Linf", LINF, EOT_FAST.options["steps"], pgd),
     "L2": Column("L2", L2, 100, pgd),
     "StAdv": Column("Linf", LINF, 40, lambda model, column: StAdv(model, bound=FLOW, steps=column.steps)),
 }

@@ -44,6 +44,7 @@ from atop_fast.defenses import (
     TotalVariation,
     WinnersTakeAll,
 )
+from atop_fast.evaluation import PROTOCOLS
 from atop_fast.randomness import derive_seed, seeded
 
 EPS, QUERIES = 8 / 255, 1000
@@ -74,10 +75,12 @@ def seeded_filters() -> nn.Module:
 
 def strongest(model: nn.Module) -> Mapping[str, Any]:
     """PGD of the protocol eot-fast by every gradient that the model has, and Square, which needs none."""
-    steps: dict[str, Any] = {"steps": 400, "momentum": 0.9, "schedule": "cosine"}
+    (entry,) = PROTOCOLS["eot-fast"].attacks.values()
     seed = derive_seed(0, "attack")
     gradients = ("exact", "bpda", "blind") if isinstance(model, Defense) else ("exact",)
-    attacks: dict[str, Any] = {g: PGD(model, norm="Linf", eps=EPS, gradient=g, seed=seed, **steps) for g in gradients}
+    attacks: dict[str, Any] = {
+        g: PGD(model, norm="Linf", eps=EPS, gradient=g, seed=seed, **entry.options) for g in gradients
+    }
     return attacks | {"square": Square(model, norm="Linf", eps=EPS, n_queries=QUERIES, seed=seed)}
 
 
