@@ -282,8 +282,7 @@ class AutoAttack:
         """Whether "fast" may have left images that "standard" fools."""
         if self.version != "fast" or not {"pma", "apgd-t", "probe"} <= self.accuracy.keys():
             return False
-        after_pma, after_both, after_probe = (self.accuracy[name] for name in ("pma", "apgd-t", "probe"))
-        return after_pma - after_both > DOUBT or after_probe < after_both
+        return leaves_doubt(*(self.accuracy[name] for name in ("pma", "apgd-t", "probe")))
 
     def _title(self, attack: str, precision: str | None) -> str:
         return attack if precision in (None, self.precision) else f"{attack} ({precision})"
@@ -304,6 +303,11 @@ class AutoAttack:
     def __repr__(self) -> str:
         hidden = ("model", "verbose", "accuracy", "in_doubt", "callback", "device", "log_path")
         return f"AutoAttack({', '.join(f'{k}={v!r}' for k, v in vars(self).items() if k not in hidden)})"
+
+
+def leaves_doubt(after_pma: float, after_apgd: float, after_probe: float) -> bool:
+    """Whether "fast", by the accuracies after its attacks, may have left images that "standard" fools."""
+    return after_pma - after_apgd > DOUBT or after_probe < after_apgd
 
 
 def _named(callback: Callback | None, name: str) -> Callback | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._core.files import write_text
 from ..attacks import NORMS, GradientEstimator, Model, frozen
-from ..attacks.autoattack import DOUBT
+from ..attacks.autoattack import leaves_doubt
 from ..doctor import Finding, examine, sampled
 from ..doctor.contract import CHECKS as CONTRACT
 from .judge import full_precision, judged
@@ -151,7 +151,7 @@ def doubt_finding(attacks: Mapping[str, Verdict | None]) -> list[dict[str, Any]]
     if left.keys() != {"pma", "apgd_t", "square"} or len(counts) > 1:
         return []
     late, probed = left["pma"] - left["apgd_t"], left["apgd_t"] - left["square"]
-    if late <= DOUBT and probed <= 0:
+    if not leaves_doubt(left["pma"], left["apgd_t"], left["square"]):
         return []
     text = f"APGD-T fooled {late:.2%} of the images after PMA, and a short random search {probed:.2%} after both: this "
     text += "protocol may overestimate robustness; use 'paper', whose attacks are those of AutoAttack standard."
