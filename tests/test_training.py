@@ -343,6 +343,22 @@ def test_n_fgsm_trains_through_the_pipeline_with_noise_of_its_own_in_every_epoch
         FinetuneConfig(attack="n-fgsm", norm="L2")
 
 
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_an_attack_may_see_the_draw_of_the_loss(epoch):
+    """One step of FGSM, and the loss that it leaves, in plain PyTorch under one key."""
+    purifier, _, classifier = networks()
+    config = FinetuneConfig(attack="fgsm", eps=0.05, gan_weight=0, attack_draw="loss")
+    step = FinetuneStep(Defense(RT, purifier, classifier.eval()), None, config, seed=3)
+    leaf = X[:4].clone().requires_grad_()
+    pipeline = Defense(RT, purifier, classifier)
+    loss = nn.functional.cross_entropy(pipeline(leaf, step.seed, torch.arange(4), epoch), Y[:4], reduction="sum")
+    expected = (X[:4] + 0.05 * torch.autograd.grad(loss, leaf)[0].sign()).clamp(0, 1)
+    seen = step.attack(X[:4], Y[:4], torch.arange(4), epoch)
+    assert (seen - expected).abs().gt(1e-6).float().mean() < 0.02
+    with pytest.raises(ValueError, match="attack_draw must be 'own' unless attacked='pipeline' and eot_iter=1"):
+        FinetuneConfig(attack_draw="loss", eot_iter=2)
+
+
 @pytest.mark.parametrize("clean_weight", [0.0, 0.7])
 @pytest.mark.parametrize("target", ["clean", "adversarial"])
 def test_an_update_of_fine_tuning_is_adams_on_the_formula(clean_weight, target):

@@ -10,6 +10,7 @@ from ..attacks import NORMS
 
 ATTACKS = ("fgsm", "fgsm-rs", "n-fgsm", "pgd", "apgd")
 ATTACKED = ("pipeline", "classifier")
+ATTACK_DRAWS = ("own", "loss")
 AVERAGES = ("none", "ema", "median")
 PRECISIONS = (*NETWORK_PRECISIONS, "tf32")
 SCHEDULES = ("cosine", "linear", "onecycle", "step", "constant")
@@ -177,6 +178,9 @@ class FinetuneConfig(PretrainConfig):
         target: image that the purifier must restore: "adversarial" (the paper's formula) or "clean".
         norm, eps: threat model; eps in units of [0, 1] pixels.
         eot_iter: number of draws over which the training attack averages its gradient.
+        attack_draw: draws that the training attack sees: "own" (fresh ones in every step, as for an attacker of a
+            deployed system) or "loss" (the one draw under which the loss is computed, so that the attack is as strong
+            as against a deterministic network: Salman et al., NeurIPS 2019, section 3; "pipeline" and one draw only).
     """
 
     ce_weight: float = 0.1
@@ -194,6 +198,7 @@ class FinetuneConfig(PretrainConfig):
     norm: str = "Linf"
     eps: float = 8 / 255
     eot_iter: int = 1
+    attack_draw: str = "own"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,3 +220,7 @@ class FinetuneConfig(PretrainConfig):
         check_choice(name, "norm", self.norm, list(NORMS) if self.attack != "n-fgsm" else ["Linf"])
         check_number(name, "eps", self.eps, low=0)
         check_integer(name, "eot_iter", self.eot_iter, low=1)
+        check_choice(name, "attack_draw", self.attack_draw, list(ATTACK_DRAWS))
+        if self.attack_draw == "loss" and (self.attacked != "pipeline" or self.eot_iter > 1):
+            expected = "'own' unless attacked='pipeline' and eot_iter=1"
+            raise ValueError(message(name, "attack_draw", expected, repr(self.attack_draw)))

@@ -343,6 +343,7 @@ class FinetuneStep(PretrainStep):
         """The training images of an epoch (a number, or the tensor of the current one), a share of them adversarial."""
         if isinstance(epoch, int):
             self.prepare(epoch)
+            self.epoch.fill_(epoch)
         adversarial = run_attack(self.attacker, self.attack_key, x, y, ids)
         share = self.config.adversarial_share
         if share == 1:
@@ -369,6 +370,8 @@ class FinetuneStep(PretrainStep):
     def _attacker(self) -> Attack:
         config = self.config
         model = self.pipeline
+        if config.attack_draw == "loss":
+            model = _UnderLossDraw(model, self.seed, self.epoch)
         options: dict[str, Any] = {"eot_iter": config.eot_iter, "precision": self._attack_precision()}
         if config.attacked == "classifier":
             # A bare classifier would run under seeds from torch's global generator.
@@ -402,6 +405,29 @@ class FinetuneStep(PretrainStep):
         with self.attacker.prepared(images[:1], ids):
             pass
         return classes
+
+
+class _UnderLossDraw(Defense):
+    """A pipeline under the draw of the loss, whichever its attacker asks for.
+
+    Args:
+        pipeline: the Defense in training.
+        seed, epoch: key of the transform in the loss; the epoch is a tensor, int64 (), that changes in place.
+    """
+
+    def __init__(self, pipeline: Defense, seed: int, epoch: Tensor) -> None:
+        super().__init__(pipeline.transform, pipeline.purifier, pipeline.classifier)
+        self.seed, self.epoch = seed, epoch
+
+    def forward(
+        self,
+        x: Tensor,
+        seed: int | Tensor = 0,
+        sample_ids: Tensor | None = None,
+        draw: int | Tensor | None = None,
+    ) -> Tensor:
+        """As Defense.forward, but only the sample ids count."""
+        return super().forward(x, self.seed, sample_ids, self.epoch)
 
 
 def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
