@@ -343,6 +343,20 @@ def test_n_fgsm_trains_through_the_pipeline_with_noise_of_its_own_in_every_epoch
         FinetuneConfig(attack="n-fgsm", norm="L2")
 
 
+def test_perturbations_grow_over_the_warmup():
+    """Half of the way is half of the perturbation; without a warm-up, and after it, there is all of it."""
+    purifier, _, classifier = networks()
+    config = FinetuneConfig(attack="fgsm", eps=0.05, gan_weight=0)
+    whole, grown = (
+        FinetuneStep(Defense(RT, purifier, classifier), None, replace(config, eps_warmup=w), seed=3) for w in (0, 0.5)
+    )
+    expected = whole.attack(X, Y, torch.arange(12), 0) - X
+    assert expected.abs().max() > 0.04
+    for progress, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.9, 1.0)):
+        grown.progress.fill_(progress)
+        torch.testing.assert_close(grown.attack(X, Y, torch.arange(12), 0) - X, share * expected)
+
+
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_an_attack_may_see_the_draw_of_the_loss(epoch):
     """One step of FGSM, and the loss that it leaves, in plain PyTorch under one key."""

@@ -177,6 +177,8 @@ class FinetuneConfig(PretrainConfig):
         adversarial_share: share of the images that are attacked, resampled in every epoch; the others stay clean.
         target: image that the purifier must restore: "adversarial" (the paper's formula) or "clean".
         norm, eps: threat model; eps in units of [0, 1] pixels.
+        eps_warmup: share of the updates, in [0, 1], in which the perturbations grow linearly from zero to those of eps.
+            A strong attack from the first update on can cost a pretrained purifier what it has learned.
         eot_iter: number of draws over which the training attack averages its gradient.
         attack_draw: draws that the training attack sees: "own" (fresh ones in every step, as for an attacker of a
             deployed system) or "loss" (the one draw under which the loss is computed, so that the attack is as strong
@@ -197,6 +199,7 @@ class FinetuneConfig(PretrainConfig):
     target: str = "clean"
     norm: str = "Linf"
     eps: float = 8 / 255
+    eps_warmup: float = 0.0
     eot_iter: int = 1
     attack_draw: str = "own"
 
@@ -219,6 +222,7 @@ class FinetuneConfig(PretrainConfig):
         check_choice(name, "target", self.target, list(TARGETS))
         check_choice(name, "norm", self.norm, list(NORMS) if self.attack != "n-fgsm" else ["Linf"])
         check_number(name, "eps", self.eps, low=0)
+        check_number(name, "eps_warmup", self.eps_warmup, low=0, high=1)
         check_integer(name, "eot_iter", self.eot_iter, low=1)
         check_choice(name, "attack_draw", self.attack_draw, list(ATTACK_DRAWS))
         if self.attack_draw == "loss" and (self.attacked != "pipeline" or self.eot_iter > 1):

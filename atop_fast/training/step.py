@@ -345,6 +345,8 @@ class FinetuneStep(PretrainStep):
             self.prepare(epoch)
             self.epoch.fill_(epoch)
         adversarial = run_attack(self.attacker, self.attack_key, x, y, ids)
+        if self.config.eps_warmup:
+            adversarial = x + (adversarial - x) * (self.progress / self.config.eps_warmup).clamp(max=1)
         share = self.config.adversarial_share
         if share == 1:
             return adversarial
