@@ -145,8 +145,8 @@ MUTATIONS = [
     ),
     *_of(
         "squares", "square_ops",
-        ("dropped clamp at 1", "csrc/cpu/square.cpp", "std::min(T(1), std::max(T(0), x0[at + j] + shift))",
-         "std::max(T(0), x0[at + j] + shift)"),
+        ("dropped clamp at 1", "csrc/cpu/square.cpp", "std::min(T(1), std::max(T(0), s.x0[at + j] + shift))",
+         "std::max(T(0), s.x0[at + j] + shift)"),
         ("rows in the place of the square", "atop_fast/ops/square.py", "clamp_(0, 1), rows * columns)",
          "clamp_(0, 1), rows.expand(-1, -1, -1, x.shape[3]))"),
     ),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,16 @@ def test_build_info_and_cpu_features():
         pytest.skip("no native build")
     assert {"compiler", "torch", "flags", "cuda", "arch_list", "note", "debug"} == set(module.build_info())
     assert module.cpu_features()["level"] in ("baseline", "x86-64-v3", "x86-64-v4")
+
+
+def test_host_sides_are_in_one_folder():
+    """Loops know neither tensors nor the dispatcher, whether or not there is a CUDA kernel beside them."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    registered = {path for path in csrc.rglob("*.c*") if "STABLE_TORCH_LIBRARY_IMPL" in path.read_text()}
+    assert registered == set((csrc / "ops").iterdir())
+    loops = [path for folder in ("cpu", "cuda", "math") for path in (csrc / folder).iterdir()]
+    of_torch = re.compile(r'#include [<"](torch/|common/(tensors|checks)\.h)')
+    assert not [path for path in loops if of_torch.search(path.read_text())]
 
 
 @pytest.mark.slow

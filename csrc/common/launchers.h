@@ -50,6 +50,55 @@ const char* launch_apgd_step_linf(const StepArguments<T>& arguments, void* strea
 template <typename T>
 const char* launch_apgd_step_l2(const StepArguments<T>& arguments, void* stream);
 
+// On the CPU only.                                                                         docs/math.md#project_l1
+template <typename T>
+const char* launch_project_l1(const StepArguments<T>& arguments, void* stream);
+
+// On the CPU only; `k` is the number of entries that move.
+template <typename T>
+const char* launch_pgd_step_l1(const StepArguments<T>& arguments, PerSample<int64_t> k, void* stream);
+
+// The smallest steps from points to hyperplanes, on the CPU only.
+template <typename T>
+const char* launch_hyperplane_step(const T* x,       // [batch, n]
+                                   const T* w,       // [batch, n]
+                                   const T* change,  // [batch]
+                                   bool l2, int64_t batch, int64_t n,
+                                   T* steps,  // [batch, n]
+                                   void* stream);
+
+// What the candidates of Square share: images, and a square for each of them.
+template <typename T>
+struct Squares {
+  const T *x, *x0;   // [batch, channels, height, width]
+  const T* signs;    // [batch, channels]
+  const T* rows;     // [batch, height]
+  const T* columns;  // [batch, width]
+  int64_t batch, channels, height, width;
+  T eps;
+  T* y;  // like x
+
+  int64_t pixels() const { return height * width; }
+  int64_t inner() const { return channels * pixels(); }
+};
+
+// A second square, and the bump of each first square.
+template <typename T>
+struct Bumps : Squares<T> {
+  const T* other_rows;               // [batch, height]
+  const T* other_columns;            // [batch, width]
+  const T* bumps;                    // [any, side, side]
+  const int64_t *top, *left, *bump;  // [batch]
+  int64_t side;
+  bool l2;
+};
+
+// On the CPU only.
+template <typename T>
+const char* launch_square_linf(const Squares<T>& squares, void* stream);
+template <typename T>
+const char* launch_square_bump(const Bumps<T>& bumps, void* stream);
+
 // The outputs of gated convolutions; h has twice as many channels.
 struct Gates {
   int64_t batch, channels, pixels;  // of an image

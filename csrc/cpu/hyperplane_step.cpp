@@ -1,15 +1,11 @@
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
+#include "common/launchers.h"
 #include "common/parallel.h"
-#include "common/tensors.h"
 #include "cpu/scratch.h"
 
-// The host side is in this file instead of csrc/ops, because the op has no CUDA kernel.
 namespace atop {
 namespace {
 
@@ -83,40 +79,26 @@ void step_row(const T* x, const T* w, T change, bool l2, int64_t n, T* weight, T
   walk(x, w, n, scale, change < 0, l2, l, step);
 }
 
-Tensor hyperplane_step(const Tensor& x, const Tensor& w, const Tensor& change, bool l2) {
-  constexpr const char* kFunction = "hyperplane_step";
-  ATOP_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, kFunction, "x",
-             "a float32 or float64 tensor", dtype_text(x.scalar_type()));
-  ATOP_CHECK(x.dim() == 2, kFunction, "x", "of shape (B, n)", shape_text(x));
-  const int64_t batch = x.size(0), n = x.size(1);
-  ATOP_CHECK(w.dim() == 2 && w.size(0) == batch && w.size(1) == n && w.scalar_type() == x.scalar_type(), kFunction, "w",
-             text("of dtype and shape of x, (", batch, ", ", n, ")"), shape_text(w));
-  ATOP_CHECK(change.dim() == 1 && change.size(0) == batch && change.scalar_type() == x.scalar_type(), kFunction,
-             "change", text("of dtype of x and shape (", batch, ",)"), shape_text(change));
-  const Tensor points = torch::stable::contiguous(x), normals = torch::stable::contiguous(w),
-               changes = torch::stable::contiguous(change);
-  const int64_t sizes[2] = {batch, n};
-  Tensor steps = empty_contiguous({sizes, 2}, x.scalar_type(), x);
-  if (steps.numel() == 0) return steps;
-  with_float_type(x.scalar_type(), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / n / 8), [&](int64_t begin, int64_t end) {
-      const int64_t whole = round_up(n, kLanes);
-      const Scratch<T> weight(whole), cap(whole);
-      std::fill_n(weight.get(), whole, T(0));
-      std::fill_n(cap.get(), whole, T(0));
-      for (int64_t i = begin; i < end; ++i) {
-        step_row(input<T>(points) + i * n, input<T>(normals) + i * n, input<T>(changes)[i], l2, n, weight.get(),
-                 cap.get(), output<T>(steps) + i * n);
-      }
-    });
-  });
-  return steps;
-}
-
 }  // namespace
-}  // namespace atop
 
-STABLE_TORCH_LIBRARY_IMPL(atop_fast, CPU, m) {
-  m.impl("hyperplane_step", TORCH_BOX(&atop::hyperplane_step));
+template <typename T>
+const char* launch_hyperplane_step(const T* x, const T* w, const T* change, bool l2, int64_t batch, int64_t n, T* steps,
+                                   void*) {
+  torch::stable::parallel_for(0, batch, std::max<int64_t>(1, kGrain / n / 8), [&](int64_t begin, int64_t end) {
+    const int64_t whole = round_up(n, kLanes);
+    const Scratch<T> weight(whole), cap(whole);
+    std::fill_n(weight.get(), whole, T(0));
+    std::fill_n(cap.get(), whole, T(0));
+    for (int64_t i = begin; i < end; ++i) {
+      step_row(x + i * n, w + i * n, change[i], l2, n, weight.get(), cap.get(), steps + i * n);
+    }
+  });
+  return nullptr;
 }
+
+template const char* launch_hyperplane_step(const float*, const float*, const float*, bool, int64_t, int64_t, float*,
+                                            void*);
+template const char* launch_hyperplane_step(const double*, const double*, const double*, bool, int64_t, int64_t,
+                                            double*, void*);
+
+}  // namespace atop

@@ -1,11 +1,7 @@
-#include <torch/csrc/stable/library.h>
-
 #include <functional>
 
-#include "common/steps.h"
 #include "cpu/project_l1.h"
 
-// The host side is in this file instead of csrc/ops, because the op has no CUDA kernel.
 namespace atop {
 namespace {
 
@@ -40,8 +36,10 @@ T kth_largest(const std::vector<T>& values, int64_t k, std::vector<T>& room) {
   return *kth;
 }
 
+}  // namespace
+
 template <typename T>
-const char* launch_pgd_step_l1(const StepArguments<T>& a, const int64_t* ks, int64_t k_stride, int64_t k) {
+const char* launch_pgd_step_l1(const StepArguments<T>& a, PerSample<int64_t> k, void*) {
   return for_each_sample_l1(a, [&](int64_t sample, int64_t begin, L1Buffers<T>& b) {
     const T *x = a.x + begin, *g = a.grad + begin;
     if (a.draws > 1) {
@@ -49,7 +47,7 @@ const char* launch_pgd_step_l1(const StepArguments<T>& a, const int64_t* ks, int
       g = b.gradient.data();
     }
     magnitudes(g, b.lengths.data(), a.inner);
-    const T least = kth_largest(b.lengths, ks ? ks[sample * k_stride] : k, b.caps);
+    const T least = kth_largest(b.lengths, k[sample], b.caps);
     const int64_t count = count_chosen(b.lengths.data(), least, a.inner);
     const T alpha = a.alpha[sample] / static_cast<T>(std::max<int64_t>(count, 1));
     move(x, g, b.lengths.data(), least, alpha, b.moved.data(), a.inner);
@@ -57,24 +55,7 @@ const char* launch_pgd_step_l1(const StepArguments<T>& a, const int64_t* ks, int
   });
 }
 
-Tensor pgd_step_l1(const Tensor& x, const Tensor& grad, const Tensor& x0, double alpha, double eps, int64_t k,
-                   std::optional<Tensor> alphas, std::optional<Tensor> epsilons, std::optional<Tensor> ks) {
-  const char* const function = "pgd_step_l1";
-  if (ks) {
-    check_per_sample(function, "k", *ks, ScalarType::Long, samples_of(x));
-    check_on_device_of(function, "k", *ks, "x", x);
-  } else {
-    ATOP_CHECK(k >= 1, function, "k", "an integer and >= 1", text(k));
-  }
-  const auto launch = [&](const auto& arguments, void*) {
-    return launch_pgd_step_l1(arguments, ks ? input<int64_t>(*ks) : nullptr, ks ? per_sample_stride(*ks) : 0, k);
-  };
-  return step(function, {x, grad, x0, x}, pgd_numbers(alpha, eps, alphas, epsilons), 1, launch);
-}
+template const char* launch_pgd_step_l1(const StepArguments<float>&, PerSample<int64_t>, void*);
+template const char* launch_pgd_step_l1(const StepArguments<double>&, PerSample<int64_t>, void*);
 
-}  // namespace
 }  // namespace atop
-
-STABLE_TORCH_LIBRARY_IMPL(atop_fast, CPU, m) {
-  m.impl("pgd_step_l1", TORCH_BOX(&atop::pgd_step_l1));
-}
