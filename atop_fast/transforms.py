@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ._core.checks import check_integer, check_number, message
 from .ops import assemble, resize
-from .ops.corrupt import check_mask_ratio, check_x
+from .ops.corrupt import check_x
 from .ops.corrupt import run as run_corrupt
+from .ops.mask_blocks import check_mask_ratio
 from .ops.random_resize_pad import check_sizes, place, random_placement
 
 

@@ -135,26 +135,34 @@ def dense_arguments(x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Te
     return (in_layout_of(x, out), grad, *(in_layout_of(t, out) for t in others))
 
 
-def step(
-    run: Callable[..., None], x: Tensor, grad: Tensor, others: tuple[Tensor, ...], out: Tensor | None = None
-) -> Tensor:
-    """Call `run(x, grad, *others, out)` on dense tensors, which writes the step to `out`; `out` may be x."""
-    result = torch.empty_like(x) if out is None else out
-    dense = dense_arguments(x, grad, others, result)
-    if dense is not None:
-        run(*dense, result)
-        return result
-    flat = [t.contiguous() for t in (x, grad, *others)]
-    target = torch.empty_like(flat[0])
-    run(*flat, target)
-    return ops_steps.in_layout_of(x, target) if out is None else out.copy_(target)
+def launcher(step: ops_steps.Step, run: Callable[..., None]) -> Callable[..., Any]:
+    """The Triton implementation of the op of `step`.
 
+    `run(tensors, values)` launches the kernel on dense tensors: x, grad, x0, x_prev if the step has one, and the
+    output, which may be x. `values` has for each number the number, the tensor that replaces it, and its stride.
+    """
 
-def numbers(*pairs: tuple[float, Tensor | None]) -> tuple[Any, ...]:
-    """Each number, the tensor that replaces it, and the stride between samples in that tensor."""
-    return tuple(
-        item for number, values in pairs for item in (number, values, 0 if values is None else stride_of(values))
-    )
+    def launch_step(*arguments: Any) -> Tensor | None:
+        tensors, pairs = step.parts(arguments)
+        x, *before, grad, x0 = tensors
+        # Triton passes numbers as float32, so that float64 is left to the reference.
+        if x.dtype != torch.float32 or x.numel() == 0:
+            return step.reference(*arguments)
+        values = tuple(
+            item for number, values in pairs for item in (number, values, 0 if values is None else stride_of(values))
+        )
+        out = x if step.in_place else torch.empty_like(x)
+        dense = dense_arguments(x, grad, (x0, *before), out)
+        if dense is not None:
+            run((*dense, out), values)
+        else:
+            flat = [t.contiguous() for t in (x, grad, x0, *before)]
+            target = torch.empty_like(flat[0])
+            run((*flat, target), values)
+            out.copy_(target)
+        return None if step.in_place else out
+
+    return launch_step
 
 
 def draws(x: Tensor, grad: Tensor) -> tuple[int, int]:
@@ -162,19 +170,17 @@ def draws(x: Tensor, grad: Tensor) -> tuple[int, int]:
     return (grad.shape[0], grad.stride(0)) if grad.dim() > x.dim() else (1, 0)
 
 
-def launch_elements(kernel: Any, tensors: tuple[Tensor, ...], grad: Tensor, values: tuple[Any, ...]) -> None:
+def launch_elements(kernel: Any, tensors: tuple[Tensor, ...], values: tuple[Any, ...]) -> None:
     """Run `kernel` without norms; all samples are treated as one unless a number is given per sample."""
-    x = tensors[0]
+    x, grad = tensors[:2]
     rows = len(x) if any(isinstance(v, Tensor) and v.dim() for v in values) else 1
     n = x.numel() // rows
     launch(kernel, n, x.device, *tensors, *values, *draws(x, grad), n, rows=rows, **EXACT)
 
 
-def launch_with_norms(
-    kernel: Any, count: int, tensors: tuple[Tensor, ...], grad: Tensor, values: tuple[Any, ...]
-) -> None:
-    """Run `kernel` with `count` norms over each sample; `tensors` begins with x and grad."""
-    x, _, *others = tensors
+def launch_with_norms(kernel: Any, count: int, tensors: tuple[Tensor, ...], values: tuple[Any, ...]) -> None:
+    """Run `kernel` with `count` norms over each sample."""
+    x, grad, *others = tensors
     n, rows = x.numel() // len(x), len(x)
     options = {"rows": rows, "num_warps": NORM_WARPS, **EXACT}
     if n <= NORM_BLOCK:

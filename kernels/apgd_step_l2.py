@@ -1,14 +1,11 @@
 """z = P(x + alpha g / |g|),  x' = P(x + m (z - x) + (1 - m) (x - x_prev))               docs/math.md#apgd_step_l2"""
 
 import functools
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from atop_fast.ops.apgd_step_l2 import check_arguments, reference
+from atop_fast.ops.apgd_step_l2 import STEP
 
 from ._steps import (
     ALL,
@@ -17,12 +14,11 @@ from ._steps import (
     finite,
     gradient_norm,
     launch_with_norms,
+    launcher,
     norm,
-    numbers,
     place,
     read_gradient,
     read_number,
-    step,
 )
 
 
@@ -75,26 +71,4 @@ def _shorten(length, radius):
     return tl.div_rn(tl.where(radius < length, radius, length), length + TINY)
 
 
-def launch_apgd_step_l2(
-    x: Tensor,
-    x_prev: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    momentum: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-    momenta: Tensor | None = None,
-) -> Tensor:
-    """The Triton implementation of atop_fast::apgd_step_l2."""
-    check_arguments("apgd_step_l2", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
-    # Triton passes numbers as float32, so that float64 is left to the reference.
-    if x.dtype != torch.float32 or x.numel() == 0:
-        return reference(x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
-    values = numbers((alpha, alphas), (eps, epsilons), (momentum, momenta))
-    return step(functools.partial(_run, values), x, grad, (x0, x_prev))
-
-
-def _run(values: tuple[Any, ...], x: Tensor, grad: Tensor, x0: Tensor, x_prev: Tensor, out: Tensor) -> None:
-    launch_with_norms(apgd_step_l2_fwd_kernel, 3, (x, grad, x0, x_prev, out), grad, values)
+launch_apgd_step_l2 = launcher(STEP, functools.partial(launch_with_norms, apgd_step_l2_fwd_kernel, 3))

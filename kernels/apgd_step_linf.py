@@ -1,16 +1,13 @@
 """z = P(x + alpha sign(g)),  x' = P(x + m (z - x) + (1 - m) (x - x_prev))               docs/math.md#apgd_step_linf"""
 
 import functools
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from atop_fast.ops.apgd_step_linf import check_arguments, reference
+from atop_fast.ops.apgd_step_linf import STEP
 
-from ._steps import launch_elements, numbers, place, project_linf, read_gradient, read_number, sign, step
+from ._steps import launch_elements, launcher, place, project_linf, read_gradient, read_number, sign
 
 
 @triton.jit
@@ -44,26 +41,4 @@ def apgd_step_linf_fwd_kernel(
     tl.store(out + o, project_linf(b_v, b_x0, radius), mask)
 
 
-def launch_apgd_step_linf(
-    x: Tensor,
-    x_prev: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    momentum: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-    momenta: Tensor | None = None,
-) -> Tensor:
-    """The Triton implementation of atop_fast::apgd_step_linf."""
-    check_arguments("apgd_step_linf", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
-    # Triton passes numbers as float32, so that float64 is left to the reference.
-    if x.dtype != torch.float32 or x.numel() == 0:
-        return reference(x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
-    values = numbers((alpha, alphas), (eps, epsilons), (momentum, momenta))
-    return step(functools.partial(_run, values), x, grad, (x0, x_prev))
-
-
-def _run(values: tuple[Any, ...], x: Tensor, grad: Tensor, x0: Tensor, x_prev: Tensor, out: Tensor) -> None:
-    launch_elements(apgd_step_linf_fwd_kernel, (x, grad, x0, x_prev, out), grad, values)
+launch_apgd_step_linf = launcher(STEP, functools.partial(launch_elements, apgd_step_linf_fwd_kernel))

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atop_fast.ops._images import memory_format
-from atop_fast.ops.assemble import check_arguments, check_dy, reference, reference_bwd
+from atop_fast.ops.assemble import reference, reference_bwd
 
 from ._blocks import offsets, place, read_owners, unit_of
 from ._launch import MAX_ROW, launch
@@ -62,7 +62,6 @@ def assemble_bwd_kernel(
 
 def launch_assemble(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
     """The Triton implementation of atop_fast::assemble."""
-    check_arguments("assemble", copies, blocks, patch)
     (_, C, H, W), layout, batch = copies.shape, memory_format(copies), len(blocks)
     if C * H * W > MAX_ROW:
         return reference(copies, blocks, patch)
@@ -76,7 +75,6 @@ def launch_assemble(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
 
 def launch_assemble_bwd(dy: Tensor, blocks: Tensor, patch: int, copies: int) -> Tensor:
     """The Triton implementation of atop_fast::assemble_bwd."""
-    check_dy("assemble_bwd", dy, blocks, patch, copies)
     (batch, C, H, W), layout = dy.shape, memory_format(dy)
     if C * H * W > MAX_ROW:
         return reference_bwd(dy, blocks, patch, copies)

@@ -13,12 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atop_fast.ops._images import check_dy, memory_format, widen
+from atop_fast.ops._images import memory_format, widen
 from atop_fast.ops.contextual_attention import (
     MIN_NORM,
     SCALE,
-    check_features,
-    check_valid,
     no_autocast,
     parities,
     rounded,
@@ -237,8 +235,6 @@ def fuse_bwd_kernel(
 
 def launch_contextual_attention(features: Tensor, valid: Tensor) -> Tensor:
     """The Triton implementation of atop_fast::contextual_attention."""
-    check_features("contextual_attention", features)
-    check_valid("contextual_attention", valid, features)
     if not features.numel():
         return torch.empty_like(features, memory_format=memory_format(features))
     with no_autocast(features):
@@ -247,9 +243,6 @@ def launch_contextual_attention(features: Tensor, valid: Tensor) -> Tensor:
 
 def launch_contextual_attention_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
     """The Triton implementation of atop_fast::contextual_attention_bwd."""
-    check_features("contextual_attention_bwd", features)
-    check_valid("contextual_attention_bwd", valid, features)
-    check_dy("contextual_attention_bwd", dy, features.shape, features)
     if not features.numel():
         return torch.empty_like(features, memory_format=memory_format(features))
     with no_autocast(features):

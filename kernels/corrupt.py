@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atop_fast.ops._images import memory_format
-from atop_fast.ops.corrupt import check_arguments, check_bwd, reference, reference_bwd, reference_passes
+from atop_fast.ops.corrupt import reference, reference_bwd, reference_passes
 from atop_fast.randomness import Tag
 
 from ._blocks import offsets, place, read_owners, unit_of
@@ -183,7 +183,6 @@ def launch_corrupt(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The Triton implementation of atop_fast::corrupt."""
-    check_arguments("corrupt", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype)
     key = (sigma, seed, sample_ids, draws)
     if _is_large(x, size):
         return reference(x, blocks, *key, patch, copies, size, dtype, save)
@@ -207,8 +206,6 @@ def launch_corrupt_passes(
 ) -> Tensor:
     """The Triton implementation of atop_fast::corrupt_passes."""
     key = (sigma, seed, sample_ids, draws)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_arguments("corrupt_passes", x, blocks, *key, patch, copies, size, dtype)
     if _is_large(x, size):
         return reference_passes(x, blocks, *key, patch, copies, size)
     passes = blocks.new_empty((*x.shape[:2], -(-size[0] * size[1] // 8)))
@@ -220,7 +217,6 @@ def launch_corrupt_bwd(
     dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
 ) -> Tensor:
     """The Triton implementation of atop_fast::corrupt_bwd."""
-    check_bwd("corrupt_bwd", dy, passes, blocks, patch, copies, dtype)
     (_, planes, H, W), layout, B = dy.shape, memory_format(dy), len(blocks)
     if planes * H * W > MAX_ROW:
         return reference_bwd(dy, passes, blocks, patch, copies, dtype)

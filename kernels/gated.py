@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atop_fast.ops._images import check_dy, memory_format
-from atop_fast.ops.gated import ELU, check_arguments, check_with_db, output_shape
+from atop_fast.ops._images import memory_format
+from atop_fast.ops.gated import ELU, output_shape
 
 from ._launch import BLOCK as MAX_BLOCK
 from ._launch import in_layout_of, launch
@@ -182,7 +182,6 @@ def gated_sums_kernel(
 
 def launch_gated(h: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """The Triton implementation of atop_fast::gated."""
-    check_arguments("gated", h, bias, activation)
     layout = memory_format(h)
     y = torch.empty(output_shape(h), dtype=h.dtype, device=h.device, memory_format=layout)
     if n := y.numel():
@@ -195,9 +194,6 @@ def launch_gated_bwd(
     dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, with_db: bool
 ) -> tuple[Tensor, Tensor]:
     """The Triton implementation of atop_fast::gated_bwd."""
-    check_arguments("gated_bwd", h, bias, activation)
-    check_dy("gated_bwd", dy, output_shape(h), h)
-    check_with_db("gated_bwd", bias, with_db)
     layout = memory_format(h)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device, memory_format=layout)
     if not (n := dy.numel()):

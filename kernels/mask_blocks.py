@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atop_fast.ops.mask_blocks import check_arguments, reference
+from atop_fast.ops.mask_blocks import reference
 from atop_fast.randomness import Tag
 
 from ._launch import launch, stride_of
@@ -57,7 +57,6 @@ def launch_mask_blocks(
     seed: Tensor, sample_ids: Tensor, draws: Tensor, masked: Tensor, blocks: int, copies: int
 ) -> Tensor:
     """The Triton implementation of atop_fast::mask_blocks."""
-    check_arguments("mask_blocks", seed, sample_ids, draws, masked, blocks, copies)
     if blocks > MAX_COUNT:
         return reference(seed, sample_ids, draws, masked, blocks, copies)
     device, batch = sample_ids.device, len(sample_ids)

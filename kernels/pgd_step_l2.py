@@ -1,14 +1,11 @@
 """v = x + alpha g / |g|,  d = v - x0,  x' = clamp(x0 + d min(1, eps / |d|), 0, 1)         docs/math.md#pgd_step_l2"""
 
 import functools
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from atop_fast.ops.pgd_step_l2 import check_arguments, reference
+from atop_fast.ops.pgd_step_l2 import STEP, STEP_
 
 from ._steps import (
     ALL,
@@ -17,12 +14,11 @@ from ._steps import (
     finite,
     gradient_norm,
     launch_with_norms,
+    launcher,
     norm,
-    numbers,
     place,
     read_gradient,
     read_number,
-    step,
 )
 
 
@@ -63,39 +59,6 @@ def pgd_step_l2_fwd_kernel(
             tl.store(out + o, clamp(b_x0 + b_d, 0.0, 1.0), mask)
 
 
-def launch_pgd_step_l2(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> Tensor:
-    """The Triton implementation of atop_fast::pgd_step_l2."""
-    check_arguments("pgd_step_l2", x, grad, x0, alpha, eps, alphas, epsilons)
-    # Triton passes numbers as float32, so that float64 is left to the reference.
-    if x.dtype != torch.float32 or x.numel() == 0:
-        return reference(x, grad, x0, alpha, eps, alphas, epsilons)
-    return step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,))
-
-
-def launch_pgd_step_l2_(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> None:
-    """The Triton implementation of atop_fast::pgd_step_l2_."""
-    check_arguments("pgd_step_l2_", x, grad, x0, alpha, eps, alphas, epsilons)
-    if x.dtype != torch.float32 or x.numel() == 0:
-        x.copy_(reference(x, grad, x0, alpha, eps, alphas, epsilons))
-    else:
-        step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,), out=x)
-
-
-def _run(values: tuple[Any, ...], x: Tensor, grad: Tensor, x0: Tensor, out: Tensor) -> None:
-    launch_with_norms(pgd_step_l2_fwd_kernel, 2, (x, grad, x0, out), grad, values)
+_run = functools.partial(launch_with_norms, pgd_step_l2_fwd_kernel, 2)
+launch_pgd_step_l2 = launcher(STEP, _run)
+launch_pgd_step_l2_ = launcher(STEP_, _run)

@@ -1,16 +1,13 @@
 """x' = clamp(clamp(x + alpha sign(g), x0 - eps, x0 + eps), 0, 1)                         docs/math.md#pgd_step_linf"""
 
 import functools
-from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from atop_fast.ops.pgd_step_linf import check_arguments, reference
+from atop_fast.ops.pgd_step_linf import STEP, STEP_
 
-from ._steps import launch_elements, numbers, place, project_linf, read_gradient, read_number, sign, step
+from ._steps import launch_elements, launcher, place, project_linf, read_gradient, read_number, sign
 
 
 @triton.jit
@@ -37,39 +34,6 @@ def pgd_step_linf_fwd_kernel(
     tl.store(out + o, project_linf(b_v, b_x0, read_number(eps, epsilons, EPS_STRIDE, i_sample)), mask)
 
 
-def launch_pgd_step_linf(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> Tensor:
-    """The Triton implementation of atop_fast::pgd_step_linf."""
-    check_arguments("pgd_step_linf", x, grad, x0, alpha, eps, alphas, epsilons)
-    # Triton passes numbers as float32, so that float64 is left to the reference.
-    if x.dtype != torch.float32 or x.numel() == 0:
-        return reference(x, grad, x0, alpha, eps, alphas, epsilons)
-    return step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,))
-
-
-def launch_pgd_step_linf_(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> None:
-    """The Triton implementation of atop_fast::pgd_step_linf_."""
-    check_arguments("pgd_step_linf_", x, grad, x0, alpha, eps, alphas, epsilons)
-    if x.dtype != torch.float32 or x.numel() == 0:
-        x.copy_(reference(x, grad, x0, alpha, eps, alphas, epsilons))
-    else:
-        step(functools.partial(_run, numbers((alpha, alphas), (eps, epsilons))), x, grad, (x0,), out=x)
-
-
-def _run(values: tuple[Any, ...], x: Tensor, grad: Tensor, x0: Tensor, out: Tensor) -> None:
-    launch_elements(pgd_step_linf_fwd_kernel, (x, grad, x0, out), grad, values)
+_run = functools.partial(launch_elements, pgd_step_linf_fwd_kernel)
+launch_pgd_step_linf = launcher(STEP, _run)
+launch_pgd_step_linf_ = launcher(STEP_, _run)

@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from atop_fast.ops.random_bits import reference
-from atop_fast.ops.random_normal import check_arguments
 
 from ._launch import MAX_ROW, launch, stride_of
 from .philox import interleave, read_key, words_of_groups
@@ -33,7 +32,6 @@ def random_bits_kernel(
 
 def launch_random_bits(seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: int) -> Tensor:
     """The Triton implementation of atop_fast::random_bits."""
-    check_arguments("random_bits", seed, sample_ids, draws, tag, count)
     if count > MAX_ROW:
         return reference(seed, sample_ids, draws, tag, count)
     device, batch = sample_ids.device, len(sample_ids)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atop_fast.ops.random_normal import check_arguments, reference
+from atop_fast.ops.random_normal import reference
 
 from ._launch import EXACT, MAX_ROW, launch, stride_of
 from .philox import normals_of_elements, normals_of_groups, read_key
@@ -39,7 +39,6 @@ def random_normal_kernel(
 
 def launch_random_normal(seed: Tensor, sample_ids: Tensor, draws: Tensor, tag: int, count: int) -> Tensor:
     """The Triton implementation of atop_fast::random_normal."""
-    check_arguments("random_normal", seed, sample_ids, draws, tag, count)
     if count > MAX_ROW:
         return reference(seed, sample_ids, draws, tag, count)
     device, batch = sample_ids.device, len(sample_ids)

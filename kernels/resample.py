@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atop_fast.ops._images import memory_format
-from atop_fast.ops.resample import Taps, check_arguments, reference, rows_first
+from atop_fast.ops.resample import Taps, reference, rows_first
 
 from ._launch import EXACT, GATHER_BLOCK, MAX_ROW, launch
 
@@ -79,7 +79,6 @@ def launch_resample(
 ) -> Tensor:
     """The Triton implementation of atop_fast::resample; the transposed matrices are for the backward pass."""
     taps = (row_start, row_weight, column_start, column_weight)
-    check_arguments("resample", x, Taps(*taps[:2]), Taps(*taps[2:]))
     (B, C, *given), H, W, layout = x.shape, row_start.shape[1], column_start.shape[1], memory_format(x)
     if C * max(H * W, given[0] * given[1]) > MAX_ROW:
         return reference(x, *taps, row_start_t, row_weight_t, column_start_t, column_weight_t)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._core.checks import message
+from ._checks import check_dtype, check_same_device
 
 
 def expand_blocks(blocks: Tensor, patch: int, height: int, width: int) -> Tensor:
@@ -26,14 +27,11 @@ def check_blocks(
 ) -> None:
     """Raise unless `blocks` matches `images` of height and width `size`, by default those of the images."""
     height, width = size or (images.shape[2], images.shape[3])
-    if blocks.dtype != torch.uint8:
-        raise TypeError(message(function, "blocks", "a uint8 tensor", blocks.dtype))
+    check_dtype(function, "blocks", blocks, torch.uint8)
     if patch < 1 or height % patch or width % patch:
         expected = f"of a height and width divisible by patch={patch}"
         raise ValueError(message(function, argument, expected, f"{height} x {width}"))
     count = (height // patch) * (width // patch)
     if blocks.dim() != 2 or blocks.shape[1] != count:
         raise ValueError(message(function, "blocks", f"of shape (B, {count})", tuple(blocks.shape)))
-    if blocks.device != images.device:
-        expected = f"on the device of {argument} {images.device}"
-        raise ValueError(message(function, "blocks", expected, blocks.device))
+    check_same_device(function, "blocks", blocks, argument, images)

@@ -1,15 +1,9 @@
-"""Shared by ops on images (B, C, H, W): dtypes, the layout of a result, and the check of its gradient."""
+"""Shared by ops on images (B, C, H, W): the type of the computation, and the layout of a result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-from .._core.checks import message
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def widen(t: Tensor) -> Tensor:
@@ -22,13 +16,3 @@ def memory_format(h: Tensor) -> torch.memory_format:
     if not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
-
-
-def check_dy(function: str, dy: Tensor, shape: Sequence[int], like: Tensor) -> None:
-    """Raise unless `dy` has the `shape` of the result and the dtype and device of `like`."""
-    if dy.shape != tuple(shape):
-        raise ValueError(message(function, "dy", f"of the shape of y {tuple(shape)}", tuple(dy.shape)))
-    if dy.dtype != like.dtype:
-        raise TypeError(message(function, "dy", f"of the dtype of y {like.dtype}", dy.dtype))
-    if dy.device != like.device:
-        raise ValueError(message(function, "dy", f"on the device of y {like.device}", dy.device))

@@ -30,11 +30,11 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclass(frozen=True)
 class Op:
-    """One op: its overload, its reference, and its launcher in atop_fast.kernels as (module, function), if any."""
+    """One op: its overload, and its reference and the launcher of its Triton kernel, if any, both behind its check."""
 
     overload: Any
     reference: Callable[..., Any]
-    launcher: tuple[str, str] | None
+    launcher: Callable[..., Any] | None
 
 
 OPS: dict[str, Op] = {}
@@ -42,18 +42,33 @@ OPS: dict[str, Op] = {}
 MISSING: dict[str, str] = {}
 
 
-def define(schema: str, reference: Callable[..., Any], *, kernels: str | None) -> Any:
+def define(
+    schema: str, reference: Callable[..., Any], *, check: Callable[..., None] | None, kernels: str | None
+) -> Any:
     """Define an op by `schema`, with `reference` as fallback kernel and fake, and return its overload.
 
-    Its Triton launcher is `launch_<op>` (without a trailing underscore) in `atop_fast.kernels.<kernels>`. None means
-    that the op has no GPU kernels, so that the reference serves there.
+    `check(name, *arguments)` raises unless the op takes the arguments. It precedes the reference and Triton's launcher;
+    native code has checks of its own, with the same messages. None is for ops whose only caller makes the arguments.
+    The launcher is `launch_<op>` in `atop_fast.kernels.<kernels>`. None means that the op has no GPU kernels, so that
+    the reference serves there.
     """
     name = schema.partition("(")[0]
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            if check is not None:
+                check(name, *arguments)
+            return function(*arguments)
+
+        return run
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"{NAMESPACE}.kernels.{kernels}"), f"launch_{name}")(*arguments)
+
     LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    launcher = (f"{NAMESPACE}.kernels.{kernels}", f"launch_{name}") if kernels else None
-    OPS[name] = Op(overload, reference, launcher)
+    OPS[name] = Op(overload, checked(reference), checked(launch) if kernels else None)
+    LIBRARY.impl(name, OPS[name].reference, "CompositeExplicitAutograd")
     return overload
 
 
@@ -85,7 +100,7 @@ def load() -> None:
     elif torch.version.cuda:
         for name, op in OPS.items():
             if op.launcher and not _has_kernel(name, "CUDA"):
-                LIBRARY.impl(name, functools.partial(_call_launcher, op.launcher), "CUDA")
+                LIBRARY.impl(name, op.launcher, "CUDA")
 
 
 def build_info() -> dict[str, Any] | None:
@@ -113,7 +128,7 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
     launcher = OPS[name].launcher
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if launcher and "triton" not in MISSING and (torch.cuda.is_available() or interpreted):
-        found["triton"] = functools.partial(_call_launcher, launcher)
+        found["triton"] = launcher
     if owner(name, "cuda") == "cuda" and torch.cuda.is_available():
         found["cuda"] = _kernel(name, torch._C.DispatchKey.CUDA)
     return found
@@ -165,8 +180,3 @@ def _has_kernel(name: str, key: str) -> bool:
 
 def _kernel(name: str, key: Any) -> Callable[..., Any]:
     return functools.partial(OPS[name].overload.redispatch, torch._C.DispatchKeySet(key))
-
-
-def _call_launcher(launcher: tuple[str, str], *args: Any) -> Any:
-    module, function = launcher
-    return getattr(importlib.import_module(module), function)(*args)

@@ -5,20 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._registry import define
-from ._steps import (
-    TINY,
-    check_step,
-    either,
-    in_layout_of,
-    norm,
-    refuse_gradients,
-    split,
-    spread,
-    sum_of_draws,
-    with_momentum,
-    with_norm,
-)
+from ._steps import TINY, define_step, norm, spread, sum_of_draws, with_momentum, with_norm
 
 
 def formula(
@@ -35,28 +22,48 @@ def formula(
     return _moved(x, x_prev, g / (norm(g) + TINY), x0, alpha, eps, momentum)
 
 
-def reference(
+def specification(
     x: Tensor,
     x_prev: Tensor,
     grad: Tensor,
     x0: Tensor,
-    alpha: float,
-    eps: float,
-    momentum: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-    momenta: Tensor | None = None,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
 ) -> Tensor:
-    """The specification: `formula` except for small gradients, in the memory layout of torch.empty_like(x)."""
-    check_arguments("apgd_step_l2", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
-    numbers = either(alpha, alphas), either(eps, epsilons), either(momentum, momenta)
+    """`formula` except for small gradients."""
     g, length, least = with_norm(torch.nan_to_num(sum_of_draws(grad, x)))
-    return in_layout_of(x, _moved(x, x_prev, g / (length + least), x0, *numbers))
+    return _moved(x, x_prev, g / (length + least), x0, alpha, eps, momentum)
 
 
-_TENSORS, _NUMBERS = "Tensor x, Tensor x_prev, Tensor grad, Tensor x0", "float alpha, float eps, float momentum"
-_PER_SAMPLE = "Tensor? alphas=None, Tensor? epsilons=None, Tensor? momenta=None"
-OP = define(f"apgd_step_l2({_TENSORS}, {_NUMBERS}, {_PER_SAMPLE}) -> Tensor", reference, kernels="apgd_step_l2")
+def _moved(
+    x: Tensor,
+    x_prev: Tensor,
+    direction: Tensor,
+    x0: Tensor,
+    alpha: float | Tensor,
+    eps: float | Tensor,
+    momentum: float | Tensor,
+) -> Tensor:
+    eps = spread(eps, x)
+    z = _project(x + spread(alpha, x) * direction, x0, eps)
+    return _project(with_momentum(x, x_prev, z, momentum), x0, eps)
+
+
+def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
+    delta = v - x0
+    length = norm(delta)
+    return (x0 + delta / (length + TINY) * length.clamp_max(eps)).clamp(0, 1)
+
+
+STEP = define_step(
+    "apgd_step_l2",
+    specification,
+    tensors=("x", "x_prev", "grad", "x0"),
+    numbers=("alpha", "eps", "momentum"),
+    per_sample=True,
+    kernels="apgd_step_l2",
+)
 
 
 def apgd_step_l2(
@@ -110,45 +117,4 @@ def apgd_step_l2(
         >>> bool((x - x0).flatten(1).norm(dim=1).max() <= 0.5 + 1e-6)
         True
     """
-    (number, alphas), (radius, epsilons), (weight, momenta) = split(alpha), split(eps), split(momentum)
-    check_arguments("apgd_step_l2", x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
-    refuse_gradients("apgd_step_l2", x=x, x_prev=x_prev, grad=grad, x0=x0)
-    return OP(x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
-
-
-def check_arguments(
-    function: str,
-    x: Tensor,
-    x_prev: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    momentum: float,
-    alphas: Tensor | None,
-    epsilons: Tensor | None,
-    momenta: Tensor | None,
-) -> None:
-    """Raise unless the arguments are as the docstrings describe."""
-    numbers = {"alpha": (alpha, alphas), "eps": (eps, epsilons), "momentum": (momentum, momenta)}
-    check_step(function, x, grad, {"x_prev": x_prev, "x0": x0}, numbers, samples=True)
-
-
-def _moved(
-    x: Tensor,
-    x_prev: Tensor,
-    direction: Tensor,
-    x0: Tensor,
-    alpha: float | Tensor,
-    eps: float | Tensor,
-    momentum: float | Tensor,
-) -> Tensor:
-    eps = spread(eps, x)
-    z = _project(x + spread(alpha, x) * direction, x0, eps)
-    return _project(with_momentum(x, x_prev, z, momentum), x0, eps)
-
-
-def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
-    delta = v - x0
-    length = norm(delta)
-    return (x0 + delta / (length + TINY) * length.clamp_max(eps)).clamp(0, 1)
+    return STEP(x, x_prev, grad, x0, alpha, eps, momentum)

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._registry import define
-from ._steps import (
-    check_step,
-    either,
-    in_layout_of,
-    project_linf,
-    refuse_gradients,
-    split,
-    spread,
-    sum_of_draws,
-    with_momentum,
-)
+from ._steps import define_step, project_linf, spread, sum_of_draws, with_momentum
 
 
 def formula(
@@ -33,27 +22,13 @@ def formula(
     return project_linf(with_momentum(x, x_prev, z, momentum), x0, eps)
 
 
-def reference(
-    x: Tensor,
-    x_prev: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    momentum: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-    momenta: Tensor | None = None,
-) -> Tensor:
-    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
-    check_arguments("apgd_step_linf", x, x_prev, grad, x0, alpha, eps, momentum, alphas, epsilons, momenta)
-    numbers = either(alpha, alphas), either(eps, epsilons), either(momentum, momenta)
-    return in_layout_of(x, formula(x, x_prev, grad, x0, *numbers))
-
-
-_TENSORS, _NUMBERS = "Tensor x, Tensor x_prev, Tensor grad, Tensor x0", "float alpha, float eps, float momentum"
-_PER_SAMPLE = "Tensor? alphas=None, Tensor? epsilons=None, Tensor? momenta=None"
-OP = define(f"apgd_step_linf({_TENSORS}, {_NUMBERS}, {_PER_SAMPLE}) -> Tensor", reference, kernels="apgd_step_linf")
+STEP = define_step(
+    "apgd_step_linf",
+    formula,
+    tensors=("x", "x_prev", "grad", "x0"),
+    numbers=("alpha", "eps", "momentum"),
+    kernels="apgd_step_linf",
+)
 
 
 def apgd_step_linf(
@@ -105,25 +80,4 @@ def apgd_step_linf(
         >>> bool((x - x0).abs().max() <= 8 / 255 + 1e-6)
         True
     """
-    (number, alphas), (radius, epsilons), (weight, momenta) = split(alpha), split(eps), split(momentum)
-    check_arguments("apgd_step_linf", x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
-    refuse_gradients("apgd_step_linf", x=x, x_prev=x_prev, grad=grad, x0=x0)
-    return OP(x, x_prev, grad, x0, number, radius, weight, alphas, epsilons, momenta)
-
-
-def check_arguments(
-    function: str,
-    x: Tensor,
-    x_prev: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    momentum: float,
-    alphas: Tensor | None,
-    epsilons: Tensor | None,
-    momenta: Tensor | None,
-) -> None:
-    """Raise unless the arguments are as the docstrings describe."""
-    numbers = {"alpha": (alpha, alphas), "eps": (eps, epsilons), "momentum": (momentum, momenta)}
-    check_step(function, x, grad, {"x_prev": x_prev, "x0": x0}, numbers)
+    return STEP(x, x_prev, grad, x0, alpha, eps, momentum)

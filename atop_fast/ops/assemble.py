@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._core.checks import check_integer, check_tensor, message
 from ._blocks import check_blocks, check_matrix, expand_blocks
-from ._images import DTYPES, memory_format
+from ._checks import FLOATS, check_dtype
+from ._images import memory_format
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
 
@@ -23,7 +24,6 @@ def formula(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
 
 def reference(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
     """The specification; blocks that no copy masked are 0."""
-    check_arguments("assemble", copies, blocks, patch)
     owners = expand_blocks(blocks, patch, copies.shape[2], copies.shape[3])[:, None]
     stacked = copies.unflatten(0, (blocks.shape[0], -1)) if blocks.shape[0] else copies[:, None]
     y = torch.zeros_like(stacked[:, 0])
@@ -34,16 +34,42 @@ def reference(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
 
 def reference_bwd(dy: Tensor, blocks: Tensor, patch: int, copies: int) -> Tensor:
     """dy in the blocks that the copy masked, 0 elsewhere; (B * copies, C, H, W)."""
-    check_dy("assemble_bwd", dy, blocks, patch, copies)
     owners = expand_blocks(blocks, patch, dy.shape[2], dy.shape[3])
     masks = owners[:, None] == torch.arange(copies, device=dy.device)[:, None, None]
     dcopies = torch.where(masks[:, :, None], dy[:, None], dy.new_zeros(())).flatten(0, 1)
     return dcopies.contiguous(memory_format=memory_format(dy))
 
 
-OP = define("assemble(Tensor copies, Tensor blocks, int patch) -> Tensor", reference, kernels="assemble")
+def check_arguments(function: str, copies: Tensor, blocks: Tensor, patch: int) -> None:
+    """Raise unless the arguments are as described."""
+    check_dtype(function, "copies", copies, *FLOATS)
+    samples = check_matrix(function, blocks).shape[0]
+    number = copies.shape[0] // max(1, samples) if copies.dim() == 4 else 0
+    if copies.dim() != 4 or number * samples != copies.shape[0] or number < min(1, samples):
+        expected = f"of shape (B * N, C, H, W) for B = {samples}"
+        raise ValueError(message(function, "copies", expected, tuple(copies.shape)))
+    check_blocks(function, "copies", copies, blocks, patch)
+
+
+def check_bwd(function: str, dy: Tensor, blocks: Tensor, patch: int, copies: int) -> None:
+    """Raise unless `dy` matches `blocks`."""
+    if not 1 <= copies <= 255:
+        raise ValueError(message(function, "copies", "an integer and in [1, 255]", copies))
+    check_dtype(function, "dy", dy, *FLOATS)
+    samples = check_matrix(function, blocks).shape[0]
+    if dy.dim() != 4 or dy.shape[0] != samples:
+        raise ValueError(message(function, "dy", f"of shape (B, C, H, W) for B = {samples}", tuple(dy.shape)))
+    check_blocks(function, "dy", dy, blocks, patch)
+
+
+OP = define(
+    "assemble(Tensor copies, Tensor blocks, int patch) -> Tensor", reference, check=check_arguments, kernels="assemble"
+)
 OP_BWD = define(
-    "assemble_bwd(Tensor dy, Tensor blocks, int patch, int copies) -> Tensor", reference_bwd, kernels="assemble"
+    "assemble_bwd(Tensor dy, Tensor blocks, int patch, int copies) -> Tensor",
+    reference_bwd,
+    check=check_bwd,
+    kernels="assemble",
 )
 
 
@@ -94,27 +120,3 @@ def assemble(copies: Tensor, blocks: Tensor, patch: int) -> Tensor:
         check_integer("assemble", "patch", patch, low=1)
     check_arguments("assemble", copies, blocks, patch)
     return OP(copies, blocks, patch)
-
-
-def check_arguments(function: str, copies: Tensor, blocks: Tensor, patch: int) -> None:
-    """Raise unless the arguments are as described."""
-    if copies.dtype not in DTYPES:
-        raise TypeError(message(function, "copies", "a float32, float64, bfloat16 or float16 tensor", copies.dtype))
-    samples = check_matrix(function, blocks).shape[0]
-    number = copies.shape[0] // max(1, samples) if copies.dim() == 4 else 0
-    if copies.dim() != 4 or number * samples != copies.shape[0] or number < min(1, samples):
-        expected = f"of shape (B * N, C, H, W) for B = {samples}"
-        raise ValueError(message(function, "copies", expected, tuple(copies.shape)))
-    check_blocks(function, "copies", copies, blocks, patch)
-
-
-def check_dy(function: str, dy: Tensor, blocks: Tensor, patch: int, copies: int) -> None:
-    """Raise unless `dy` matches `blocks`."""
-    if not 1 <= copies <= 255:
-        raise ValueError(message(function, "copies", "an integer and in [1, 255]", copies))
-    if dy.dtype not in DTYPES:
-        raise TypeError(message(function, "dy", "a float32, float64, bfloat16 or float16 tensor", dy.dtype))
-    samples = check_matrix(function, blocks).shape[0]
-    if dy.dim() != 4 or dy.shape[0] != samples:
-        raise ValueError(message(function, "dy", f"of shape (B, C, H, W) for B = {samples}", tuple(dy.shape)))
-    check_blocks(function, "dy", dy, blocks, patch)

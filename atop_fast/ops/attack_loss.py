@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._core.checks import check_choice, check_tensor, message
+from .._core.checks import check_choice, message
+from ._checks import FLOATS, check_dtype, check_same_device, check_shape
 from ._images import widen
 from ._registry import LIBRARY, NAMESPACE, define
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The op's argument `kind` is an index into this tuple.
 LOSSES = ("ce", "margin", "dlr", "pm", "pm-label", "pm-other")
 CE, MARGIN, DLR, PM, PM_LABEL, PM_OTHER = range(6)
@@ -68,7 +68,6 @@ def _log_odds(z: Tensor, y: Tensor, other: Tensor, kind: int) -> Tensor:
 
 def reference(logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> tuple[Tensor, Tensor, Tensor]:
     """The specification; a label or target outside the classes makes a row NaN and not correct."""
-    check_arguments("attack_loss", logits, labels, targets, kind)
     z = widen(logits)
     broken = _outside(labels, z) if targets is None else _outside(labels, z) | _outside(targets, z)
     y = labels.clamp(0, z.shape[1] - 1)[:, None]
@@ -146,9 +145,32 @@ def _odds(z: Tensor, y: Tensor, target: Tensor | None, kind: int) -> tuple[Tenso
     return losses[:, 0], (e * slope).scatter_add(1, y, -weight * e_y / b).scatter_add(1, other, weight * e_o / a)
 
 
+def check_arguments(function: str, logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> None:
+    """Raise unless the op accepts the arguments; values of labels and targets are not checked."""
+    check_dtype(function, "logits", logits, *FLOATS)
+    if kind not in range(len(LOSSES)):
+        raise ValueError(message(function, "kind", f"in [0, {len(LOSSES)})", kind))
+    if targets is not None and kind in UNTARGETED:
+        raise ValueError(message(function, "targets", "None for a loss of the label alone", "a tensor"))
+    least = (1, 2, 3 if targets is None else 4, 2, 2, 2)[kind]
+    if logits.dim() != 2 or not least <= logits.shape[1] <= MAX_CLASSES:
+        expected = f"of shape (B, K) with {least} <= K < 2**31"
+        raise ValueError(message(function, "logits", expected, tuple(logits.shape)))
+    _check_labels(function, "labels", labels, logits)
+    if targets is not None:
+        _check_labels(function, "targets", targets, logits)
+
+
+def _check_labels(function: str, argument: str, value: Tensor, logits: Tensor) -> None:
+    check_dtype(function, argument, value, torch.int64)
+    check_shape(function, argument, value, logits.shape[:1])
+    check_same_device(function, argument, value, "logits", logits)
+
+
 OP = define(
     "attack_loss(Tensor logits, Tensor labels, Tensor? targets, int kind) -> (Tensor, Tensor, Tensor)",
     reference,
+    check=check_arguments,
     kernels="attack_loss",
 )
 
@@ -251,32 +273,6 @@ def attack_loss(logits: Tensor, labels: Tensor, loss: str = "ce", targets: Tenso
         return AttackLoss(*OP(logits, labels, targets, kind))
     with torch._C._AutoDispatchBelowAutograd():
         return AttackLoss(*OP(logits, labels, targets, kind))
-
-
-def check_arguments(function: str, logits: Tensor, labels: Tensor, targets: Tensor | None, kind: int) -> None:
-    """Raise unless the op accepts the arguments; values of labels and targets are not checked."""
-    if check_tensor(function, "logits", logits).dtype not in DTYPES:
-        raise TypeError(message(function, "logits", "a float32, float64, bfloat16 or float16 tensor", logits.dtype))
-    if kind not in range(len(LOSSES)):
-        raise ValueError(message(function, "kind", f"in [0, {len(LOSSES)})", kind))
-    if targets is not None and kind in UNTARGETED:
-        raise ValueError(message(function, "targets", "None for a loss of the label alone", "a tensor"))
-    least = (1, 2, 3 if targets is None else 4, 2, 2, 2)[kind]
-    if logits.dim() != 2 or not least <= logits.shape[1] <= MAX_CLASSES:
-        expected = f"of shape (B, K) with {least} <= K < 2**31"
-        raise ValueError(message(function, "logits", expected, tuple(logits.shape)))
-    _check_labels(function, "labels", labels, logits)
-    if targets is not None:
-        _check_labels(function, "targets", targets, logits)
-
-
-def _check_labels(function: str, argument: str, value: Tensor, logits: Tensor) -> None:
-    if check_tensor(function, argument, value).dtype != torch.int64:
-        raise TypeError(message(function, argument, "an int64 tensor", value.dtype))
-    if value.dim() != 1 or value.shape[0] != logits.shape[0]:
-        raise ValueError(message(function, argument, f"of shape ({logits.shape[0]},)", tuple(value.shape)))
-    if value.device != logits.device:
-        raise ValueError(message(function, argument, f"on the device of logits {logits.device}", value.device))
 
 
 def _check_classes(argument: str, value: Tensor, logits: Tensor) -> None:

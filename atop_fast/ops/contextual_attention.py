@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.checks import check_tensor, message
-from ._images import DTYPES, check_dy, memory_format, widen
+from ._checks import FLOATS, check_dtype, check_dy, check_same_device, check_shape
+from ._images import memory_format, widen
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
 SCALE = 10.0
@@ -50,8 +51,6 @@ def reference(features: Tensor, valid: Tensor) -> Tensor:
 
     16-bit features are computed in float32 and rounded once, at the end.
     """
-    check_features("contextual_attention", features)
-    check_valid("contextual_attention", valid, features)
     b = widen(features)
     with no_autocast(features):
         _, _, weights = _attend(b, valid)
@@ -60,9 +59,6 @@ def reference(features: Tensor, valid: Tensor) -> Tensor:
 
 def reference_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
     """The gradient in `features`, which serve as values, as keys and as queries."""
-    check_features("contextual_attention_bwd", features)
-    check_valid("contextual_attention_bwd", valid, features)
-    check_dy("contextual_attention_bwd", dy, features.shape, features)
     b, dy = widen(features), widen(dy)
     with no_autocast(features):
         scores, norms, weights = _attend(b, valid)
@@ -83,10 +79,37 @@ def reference_bwd(dy: Tensor, features: Tensor, valid: Tensor) -> Tensor:
         return rounded(db, features)
 
 
-OP = define("contextual_attention(Tensor features, Tensor valid) -> Tensor", reference, kernels="contextual_attention")
+def check_features(function: str, features: Tensor) -> None:
+    """Raise unless `features` is what the op takes."""
+    check_dtype(function, "features", features, *FLOATS)
+    if features.dim() != 4 or features.shape[2] % 2 or features.shape[3] % 2 or 0 in features.shape[2:]:
+        raise ValueError(message(function, "features", "of shape (B, C, h, w), h and w even", tuple(features.shape)))
+
+
+def check_arguments(function: str, features: Tensor, valid: Tensor) -> None:
+    """Raise unless the op accepts the arguments."""
+    check_features(function, features)
+    check_dtype(function, "valid", valid, torch.bool)
+    check_shape(function, "valid", valid, (features.shape[0], features.shape[2] // 2, features.shape[3] // 2))
+    check_same_device(function, "valid", valid, "features", features)
+
+
+def check_bwd(function: str, dy: Tensor, features: Tensor, valid: Tensor) -> None:
+    """Raise unless the backward op accepts the arguments."""
+    check_arguments(function, features, valid)
+    check_dy(function, dy, features.shape, features)
+
+
+OP = define(
+    "contextual_attention(Tensor features, Tensor valid) -> Tensor",
+    reference,
+    check=check_arguments,
+    kernels="contextual_attention",
+)
 OP_BWD = define(
     "contextual_attention_bwd(Tensor dy, Tensor features, Tensor valid) -> Tensor",
     reference_bwd,
+    check=check_bwd,
     kernels="contextual_attention",
 )
 
@@ -172,15 +195,6 @@ def _valid(mask: Tensor, features: Tensor) -> Tensor:
     return F.max_pool2d(masked, 3, stride=1, padding=1) == 0
 
 
-def check_features(function: str, features: Tensor) -> None:
-    """Raise unless `features` is what the op takes."""
-    if check_tensor(function, "features", features).dtype not in DTYPES:
-        expected = "a float32, float64, bfloat16 or float16 tensor"
-        raise TypeError(message(function, "features", expected, features.dtype))
-    if features.dim() != 4 or features.shape[2] % 2 or features.shape[3] % 2 or 0 in features.shape[2:]:
-        raise ValueError(message(function, "features", "of shape (B, C, h, w), h and w even", tuple(features.shape)))
-
-
 def check_mask(function: str, mask: Tensor, features: Tensor) -> None:
     """Raise unless `mask` is a mask for `features`."""
     batch, _, height, width = features.shape
@@ -189,19 +203,7 @@ def check_mask(function: str, mask: Tensor, features: Tensor) -> None:
     if not fits or shape[2] < height or shape[2] % height or shape[2] // height * width != shape[3]:
         expected = f"of shape ({batch}, 1, {height} k, {width} k) for an integer k"
         raise ValueError(message(function, "mask", expected, tuple(shape)))
-    if mask.device != features.device:
-        raise ValueError(message(function, "mask", f"on the device of features {features.device}", mask.device))
-
-
-def check_valid(function: str, valid: Tensor, features: Tensor) -> None:
-    """Raise unless `valid` has one bool for every second pixel of `features`."""
-    if check_tensor(function, "valid", valid).dtype != torch.bool:
-        raise TypeError(message(function, "valid", "a bool tensor", valid.dtype))
-    shape = (features.shape[0], features.shape[2] // 2, features.shape[3] // 2)
-    if valid.shape != shape:
-        raise ValueError(message(function, "valid", f"of shape {shape}", tuple(valid.shape)))
-    if valid.device != features.device:
-        raise ValueError(message(function, "valid", f"on the device of features {features.device}", valid.device))
+    check_same_device(function, "mask", mask, "features", features)
 
 
 def no_autocast(t: Tensor) -> torch.autocast:

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.checks import check_float_tensor, check_integer, message
+from ._checks import check_shape
+from ._convolutions import (
+    PANEL,
+    Frozen,
+    check_bias,
+    check_float32,
+    finished,
+    relu_bwd,
+    with_residual,
+)
 from ._images import memory_format
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
 
-# Number of outputs whose prepared weights are adjacent in memory.
-PANEL = 16
 # Larger than any image; products of sizes with a larger dilation could overflow.
 MAX_DILATION = 2**16 - 1
 # With fewer input or output channels, the op is slower than torch's; see `wins`.
 MIN_CHANNELS = 16
 # The interpolation points besides infinity; docs/math.md justifies the choice.
 POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
-
-
-def with_residual(
-    convolve: Callable[[Tensor | None, bool], Tensor], residual: Tensor | None, relu: bool, shape: Sequence[int]
-) -> Tensor:
-    """convolve(residual, relu) for outputs of `shape`; a residual that cannot be fused is added by torch."""
-    if residual is None or (residual.dtype, residual.shape) == (torch.float32, shape):
-        return convolve(residual, relu)
-    return finished(convolve(None, False), residual, relu)
-
-
-def finished(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """The unfused epilogue of a convolution: y + residual, then ReLU if `relu`."""
-    y = y if residual is None else y + residual
-    return y.relu() if relu else y
 
 
 def formula(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -49,8 +41,6 @@ def reference_prepare(weight: Tensor, transposed: bool) -> Tensor:
     They are G g G', computed in float64 and rounded once. `transposed` prepares them for the gradient in x: O and C
     exchanged, and every 3x3 filter flipped.
     """
-    check_float32("conv3x3_prepare", weight=weight)
-    check_weight("conv3x3_prepare", weight)
     g = (weight.transpose(0, 1).flip(2, 3) if transposed else weight).double()
     rows = []
     for point in POINTS:
@@ -78,46 +68,21 @@ def reference(
 
     `prepared` and `prepared_t` are the weights as prepared for the forward and the backward kernel.
     """
-    check_float32("conv3x3", x=x, weight=weight, bias=bias, residual=residual)
-    check_weight("conv3x3", weight)
-    check_images("conv3x3", "x", x, weight.shape[1], dilation)
-    check_bias("conv3x3", bias, weight)
-    y = formula(x, weight, bias, dilation)
-    if residual is not None:
-        check_like("conv3x3", "residual", residual, y)
-    return finished(y, residual, relu).contiguous(memory_format=memory_format(x))
+    return finished(formula(x, weight, bias, dilation), residual, relu).contiguous(memory_format=memory_format(x))
 
 
 def reference_bwd(
     dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation: int, y: Tensor | None = None
 ) -> Tensor:
     """The gradient in x: a convolution of dy (masked by y > 0 if y is given) with transposed and flipped weights."""
-    check_float32("conv3x3_bwd", dy=dy, weight=weight, y=y)
-    check_weight("conv3x3_bwd", weight)
-    check_images("conv3x3_bwd", "dy", dy, weight.shape[0], dilation)
-    if y is not None:
-        check_like("conv3x3_bwd", "y", y, dy)
     passed = dy if y is None else relu_bwd(dy, y)
     dx = F.conv_transpose2d(passed, weight, padding=dilation, dilation=dilation)
     return dx.contiguous(memory_format=memory_format(dy))
 
 
-def relu_bwd(dy: Tensor, y: Tensor) -> Tensor:
-    """The gradient in x of y = relu(x): dy where y > 0, and 0 elsewhere."""
-    return torch.ops.aten.threshold_backward(dy, y, 0)
-
-
 def reference_bwd_weight(dy: Tensor, x: Tensor, dilation: int) -> Tensor:
     """The gradient in the weights, (O, C, 3, 3), contiguous for any layout of the images."""
-    check_float32("conv3x3_bwd_weight", dy=dy, x=x)
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(message("conv3x3_bwd_weight", "x", "of shape (B, C, H, W), C, H and W >= 1", tuple(x.shape)))
-    batch, channels, height, width = x.shape
-    if dy.dim() != 4 or (len(dy), *dy.shape[2:]) != (batch, height, width) or not dy.shape[1]:
-        expected = f"of shape ({batch}, O, {height}, {width}), O >= 1"
-        raise ValueError(message("conv3x3_bwd_weight", "dy", expected, tuple(dy.shape)))
-    check_dilation("conv3x3_bwd_weight", dilation)
-    weight = x.new_empty(dy.shape[1], channels, 3, 3)
+    weight = x.new_empty(dy.shape[1], x.shape[1], 3, 3)
     return formula_bwd(dy, x, weight, dilation, (False, True))[1].contiguous()
 
 
@@ -131,21 +96,95 @@ def formula_bwd(
     return dx, dw
 
 
-OP_PREPARE = define("conv3x3_prepare(Tensor weight, bool transposed) -> Tensor", reference_prepare, kernels=None)
+def check_weight(function: str, weight: Any) -> None:
+    """Raise unless `weight` is (O, C, 3, 3)."""
+    check_float_tensor(function, "weight", weight)
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
+        raise ValueError(message(function, "weight", "of shape (O, C, 3, 3), O and C >= 1", tuple(weight.shape)))
+
+
+def check_images(function: str, argument: str, x: Any, channels: int, dilation: Any) -> None:
+    """Raise unless `x`, named `argument` in messages, is images with `channels`, and `dilation` is valid."""
+    if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+        raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W), H and W >= 1", tuple(x.shape)))
+    check_dilation(function, dilation)
+
+
+def check_dilation(function: str, dilation: Any) -> None:
+    """Raise unless `dilation` is valid; under torch.compile it may be symbolic."""
+    if not torch.compiler.is_compiling():
+        check_integer(function, "dilation", dilation, low=1, high=MAX_DILATION)
+
+
+def check_prepare(function: str, weight: Tensor, transposed: bool) -> None:
+    """Raise unless `conv3x3_prepare` accepts the arguments."""
+    check_float32(function, weight=weight)
+    check_weight(function, weight)
+
+
+def check_arguments(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: Tensor | None,
+    prepared_t: Tensor | None,
+    dilation: int,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> None:
+    """Raise unless the op accepts the arguments."""
+    check_float32(function, x=x, weight=weight, bias=bias, residual=residual)
+    check_weight(function, weight)
+    check_images(function, "x", x, weight.shape[1], dilation)
+    check_bias(function, bias, weight)
+    if residual is not None:
+        check_shape(function, "residual", residual, (len(x), len(weight), *x.shape[2:]))
+
+
+def check_bwd(
+    function: str, dy: Tensor, weight: Tensor, prepared: Tensor | None, dilation: int, y: Tensor | None = None
+) -> None:
+    """Raise unless `conv3x3_bwd` accepts the arguments."""
+    check_float32(function, dy=dy, weight=weight, y=y)
+    check_weight(function, weight)
+    check_images(function, "dy", dy, weight.shape[0], dilation)
+    if y is not None:
+        check_shape(function, "y", y, dy.shape)
+
+
+def check_bwd_weight(function: str, dy: Tensor, x: Tensor, dilation: int) -> None:
+    """Raise unless `conv3x3_bwd_weight` accepts the arguments."""
+    check_float32(function, dy=dy, x=x)
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(message(function, "x", "of shape (B, C, H, W), C, H and W >= 1", tuple(x.shape)))
+    batch, _, height, width = x.shape
+    if dy.dim() != 4 or (len(dy), *dy.shape[2:]) != (batch, height, width) or not dy.shape[1]:
+        expected = f"of shape ({batch}, O, {height}, {width}), O >= 1"
+        raise ValueError(message(function, "dy", expected, tuple(dy.shape)))
+    check_dilation(function, dilation)
+
+
+OP_PREPARE = define(
+    "conv3x3_prepare(Tensor weight, bool transposed) -> Tensor", reference_prepare, check=check_prepare, kernels=None
+)
 OP = define(
     "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? prepared, Tensor? prepared_t, int dilation,"
     " Tensor? residual=None, bool relu=False) -> Tensor",
     reference,
+    check=check_arguments,
     kernels=None,
 )
 OP_BWD = define(
     "conv3x3_bwd(Tensor dy, Tensor weight, Tensor? prepared, int dilation, Tensor? y=None) -> Tensor",
     reference_bwd,
+    check=check_bwd,
     kernels=None,
 )
 OP_BWD_WEIGHT = define(
     "conv3x3_bwd_weight(Tensor dy, Tensor x, int dilation) -> Tensor",
     reference_bwd_weight,
+    check=check_bwd_weight,
     kernels=None,
 )
 
@@ -243,48 +282,6 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int
     return formula(x, weight, bias, dilation)
 
 
-class Frozen(nn.Module):
-    """A copy of a convolution with constant weights: the base class of FrozenConv3x3 and FrozenConv.
-
-    Args:
-        convolution: A convolution that the subclass's `accepts` accepts.
-        relu: Whether a ReLU follows.
-        prepare: Maps the weights, and whether to transpose them, to the layout that the subclass's op reads.
-    """
-
-    # A description of what `accepts` accepts, for error messages.
-    ACCEPTED: ClassVar[str]
-    weight: Tensor
-    bias: Tensor | None
-    prepared: Tensor
-    prepared_t: Tensor
-
-    def __init__(self, convolution: nn.Conv2d, relu: bool, prepare: Callable[[Tensor, bool], Tensor]) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if not isinstance(convolution, nn.Conv2d):
-            raise TypeError(message(name, "convolution", "an nn.Conv2d", type(convolution).__name__))
-        if not self.accepts(convolution):
-            raise ValueError(message(name, "convolution", self.ACCEPTED, convolution))
-        self.relu = relu
-        weight, bias = convolution.weight.detach().clone(), convolution.bias
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
-        self.register_buffer("prepared", prepare(weight, False), persistent=False)
-        self.register_buffer("prepared_t", prepare(weight, True), persistent=False)
-
-    @staticmethod
-    def accepts(module: nn.Module) -> bool:
-        """Whether `module` is a float32 convolution on the CPU, without groups and with zero padding."""
-        return (
-            type(module) is nn.Conv2d
-            and module.groups == 1
-            and module.padding_mode == "zeros"
-            and module.weight.dtype == torch.float32
-            and module.weight.is_cpu
-        )
-
-
 class FrozenConv3x3(Frozen):
     """A copy of a 3x3 convolution with constant weights, prepared once, for networks under attack.
 
@@ -338,42 +335,3 @@ class FrozenConv3x3(Frozen):
     def extra_repr(self) -> str:
         """Channels and options."""
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, dilation={self.dilation}, relu={self.relu}"
-
-
-def check_weight(function: str, weight: Any) -> None:
-    """Raise unless `weight` is (O, C, 3, 3)."""
-    check_float_tensor(function, "weight", weight)
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
-        raise ValueError(message(function, "weight", "of shape (O, C, 3, 3), O and C >= 1", tuple(weight.shape)))
-
-
-def check_images(function: str, argument: str, x: Any, channels: int, dilation: Any) -> None:
-    """Raise unless `x`, named `argument` in messages, is images with `channels`, and `dilation` is valid."""
-    if check_float_tensor(function, argument, x).dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
-        raise ValueError(message(function, argument, f"of shape (B, {channels}, H, W), H and W >= 1", tuple(x.shape)))
-    check_dilation(function, dilation)
-
-
-def check_dilation(function: str, dilation: Any) -> None:
-    """Raise unless `dilation` is valid; under torch.compile it may be symbolic."""
-    if not torch.compiler.is_compiling():
-        check_integer(function, "dilation", dilation, low=1, high=MAX_DILATION)
-
-
-def check_bias(function: str, bias: Any, weight: Tensor) -> None:
-    """Raise unless `bias` is None or has one number per output."""
-    if bias is not None and check_float_tensor(function, "bias", bias).shape != weight.shape[:1]:
-        raise ValueError(message(function, "bias", f"of shape ({weight.shape[0]},)", tuple(bias.shape)))
-
-
-def check_like(function: str, argument: str, t: Tensor, y: Tensor) -> None:
-    """Raise unless `t` has the shape of `y`."""
-    if t.shape != y.shape:
-        raise ValueError(message(function, argument, f"of shape {tuple(y.shape)}", tuple(t.shape)))
-
-
-def check_float32(function: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError unless all are float32; there are no kernels for other dtypes."""
-    for argument, value in tensors.items():
-        if value is not None and value.dtype != torch.float32:
-            raise TypeError(message(function, argument, "a float32 tensor", value.dtype))

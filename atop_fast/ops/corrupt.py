@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._core.checks import check_integer, check_number, check_tensor, message
-from ..randomness import Tag, key_tensors, random_bits
+from .._core.checks import check_integer, check_number, message
+from ..randomness import Tag, key_tensors
 from ._blocks import check_blocks, expand_blocks
+from ._checks import FLOATS, check_dtype, check_per_sample, check_same_device, check_shape
 from ._images import memory_format
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 from .mask_blocks import OP as MASK_BLOCKS
-from .random_normal import check_key, normals
+from .mask_blocks import MaskRatio, masked_blocks
+from .random_normal import check_key
+from .random_normal import reference as normals
 from .resize import OP_BWD as RESIZE_BWD
 from .resize import bilinear, check_size
-
-INPUTS = (torch.uint8, torch.float32, torch.float64, torch.bfloat16, torch.float16)
-OUTPUTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# One share of masked blocks, the lowest and the highest share, or one share per sample.
-MaskRatio: TypeAlias = float | tuple[float, float] | Tensor
 
 
 def reference(
@@ -42,7 +40,6 @@ def reference(
 
     With t = 2 clip(v, 0, 1) - 1 for the noisy image v, the outputs are [t or 0, 1, mask], rounded once to `dtype`.
     """
-    check_arguments("corrupt", x, blocks, sigma, seed, sample_ids, draw, patch, copies, size, dtype)
     v = _noisy(x, sigma, seed, sample_ids, draw, size)
     masks = _masks(blocks, patch, copies, size)
     image = torch.where(masks[:, :, None], v.new_zeros(()), (v.clamp(0, 1) * 2 - 1)[:, None])
@@ -68,14 +65,11 @@ def reference_passes(
     uint8 (B, C, ceil(H W / 8)): bit i of byte j belongs to pixel 8 j + i of the plane. A bit is 0 where the value was
     clipped or is NaN, and, if there is one copy only, where it was masked.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_arguments("corrupt_passes", x, blocks, sigma, seed, sample_ids, draw, patch, copies, size, dtype)
     return _pack(_passes(_noisy(x, sigma, seed, sample_ids, draw, size), _masks(blocks, patch, copies, size)))
 
 
 def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype) -> Tensor:
     """dx = 2 * the sum of dy over the copies, except where masked or clipped; (B, C, H, W) in `dtype`."""
-    check_bwd("corrupt_bwd", dy, passes, blocks, patch, copies, dtype)
     channels, (height, width) = dy.shape[1] - 2, dy.shape[2:]
     wide = dy if dy.dtype == torch.float64 else dy.float()
     stacked = wide[:, :channels].unflatten(0, (blocks.shape[0], copies)) if copies > 1 else wide[:, None, :channels]
@@ -87,19 +81,92 @@ def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies
     return torch.where(inside, total * 2, 0).to(dtype).contiguous(memory_format=memory_format(dy))
 
 
+def check_x(function: str, x: Tensor) -> None:
+    """Raise unless `x` is images of a dtype that the op accepts."""
+    check_dtype(function, "x", x, torch.uint8, *FLOATS)
+    if x.dim() != 4:
+        raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
+    if min(x.shape[2:]) < 1:
+        raise ValueError(message(function, "x", "images of at least one pixel", tuple(x.shape)))
+
+
+def check_arguments(
+    function: str,
+    x: Tensor,
+    blocks: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor,
+    draw: Tensor,
+    patch: int,
+    copies: int,
+    size: Sequence[int],
+    dtype: torch.dtype | None = None,
+    save: bool = True,
+) -> None:
+    """Raise unless the arguments of the op, or of `corrupt_passes`, which has no `dtype`, are as described."""
+    check_x(function, x)
+    check_key(function, seed, sample_ids, draw)
+    check_shape(function, "sample_ids", sample_ids, x.shape[:1])
+    check_per_sample(function, "sigma", sigma, x)
+    for argument, value in (("sigma", sigma), ("sample_ids", sample_ids)):
+        check_same_device(function, argument, value, "x", x)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(message(function, "size", "two integers >= 1", tuple(size)))
+    check_blocks(function, "x", x, blocks, patch, (size[0], size[1]))
+    _check_counts(function, x.shape[0], blocks, copies)
+    if dtype is not None:
+        _check_dtype(function, x, dtype)
+
+
+def check_bwd(
+    function: str, dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
+) -> None:
+    """Raise unless the arguments of the backward op match each other."""
+    check_dtype(function, "dy", dy, *FLOATS)
+    if dtype not in FLOATS or (dtype == torch.float64) != (dy.dtype == torch.float64):
+        raise TypeError(message(function, "dtype", f"a floating-point type that goes with {dy.dtype}", dtype))
+    if dy.dim() != 4 or dy.shape[1] < 2:
+        raise ValueError(message(function, "dy", "of shape (B * copies, C + 2, H, W)", tuple(dy.shape)))
+    check_blocks(function, "dy", dy, blocks, patch)
+    _check_counts(function, dy.shape[0] // copies, blocks, copies)
+    if dy.shape[0] != blocks.shape[0] * copies:
+        raise ValueError(message(function, "dy", f"{blocks.shape[0] * copies} images", dy.shape[0]))
+    check_dtype(function, "passes", passes, torch.uint8)
+    check_shape(function, "passes", passes, (len(blocks), dy.shape[1] - 2, -(-dy.shape[2] * dy.shape[3] // 8)))
+    check_same_device(function, "passes", passes, "dy", dy)
+
+
+def _check_counts(function: str, batch: int, blocks: Tensor, copies: int) -> None:
+    if not 1 <= copies <= 255:
+        raise ValueError(message(function, "copies", "an integer and in [1, 255]", copies))
+    if blocks.shape[0] != batch:
+        raise ValueError(message(function, "blocks", f"of {batch} samples", blocks.shape[0]))
+
+
+def _check_dtype(function: str, x: Tensor, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS or (dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(message(function, "dtype", f"a floating-point type that goes with {x.dtype} images", dtype))
+
+
 _KEY = "Tensor sigma, Tensor seed, Tensor sample_ids, Tensor draw"
 _SIZES = "int patch, int copies, int[] size"
 OP = define(
     f"corrupt(Tensor x, Tensor blocks, {_KEY}, {_SIZES}, ScalarType dtype, bool save) -> (Tensor, Tensor)",
     reference,
+    check=check_arguments,
     kernels="corrupt",
 )
 OP_PASSES = define(
-    f"corrupt_passes(Tensor x, Tensor blocks, {_KEY}, {_SIZES}) -> Tensor", reference_passes, kernels="corrupt"
+    f"corrupt_passes(Tensor x, Tensor blocks, {_KEY}, {_SIZES}) -> Tensor",
+    reference_passes,
+    check=check_arguments,
+    kernels="corrupt",
 )
 OP_BWD = define(
     "corrupt_bwd(Tensor dy, Tensor passes, Tensor blocks, int patch, int copies, ScalarType dtype) -> Tensor",
     reference_bwd,
+    check=check_bwd,
     kernels="corrupt",
 )
 
@@ -236,7 +303,7 @@ def run(
     seed, sample_ids, draw = key_tensors(function, x.shape[0], x.device, *key)
     count = (size[0] // patch) * (size[1] // patch)
     mask_key = (seed, torch.zeros_like(sample_ids) if shared_mask else sample_ids, draw)
-    blocks = MASK_BLOCKS(*mask_key, _masked(function, mask_ratio, count, x, mask_key), count, copies)
+    blocks = MASK_BLOCKS(*mask_key, masked_blocks(function, mask_ratio, count, x, mask_key), count, copies)
     recorded = x.requires_grad and torch.is_grad_enabled()
     arguments = (blocks, _sigma(function, sigma, x), seed, sample_ids, draw, patch, copies, size, dtype)
     if torch.compiler.is_compiling():
@@ -247,89 +314,6 @@ def run(
         return OP(x, *arguments, False)[0]
 
 
-def check_x(function: str, x: Tensor) -> None:
-    """Raise unless `x` is images of a dtype that the op accepts."""
-    if check_tensor(function, "x", x).dtype not in INPUTS:
-        expected = "a uint8, float32, float64, bfloat16 or float16 tensor"
-        raise TypeError(message(function, "x", expected, x.dtype))
-    if x.dim() != 4:
-        raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
-    if min(x.shape[2:]) < 1:
-        raise ValueError(message(function, "x", "images of at least one pixel", tuple(x.shape)))
-
-
-def check_arguments(
-    function: str,
-    x: Tensor,
-    blocks: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    sample_ids: Tensor,
-    draw: Tensor,
-    patch: int,
-    copies: int,
-    size: Sequence[int],
-    dtype: torch.dtype,
-) -> None:
-    """Raise unless the arguments of the op are as described."""
-    check_x(function, x)
-    check_key(function, seed, sample_ids, draw)
-    if sample_ids.shape != x.shape[:1]:
-        raise ValueError(message(function, "sample_ids", f"of shape {tuple(x.shape[:1])}", tuple(sample_ids.shape)))
-    _check_per_sample(function, "sigma", sigma, x)
-    for argument, value in (("sigma", sigma), ("sample_ids", sample_ids)):
-        if value.device != x.device:
-            raise ValueError(message(function, argument, f"on the device of x {x.device}", value.device))
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(message(function, "size", "two integers >= 1", tuple(size)))
-    check_blocks(function, "x", x, blocks, patch, (size[0], size[1]))
-    _check_counts(function, x.shape[0], blocks, copies)
-    _check_dtype(function, x, dtype)
-
-
-def check_bwd(
-    function: str, dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
-) -> None:
-    """Raise unless the arguments of the backward op match each other."""
-    if dy.dtype not in OUTPUTS:
-        raise TypeError(message(function, "dy", "a float32, float64, bfloat16 or float16 tensor", dy.dtype))
-    if dtype not in OUTPUTS or (dtype == torch.float64) != (dy.dtype == torch.float64):
-        raise TypeError(message(function, "dtype", f"a floating-point type that goes with {dy.dtype}", dtype))
-    if dy.dim() != 4 or dy.shape[1] < 2:
-        raise ValueError(message(function, "dy", "of shape (B * copies, C + 2, H, W)", tuple(dy.shape)))
-    check_blocks(function, "dy", dy, blocks, patch)
-    _check_counts(function, dy.shape[0] // copies, blocks, copies)
-    if dy.shape[0] != blocks.shape[0] * copies:
-        raise ValueError(message(function, "dy", f"{blocks.shape[0] * copies} images", dy.shape[0]))
-    if passes.dtype != torch.uint8:
-        raise TypeError(message(function, "passes", "a uint8 tensor", passes.dtype))
-    shape = (blocks.shape[0], dy.shape[1] - 2, -(-dy.shape[2] * dy.shape[3] // 8))
-    if passes.shape != shape:
-        raise ValueError(message(function, "passes", f"of shape {shape}", tuple(passes.shape)))
-    if passes.device != dy.device:
-        raise ValueError(message(function, "passes", f"on the device of dy {dy.device}", passes.device))
-
-
-def _check_counts(function: str, batch: int, blocks: Tensor, copies: int) -> None:
-    if not 1 <= copies <= 255:
-        raise ValueError(message(function, "copies", "an integer and in [1, 255]", copies))
-    if blocks.shape[0] != batch:
-        raise ValueError(message(function, "blocks", f"of {batch} samples", blocks.shape[0]))
-
-
-def _check_dtype(function: str, x: Tensor, dtype: torch.dtype) -> None:
-    if dtype not in OUTPUTS or (dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(message(function, "dtype", f"a floating-point type that goes with {x.dtype} images", dtype))
-
-
-def _check_per_sample(function: str, argument: str, value: Tensor, x: Tensor) -> Tensor:
-    if value.dtype != torch.float32:
-        raise TypeError(message(function, argument, "a float32 tensor", value.dtype))
-    if value.shape not in ((), x.shape[:1]):
-        raise ValueError(message(function, argument, f"of shape () or {tuple(x.shape[:1])}", tuple(value.shape)))
-    return value
-
-
 def _size(function: str, size: Any, x: Tensor) -> tuple[int, int]:
     """The height and width after resizing."""
     if size is None:
@@ -337,31 +321,9 @@ def _size(function: str, size: Any, x: Tensor) -> tuple[int, int]:
     return check_size(function, size)
 
 
-def check_mask_ratio(function: str, value: Any) -> float | tuple[float, float]:
-    """Raise unless `value` is a share in [0, 1], or two, the lower one first."""
-    if not isinstance(value, tuple | list):
-        return check_number(function, "mask_ratio", value, low=0, high=1)
-    shares = [check_number(function, "mask_ratio", share, low=0, high=1) for share in value]
-    if len(shares) != 2 or shares[0] > shares[1]:
-        raise ValueError(message(function, "mask_ratio", "a number, or two with the lower one first", value))
-    return shares[0], shares[1]
-
-
-def _masked(function: str, mask_ratio: MaskRatio, count: int, x: Tensor, key: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """The number of masked blocks out of `count`, int64 of shape () or (B,)."""
-    if isinstance(mask_ratio, Tensor):
-        return (_check_per_sample(function, "mask_ratio", mask_ratio, x).to(x.device) * count).round().long()
-    if not torch.compiler.is_compiling():
-        mask_ratio = check_mask_ratio(function, mask_ratio)
-    if isinstance(mask_ratio, float | int):
-        return torch.full((), round(mask_ratio * count), dtype=torch.int64, device=x.device)
-    low, high = (round(share * count) for share in mask_ratio)
-    return low + (random_bits(1, *key, Tag.RATIO)[:, 0] * (high - low + 1) >> 32)
-
-
 def _sigma(function: str, sigma: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(sigma, Tensor):
-        return _check_per_sample(function, "sigma", sigma, x).to(x.device)
+        return check_per_sample(function, "sigma", sigma, x).to(x.device)
     if not torch.compiler.is_compiling():
         check_number(function, "sigma", sigma, low=0)
     return torch.full((), sigma, dtype=torch.float32, device=x.device)

@@ -9,8 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.checks import message
+from ._checks import check_shape
+from ._convolutions import (
+    PANEL,
+    Frozen,
+    check_bias,
+    check_float32,
+    finished,
+    relu_bwd,
+    with_residual,
+)
 from ._registry import LIBRARY, MISSING, NAMESPACE, define, forbid_double_backward
-from .conv3x3 import PANEL, Frozen, check_bias, check_float32, check_like, finished, relu_bwd, with_residual
 
 
 def formula(
@@ -75,12 +84,7 @@ def reference(
     relu: bool,
 ) -> Tensor:
     """The specification. `prepared` and `prepared_t` are the weights as `prepare` orders them for kernels."""
-    check_float32("frozen_conv", x=x, weight=weight, bias=bias, residual=residual)
-    check_bias("frozen_conv", bias, weight)
-    y = F.conv2d(x, weight, bias, stride, padding)
-    if residual is not None:
-        check_like("frozen_conv", "residual", residual, y)
-    return finished(y, residual, relu).contiguous(memory_format=torch.channels_last)
+    return formula(x, weight, bias, stride, padding, residual, relu).contiguous(memory_format=torch.channels_last)
 
 
 def reference_bwd(
@@ -95,10 +99,7 @@ def reference_bwd(
     y: Tensor | None,
 ) -> Tensor:
     """The gradient in x (B, C, height, width) of dy, masked by y > 0 if y is given."""
-    check_float32("frozen_conv_bwd", dy=dy, weight=weight, y=y)
-    if y is not None:
-        check_like("frozen_conv_bwd", "y", y, dy)
-        dy = relu_bwd(dy, y)
+    dy = dy if y is None else relu_bwd(dy, y)
     x = dy.new_empty(len(dy), weight.shape[1], height, width)
     dx, _, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
@@ -106,16 +107,63 @@ def reference_bwd(
     return dx.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+def check_arguments(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    prepared: Tensor,
+    prepared_t: Tensor,
+    stride: int,
+    padding: int,
+    residual: Tensor | None,
+    relu: bool,
+) -> None:
+    """Raise unless the op accepts the arguments."""
+    check_float32(function, x=x, weight=weight, bias=bias, residual=residual)
+    check_bias(function, bias, weight)
+    if residual is not None:
+        check_shape(function, "residual", residual, output_shape(x, weight, stride, padding))
+
+
+def output_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int, ...]:
+    """The shape of the convolution of `x`."""
+    sizes = (
+        (given + 2 * padding - taps) // stride + 1 for given, taps in zip(x.shape[2:], weight.shape[2:], strict=True)
+    )
+    return len(x), len(weight), *sizes
+
+
+def check_bwd(
+    function: str,
+    dy: Tensor,
+    weight: Tensor,
+    prepared_t: Tensor,
+    height: int,
+    width: int,
+    stride: int,
+    padding: int,
+    channels_last: bool,
+    y: Tensor | None,
+) -> None:
+    """Raise unless the backward op accepts the arguments."""
+    check_float32(function, dy=dy, weight=weight, y=y)
+    if y is not None:
+        check_shape(function, "y", y, dy.shape)
+
+
 OP = define(
     "frozen_conv(Tensor x, Tensor weight, Tensor? bias, Tensor prepared, Tensor prepared_t, int stride, int padding,"
     " Tensor? residual, bool relu) -> Tensor",
     reference,
+    check=check_arguments,
     kernels=None,
 )
 OP_BWD = define(
     "frozen_conv_bwd(Tensor dy, Tensor weight, Tensor prepared_t, int height, int width, int stride, int padding,"
     " bool channels_last, Tensor? y) -> Tensor",
     reference_bwd,
+    check=check_bwd,
     kernels=None,
 )
 
@@ -205,11 +253,7 @@ class FrozenConv(Frozen):
         if not wins(x, self.weight):
             return formula(x, self.weight, self.bias, self.stride, self.padding, residual, self.relu)
         weights = (self.weight, self.bias, self.prepared, self.prepared_t, self.stride, self.padding)
-        height, width = (
-            (size + 2 * self.padding - taps) // self.stride + 1
-            for size, taps in zip(x.shape[2:], self.weight.shape[2:], strict=True)
-        )
-        shape = (len(x), len(self.weight), height, width)
+        shape = output_shape(x, self.weight, self.stride, self.padding)
         return with_residual(lambda *fused: OP(x, *weights, *fused), residual, self.relu, shape)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._core.checks import check_tensor, message
-from ._images import DTYPES, check_dy, memory_format, widen
+from ._checks import FLOATS, check_dtype, check_dy, check_same_device, check_shape
+from ._images import memory_format, widen
 from ._registry import LIBRARY, NAMESPACE, define, forbid_double_backward
 
 # The op's argument `activation` is an index into this tuple.
@@ -26,7 +27,6 @@ def formula(h: Tensor, bias: Tensor | None, activation: int) -> Tensor:
 
 def reference(h: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """The specification: 16-bit inputs are computed in float32 and rounded once, at the end."""
-    check_arguments("gated", h, bias, activation)
     y = formula(widen(h), bias, activation)
     return y.to(h.dtype).contiguous(memory_format=memory_format(h))
 
@@ -36,9 +36,6 @@ def reference_bwd(dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, w
 
     df = dy sigmoid(g) a'(f) and dg = dy a(f) sigmoid(g) (1 - sigmoid(g)), stacked as in `h`, for the activation a.
     """
-    check_arguments("gated_bwd", h, bias, activation)
-    check_dy("gated_bwd", dy, output_shape(h), h)
-    check_with_db("gated_bwd", bias, with_db)
     wide, dy = widen(h), widen(dy)
     f, g = (wide if bias is None else wide + bias.to(wide.dtype)[:, None, None]).chunk(2, dim=1)
     passed = dy * torch.sigmoid(g)
@@ -50,10 +47,41 @@ def reference_bwd(dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, w
     return dh.to(h.dtype).contiguous(memory_format=memory_format(h)), db
 
 
-OP = define("gated(Tensor h, Tensor? bias, int activation) -> Tensor", reference, kernels="gated")
+def check_arguments(function: str, h: Tensor, bias: Tensor | None, activation: int) -> None:
+    """Raise unless the op accepts the arguments."""
+    check_dtype(function, "h", h, *FLOATS)
+    if h.dim() != 4 or h.shape[1] % 2:
+        raise ValueError(message(function, "h", "of shape (B, 2C, H, W)", tuple(h.shape)))
+    if activation not in (ELU, RELU):
+        raise ValueError(message(function, "activation", "0 or 1", activation))
+    if bias is None:
+        return
+    if check_tensor(function, "bias", bias).dtype not in (h.dtype, torch.float32):
+        raise TypeError(message(function, "bias", f"of the dtype of h {h.dtype} or float32", bias.dtype))
+    check_shape(function, "bias", bias, h.shape[1:2])
+    check_same_device(function, "bias", bias, "h", h)
+
+
+def check_bwd(function: str, dy: Tensor, h: Tensor, bias: Tensor | None, activation: int, with_db: bool) -> None:
+    """Raise unless the backward op accepts the arguments."""
+    check_arguments(function, h, bias, activation)
+    check_dy(function, dy, output_shape(h), h)
+    if with_db and bias is None:
+        raise ValueError(message(function, "with_db", "False without a bias", with_db))
+
+
+def output_shape(h: Tensor) -> tuple[int, ...]:
+    """The shape of the result for `h`."""
+    return (h.shape[0], h.shape[1] // 2, *h.shape[2:])
+
+
+OP = define(
+    "gated(Tensor h, Tensor? bias, int activation) -> Tensor", reference, check=check_arguments, kernels="gated"
+)
 OP_BWD = define(
     "gated_bwd(Tensor dy, Tensor h, Tensor? bias, int activation, bool with_db) -> (Tensor, Tensor)",
     reference_bwd,
+    check=check_bwd,
     kernels="gated",
 )
 
@@ -113,32 +141,3 @@ def gated_relu(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """relu(f) * sigmoid(g): `gated_elu` with ReLU as the activation, whose slope at 0 is 0."""
     check_arguments("gated_relu", h, bias, RELU)
     return OP(h, bias, RELU)
-
-
-def check_arguments(function: str, h: Tensor, bias: Tensor | None, activation: int) -> None:
-    """Raise unless the op accepts the arguments."""
-    if check_tensor(function, "h", h).dtype not in DTYPES:
-        raise TypeError(message(function, "h", "a float32, float64, bfloat16 or float16 tensor", h.dtype))
-    if h.dim() != 4 or h.shape[1] % 2:
-        raise ValueError(message(function, "h", "of shape (B, 2C, H, W)", tuple(h.shape)))
-    if activation not in (ELU, RELU):
-        raise ValueError(message(function, "activation", "0 or 1", activation))
-    if bias is None:
-        return
-    if check_tensor(function, "bias", bias).dtype not in (h.dtype, torch.float32):
-        raise TypeError(message(function, "bias", f"of the dtype of h {h.dtype} or float32", bias.dtype))
-    if bias.shape != h.shape[1:2]:
-        raise ValueError(message(function, "bias", f"of shape ({h.shape[1]},)", tuple(bias.shape)))
-    if bias.device != h.device:
-        raise ValueError(message(function, "bias", f"on the device of h {h.device}", bias.device))
-
-
-def check_with_db(function: str, bias: Tensor | None, with_db: bool) -> None:
-    """Raise if the gradient of a missing bias is requested."""
-    if with_db and bias is None:
-        raise ValueError(message(function, "with_db", "False without a bias", with_db))
-
-
-def output_shape(h: Tensor) -> tuple[int, ...]:
-    """The shape of the result for `h`."""
-    return (h.shape[0], h.shape[1] // 2, *h.shape[2:])

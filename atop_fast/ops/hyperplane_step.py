@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._core.checks import check_choice, message
+from ._checks import check_dtype
 from ._registry import define
 
 
@@ -58,11 +59,28 @@ def _fill(weight: Tensor, room: Tensor, total: Tensor) -> Tensor:
 
 def reference(x: Tensor, w: Tensor, change: Tensor, l2: bool) -> Tensor:
     """The specification for the norms L2 and Linf."""
-    check_arguments(x, w, change)
     return formula(x, w, change, "L2" if l2 else "Linf").contiguous()
 
 
-OP = define("hyperplane_step(Tensor x, Tensor w, Tensor change, bool l2) -> Tensor", reference, kernels=None)
+def check_arguments(function: str, x: Tensor, w: Tensor, change: Tensor, l2: bool = False) -> None:
+    """Raise unless the arguments are as the docstring describes."""
+    check_dtype(function, "x", x, torch.float32, torch.float64)
+    if x.dim() != 2:
+        raise ValueError(message(function, "x", "of shape (B, n)", tuple(x.shape)))
+    if w.shape != x.shape or w.dtype != x.dtype:
+        expected = f"of dtype and shape of x, {tuple(x.shape)}"
+        raise ValueError(message(function, "w", expected, f"{tuple(w.shape)}, {w.dtype}"))
+    if change.shape != x.shape[:1] or change.dtype != x.dtype:
+        expected = f"of dtype of x and shape {tuple(x.shape[:1])}"
+        raise ValueError(message(function, "change", expected, f"{tuple(change.shape)}, {change.dtype}"))
+
+
+OP = define(
+    "hyperplane_step(Tensor x, Tensor w, Tensor change, bool l2) -> Tensor",
+    reference,
+    check=check_arguments,
+    kernels=None,
+)
 
 
 def hyperplane_step(norm: str, x: Tensor, w: Tensor, change: Tensor) -> Tensor:
@@ -98,19 +116,5 @@ def hyperplane_step(norm: str, x: Tensor, w: Tensor, change: Tensor) -> Tensor:
     check_choice("hyperplane_step", "norm", norm, ("Linf", "L2", "L1"))
     if norm != "L1":
         return OP(x, w, change, norm == "L2")
-    check_arguments(x, w, change)
+    check_arguments("hyperplane_step", x, w, change)
     return formula(x, w, change, norm)
-
-
-def check_arguments(x: Tensor, w: Tensor, change: Tensor) -> None:
-    """Raise unless the arguments are as the docstring describes."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(message("hyperplane_step", "x", "a float32 or float64 tensor", x.dtype))
-    if x.dim() != 2:
-        raise ValueError(message("hyperplane_step", "x", "of shape (B, n)", tuple(x.shape)))
-    if w.shape != x.shape or w.dtype != x.dtype:
-        expected = f"of dtype and shape of x, {tuple(x.shape)}"
-        raise ValueError(message("hyperplane_step", "w", expected, f"{tuple(w.shape)}, {w.dtype}"))
-    if change.shape != x.shape[:1] or change.dtype != x.dtype:
-        expected = f"of dtype of x and shape {tuple(x.shape[:1])}"
-        raise ValueError(message("hyperplane_step", "change", expected, f"{tuple(change.shape)}, {change.dtype}"))

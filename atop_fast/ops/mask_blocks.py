@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
-from .._core.checks import check_integer, check_tensor, message
-from ..randomness import Tag, key_tensors, random_ranks
+from .._core.checks import check_integer, check_number, check_tensor, message
+from ..randomness import Tag, key_tensors, random_bits, random_ranks
+from ._checks import check_dtype, check_per_sample, check_same_device, check_shape
 from ._registry import define
 from .random_normal import check_key
 
 
 def reference(seed: Tensor, sample_ids: Tensor, draw: Tensor, masked: Tensor, blocks: int, copies: int) -> Tensor:
     """The specification: rank the blocks by random words; the first `masked` go to the copies in turn."""
-    check_arguments("mask_blocks", seed, sample_ids, draw, masked, blocks, copies)
     ranks = random_ranks(blocks, seed, sample_ids, draw, Tag.MASK)
     owners = torch.where(ranks < masked.reshape(-1, 1), ranks % copies, copies)
     return owners.to(torch.uint8)
 
 
+def check_arguments(
+    function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor, masked: Tensor, blocks: int, copies: int
+) -> None:
+    """Raise unless the arguments of the op are as described."""
+    check_key(function, seed, sample_ids, draw)
+    check_dtype(function, "masked", masked, torch.int64)
+    check_shape(function, "masked", masked, (), sample_ids.shape)
+    check_same_device(function, "masked", masked, "sample_ids", sample_ids)
+    if not torch.compiler.is_compiling():
+        check_integer(function, "blocks", blocks, low=0)
+        check_integer(function, "copies", copies, low=1, high=255)
+
+
+# One share of masked blocks, the lowest and the highest share, or one share per sample.
+MaskRatio: TypeAlias = float | tuple[float, float] | Tensor
 OP = define(
     "mask_blocks(Tensor seed, Tensor sample_ids, Tensor draw, Tensor masked, int blocks, int copies) -> Tensor",
     reference,
+    check=check_arguments,
     kernels="mask_blocks",
 )
 
@@ -70,18 +88,25 @@ def mask_blocks(
     return OP(*key, masked, blocks, copies)
 
 
-def check_arguments(
-    function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor, masked: Tensor, blocks: int, copies: int
-) -> None:
-    """Raise unless the arguments of the op are as described."""
-    check_key(function, seed, sample_ids, draw)
-    if masked.dtype != torch.int64:
-        raise TypeError(message(function, "masked", "an int64 tensor", masked.dtype))
-    if masked.shape not in ((), sample_ids.shape):
-        expected = f"of shape () or {tuple(sample_ids.shape)}"
-        raise ValueError(message(function, "masked", expected, tuple(masked.shape)))
-    if masked.device != sample_ids.device:
-        raise ValueError(message(function, "masked", f"on the device of sample_ids {sample_ids.device}", masked.device))
+def check_mask_ratio(function: str, value: Any) -> float | tuple[float, float]:
+    """Raise unless `value` is a share in [0, 1], or two, the lower one first."""
+    if not isinstance(value, tuple | list):
+        return check_number(function, "mask_ratio", value, low=0, high=1)
+    shares = [check_number(function, "mask_ratio", share, low=0, high=1) for share in value]
+    if len(shares) != 2 or shares[0] > shares[1]:
+        raise ValueError(message(function, "mask_ratio", "a number, or two with the lower one first", value))
+    return shares[0], shares[1]
+
+
+def masked_blocks(
+    function: str, mask_ratio: MaskRatio, count: int, x: Tensor, key: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """The number of masked blocks out of `count`, int64 of shape () or (B,)."""
+    if isinstance(mask_ratio, Tensor):
+        return (check_per_sample(function, "mask_ratio", mask_ratio, x).to(x.device) * count).round().long()
     if not torch.compiler.is_compiling():
-        check_integer(function, "blocks", blocks, low=0)
-        check_integer(function, "copies", copies, low=1, high=255)
+        mask_ratio = check_mask_ratio(function, mask_ratio)
+    if isinstance(mask_ratio, float | int):
+        return torch.full((), round(mask_ratio * count), dtype=torch.int64, device=x.device)
+    low, high = (round(share * count) for share in mask_ratio)
+    return low + (random_bits(1, *key, Tag.RATIO)[:, 0] * (high - low + 1) >> 32)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._core.checks import check_integer, message
-from ._registry import define
-from ._steps import check_step, either, in_layout_of, refuse_gradients, split, spread, sum_of_draws
+from ._steps import define_step, spread, sum_of_draws
 from .project_l1 import formula as project
 
 
@@ -26,26 +24,7 @@ def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: flo
     return project(x + spread(alpha / count, x) * direction, x0, eps)
 
 
-def reference(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    k: int,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-    ks: Tensor | None = None,
-) -> Tensor:
-    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
-    check_arguments("pgd_step_l1", x, grad, x0, alpha, eps, k, alphas, epsilons, ks)
-    numbers = either(alpha, alphas), either(eps, epsilons), k if ks is None else ks
-    return in_layout_of(x, formula(x, grad, x0, *numbers))
-
-
-_ARGUMENTS = "Tensor x, Tensor grad, Tensor x0, float alpha, float eps, int k"
-_PER_SAMPLE = "Tensor? alphas=None, Tensor? epsilons=None, Tensor? ks=None"
-OP = define(f"pgd_step_l1({_ARGUMENTS}, {_PER_SAMPLE}) -> Tensor", reference, kernels=None)
+STEP = define_step("pgd_step_l1", formula, numbers=("alpha", "eps", "k"), per_sample=True)
 
 
 def pgd_step_l1(
@@ -92,33 +71,4 @@ def pgd_step_l1(
         >>> bool((x - x0).abs().flatten(1).sum(dim=1).max() <= 1.001)
         True
     """
-    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
-    first, ks = (1, k) if isinstance(k, Tensor) else (k, None)
-    check_arguments("pgd_step_l1", x, grad, x0, number, radius, first, alphas, epsilons, ks)
-    refuse_gradients("pgd_step_l1", x=x, grad=grad, x0=x0)
-    return OP(x, grad, x0, number, radius, first, alphas, epsilons, ks)
-
-
-def check_arguments(
-    function: str,
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    k: int,
-    alphas: Tensor | None,
-    epsilons: Tensor | None,
-    ks: Tensor | None,
-) -> None:
-    """Raise unless the arguments are as the docstring describes."""
-    check_step(function, x, grad, {"x0": x0}, {"alpha": (alpha, alphas), "eps": (eps, epsilons)}, samples=True)
-    if ks is None:
-        if not torch.compiler.is_compiling():
-            check_integer(function, "k", k, low=1)
-    elif ks.dtype != torch.int64:
-        raise TypeError(message(function, "k", "an int64 tensor", ks.dtype))
-    elif ks.shape not in ((), x.shape[:1]):
-        raise ValueError(message(function, "k", f"of shape () or {tuple(x.shape[:1])}", tuple(ks.shape)))
-    elif ks.device != x.device:
-        raise ValueError(message(function, "k", f"on the device of x {x.device}", ks.device))
+    return STEP(x, grad, x0, alpha, eps, k)

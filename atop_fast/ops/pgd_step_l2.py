@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ._registry import LIBRARY, NAMESPACE, define
-from ._steps import (
-    TINY,
-    check_step,
-    either,
-    in_layout_of,
-    norm,
-    run,
-    run_in_place,
-    split,
-    spread,
-    sum_of_draws,
-    with_norm,
-)
+from ._steps import TINY, define_step, norm, spread, sum_of_draws, with_norm
 
 
 def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
@@ -29,64 +14,39 @@ def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: flo
     return _project(x + spread(alpha, x) * g / norm(g).clamp_min(TINY), x0, spread(eps, x))
 
 
-def reference(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> Tensor:
-    """The specification: `formula` except for small gradients, in the memory layout of torch.empty_like(x)."""
-    check_arguments("pgd_step_l2", x, grad, x0, alpha, eps, alphas, epsilons)
-    moved = _moved(x, grad, spread(either(alpha, alphas), x))
-    return in_layout_of(x, _project(moved, x0, spread(either(eps, epsilons), x)))
+def specification(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
+    """`formula` except for small gradients."""
+    return _project(_moved(x, grad, spread(alpha, x)), x0, spread(eps, x))
 
 
-def reference_(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> None:
-    """The specification of the step in place."""
-    check_arguments("pgd_step_l2_", x, grad, x0, alpha, eps, alphas, epsilons)
-    x.copy_(_project(_moved(x, grad, spread(either(alpha, alphas), x)), x0, spread(either(eps, epsilons), x)))
-
-
-_ARGUMENTS = "Tensor grad, Tensor x0, float alpha, float eps, Tensor? alphas=None, Tensor? epsilons=None"
-OP = define(f"pgd_step_l2(Tensor x, {_ARGUMENTS}) -> Tensor", reference, kernels="pgd_step_l2")
-OP_ = define(f"pgd_step_l2_(Tensor(a!) x, {_ARGUMENTS}) -> ()", reference_, kernels="pgd_step_l2")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, grad, x0, ctx.alpha, ctx.eps, alphas, epsilons = inputs
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-        ctx.save_for_backward(x, grad, x0, alphas, epsilons)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(
+    dy: Tensor, x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """Through the scale c(d) of x' = clamp(x0 + d c(d)); docs/math.md#pgd_step_l2."""
-    if not ctx.saved_tensors:
-        return (None,) * 7
-    x, grad, x0, alphas, epsilons = ctx.saved_tensors
-    delta = _moved(x, grad, spread(either(ctx.alpha, alphas), x)) - x0
+    delta = _moved(x, grad, alpha) - x0
     length = norm(delta)
-    ratio = spread(either(ctx.eps, epsilons), x) / length.clamp_min(TINY)
+    ratio = eps / length.clamp_min(TINY)
     scale = ratio.clamp_max(1)
     projected = x0 + delta * scale
     dy = dy * ((projected >= 0) & (projected <= 1))
     along = (dy * delta)[:, None].flatten(1).sum(dim=1).view_as(length) / length.clamp_min(TINY) ** 2
     # The scale is constant if the length is below TINY or v lies inside the ball.
     dx = dy * scale - torch.where((ratio <= 1) & (length >= TINY), delta * (along * scale), 0)
-    return dx, None, dy - dx, None, None, None, None
+    return dx, dy - dx
 
 
-torch.library.register_autograd(f"{NAMESPACE}::pgd_step_l2", _backward, setup_context=_setup_context, lib=LIBRARY)
+def _moved(x: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
+    g, length, least = with_norm(torch.nan_to_num(sum_of_draws(grad, x)))
+    return x + alpha * g / torch.maximum(length, least)
+
+
+def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
+    delta = v - x0
+    return (x0 + delta * (eps / norm(delta).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
+
+
+STEP = define_step("pgd_step_l2", specification, per_sample=True, kernels="pgd_step_l2", gradient=_gradient)
+STEP_ = define_step("pgd_step_l2_", specification, per_sample=True, kernels="pgd_step_l2")
 
 
 def pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
@@ -127,9 +87,7 @@ def pgd_step_l2(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps:
         >>> bool((x - x0).flatten(1).norm(dim=1).max() <= 0.1 + 1e-6)
         True
     """
-    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
-    check_arguments("pgd_step_l2", x, grad, x0, number, radius, alphas, epsilons)
-    return run(OP, x, grad, x0, (number, radius, alphas, epsilons))
+    return STEP(x, grad, x0, alpha, eps)
 
 
 def pgd_step_l2_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
@@ -165,30 +123,4 @@ def pgd_step_l2_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps
         >>> atop_fast.ops.pgd_step_l2_(x, torch.randn_like(x), x0, alpha=0.1, eps=0.5) is x
         True
     """
-    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
-    check_arguments("pgd_step_l2_", x, grad, x0, number, radius, alphas, epsilons)
-    return run_in_place("pgd_step_l2_", OP_, x, grad, x0, (number, radius, alphas, epsilons))
-
-
-def check_arguments(
-    function: str,
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None,
-    epsilons: Tensor | None,
-) -> None:
-    """Raise unless the arguments are as the docstrings describe."""
-    check_step(function, x, grad, {"x0": x0}, {"alpha": (alpha, alphas), "eps": (eps, epsilons)}, samples=True)
-
-
-def _moved(x: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
-    g, length, least = with_norm(torch.nan_to_num(sum_of_draws(grad, x)))
-    return x + alpha * g / torch.maximum(length, least)
-
-
-def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
-    delta = v - x0
-    return (x0 + delta * (eps / norm(delta).clamp_min(TINY)).clamp_max(1)).clamp(0, 1)
+    return STEP_(x, grad, x0, alpha, eps)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ._registry import LIBRARY, NAMESPACE, define
-from ._steps import check_step, either, in_layout_of, project_linf, run, run_in_place, split, spread, sum_of_draws
+from ._steps import define_step, project_linf, spread, sum_of_draws
 
 
 def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
@@ -16,60 +12,18 @@ def formula(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: flo
     return project_linf(x + spread(alpha, x) * sum_of_draws(grad, x).sign(), x0, spread(eps, x))
 
 
-def reference(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> Tensor:
-    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
-    check_arguments("pgd_step_linf", x, grad, x0, alpha, eps, alphas, epsilons)
-    return in_layout_of(x, formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
-
-
-def reference_(
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> None:
-    """The specification of the step in place."""
-    check_arguments("pgd_step_linf_", x, grad, x0, alpha, eps, alphas, epsilons)
-    x.copy_(formula(x, grad, x0, either(alpha, alphas), either(eps, epsilons)))
-
-
-_ARGUMENTS = "Tensor grad, Tensor x0, float alpha, float eps, Tensor? alphas=None, Tensor? epsilons=None"
-OP = define(f"pgd_step_linf(Tensor x, {_ARGUMENTS}) -> Tensor", reference, kernels="pgd_step_linf")
-OP_ = define(f"pgd_step_linf_(Tensor(a!) x, {_ARGUMENTS}) -> ()", reference_, kernels="pgd_step_linf")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, grad, x0, ctx.alpha, ctx.eps, alphas, epsilons = inputs
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-        ctx.save_for_backward(x, grad, x0, alphas, epsilons)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.saved_tensors:
-        return (None,) * 7
-    x, grad, x0, alphas, epsilons = ctx.saved_tensors
-    alpha, eps = spread(either(ctx.alpha, alphas), x), spread(either(ctx.eps, epsilons), x)
+def _gradient(
+    dy: Tensor, x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor
+) -> tuple[Tensor, Tensor]:
     low, high = x0 - eps, x0 + eps
     moved = x + alpha * sum_of_draws(grad, x).sign()
     projected = moved.clamp(low, high)
     dy = dy * ((projected >= 0) & (projected <= 1))
-    dx = dy * ((moved >= low) & (moved <= high)) if ctx.needs_input_grad[0] else None
-    dx0 = dy * ((moved < low) | (moved > high)) if ctx.needs_input_grad[2] else None
-    return dx, None, dx0, None, None, None, None
+    return dy * ((moved >= low) & (moved <= high)), dy * ((moved < low) | (moved > high))
 
 
-torch.library.register_autograd(f"{NAMESPACE}::pgd_step_linf", _backward, setup_context=_setup_context, lib=LIBRARY)
+STEP = define_step("pgd_step_linf", formula, kernels="pgd_step_linf", gradient=_gradient)
+STEP_ = define_step("pgd_step_linf_", formula, kernels="pgd_step_linf")
 
 
 def pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
@@ -108,9 +62,7 @@ def pgd_step_linf(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, ep
         >>> bool((x - x0).abs().max() <= 8 / 255)
         True
     """
-    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
-    check_arguments("pgd_step_linf", x, grad, x0, number, radius, alphas, epsilons)
-    return run(OP, x, grad, x0, (number, radius, alphas, epsilons))
+    return STEP(x, grad, x0, alpha, eps)
 
 
 def pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, eps: float | Tensor) -> Tensor:
@@ -146,20 +98,4 @@ def pgd_step_linf_(x: Tensor, grad: Tensor, x0: Tensor, alpha: float | Tensor, e
         >>> atop_fast.ops.pgd_step_linf_(x, torch.randn_like(x), x0, alpha=2 / 255, eps=8 / 255) is x
         True
     """
-    (number, alphas), (radius, epsilons) = split(alpha), split(eps)
-    check_arguments("pgd_step_linf_", x, grad, x0, number, radius, alphas, epsilons)
-    return run_in_place("pgd_step_linf_", OP_, x, grad, x0, (number, radius, alphas, epsilons))
-
-
-def check_arguments(
-    function: str,
-    x: Tensor,
-    grad: Tensor,
-    x0: Tensor,
-    alpha: float,
-    eps: float,
-    alphas: Tensor | None,
-    epsilons: Tensor | None,
-) -> None:
-    """Raise unless the arguments are as the docstrings describe."""
-    check_step(function, x, grad, {"x0": x0}, {"alpha": (alpha, alphas), "eps": (eps, epsilons)})
+    return STEP_(x, grad, x0, alpha, eps)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._registry import define
-from ._steps import check_step, either, in_layout_of, refuse_gradients, split
+from ._steps import define_step
 
 # Distances are clamped to this; larger ones make no difference.
 FAR = 1e30
@@ -40,13 +39,7 @@ def _threshold(length: Tensor, cap: Tensor, eps: float | Tensor) -> Tensor:
     return torch.where(left[:, :1].isnan(), left[:, :1], threshold).squeeze(1)
 
 
-def reference(x: Tensor, x0: Tensor, eps: float, epsilons: Tensor | None = None) -> Tensor:
-    """The specification: `formula`, in the memory layout that torch.empty_like gives `x`."""
-    check_arguments("project_l1", x, x0, eps, epsilons)
-    return in_layout_of(x, formula(x, x0, either(eps, epsilons)))
-
-
-OP = define("project_l1(Tensor x, Tensor x0, float eps, Tensor? epsilons=None) -> Tensor", reference, kernels=None)
+STEP = define_step("project_l1", formula, tensors=("x", "x0"), numbers=("eps",), per_sample=True)
 
 
 def project_l1(x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
@@ -83,12 +76,4 @@ def project_l1(x: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
         >>> bool((x - x0).abs().flatten(1).sum(dim=1).max() <= 12.001)
         True
     """
-    radius, epsilons = split(eps)
-    check_arguments("project_l1", x, x0, radius, epsilons)
-    refuse_gradients("project_l1", x=x, x0=x0)
-    return OP(x, x0, radius, epsilons)
-
-
-def check_arguments(function: str, x: Tensor, x0: Tensor, eps: float, epsilons: Tensor | None) -> None:
-    """Raise unless the arguments are as the docstring describes."""
-    check_step(function, x, x, {"x0": x0}, {"eps": (eps, epsilons)}, samples=True)
+    return STEP(x, x0, eps)

@@ -11,12 +11,12 @@ from .random_normal import check_arguments
 
 def reference(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> Tensor:
     """The specification, int64 (B, count)."""
-    check_arguments("random_bits", seed, sample_ids, draw, tag, count)
     return philox_words(count, seed, sample_ids, draw, tag).contiguous()
 
 
 OP = define(
     "random_bits(Tensor seed, Tensor sample_ids, Tensor draw, int tag, int count) -> Tensor",
     reference,
+    check=check_arguments,
     kernels="random_bits",
 )

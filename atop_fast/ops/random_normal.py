@@ -8,19 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._core.checks import check_integer, check_tensor, message
+from .._core.checks import check_integer, check_tensor
 from ..randomness import Tag, key_tensors, philox_words
+from ._checks import check_dtype, check_same_device, check_shape
 from ._registry import define
 
 
 def reference(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> Tensor:
     """The specification, with only integer and correctly rounded float32 operations, so that all backends agree."""
-    check_arguments("random_normal", seed, sample_ids, draw, tag, count)
-    return normals(seed, sample_ids, draw, tag, count)
-
-
-def normals(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> Tensor:
-    """`reference` without checks, for symbolic sizes."""
     words = philox_words(count + count % 2, seed, sample_ids, draw, tag)
     # torch's float32 square root is not correctly rounded on every CPU; computed in float64 it is.
     radius = _minus_2_log(words[:, 0::2]).double().sqrt_().float()
@@ -28,9 +23,28 @@ def normals(seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int
     return torch.stack((radius * cosine, radius * sine), dim=-1).flatten(1)[:, :count].contiguous()
 
 
+def check_arguments(function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> None:
+    """Raise unless the arguments of the op are as described."""
+    check_key(function, seed, sample_ids, draw)
+    if not torch.compiler.is_compiling():
+        check_integer(function, "tag", tag, low=0, high=0xFFFF)
+        check_integer(function, "count", count, low=0)
+
+
+def check_key(function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor) -> None:
+    """Raise unless the key is int64 of shapes (), (B,) and () or (B,), on one device."""
+    batch = sample_ids.shape[0] if sample_ids.dim() else 1
+    shapes = {"seed": ((),), "sample_ids": ((batch,),), "draw": ((), (batch,))}
+    for argument, value in (("seed", seed), ("sample_ids", sample_ids), ("draw", draw)):
+        check_dtype(function, argument, value, torch.int64)
+        check_shape(function, argument, value, *shapes[argument])
+        check_same_device(function, argument, value, "sample_ids", sample_ids)
+
+
 OP = define(
     "random_normal(Tensor seed, Tensor sample_ids, Tensor draw, int tag, int count) -> Tensor",
     reference,
+    check=check_arguments,
     kernels="random_normal",
 )
 
@@ -70,29 +84,6 @@ def random_normal(
     check_integer(function, "tag", tag, low=0, high=0xFFFF)
     key = key_tensors(function, batch, sample_ids.device, seed, sample_ids, draw)
     return OP(*key, int(tag), math.prod(shape)).view(batch, *shape)
-
-
-def check_arguments(function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor, tag: int, count: int) -> None:
-    """Raise unless the arguments of the op are as described."""
-    check_key(function, seed, sample_ids, draw)
-    if not torch.compiler.is_compiling():
-        check_integer(function, "tag", tag, low=0, high=0xFFFF)
-        check_integer(function, "count", count, low=0)
-
-
-def check_key(function: str, seed: Tensor, sample_ids: Tensor, draw: Tensor) -> None:
-    """Raise unless the key is int64 of shapes (), (B,) and () or (B,), on one device."""
-    batch = sample_ids.shape[0] if sample_ids.dim() else 1
-    shapes = {"seed": ((),), "sample_ids": ((batch,),), "draw": ((), (batch,))}
-    for argument, value in (("seed", seed), ("sample_ids", sample_ids), ("draw", draw)):
-        if value.dtype != torch.int64:
-            raise TypeError(message(function, argument, "an int64 tensor", value.dtype))
-        if value.shape not in shapes[argument]:
-            expected = " or ".join(str(tuple(shape)) for shape in shapes[argument])
-            raise ValueError(message(function, argument, f"of shape {expected}", tuple(value.shape)))
-        if value.device != sample_ids.device:
-            expected = f"on the device of sample_ids {sample_ids.device}"
-            raise ValueError(message(function, argument, expected, value.device))
 
 
 def _minus_2_log(word: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core.checks import check_tensor, message
-from ._images import DTYPES, memory_format
+from .._core.checks import message
+from ._checks import FLOATS, check_dtype, check_same_device
+from ._images import memory_format
 from ._registry import LIBRARY, NAMESPACE, define
 
 
@@ -41,7 +42,6 @@ def reference(
     16-bit images are computed in float32 and rounded once.
     """
     rows, columns = Taps(row_start, row_weight), Taps(column_start, column_weight)
-    check_arguments("resample", x, rows, columns)
     wide = x if x.dtype == torch.float64 else x.float()
     if rows_first(x, rows):
         y = _apply(_apply(wide, rows, 2), columns, 3)
@@ -69,10 +69,31 @@ def _apply(x: Tensor, taps: Taps, dim: int) -> Tensor:
     return y
 
 
+def check_arguments(function: str, x: Tensor, *taps: Tensor) -> None:
+    """Raise unless images and taps match. The caller guarantees that the columns are valid indices."""
+    check_dtype(function, "x", x, *FLOATS)
+    if x.dim() != 4:
+        raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for argument, (start, weight), pixels in (("row", taps[:2], x.shape[2]), ("column", taps[2:4], x.shape[3])):
+        check_dtype(function, f"{argument}_start", start, torch.int64)
+        if weight.dtype != wanted:
+            raise TypeError(message(function, f"{argument}_weight", f"a {wanted} tensor", weight.dtype))
+        if start.dim() != 2 or start.shape[0] not in (1, x.shape[0]):
+            expected = f"of shape (1 or {x.shape[0]}, n)"
+            raise ValueError(message(function, f"{argument}_start", expected, tuple(start.shape)))
+        if weight.dim() != 3 or weight.shape[:2] != start.shape or not 1 <= weight.shape[2] <= pixels:
+            expected = f"of shape {tuple(start.shape)} and 1 to {pixels} taps"
+            raise ValueError(message(function, f"{argument}_weight", expected, tuple(weight.shape)))
+        for name, value in ((f"{argument}_start", start), (f"{argument}_weight", weight)):
+            check_same_device(function, name, value, "x", x)
+
+
 _TAPS = "Tensor row_start{0}, Tensor row_weight{0}, Tensor column_start{0}, Tensor column_weight{0}"
 OP = define(
     f"resample(Tensor x, {_TAPS.format('')}, {_TAPS.format('_t')}) -> Tensor",
     reference,
+    check=check_arguments,
     kernels="resample",
 )
 
@@ -87,26 +108,3 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd(f"{NAMESPACE}::resample", _backward, setup_context=_setup_context, lib=LIBRARY)
-
-
-def check_arguments(function: str, x: Tensor, rows: Taps, columns: Taps) -> None:
-    """Raise unless images and taps match. The caller guarantees that the columns are valid indices."""
-    if check_tensor(function, "x", x).dtype not in DTYPES:
-        raise TypeError(message(function, "x", "a float32, float64, bfloat16 or float16 tensor", x.dtype))
-    if x.dim() != 4:
-        raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for argument, (start, weight), pixels in (("row", rows, x.shape[2]), ("column", columns, x.shape[3])):
-        if start.dtype != torch.int64:
-            raise TypeError(message(function, f"{argument}_start", "an int64 tensor", start.dtype))
-        if weight.dtype != wanted:
-            raise TypeError(message(function, f"{argument}_weight", f"a {wanted} tensor", weight.dtype))
-        if start.dim() != 2 or start.shape[0] not in (1, x.shape[0]):
-            expected = f"of shape (1 or {x.shape[0]}, n)"
-            raise ValueError(message(function, f"{argument}_start", expected, tuple(start.shape)))
-        if weight.dim() != 3 or weight.shape[:2] != start.shape or not 1 <= weight.shape[2] <= pixels:
-            expected = f"of shape {tuple(start.shape)} and 1 to {pixels} taps"
-            raise ValueError(message(function, f"{argument}_weight", expected, tuple(weight.shape)))
-        for name, value in ((f"{argument}_start", start), (f"{argument}_weight", weight)):
-            if value.device != x.device:
-                raise ValueError(message(function, name, f"on the device of x {x.device}", value.device))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.checks import check_integer, check_tensor, message
-from ._images import DTYPES, memory_format
+from .._core.checks import check_integer, message
+from ._checks import FLOATS, check_dtype
+from ._images import memory_format
 from ._registry import LIBRARY, NAMESPACE
 from .resample import OP as RESAMPLE
 from .resample import Taps
@@ -151,8 +152,7 @@ def _sparse(matrix: Tensor) -> Taps:
 
 def check_images(function: str, x: Tensor) -> None:
     """Raise unless `x` is images that the op accepts."""
-    if check_tensor(function, "x", x).dtype not in DTYPES:
-        raise TypeError(message(function, "x", "a float32, float64, bfloat16 or float16 tensor", x.dtype))
+    check_dtype(function, "x", x, *FLOATS)
     if x.dim() != 4 or min(x.shape[2:]) < 1:
         raise ValueError(message(function, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
 

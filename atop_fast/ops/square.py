@@ -85,11 +85,13 @@ def square_bump(
 OP_LINF = define(
     "square_linf(Tensor x, Tensor x0, Tensor signs, Tensor rows, Tensor columns, float eps) -> Tensor",
     square_linf,
+    check=None,
     kernels=None,
 )
 OP_BUMP = define(
     "square_bump(Tensor x, Tensor x0, Tensor signs, Tensor rows, Tensor columns, Tensor other_rows,"
     " Tensor other_columns, Tensor top, Tensor left, Tensor bump, Tensor bumps, float eps, bool l2) -> Tensor",
     square_bump,
+    check=None,
     kernels=None,
 )

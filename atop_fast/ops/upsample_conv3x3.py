@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv3x3 import check_bias, check_images, check_weight
+from ._convolutions import check_bias
+from .conv3x3 import check_images, check_weight
 
 
 def formula(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -142,7 +142,8 @@ def test_opcheck(backend, layout):
 def test_opcheck_of_draws(backend):
     tensors = STEP.sample((2, 3, 4), torch.float32, 2)
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP, (*tensors, 0.0, 0.0, 0.0, *STEP.per_sample(2, torch.float32)), dynamic=False)
+        arguments = (*tensors, 0.0, 0.0, 0.0, *STEP.per_sample(2, torch.float32))
+        harness.opcheck(spec_module.STEP.op, arguments, dynamic=False)
 
 
 @cases()

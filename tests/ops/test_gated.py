@@ -39,7 +39,7 @@ def spec_of(activation, bias=True):
         call={"elu": ops.gated_elu, "relu": ops.gated_relu}[activation],
         formula=formula,
         sample=functools.partial(sample, bias=bias),
-        dtypes=gated.DTYPES,
+        dtypes=gated.FLOATS,
         shapes=SHAPES,
         exact=False,
         differentiable=(0, 1) if bias else (0,),
@@ -58,19 +58,19 @@ BIASED = ("bias", "bias_relu")
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(kind=("elu", "relu", "bias"), dtype=gated.DTYPES, shape=SHAPES, interpreted=INTERPRETED_SHAPES)
+@cases(kind=("elu", "relu", "bias"), dtype=gated.FLOATS, shape=SHAPES, interpreted=INTERPRETED_SHAPES)
 def test_matches_formula(backend, kind, dtype, shape):
     harness.check_forward(SPECS[kind], backend, SPECS[kind].sample(shape, dtype))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(kind=("elu", "relu", "bias"), dtype=gated.DTYPES, shape=SHAPES, interpreted=INTERPRETED_SHAPES)
+@cases(kind=("elu", "relu", "bias"), dtype=gated.FLOATS, shape=SHAPES, interpreted=INTERPRETED_SHAPES)
 def test_gradients(backend, kind, dtype, shape):
     check_gradients(kind, backend, SPECS[kind].sample(shape, dtype))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@cases(kind=SPECS, layout=harness.LAYOUTS, dtype=gated.DTYPES)
+@cases(kind=SPECS, layout=harness.LAYOUTS, dtype=gated.FLOATS)
 def test_layouts(backend, kind, layout, dtype):
     h, *bias = SPECS[kind].sample((2, 6, 9, 7), dtype)
     h = harness.in_layout(h, layout)
@@ -217,7 +217,7 @@ def test_upstream_gradient_in_another_layout(backend, layout, activation):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
 
 
-@cases(kind=SPECS, dtype=gated.DTYPES, layout=("contiguous", "channels_last"))
+@cases(kind=SPECS, dtype=gated.FLOATS, layout=("contiguous", "channels_last"))
 def test_nan_and_infinity(backend, kind, dtype, layout):
     odd = torch.tensor([0.5, -0.5, 0.0, -0.0, math.nan, math.inf, -math.inf, 3.0], device=DEVICE)
     f, g = torch.meshgrid(odd, odd, indexing="ij")

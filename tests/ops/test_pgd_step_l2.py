@@ -152,14 +152,14 @@ def test_opcheck_of_draws(backend):
     x, grad, x0 = STEP.sample((2, 3, 4), torch.float32, 2)
     arguments = (x.requires_grad_(), grad, x0, 0.0, 0.0, *STEP.per_sample(2, torch.float32))
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP, arguments, dynamic=False)
+        harness.opcheck(spec_module.STEP.op, arguments, dynamic=False)
 
 
 @cases(layout=("permuted",))
 def test_opcheck_in_place(backend, layout):
     tensors = [harness.in_layout(t, layout) for t in STEP.sample((2, 3, 4, 5), torch.float32)]
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP_, (*tensors, ALPHA, EPS))
+        harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS))
 
 
 def test_compiles():

@@ -120,7 +120,7 @@ def test_opcheck(backend, layout, requires_grad):
 def test_opcheck_in_place(backend, layout):
     tensors = [harness.in_layout(t, layout) for t in sample((2, 3, 4, 5), torch.float32)]
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP_, (*tensors, ALPHA, EPS), dynamic=layout == "channels_last")
+        harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS), dynamic=layout == "channels_last")
 
 
 @pytest.mark.parametrize("compiler", harness.COMPILERS)

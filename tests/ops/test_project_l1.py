@@ -154,8 +154,8 @@ def test_opcheck(backend):
     x, x0 = sample((2, 3, 4))
     values, k = torch.rand(2, device=DEVICE), torch.tensor(3, device=DEVICE)
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(project_module.OP, (x, x0, 0.0, values))
-        harness.opcheck(step_module.OP, (x, x, x0, 0.0, 0.0, 1, values, values, k))
+        harness.opcheck(project_module.STEP.op, (x, x0, 0.0, values))
+        harness.opcheck(step_module.STEP.op, (x, x, x0, 0.0, 0.0, 1, values, values, k))
 
 
 @cases(op="project_l1")
