@@ -30,7 +30,7 @@ from atop_fast.attacks import frozen
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.randomness import seeded
 from atop_fast.recipes.schema import load_recipe
-from atop_fast.training.step import FinetuneStep
+from atop_fast.training.finetuning import FinetuneStep
 
 # How threads wait, and how many there are; the first is the baseline.
 VARIANTS: dict[str, dict[str, str]] = {

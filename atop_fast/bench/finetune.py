@@ -22,7 +22,7 @@ from ..purifiers import SNPatchDiscriminator, build_purifier, discriminator_loss
 from ..randomness import derive_seed, seeded
 from ..training import FinetuneConfig
 from ..training.capture import WARM_UP
-from ..training.step import FinetuneStep
+from ..training.finetuning import FinetuneStep
 from ..transforms import RT2
 from .deepfill_plain import PlainDeepFill
 from .harness import Case, Function, Options, Quality, flops

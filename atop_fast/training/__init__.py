@@ -4,8 +4,9 @@ from .classifier import ClassifierStep, train_classifier
 from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, TrainingConfig
 from .engine import fit
 from .feed import Feed
+from .finetuning import FinetuneStep
 from .purifier import finetune, pretrain
-from .step import FinetuneStep, PretrainStep, Step
+from .step import PretrainStep, Step
 
 __all__ = [
     "ClassifierConfig",

@@ -1,4 +1,4 @@
-"""Pre-training and adversarial fine-tuning of a purifier (AToP, equations 4 and 8); the losses are in step.py."""
+"""Pre-training and adversarial fine-tuning of a purifier (AToP, equations 4 and 8): the calls around their steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..transforms import RandomTransform, describe_transform
 from .config import FinetuneConfig, PretrainConfig
 from .engine import History, fit
 from .feed import Feed, Images
-from .step import FinetuneStep, PretrainStep
+from .finetuning import FinetuneStep
+from .step import PretrainStep
 
 
 def pretrain(
