@@ -192,7 +192,10 @@ def load_defense(path_or_name: str | Path) -> Defense:
         state = load_file(str(path))
         if other := [name for name in state if not name.startswith(("classifier.", "purifier."))]:
             raise ValueError(f"{other[0]} is of neither network")
-        networks = {kind: _network(kind, header[kind], state) for kind in ("classifier", "purifier")}
+        networks: dict[str, Any] = {}
+        for kind in ("classifier", "purifier"):
+            own, spec = _below(kind, state), header[kind]
+            networks[kind] = None if spec is None and not own else _restore(spec, KINDS[kind], own)
         if networks["classifier"] is None:
             raise ValueError("it has no classifier")
         transform = restore_transform(header["transform"])
@@ -249,9 +252,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _write(path: str | Path, header: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    metadata = {"atop_fast": json.dumps(header)}
-    write_atomic(Path(path), lambda p: save_file(tensors, str(p), metadata))
+    tensors, text = {key: value.detach().cpu().contiguous() for key, value in state.items()}, json.dumps(header)
+    write_atomic(Path(path), lambda p: save_file(tensors, str(p), {"atop_fast": text}))
 
 
 def _shipped() -> dict[str, Path]:
@@ -324,9 +326,7 @@ def _specify(
             return {"name": name, "options": options(module), "inside": below}
     architecture = getattr(module, "architecture", None)
     if architecture is None:
-        expected = (
-            "of build_classifier, build_purifier or load_model, or with an attribute architecture=(name, options)"
-        )
+        expected = "of build_classifier, build_purifier or load_model, or with architecture=(name, options)"
         raise ValueError(message(function, argument, expected, type(module).__name__))
     name, options = architecture
     try:
@@ -340,12 +340,9 @@ def _specify(
     return spec
 
 
-def _network(kind: str, spec: Any, state: Mapping[str, Tensor]) -> nn.Module | None:
-    """Restore one network of a defense from the file's tensors; None if the defense does not have it."""
-    own = {name.removeprefix(f"{kind}."): value for name, value in state.items() if name.startswith(f"{kind}.")}
-    if spec is None and not own:
-        return None
-    return _restore(spec, KINDS[kind], own)
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the submodule `prefix`."""
+    return {name.removeprefix(f"{prefix}."): t for name, t in state.items() if name.startswith(f"{prefix}.")}
 
 
 def _restore(
@@ -359,8 +356,7 @@ def _restore(
             raise ValueError(f"weights that {name!r} does not have")
         if options.get("size", 1) > 2**14:
             raise ValueError(f"size={options['size']}")
-        below = {key.removeprefix(f"{inside}."): value for key, value in state.items()}
-        return kind(_restore(spec["inside"], registry, below), **options)
+        return kind(_restore(spec["inside"], registry, _below(inside, state)), **options)
     factory = _factory(name, registry)
     build = functools.partial(factory, **options)
     _check_fits(build, options, state)
