@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from atop_fast import RT2, Defense, RandomResizePad, load_defense, mnist5k
 from atop_fast.attacks import APGD, PGD, GradientEstimator, counted_passes, draw_logits
-from atop_fast.attacks.base import per_image
+from atop_fast.attacks.ball import per_image
 from atop_fast.attacks.queue import State
 from atop_fast.bench.evaluate import torchattacks_eotpgd
 from atop_fast.bench.plot import COLORS

@@ -1,8 +1,10 @@
 """Attacks: called `attack(images, labels)`, built on one gradient estimator and one queue."""
 
-from .apgd import APGD, APGDT
+from .apgd import APGD
+from .apgdt import APGDT
 from .autoattack import AutoAttack
-from .base import NORMS, Attack
+from .ball import NORMS, Ball
+from .base import Attack
 from .bpda import BPDA
 from .cw import CW
 from .draws import draw_logits
@@ -30,6 +32,7 @@ __all__ = [
     "PMA",
     "Attack",
     "AutoAttack",
+    "Ball",
     "Estimate",
     "GradientEstimator",
     "Model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import per_image
+from .ball import per_image
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8

@@ -26,8 +26,10 @@ from .._core.files import writable_folder
 from .._core.precision import PRECISIONS, full_precision
 from ..defense import Defense, refuse_wrapped
 from ..randomness import check_keys, derive_seed
-from .apgd import APGD, APGDT
-from .base import NORMS, Attack
+from .apgd import APGD
+from .apgdt import APGDT
+from .ball import NORMS
+from .base import Attack
 from .draws import draw_logits
 from .fab import FAB
 from .network import Model, frozen

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from .._core.checks import check_choice, check_images, check_integer, check_labels, check_radius, check_tensor, message
 from .._core.precision import PRECISIONS, warn_if_slow
 from ..defense import Defense, refuse_wrapped
-from ..randomness import Tag, check_keys, derive_seed, random_uniform
+from ..randomness import check_keys, derive_seed
+from .ball import Ball
 from .gradient import GRADIENT_MODES, GradientEstimator
 from .network import WORTHWHILE, Model, Probe, prepared
 from .queue import State, run_queue
 from .trace import Callback, Trace
 
-NORMS = ("Linf", "L2", "L1")
 # No two images are this far apart; squares of larger lengths would overflow.
 MAX_LENGTH = 1e6
 
@@ -153,6 +153,11 @@ class Attack(ABC):
                     this.trace = Trace(self.callback, name, estimator.passes)
                 return this.run(estimator, images, labels, ids, start)
 
+    @property
+    def ball(self) -> Ball:
+        """The ball around an image in which candidates lie."""
+        return Ball(self.norm, self.eps)
+
     def _check_targets(self, targets: Tensor, labels: Tensor, images: Tensor) -> Tensor:
         """Raise unless the attack takes targets (B,), and all of them differ from the labels (B,)."""
         name = type(self).__name__
@@ -190,18 +195,10 @@ class Attack(ABC):
         """
         passes, probe = self.steps * self.eot_iter, None
         if images is not None and ids is not None and images.numel() and passes >= WORTHWHILE:
-            near = self._ball(images[:1], ids[:1])
+            near = self.ball.surface_point(images[:1], derive_seed(self.seed, "probe"), ids[:1])
             probe = Probe(torch.cat((images[:1], near)), torch.cat((ids[:1], ids[:1])), self.seed)
         with prepared(self.model, PRECISIONS[self.precision], passes, probe) as network, torch.no_grad():
             yield self.estimator(network)
-
-    def _ball(self, images: Tensor, ids: Tensor) -> Tensor:
-        """A random point of the ball around each image, clipped to [0, 1]."""
-        noise = random_uniform(images.shape[1:], derive_seed(self.seed, "probe"), ids, 0, Tag.START).to(images.dtype)
-        noise = 2 * noise - 1
-        order = {"L2": 2, "L1": 1}.get(self.norm, torch.inf)
-        size = torch.linalg.vector_norm(noise.flatten(1), order, dim=1)
-        return (images + self.eps * noise / per_image(size)).clamp(0, 1)
 
     def estimator(self, network: Model) -> GradientEstimator:
         """The estimator of one call."""
@@ -336,19 +333,3 @@ def _check_has_gradients(function: str, model: Model) -> None:
     if isinstance(model, nn.Module) and any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
         expected = "made outside of torch.inference_mode(), or a copy.deepcopy() made there"
         raise ValueError(message(function, "model", expected, "parameters or buffers that can have no gradients"))
-
-
-def per_image(values: Tensor) -> Tensor:
-    """Values (B,) as (B, 1, 1, 1), to go with images."""
-    return values[:, None, None, None]
-
-
-def norm_l2(x: Tensor) -> Tensor:
-    """L2 norm of every image, (B, 1, 1, 1)."""
-    return per_image(x.flatten(1).norm(dim=1))
-
-
-def project_l2(x: Tensor, center: Tensor, eps: float) -> Tensor:
-    """The nearest point of the ball of radius eps around `center`, clipped to [0, 1]."""
-    delta = x - center
-    return (center + delta * (eps / norm_l2(delta).clamp_min(1e-12)).clamp_max(1)).clamp_(0, 1)

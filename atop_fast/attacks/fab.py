@@ -10,7 +10,8 @@ from torch import Tensor
 from .._core.checks import check_integer, check_number
 from ..ops import hyperplane_step, random_normal
 from ..randomness import Tag, random_uniform
-from .base import Attack, initial_state, per_image
+from .ball import per_image
+from .base import Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
@@ -113,7 +114,8 @@ class FAB(Attack):
         else:
             direction = random_normal(images.shape[1:], seed, ids, 0, Tag.START)
         direction = direction.to(images.dtype)
-        return (images + self.eps / 2 * direction / self._norm(direction).clamp_min(1e-12)).clamp_(0, 1)
+        length = per_image(self.ball.length(direction)).clamp_min(1e-12)
+        return (images + self.eps / 2 * direction / length).clamp_(0, 1)
 
     def begin(
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
@@ -138,7 +140,7 @@ class FAB(Attack):
         assert gradient is not None
         moved = self.within_mask(state, self._moved(x, x0, self.masked(state, gradient), gap))
         fooled = estimator.evaluate(moved, labels, ids, 2 * t + 1).correct < 0.5
-        norm = self._norm(moved - x0).flatten()
+        norm = self.ball.length(moved - x0)
         nearer = fooled & (norm <= self.eps) & (norm < state["norm"]) & ~state["done"]
         state["best"] = torch.where(per_image(nearer), moved, state["best"])
         state["norm"] = torch.where(nearer, norm, state["norm"])
@@ -156,12 +158,7 @@ class FAB(Attack):
         change = torch.cat((-gap, (w * (x - x0).flatten(1)).sum(dim=1) - gap)).to(w.dtype)
         both = torch.cat((x, x0))
         steps = hyperplane_step(self.norm, both.flatten(1), torch.cat((w, w)), change).view_as(both)
-        size1, size2 = self._norm(steps).clamp_min(1e-8).chunk(2)
+        size1, size2 = per_image(self.ball.length(steps)).clamp_min(1e-8).chunk(2)
         alpha = (size1 / (size1 + size2)).clamp_max(self.alpha_max)
         ahead = (both + self.eta * steps).chunk(2)
         return torch.lerp(*ahead, alpha).clamp_(0, 1)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        """The norm of every image, (B, 1, 1, 1)."""
-        order = {"Linf": torch.inf, "L2": 2, "L1": 1}[self.norm]
-        return torch.linalg.vector_norm(x.flatten(1), order, dim=1)[:, None, None, None]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._core.checks import check_choice, check_integer, check_number
-from ..ops import pgd_step_l2, pgd_step_linf, random_normal
-from ..randomness import Tag, derive_seed, random_uniform
-from .base import MAX_LENGTH, Attack, initial_state, norm_l2, per_image, project_l2
+from ..ops import pgd_step_l2, pgd_step_linf
+from .ball import per_image
+from .base import MAX_LENGTH, Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
@@ -116,7 +116,7 @@ class PGD(Attack):
         return GradientEstimator(estimator.model, eot_iter=draws, seed=self.selection_seed(), **options)
 
     def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
-        return random_start(self.norm, images, self.eps, seed, ids)
+        return self.ball.random_point(images, seed, ids)
 
     def length(self) -> int | None:
         return None if self.early_stop else self.steps
@@ -127,7 +127,7 @@ class PGD(Attack):
         if start is not None:
             x = start.clone()
         elif self.random_start:
-            x = random_start(self.norm, images, self.eps, estimator.seed, ids)
+            x = self.ball.random_point(images, estimator.seed, ids)
         else:
             x = images.clone()
         state = initial_state(images, labels, ids, x)
@@ -303,14 +303,3 @@ class MIFGSM(PGD):
             callback=callback,
         )
         self.alpha = self.eps / self.steps if alpha is None else self.alpha
-
-
-def random_start(norm: str, images: Tensor, eps: float, seed: int | Tensor, ids: Tensor) -> Tensor:
-    """A uniformly random point of the ball around each image, clipped to [0, 1]; keyed by (seed, id)."""
-    shape = images.shape[1:]
-    uniform = random_uniform(shape, seed, ids, 0, Tag.START).to(images.dtype)
-    if norm == "Linf":
-        return (images + eps * (2 * uniform - 1)).clamp_(0, 1)
-    direction = random_normal(shape, derive_seed(seed, "direction"), ids, 0, Tag.START).to(images.dtype)
-    radius = eps * uniform[:, :1, :1, :1] ** (1 / max(1, shape.numel()))
-    return project_l2(images + radius * direction / norm_l2(direction).clamp_min(1e-12), images, eps)

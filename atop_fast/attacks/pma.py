@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .._core.checks import check_integer
-from ..ops import pgd_step_l1, pgd_step_l2, pgd_step_linf, project_l1, random_normal
-from ..randomness import Tag, derive_seed
-from .base import NORMS, Attack, better_candidate, initial_state, per_image
+from ..ops import pgd_step_l1, pgd_step_l2, pgd_step_linf
+from ..randomness import derive_seed
+from .ball import NORMS, per_image
+from .base import Attack, better_candidate, initial_state
 from .gradient import Estimate, GradientEstimator
 from .network import Model
-from .pgd import random_start
 from .queue import Schedule, State, run_queue
 from .trace import Callback
 
@@ -131,8 +131,8 @@ class PMA(Attack):
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> State:
         if start is None:
-            start = self._random_start(images, estimator.seed, ids)
-        again = self._random_start(images, derive_seed(estimator.seed, "round"), ids)
+            start = self.ball.random_point(images, estimator.seed, ids)
+        again = self.ball.random_point(images, derive_seed(estimator.seed, "round"), ids)
         state = initial_state(images, labels, ids, start.clone())
         loss = torch.full(labels.shape, -torch.inf, device=labels.device)
         return state | {
@@ -182,13 +182,6 @@ class PMA(Attack):
             return pgd_step_l1(x, gradient, x0, alpha, self.eps, count)
         step = pgd_step_linf if self.norm == "Linf" else pgd_step_l2
         return step(x, gradient, x0, alpha, self.eps)
-
-    def _random_start(self, images: Tensor, seed: int | Tensor, ids: Tensor) -> Tensor:
-        """A random point of the ball, clipped to [0, 1]; keyed by (seed, id)."""
-        if self.norm != "L1":
-            return random_start(self.norm, images, self.eps, seed, ids)
-        direction = random_normal(images.shape[1:], seed, ids, 0, Tag.START).to(images.dtype)
-        return project_l1(images + direction, images, self.eps)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from ..defense import Defense
 from ..ops import project_l1
 from ..ops.square import OP_BUMP, OP_LINF
 from ..randomness import Tag, derive_seed, random_bits
-from .base import Attack, initial_state, norm_l2, per_image, project_l2
+from .ball import per_image
+from .base import Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State
@@ -213,18 +214,17 @@ class Square(Attack):
 
     def _nearest(self, x: Tensor, x0: Tensor) -> Tensor:
         """The nearest image in the ball around x0."""
+        nearest = self.ball.project(x, x0)
         if self.norm == "Linf":
-            return torch.clamp(x, x0 - self.eps, x0 + self.eps)
-        order = 1 if self.norm == "L1" else 2
-        inside = torch.linalg.vector_norm((x - x0).flatten(1), order, dim=1) <= self.eps
+            return nearest
         # Points inside keep their bits.
-        return torch.where(per_image(inside), x, (project_l1 if order == 1 else project_l2)(x, x0, self.eps))
+        return torch.where(per_image(self.ball.length(x - x0) <= self.eps), x, nearest)
 
     def _onto_ball(self, delta: Tensor, x0: Tensor) -> Tensor:
         """x0 + delta scaled to the norm eps and clipped (L2), or the nearest image in the ball (L1)."""
         if self.norm == "L1":
             return project_l1(x0 + delta, x0, self.eps * (1 - 1e-6))
-        return (x0 + delta * (self.eps / (norm_l2(delta) + 1e-12))).clamp_(0, 1)
+        return (x0 + delta * (self.eps / (per_image(self.ball.length(delta)) + 1e-12))).clamp_(0, 1)
 
 
 def _keep(x: Tensor, candidate: Tensor, kept: Tensor) -> None:

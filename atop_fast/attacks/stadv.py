@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._core.checks import check_choice, check_number, message
 from .adam import adam_step
-from .base import Attack, initial_state, per_image
+from .ball import per_image
+from .base import Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
 from .queue import State

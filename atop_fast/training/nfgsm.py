@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from .._core.checks import check_number
-from ..attacks import PGD
+from ..attacks import PGD, Ball
 from ..attacks.base import MAX_LENGTH
 from ..attacks.gradient import GradientEstimator
 from ..attacks.network import Model
-from ..attacks.pgd import random_start
 from ..attacks.queue import State
 from ..ops._steps import sum_of_draws
 
@@ -58,7 +57,7 @@ class NFGSM(PGD):
         self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
     ) -> State:
         if start is None:
-            start = random_start("Linf", images, self.noise * self.eps, estimator.seed, ids)
+            start = Ball("Linf", self.noise * self.eps).random_point(images, estimator.seed, ids)
         return super().begin(estimator, images, labels, ids, start)
 
     def _moved(self, state: State, gradient: Tensor) -> Tensor:
