@@ -15,7 +15,7 @@ from .._core.checks import check_choice, check_images, check_integer, check_labe
 from .._core.precision import PRECISIONS, warn_if_slow
 from ..defense import Defense, refuse_wrapped
 from ..randomness import check_keys, derive_seed
-from .ball import Ball
+from .ball import NORMS, Ball
 from .gradient import GRADIENT_MODES, GradientEstimator
 from .network import WORTHWHILE, Model, Probe, prepared
 from .queue import State, run_queue
@@ -195,7 +195,9 @@ class Attack(ABC):
         """
         passes, probe = self.steps * self.eot_iter, None
         if images is not None and ids is not None and images.numel() and passes >= WORTHWHILE:
-            near = self.ball.surface_point(images[:1], derive_seed(self.seed, "probe"), ids[:1])
+            # The bound of StAdv is none on pixels.
+            ball = self.ball if self.norm in NORMS else Ball("Linf", self.eps)
+            near = ball.surface_point(images[:1], derive_seed(self.seed, "probe"), ids[:1])
             probe = Probe(torch.cat((images[:1], near)), torch.cat((ids[:1], ids[:1])), self.seed)
         with prepared(self.model, PRECISIONS[self.precision], passes, probe) as network, torch.no_grad():
             yield self.estimator(network)
