@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from atop_fast import RT1, RT2, RT3, Defense, FinetuneConfig, attacks, build_classifier, build_purifier
 from atop_fast.attacks import square
+from atop_fast.attacks.replay import Replays
 from atop_fast.ops import _registry
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.recipes import schema
@@ -71,9 +72,11 @@ def a_step_of_a_queue(monkeypatch):
     """The queue reads which images are done outside of graphs, so only its steps, which are all alike, are run."""
 
     def run_queue(program, estimator, images, labels, ids, start=None, given=None):
-        state = program.begin(estimator, images, labels, ids, start) | (given or {})
-        program.step(estimator, state)
-        return state["best"]
+        # As a graph holds it: in buffers.
+        steps = Replays(program, estimator, None, len(images))
+        steps.enter(program.begin(estimator, images, labels, ids, start) | (given or {}))
+        steps._advance()
+        return steps.best(len(images))
 
     monkeypatch.setattr(square, "QUERIES", 2)
     for name in ("base", "apgd", "fab", "pma"):

@@ -149,6 +149,7 @@ class Attack(ABC):
             with this.prepared(images, ids) as estimator:
                 estimator.largest_label = int(labels.max())
                 estimator.argument = "targets" if this.targeted else "labels"
+                estimator.replays = True
                 if self.callback is not None:
                     this.trace = Trace(self.callback, name, estimator.passes)
                 return this.run(estimator, images, labels, ids, start)
@@ -237,7 +238,7 @@ class Attack(ABC):
             if not len(rows):
                 break
             again = self.estimator(estimator.model)
-            again.passes = estimator.passes
+            again.passes, again.replays = estimator.passes, estimator.replays
             if self.trace is not None:
                 self.trace.restart = restart
             again.seed = derive_seed(self.seed, "restart", restart)

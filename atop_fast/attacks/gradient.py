@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,8 @@ class GradientEstimator:
         self._calls, self._warned = 0, False
         # The seed of repeated calls, if it differs from that of keyed draws.
         self.calls_seed: int | None = None
+        # Whether steps of attacks may be replayed as CUDA graphs.
+        self.replays = False
         self._known = is_copy(model)
         # For a Defense: whether a call was watched, and whether it draws from the global generators.
         self._watched = self._random = False
@@ -355,9 +357,10 @@ class GradientEstimator:
             return self.model(x, *key)
         purify, classify = self.model.purify, self.model.classify
         if self.gradient == "checkpointed":
-            # The recomputation must find its inputs unchanged.
-            purified = checkpoint(lambda t: purify(t.clone(), *key), x, use_reentrant=False)
-            return checkpoint(lambda t: classify(t.clone(), *key), purified, use_reentrant=False)
+            # The recomputation must find its inputs unchanged. A CUDA graph cannot save the state of a generator.
+            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not self._known}
+            purified = checkpoint(lambda t: purify(t.clone(), *key), x, **options)
+            return checkpoint(lambda t: classify(t.clone(), *key), purified, **options)
         purified = purify(self._given(x.detach()), *key).detach()
         stand_in = x if self.substitute is None else self.substitute(x)
         # A transform may have resized the images; then the "identity" is the resize alone.

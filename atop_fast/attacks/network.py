@@ -89,11 +89,16 @@ def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         if all(a is b for a, b in zip(parts, folded, strict=True)):
             return model
         network = Defense(model.transform, folded[1] if model.purifier is not None else None, folded[0]).eval()
-        ours = type(model.transform).__module__.startswith(f"{_PACKAGE}.")
-        known = ours and not any(a is b for a, b in zip(parts, folded, strict=True))
+        known = _is_ours(model.transform) and not any(a is b for a, b in zip(parts, folded, strict=True))
     if known and network is not model:
         _COPIES.add(network)
     return network
+
+
+def _is_ours(transform: nn.Module) -> bool:
+    """Whether all of a transform is this package's code, unchanged: one may hold another, such as a user's."""
+    modules = list(transform.modules())
+    return all(type(m).__module__.startswith((f"{_PACKAGE}.", "torch.nn.modules.")) and is_plain(m) for m in modules)
 
 
 def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:

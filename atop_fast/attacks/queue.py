@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .gradient import ROWS, GradientEstimator
+from .replay import steps_of
 from .trace import Trace
 
 State = dict[str, Tensor]
@@ -61,30 +62,31 @@ def run_queue(
     `given` holds further tensors (N, ...), from which each row's state takes its entry. An attack's
     trace, if there is one, is notified of every iteration.
 
-    The batch always has a multiple of 8 rows. When the queue is empty it shrinks.
+    The batch always has a multiple of 8 rows. When the queue is empty it shrinks. On a GPU, steps are replayed as CUDA
+    graphs if the estimator allows it (replay.py).
     """
     kind = images.device.type
     slots = min(SLOTS.get(kind, SLOTS_ON_GPU), -(-len(images) // ROWS) * ROWS)
+    steps = steps_of(program, estimator, slots, images.device)
+    trace: Trace | None = getattr(program, "trace", None)
 
     def begin(index: Tensor) -> State:
         begun = None if start is None else start[index]
         state = program.begin(estimator, images[index], labels[index], ids[index], begun)
         return state | {key: value[index] for key, value in (given or {}).items()}
 
-    trace: Trace | None = getattr(program, "trace", None)
-
     def step() -> None:
         if trace is None:
-            program.step(estimator, state)
+            steps()
             return
-        t, alive = state["t"].clone(), ~state["done"]
+        t, alive = steps.state["t"].clone(), ~steps.state["done"]
         # In a batch that never shrinks, copies pad the last rows.
         alive[len(images) :] = False
-        program.step(estimator, state)
-        trace.take(t, alive, state["t"], state["done"], waiting < len(images))
+        steps()
+        trace.take(t, alive, steps.state["t"], steps.state["done"], waiting < len(images))
 
     def rows_from(first: int) -> Tensor:
-        count = min(slots, -(-(len(images) - first) // ROWS) * ROWS)
+        count = steps.size(min(slots, len(images) - first))
         return torch.arange(first, first + count, device=images.device).clamp_(max=len(images) - 1)
 
     if trace is not None:
@@ -94,24 +96,24 @@ def run_queue(
         # All rows of a batch are done at the same time: nothing synchronizes, so that a CUDA graph may hold it all.
         parts = []
         for first in range(0, len(images), slots):
-            state = begin(rows_from(first))
+            steps.enter(begin(rows_from(first)))
             for _ in range(length):
                 step()
-            parts.append(state["best"][: len(images) - first])
+            parts.append(steps.best(len(images) - first))
         return torch.cat(parts)
-    state = begin(rows_from(0))
+    steps.enter(begin(rows_from(0)))
     results = images.clone()
     # The image in each slot; a slot without an image holds a copy that is done.
     owner = [slot if slot < len(images) else -1 for slot in range(slots)]
-    state["done"][len(images) :] = True
+    steps.state["done"][len(images) :] = True
     while any(number >= 0 for number in owner):
         for _ in range(STEPS.get(kind, STEPS_ON_GPU)):
             step()
-        done = [slot for slot in state["done"].nonzero()[:, 0].tolist() if owner[slot] >= 0]
+        done = [slot for slot in steps.state["done"].nonzero()[:, 0].tolist() if owner[slot] >= 0]
         if not done:
             continue
         numbers = torch.tensor([owner[slot] for slot in done], device=images.device)
-        results[numbers] = state["best"][torch.tensor(done, device=images.device)]
+        results[numbers] = steps.state["best"][torch.tensor(done, device=images.device)]
         for slot in done:
             owner[slot] = -1
         entering = list(range(waiting, min(waiting + len(done), len(images))))
@@ -121,16 +123,17 @@ def run_queue(
                 owner[slot] = number
             index = torch.tensor(done[: len(entering)], device=images.device)
             for key, value in begin(torch.tensor(entering, device=images.device)).items():
-                state[key][index] = value
-        elif owner.count(-1) >= ROWS:
-            state, owner = _shrunk(state, owner)
+                steps.state[key][index] = value
+        elif (size := steps.size(len(owner) - owner.count(-1))) < len(owner):
+            state, owner = _shrunk(steps.state, owner, size)
+            steps.enter(state)
     return results
 
 
-def _shrunk(state: State, owner: list[int]) -> tuple[State, list[int]]:
-    """The rows that still hold an image, padded to a multiple of 8."""
+def _shrunk(state: State, owner: list[int], size: int) -> tuple[State, list[int]]:
+    """The rows that still hold an image, padded to so many."""
     busy = [slot for slot, number in enumerate(owner) if number >= 0]
     idle = [slot for slot, number in enumerate(owner) if number < 0]
-    kept = busy + idle[: -len(busy) % ROWS]
+    kept = busy + idle[: size - len(busy)]
     index = torch.tensor(kept, device=state["done"].device, dtype=torch.int64)
     return {key: value[index] for key, value in state.items()}, [owner[slot] for slot in kept]

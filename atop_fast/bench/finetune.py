@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from .._core.capture import WARM_UP
 from ..classifiers import build_classifier
 from ..defense import Defense
 from ..purifiers import SNPatchDiscriminator, build_purifier, discriminator_loss, generator_loss
 from ..randomness import derive_seed, seeded
 from ..training import FinetuneConfig
-from ..training.capture import WARM_UP
 from ..training.finetuning import FinetuneStep
 from ..transforms import RT2
 from .deepfill_plain import PlainDeepFill

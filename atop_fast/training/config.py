@@ -45,7 +45,7 @@ class TrainingConfig:
             twentieths of the training if `updates` is given. 0 never evaluates. Training is not affected.
         updates: maximum number of updates; training may then end within an epoch, and the schedule covers this number.
             None trains for all of `epochs`.
-        graphs: on a GPU, replay updates as CUDA graphs if possible; see atop_fast.training.capture.
+        graphs: on a GPU, replay updates as CUDA graphs if possible; see atop_fast._core.capture.
     """
 
     epochs: int = 10

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from .._core.capture import Logs
 from .._core.checks import check_fits, message
 from ..attacks import APGD, FGSM, PGD, frozen
 from ..attacks.base import Attack
@@ -23,7 +24,6 @@ from ..attacks.folding import fold_batch_norm
 from ..attacks.network import Probe, agrees
 from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_uniform
-from .capture import Logs
 from .config import FinetuneConfig
 from .nfgsm import NFGSM
 from .step import PretrainStep, run_attack

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from .._core.capture import CudaRecorder, Logs, Replayed, chosen_graphs
 from .._core.checks import check_fits, message
 from .._core.distributed import Group
 from .._core.flags import holding
@@ -27,7 +28,6 @@ from ..ops import _registry
 from ..purifiers import discriminator_loss, generator_loss
 from ..randomness import derive_seed
 from ..transforms import RandomTransform
-from .capture import CudaRecorder, Logs, Replayed
 from .config import PretrainConfig, TrainingConfig
 from .single import watched
 
@@ -123,6 +123,8 @@ class Step:
         """Why updates may not be captured, or None."""
         if not self.config.graphs:
             return "graphs=False"
+        if chosen_graphs() == "0":
+            return "ATOP_FAST_GRAPHS=0"
         if Group().size > 1:
             return "several processes"
         return None

@@ -1,23 +1,32 @@
-"""An update as a CUDA graph: captured once for every signature of its inputs, then replayed without Python.
+"""Work as a CUDA graph: captured once for every signature of its inputs, then replayed without Python.
 
-A graph repeats its kernels on the same memory and with the same numbers. Therefore the update reads its inputs from
-static buffers, into which every batch is copied, and changing numbers, such as the learning rate, from tensors. An
-update that cannot be captured runs eagerly on the same buffers.
+A graph repeats its kernels on the same memory and with the same numbers. Therefore the work, such as an update of a
+training or a step of an attack, reads its inputs from static buffers, into which every batch is copied, and changing
+numbers, such as the learning rate, from tensors. Work that cannot be captured runs eagerly on the same buffers.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .._core.waits import watched
+from .checks import check_choice
+from .waits import watched
 
 Logs = dict[str, Tensor]
 # Eager warm-up runs before a capture: they choose algorithms, compile kernels and create the optimizers' state.
 WARM_UP = 3
+
+
+def chosen_graphs() -> str:
+    """What ATOP_FAST_GRAPHS allows to be captured: "1", all; "updates", those of trainings; "0", nothing."""
+    return check_choice(
+        "atop_fast", "ATOP_FAST_GRAPHS", os.environ.get("ATOP_FAST_GRAPHS") or "1", ("1", "updates", "0")
+    )
 
 
 class Recorder(Protocol):
