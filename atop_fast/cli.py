@@ -24,6 +24,7 @@ from .bench.command import bench
 from .classifiers.zoo import System
 from .data import Dataset, Files
 from .defense import Defense
+from .doctor import conclude
 from .doctor.command import doctor
 from .evaluation.report import format_table
 from .recipes.evaluation import EvaluationConfig
@@ -156,11 +157,11 @@ def evaluate(
         return
     columns = {name: report[name] for name in ("clean", "robust", "eight_bit")}
     print(format_table({name: {**columns, **report["attacks"]}}, report["chance"]))
-    for finding in report["diagnostics"]:
-        if finding["name"] == "constant":
-            print(finding["reason"])
-    if not report["complete"]:
-        print("The budget ended before every attack had reached every image: the robust accuracy is an upper bound.")
+    if findings := report["diagnostics"]:
+        print(conclude({finding["name"]: finding["status"] for finding in findings})[1])
+    for finding in findings:
+        if finding["status"] != "pass":
+            print(f"{finding['status']}  {finding['name']}: {finding['reason']}")
     if headline := report["headline"]:
         print(f"The protocol's source reports {headline}: {report['emulated'][headline]['accuracy']:.3f} (unsound)")
     print(f"Report: {Path(out) / 'report.html'}")

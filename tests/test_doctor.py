@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import PGD, RT1, RT2, Defense, build_classifier, save_model
-from atop_fast.doctor import CHECKS, check_contract, diagnose, format_findings
+from atop_fast.doctor import CHECKS, check_contract, conclude, diagnose, format_findings
 from atop_fast.doctor._probe import Probe, excess
 from atop_fast.doctor.command import doctor
 from atop_fast.randomness import derive_seed, permutation
@@ -391,10 +391,63 @@ def test_command(digits, standard, tmp_path, capsys):
     given = {"out": str(tmp_path / "doctor.json"), "data": DataConfig(str(tmp_path / "images"), None, True, 0)}
     given |= {"images": 16, "steps": 2, "eps": EPS}
     doctor(str(tmp_path / "classifier.safetensors"), **given)
-    assert "pass  eps_sweep" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "pass  eps_sweep" in shown.out
+    assert shown.out.splitlines()[-1].startswith("No objection from")
+    assert "doctor:" in shown.err
+    with pytest.raises(SystemExit) as stop:
+        doctor(str(tmp_path / "classifier.safetensors"), **{**given, "images": 4})
+    assert stop.value.code == 1
+    assert "fail  evidence" in capsys.readouterr().out
     noise = GivenTransform("rt2", mask_ratio=0.0, sigma=0.02)
     with pytest.raises(SystemExit) as stop:
         doctor(str(tmp_path / "classifier.safetensors"), transform=noise, **given)
     assert stop.value.code == 1
     status = {f["name"]: f["status"] for f in json.loads((tmp_path / "doctor.json").read_text())}
     assert status["useless_transform"] == "fail"
+
+
+def test_too_few_images_end_with_a_failure(digits, standard, tmp_path, capsys):
+    """All other checks pass on them, since none of the comparisons can fail."""
+    x, y = digits[1].images, digits[1].labels
+    findings = diagnose(standard, x, y, eps=EPS, max_images=8, steps=2)
+    assert found(findings) == {"evidence": "fail"}
+    reason = {f.name: f.reason for f in findings}["evidence"]
+    assert "too few to conclude" in reason
+    needed = int(reason.split("at least ")[1].split()[0])
+    assert found(diagnose(standard, x, y, max_images=needed, checks=["evidence"])) == {}
+    # Ten images on which one attack alone succeeds are the fewest on which a comparison fails.
+    assert 3 < excess(torch.ones(10), torch.zeros(10)) < excess(torch.ones(11), torch.zeros(11))
+    assert excess(torch.ones(9), torch.zeros(9)) <= 3
+    status, sentence = conclude({f.name: f.status for f in findings})
+    assert (status, "the check evidence failed" in sentence) == ("fail", True)
+
+
+def test_a_guess_is_no_evidence(digits):
+    """Two classes, of which a constant answer has half."""
+    images, labels = torch.rand(64, 1, 8, 8), torch.arange(64) % 2
+
+    def constant(x):
+        return torch.stack((x.mean(dim=(1, 2, 3)), -x.mean(dim=(1, 2, 3))), dim=1)
+
+    (finding,) = diagnose(constant, images, labels, checks=["evidence"])
+    assert finding.status == "fail"
+    assert "not above chance" in finding.reason
+
+
+def test_conclusions():
+    assert conclude({"a": "pass", "b": "pass"})[0] == "pass"
+    assert conclude({"a": "warn", "b": "pass"}) == ("warn", "A robust accuracy is open to doubt: the check a warned.")
+    status, sentence = conclude({"a": "fail", "b": "warn", "c": "fail"})
+    assert status == "fail"
+    assert "the checks a, c failed" in sentence
+
+
+def test_progress_names_the_checks(digits, standard, capsys):
+    options = {"checks": ["logits", "determinism"], "max_images": 8}
+    diagnose(standard, digits[1].images, digits[1].labels, **options)
+    assert capsys.readouterr().err == ""
+    diagnose(standard, digits[1].images, digits[1].labels, progress=True, **options)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "determinism" in shown

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .._core.checks import (
     ROUNDING,
@@ -24,11 +25,11 @@ from .._core.checks import (
 from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, permutation
 from . import contract, masking
-from ._probe import Finding, Model, Probe, untouched
+from ._probe import Finding, Model, Probe, Status, untouched
 
 CHECKS = (*contract.CHECKS, *masking.CHECKS)
 
-__all__ = ["CHECKS", "Finding", "check_contract", "diagnose", "format_findings"]
+__all__ = ["CHECKS", "Finding", "check_contract", "conclude", "diagnose", "format_findings"]
 
 
 def diagnose(
@@ -43,6 +44,7 @@ def diagnose(
     eot_iter: int | None = None,
     max_images: int = 64,
     checks: Sequence[str] | None = None,
+    progress: bool = False,
 ) -> list[Finding]:
     """Check a model's contract and look for gradient masking; docs/diagnostics.md says what each check does and why.
 
@@ -59,6 +61,7 @@ def diagnose(
         max_images: images that are examined, chosen at random by `seed`.
         checks: names out of CHECKS; all by default. Those that need a Defense are left out for other models, and a
             failure of "images" or "finite" ends the list, as later checks would only repeat it.
+        progress: show a progress bar with the name of the check that runs.
 
     Returns:
         A Finding for each check, in the order of CHECKS.
@@ -66,7 +69,8 @@ def diagnose(
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
-    return _run("diagnose", model, images, labels, norm, eps, seed, steps, eot_iter, max_images, checks, CHECKS)
+    options = (norm, eps, seed, steps, eot_iter, max_images, checks, CHECKS, progress)
+    return _run("diagnose", model, images, labels, *options)
 
 
 def check_contract(
@@ -91,8 +95,26 @@ def check_contract(
     Returns, Raises:
         As diagnose.
     """
-    names = tuple(contract.CHECKS)
-    return _run("check_contract", model, images, labels, "Linf", 8 / 255, seed, 1, None, max_images, checks, names)
+    options = ("Linf", 8 / 255, seed, 1, None, max_images, checks, tuple(contract.CHECKS), False)
+    return _run("check_contract", model, images, labels, *options)
+
+
+def conclude(statuses: Mapping[str, str]) -> tuple[Status, str]:
+    """What findings mean together: the worst status, and a sentence.
+
+    Args:
+        statuses: name of each check -> "pass", "warn" or "fail"; at least one.
+    """
+    named = {status: [name for name, found in statuses.items() if found == status] for status in ("fail", "warn")}
+    if named["fail"]:
+        return "fail", f"Do not rely on a robust accuracy from this model and data: {_listed(named['fail'])} failed."
+    if named["warn"]:
+        return "warn", f"A robust accuracy is open to doubt: {_listed(named['warn'])} warned."
+    return "pass", f"No objection from {len(statuses)} checks. They find broken evaluations, and prove no robustness."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"the check{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def format_findings(findings: Sequence[Finding], width: int = 120) -> str:
@@ -119,6 +141,7 @@ def _run(
     max_images: int,
     checks: Sequence[str] | None,
     known: Sequence[str],
+    progress: bool,
 ) -> list[Finding]:
     if not callable(model):
         raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
@@ -144,7 +167,7 @@ def _run(
         "total": len(images),
     }
     options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "steps": steps, "eot_iter": eot_iter}
-    return examine(function, model, **part, **options, checks=known if checks is None else checks)
+    return examine(function, model, **part, **options, checks=known if checks is None else checks, progress=progress)
 
 
 def sampled(total: int, seed: int, most: int) -> Tensor:
@@ -165,13 +188,14 @@ def examine(
     steps: int = 10,
     eot_iter: int | None = None,
     checks: Sequence[str] = CHECKS,
+    progress: bool = False,
 ) -> list[Finding]:
     """The findings of checked arguments.
 
     Args:
         function: whose call it is, for errors.
         images, labels, ids: the examined images (B, C, H, W), their labels and their places in a set of `total` images.
-        model, seed, norm, eps, steps, eot_iter, checks: see diagnose.
+        model, seed, norm, eps, steps, eot_iter, checks, progress: see diagnose.
     """
     ids = ids.to(images.device)
     probe = Probe(
@@ -185,11 +209,13 @@ def examine(
             return findings
     with untouched(model, images.device):
         _check_model(function, probe)
-    for name, check in chosen.items():
-        with untouched(model, images.device, evaluation=name not in contract.AS_GIVEN):
-            findings.append(check(probe))
-        if findings[-1].status == "fail" and name in contract.STOPS:
-            break
+    with tqdm(chosen.items(), desc="doctor", unit="check", disable=not progress) as bar:
+        for name, check in bar:
+            bar.set_postfix_str(name)
+            with untouched(model, images.device, evaluation=name not in contract.AS_GIVEN):
+                findings.append(check(probe))
+            if findings[-1].status == "fail" and name in contract.STOPS:
+                break
     return findings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,8 @@ from .._core.files import write_text
 from ..classifiers.zoo import System
 from ..data import Dataset
 from ..recipes.options import DataConfig, GivenTransform
-from . import diagnose, format_findings
+from . import Finding, conclude, diagnose, format_findings
+from ._probe import MOST_DRAWS
 
 
 def doctor(
@@ -34,7 +36,7 @@ def doctor(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Check a defense's contract and look for gradient masking; exit code 1 if a check fails.
+    """Check a defense's contract and look for gradient masking; exit code 1 if a check fails, as with too few images.
 
     Args:
         classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
@@ -73,9 +75,25 @@ def doctor(
         steps=steps,
         eot_iter=eot_iter,
         max_images=images,
+        progress=True,
     )
     if out is not None:
         write_text(Path(out), json.dumps([asdict(f) for f in findings], indent=2) + "\n")
     print(format_findings(findings))
-    if any(f.status == "fail" for f in findings):
+    status, sentence = conclude({f.name: f.status for f in findings})
+    print(f"{sentence}{_draws(findings)}")
+    if status == "fail":
         sys.exit(1)
+
+
+def _draws(findings: Sequence[Finding]) -> str:
+    """The sentence on the draws that an evaluation should take, if it is more than one."""
+    numbers = next((f.numbers for f in findings if f.name == "gradient_noise"), {"recommended_eot_iter": 1})
+    recommended = numbers["recommended_eot_iter"]
+    if recommended == 1:
+        return ""
+    least = f"more than {MOST_DRAWS}" if recommended is None else f"at least {recommended}"
+    return (
+        f" Each gradient of an attack should average over {least} draws: `atop-fast evaluate` warns beside its verdict "
+        "if no attack of its protocol does."
+    )

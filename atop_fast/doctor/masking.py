@@ -20,6 +20,27 @@ from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, excess, judg
 
 # Number of queries of the random search, and the noise of float32 logits relative to their size.
 QUERIES, ROUNDING = 100, 1e-6
+# Least number of images on which two attacks must differ for a comparison to fail: n images against none differ by
+# sqrt(n) standard errors.
+DIFFERING = int(FAIL**2) + 1
+
+
+def evidence(probe: Probe) -> Finding:
+    """Enough images are classified correctly, beyond guesses, for the comparisons of attacks to find anything."""
+    with torch.no_grad():
+        classes = probe.logits(probe.x).shape[1]
+    count, accuracy, chance = len(probe.x), float(probe.clean.mean()), 1 / classes
+    share = (accuracy - chance) / (1 - chance)
+    numbers = {"images": count, "accuracy": accuracy, "chance": chance, "known": max(0.0, share * count)}
+    if accuracy <= chance + FAIL * (chance * (1 - chance) / count) ** 0.5:
+        text = f"Accuracy {accuracy:.2f} on {count} images is not above chance ({chance:.2f}) beyond noise: attacks "
+        text += "have nothing to destroy, and no check of attacks means anything."
+        return Finding("evidence", "fail", text, numbers)
+    text = f"The model knows about {share * count:.0f} of {count} images (accuracy {accuracy:.2f}, chance {chance:.2f})"
+    if share * count >= DIFFERING:
+        return Finding("evidence", "pass", f"{text}; comparisons of attacks fail from {DIFFERING} images on.", numbers)
+    text += f": too few to conclude, since no comparison of attacks can fail on less than {DIFFERING}; give at least "
+    return Finding("evidence", "fail", f"{text}{math.ceil(DIFFERING / share)} images.", numbers)
 
 
 def gradient_noise(probe: Probe) -> Finding:
@@ -200,7 +221,7 @@ def useless_transform(probe: Probe) -> Finding:
 CHECKS: dict[str, Callable[[Probe], Finding]] = {
     f.__name__: f
     for f in (
-        *(gradient_noise, finite_difference, iterations, black_box, eps_sweep),
+        *(evidence, gradient_noise, finite_difference, iterations, black_box, eps_sweep),
         *(gradient_modes, fixed_randomness, useless_transform),
     )
 }

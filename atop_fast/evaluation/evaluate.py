@@ -35,7 +35,7 @@ from ..data import Dataset
 from ..defense import Defense
 from ..randomness import derive_seed, seeded
 from ..training.metrics import summary_writer
-from .findings import Threat, examined, is_bound, outside_finding, outside_text
+from .findings import Threat, draws_finding, examined, is_bound, outside_finding, outside_text
 from .given import checked_candidates, given_attacks
 from .identity import attack_identity, model_identity, probe_images, shown
 from .judge import Judge, eight_bit, fixed_randomness, full_precision, judged
@@ -190,7 +190,8 @@ def evaluate(
         if diagnostics is None:
             folder = None if out is None else Path(out)
             # One process looks: others might find other numbers, or read the folder's while they are written.
-            diagnostics = group.gather(examined(folder, model, source, threat, seed) if group.rank == 0 else [])[0]
+            found = examined(folder, model, source, threat, seed, progress) if group.rank == 0 else []
+            diagnostics = group.gather(found)[0]
         cascade = attacks is None and plan.cascade and judge.deterministic
         names = list(named)
         tracing = trace is not None or tensorboard is not None
@@ -208,6 +209,8 @@ def evaluate(
             file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
         diagnostics = [*diagnostics, *outside_finding(run, work.attacks, source.sample, threat)]
+        if not judge.deterministic:
+            diagnostics += draws_finding(diagnostics, work.attacks)
         report = summarize(
             run, source.labels.cpu(), list(work.attacks), radii, settings, interval, cascade, headline, diagnostics
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .._core.files import write_text
-from ..attacks import NORMS, GradientEstimator, Model, frozen
+from ..attacks import NORMS, GradientEstimator, Model, Square, frozen
+from ..attacks import Attack as KeyedAttack
 from ..attacks.autoattack import leaves_doubt
 from ..doctor import Finding, examine, sampled
+from ..doctor._probe import MOST_DRAWS
 from ..doctor.contract import CHECKS as CONTRACT
 from .judge import full_precision, judged
 from .protocols import Attack
@@ -49,7 +51,9 @@ class Threat:
         return distance > self.eps * (1 + 1e-4) + rounded
 
 
-def examined(folder: Path | None, model: Model, source: Source, threat: Threat, seed: int) -> list[dict[str, Any]]:
+def examined(
+    folder: Path | None, model: Model, source: Source, threat: Threat, seed: int, progress: bool = False
+) -> list[dict[str, Any]]:
     """The findings of atop_fast.doctor, with a warning for each that is not a pass.
 
     With a folder, all checks run, and it keeps their findings for a call that resumes the run; without one, the cheap
@@ -60,7 +64,7 @@ def examined(folder: Path | None, model: Model, source: Source, threat: Threat, 
         found = json.loads(path.read_text(encoding="utf-8"))
     else:
         try:
-            found = [asdict(finding) for finding in _checked(model, source, threat, seed, whole=path is not None)]
+            found = [asdict(finding) for finding in _checked(model, source, threat, seed, path is not None, progress)]
             if path is not None:
                 write_text(path, json.dumps(found, indent=2) + "\n")
         except (RuntimeError, NotImplementedError) as error:
@@ -74,7 +78,7 @@ def examined(folder: Path | None, model: Model, source: Source, threat: Threat, 
     return found
 
 
-def _checked(model: Model, source: Source, threat: Threat, seed: int, whole: bool) -> list[Finding]:
+def _checked(model: Model, source: Source, threat: Threat, seed: int, whole: bool, progress: bool) -> list[Finding]:
     """All findings, or those of the cheap checks."""
     total = len(source)
 
@@ -85,7 +89,7 @@ def _checked(model: Model, source: Source, threat: Threat, seed: int, whole: boo
 
     # The checks for masking attack in the Linf and L2 balls.
     if whole and threat.norm != "L1" and threat.eps > 0:
-        return examine("diagnose", model, **part(64), norm=threat.norm, eps=threat.eps)
+        return examine("diagnose", model, **part(64), norm=threat.norm, eps=threat.eps, progress=progress)
     if whole:
         return examine("check_contract", model, **part(64), checks=tuple(CONTRACT))
     with frozen(model), full_precision(source.sample.device):
@@ -130,6 +134,32 @@ def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, An
     text = f"The budget ended before every attack had reached every image ({', '.join(cut)}): their columns are of the "
     text += "attacked images alone, and the robust accuracy is an upper bound."
     return [_finding("budget", "warn", text, dict(reached))] if cut else []
+
+
+def draws_finding(findings: Sequence[Mapping[str, Any]], attacks: Mapping[str, Attack]) -> list[dict[str, Any]]:
+    """A finding if no attack averages its gradient over as many draws as the check gradient_noise recommends.
+
+    Momentum m averages over about 1 / (1 - m) steps, whose draws count.
+    """
+    noise = next((f["numbers"] for f in findings if f["name"] == "gradient_noise" and f.get("numbers")), None)
+    own = {name: attack for name, attack in attacks.items() if isinstance(attack, KeyedAttack)}
+    taken = {name: _averaged(attack) for name, attack in own.items() if not isinstance(attack, Square)}
+    if noise is None or not taken:
+        return []
+    recommended = noise["recommended_eot_iter"] or MOST_DRAWS + 1
+    if max(taken.values()) >= recommended:
+        return []
+    least = f"more than {MOST_DRAWS}" if recommended > MOST_DRAWS else str(recommended)
+    text = f"The gradient's noise asks for {least} draws, and the attacks average over about "
+    text += ", ".join(f"{count:.0f} ({name})" for name, count in taken.items())
+    text += ": the robust accuracy may be too high; take a protocol with more draws, or a larger eot_iter."
+    return [_finding("draws", "warn", text, {"recommended": recommended, **taken})]
+
+
+def _averaged(attack: KeyedAttack) -> float:
+    """About how many draws the gradient of a step averages over."""
+    momentum = min(getattr(attack, "momentum", 0.0), 1.0)
+    return attack.eot_iter * (attack.steps if momentum == 1 else min(attack.steps, 1 / (1 - momentum)))
 
 
 def constant_finding(predictions: Tensor, labels: Tensor) -> list[dict[str, Any]]:
