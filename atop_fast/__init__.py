@@ -19,6 +19,7 @@ from .classifiers import build_classifier
 from .classifiers.zoo import load_classifier
 from .data import Dataset, image_folder, load_data, mnist5k
 from .defense import Defense
+from .defenses.judge import judge
 from .evaluation import Report, Verdict, evaluate
 from .purifiers import build_purifier
 from .recipes.run import run_recipe
@@ -65,6 +66,7 @@ __all__ = [
     "evaluation",
     "finetune",
     "image_folder",
+    "judge",
     "list_defenses",
     "load_classifier",
     "load_data",

@@ -1,4 +1,4 @@
-"""The command line: atop-fast demo | train | doctor | evaluate | report | bench | env."""
+"""The command line: atop-fast demo | train | doctor | evaluate | judge | report | bench | env."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .bench.command import bench
 from .classifiers.zoo import System
 from .data import Dataset, Files
 from .defense import Defense
+from .defenses.command import judge
 from .doctor import conclude
 from .doctor.command import doctor
 from .evaluation.report import format_table
@@ -187,7 +188,10 @@ def env() -> None:
     environment.main()
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, doctor, evaluate, report, bench, env)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, doctor, evaluate, judge, report, bench, env)}
+
+# The option that the first argument of a command is, if it has no other name.
+POSITIONAL = {"bench": "suite", "judge": "defense", "report": "run"}
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -260,10 +264,10 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
     if command == "train" and not preset and not any(arg.split("=")[0] in named for arg in rest):
         expected = f"a YAML file or one of {', '.join(preset_names())}, as in `atop-fast train demo --out=runs/demo`"
         raise ValueError(message("train", "PRESET", f"{expected} (docs/training.md)", None))
-    if command not in ("train", "bench", "evaluate", "report") or not rest or rest[0].startswith("-"):
+    if command not in ("train", "bench", "evaluate", "judge", "report") or not rest or rest[0].startswith("-"):
         return args
-    if command in ("bench", "report"):
-        return [command, f"--{'suite' if command == 'bench' else 'run'}={rest[0]}", *rest[1:]]
+    if command in POSITIONAL:
+        return [command, f"--{POSITIONAL[command]}={rest[0]}", *rest[1:]]
     if command == "train":
         return ["train", f"--config={json.dumps(asdict(load_recipe(rest[0])))}", *rest[1:]]
     return ["evaluate", f"--config={json.dumps(system_of(Path(rest[0]), folder, rest))}", *rest[1:]]

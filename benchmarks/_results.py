@@ -19,6 +19,8 @@ OTHERS = (
     "demo--cpu",
     "engine--cpu",
     "eot-curves--cpu",
+    "judge-nfgsm--cpu-avx2",
+    "judge-standard--cpu-avx2",
     "load--cpu",
     "loaded--cpu-avx2",
     "numerics--cpu",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import counted
+from _judged import judged, write_files
 from _passes import eot_curves, parity
 from _reliability import faults, load, numerics
 from _results import OTHERS, RESULTS
@@ -374,7 +375,7 @@ AVX2_SUITES = ("attacks", "evaluate", "scaling")
 COMPARED = ("ops", "attacks", "evaluate", "finetune", "scaling")
 TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
-    "losses": losses, "processes": processes, "finetune": finetune, "speed": speed,
+    "losses": losses, "processes": processes, "finetune": finetune, "speed": speed, "judged": judged,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
@@ -394,6 +395,7 @@ PAGES = {
     "docs/reliability.md": ("faults", "numerics", "load"),
     "docs/training.md": ("engine", "cifar"),
     "docs/attacks.md": ("parity",),
+    "docs/judged.md": ("judged",),
     "docs/evaluation.md": (*counted.PAGES["docs/evaluation.md"], "eot_curves"),
     "docs/purifiers.md": (*counted.PAGES["docs/purifiers.md"], "restoration"),
 }
@@ -406,6 +408,7 @@ def main() -> None:
         for table in tables:
             text = filled(text, table)
         (ROOT / page).write_text(text, encoding="utf-8")
+    write_files(ROOT / "docs")
     for machine, picture in (("cpu", "benchmarks"), (AVX2, "benchmarks-avx2")):
         newest = [document for name, document in documents().items() if name.endswith(f"--{machine}")][-1]
         document = {**newest, "rows": [row for row in latest(machine) if row["suite"] != "limits"]}

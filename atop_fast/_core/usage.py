@@ -11,6 +11,7 @@ USAGE = """usage: atop-fast COMMAND [options]
     train     From images to a report by a preset: atop-fast train PRESET [options].
     doctor    Check a defense's contract and look for gradient masking.
     evaluate  Attack a defense by a protocol, and judge it on fresh draws.
+    judge     Judge defenses by the literature's rules and by a sound verdict: atop-fast judge DEFENSE|all [options].
     report    Show the results of a finished run: atop-fast report RUN [options].
     bench     Measure atop_fast against other libraries, plain PyTorch and torch.compile.
     env       Print versions, which backend owns which op, and why anything is missing.

@@ -15,6 +15,7 @@ from .layers import ActivationPruning, SelfEnsemble, WinnersTakeAll
 from .noise import GaussianNoise, majority_vote
 from .series import RandomSeries
 from .smooth import TotalVariation
+from .table import DEFENSES
 
 # Names in files.
 TRANSFORMS.update(
@@ -28,6 +29,7 @@ TRANSFORMS.update(
 PURIFIERS["residual_filters"] = ResidualFilters
 
 __all__ = [
+    "DEFENSES",
     "JPEG",
     "ActivationPruning",
     "FilterDraw",

@@ -1,0 +1,138 @@
+"""The command `atop-fast judge`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from .._core.checks import check_choice, check_device, check_integer
+from .._core.files import claim_folder, write_atomic, write_text
+from ..bench.results import metadata, print_table
+from ..classifiers.zoo import System
+from ..data import Dataset
+from ..evaluation.evaluate import parse_budget
+from ..evaluation.identity import model_identity, probe_images
+from ..evaluation.source import make_source
+from ..recipes.options import DataConfig, GivenTransform
+from .judge import RULES, Effort
+from .judge import judge as judge_model
+from .own import find
+from .table import DEFENSES, alarms, confusion, draw, to_csv, truths
+
+# Columns of the table on the terminal.
+SHOWN = ("clean", *RULES[:2], "blind", "bpda", "exact", "square", "sound")
+
+
+def judge(
+    classifier: str,
+    defense: str = "all",
+    out: str = "runs/judge",
+    data: DataConfig = DataConfig(),
+    architecture: str | None = None,
+    weights: str | None = None,
+    key: str | None = None,
+    rules: list[str] | None = None,
+    images: int = 100,
+    eps: float = 8 / 255,
+    steps: int = 100,
+    n_queries: int = 5000,
+    draws: int = 20,
+    batch_size: int = 8,
+    budget: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Judge defenses by the literature's rules and by a sound verdict; `atop-fast judge DEFENSE|all [options]`.
+
+    DEFENSE is none, noise, jpeg, ... (docs/judged.md), FILE.py:NAME for one of your own, a file of save_defense, or
+    several of these with commas between them. Every call adds its rows to the table in `out`: judge.json, judge.csv and
+    judge.png. The same call goes on after it was stopped.
+
+    Args:
+        classifier: the classifier that is defended, a file or name as in evaluate.
+        defense: all, or defenses separated by commas: names in atop_fast.defenses.DEFENSES; FILE.py:NAME, where NAME is
+            a subclass of RandomTransform or a function from the classifier to a module (the file's code is executed);
+            files of save_defense for this classifier.
+        out: folder of the table, with a folder for each row; a table is of one classifier and of the same images.
+        data: images and their split; the first of the held-out part are attacked.
+        architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
+        weights: file of the weights of a model of torchvision or timm.
+        key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
+        rules: some of standard, rand and sound; all by default. A later call with others adds their numbers.
+        images: how many held-out images.
+        eps: radius of the Linf ball, in units of [0, 1] pixels.
+        steps: steps of every gradient attack.
+        n_queries: queries of Square in AutoAttack standard; a fifth of it under the rule sound.
+        draws: fresh draws of the sound verdict.
+        batch_size: images attacked together.
+        budget: time after which no further block of images starts, such as 90s, 10m or 2h, for all rows together.
+        device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
+        seed: key of all randomness.
+    """
+    place = check_device("judge", "device", device)
+    deadline = None if budget is None else time.monotonic() + parse_budget(budget, "judge")
+    builds = dict(find(name) for name in (DEFENSES if defense == "all" else defense.split(",")))
+    wanted = [check_choice("judge", "rules", rule, RULES) for rule in rules or RULES]
+    effort = Effort(eps, seed, steps, n_queries, draws, batch_size)
+    check_integer("judge", "images", images, low=1)
+    system = System(classifier, None, None, GivenTransform(), architecture, weights, key)
+    model, part = system.load("judge", data.load(print)[1])
+    model, part = model.eval().to(place), cast(Dataset, part).take(slice(0, images)).to(place)
+    folder = Path(out)
+    source = make_source(part.images, part.labels, model)
+    settings = {"norm": "Linf", **vars(effort), "images": len(source)}
+    del settings["batch_size"]
+    identity = model_identity(model, *probe_images(source))["weights"]
+    claim_folder("judge", folder, {**settings, "data": source.identity, "classifier": identity})
+    context = {**metadata(place.type, None), "classifier": Path(classifier).name, "settings": settings}
+    unfinished = []
+    for name, build in builds.items():
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        options: dict[str, Any] = {"rules": wanted, "effort": effort, "budget": left}
+        row = judge_model(build(model).eval(), part.images, part.labels, out=folder / name, name=name, **options)
+        unfinished += [f"{name} ({rule})" for rule in wanted if rule not in row]
+        rows = _add(folder, row)
+        _write(folder, {**context, "confusion": confusion(rows), "rows": rows})
+    print_table(shown(rows))
+    if unfinished:
+        print(f"Not finished in the budget, and without a number: {', '.join(unfinished)}; the same command goes on.")
+    print(f"Table: {folder / 'judge.csv'}, judge.json and judge.png")
+
+
+def _add(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows of a table, in the order of DEFENSES, with the new numbers of one."""
+    path = folder / row["defense"] / "row.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}}
+    new = {**old, **row, "seconds": {**old["seconds"], **row["seconds"]}}
+    # Of the call, not of the row.
+    del new["complete"]
+    # A row without time has no folder yet.
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, json.dumps(new) + "\n")
+    order = {name: place for place, name in enumerate(DEFENSES)}
+    rows = [json.loads(found.read_text(encoding="utf-8")) for found in folder.glob("*/row.json")]
+    return sorted(rows, key=lambda row: (order.get(row["defense"], len(order)), row["defense"]))
+
+
+def _write(folder: Path, document: dict[str, Any]) -> None:
+    """judge.json, with one row a line, judge.csv and judge.png."""
+    body = {key: value for key, value in document.items() if key != "rows"}
+    lines = ",\n".join("  " + json.dumps(row) for row in document["rows"])
+    write_text(folder / "judge.json", json.dumps(body, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    write_text(folder / "judge.csv", to_csv(document["rows"]))
+    write_atomic(folder / "judge.png", lambda path: draw(document["rows"], path))
+
+
+def shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The columns of rows for the terminal."""
+    return [
+        {
+            "defense": row["defense"],
+            **{name: row.get(name) for name in SHOWN},
+            "doctor": ", ".join(alarms(row)),
+            "truth": kind,
+        }
+        for row, kind in zip(rows, truths(rows), strict=True)
+    ]

@@ -1,0 +1,84 @@
+"""Defenses by name: of the table, of a caller's Python file, or of a file of save_defense."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._core.checks import message
+from ..checkpoints import load_defense
+from ..defense import Defense
+from ..transforms import RandomTransform
+from .table import DEFENSES
+
+Build = Callable[[nn.Module], nn.Module]
+
+
+def find(text: str) -> tuple[str, Build]:
+    """The row name of a defense, and the function that builds it from a classifier.
+
+    Args:
+        text: a name in DEFENSES; or FILE.py:NAME, where NAME is a subclass of RandomTransform that is built without
+            arguments, or a function from the classifier to a module; or a file of save_defense, whose classifier must
+            have the weights of the given one. The code of FILE.py is executed.
+
+    Raises:
+        ValueError, TypeError: there is no such defense, or NAME is something else.
+    """
+    if text in DEFENSES:
+        return text, DEFENSES[text]
+    path, colon, name = text.rpartition(":")
+    if colon and path.endswith(".py"):
+        return name, _from_code(Path(path), name)
+    if text.endswith(".safetensors"):
+        return Path(text).stem, lambda model: _from_file(text, model)
+    expected = f"all, one of {', '.join(map(repr, DEFENSES))}, FILE.py:NAME, or a .safetensors file of save_defense"
+    raise ValueError(message("judge", "defense", expected, repr(text)))
+
+
+def _from_code(path: Path, name: str) -> Build:
+    """The builder NAME of a Python file."""
+    given = f"{path}:{name}"
+    if not path.is_file():
+        raise ValueError(message("judge", "defense", "the path of a Python file before the colon", given))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickles look for their module there.
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if inspect.isclass(found) and issubclass(found, RandomTransform):
+        transform: Callable[[], RandomTransform] = found
+        return lambda model: Defense(transform(), None, model)
+    if not callable(found):
+        expected = f"a subclass of RandomTransform or a function from the classifier to a module in {path}"
+        raise ValueError(message("judge", "defense", expected, f"{name}, which is {found!r}"))
+    build: Any = found
+
+    def checked(model: nn.Module) -> nn.Module:
+        defense = build(model)
+        if not isinstance(defense, nn.Module):
+            raise TypeError(message("judge", "defense", "a function that returns a module", f"{given} -> {defense!r}"))
+        return defense
+
+    return checked
+
+
+def _from_file(path: str, model: nn.Module) -> Defense:
+    """The defense of a file, if it defends `model`."""
+    defense = load_defense(path)
+    given, own = model.state_dict(), defense.classifier.state_dict()
+    same = given.keys() == own.keys() and all(torch.equal(given[k].cpu(), own[k].to(given[k].dtype)) for k in given)
+    if not same:
+        expected = "a defense of the given classifier, as a table is of one classifier"
+        raise ValueError(message("judge", "defense", expected, f"{path}, whose classifier has other weights"))
+    return defense.to(next(model.parameters()).device)

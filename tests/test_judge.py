@@ -1,0 +1,265 @@
+"""The table of defenses: its rows repeat, count as AutoAttack does, and say which defense is an illusion."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from test_cli import DATA, fail, files  # noqa: F401
+from torch import nn
+
+from atop_fast import (
+    PGD,
+    RT1,
+    RT2,
+    AutoAttack,
+    Defense,
+    build_classifier,
+    evaluate,
+    judge,
+    load_model,
+    save_defense,
+)
+from atop_fast.cli import main
+from atop_fast.defenses import DEFENSES
+from atop_fast.defenses.judge import RULES, Effort, strongest
+from atop_fast.defenses.table import COLUMNS, confusion, to_csv, truth
+from atop_fast.evaluation.runs import Run, read_candidates
+from atop_fast.randomness import derive_seed, seeded
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from _judged import section
+
+SMALL = Effort(eps=0.15, steps=3, n_queries=10, draws=4, batch_size=4)
+
+
+# Ten seconds and more.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("none", "pruning")]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    with seeded(0):
+        return build_classifier("small_cnn", channels=1, classes=3, width=4).eval()
+
+
+@pytest.fixture(scope="module")
+def noise(classifier):
+    """Ten images and the classes that the classifier sees in them."""
+    x = torch.rand(10, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return x, classifier(x).argmax(dim=1)
+
+
+def numbers(row):
+    """A row without its times."""
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def run(name, classifier, noise, out, batch_size=4, **options):
+    options |= {"effort": replace(SMALL, batch_size=batch_size), "progress": False}
+    return judge(DEFENSES[name](classifier).eval(), *noise, out=out, name=name, **options)
+
+
+@pytest.mark.parametrize("name", ["random-jpeg", *SLOW])
+def test_a_row_that_was_stopped_twice_has_the_bits_of_another(name, classifier, noise, tmp_path, monkeypatch):
+    whole = run(name, classifier, noise, tmp_path / "whole")
+    assert whole["complete"]
+    assert run(name, classifier, noise, tmp_path / "cut", budget=0) == {
+        **{key: whole[key] for key in ("defense", "model", "images")}, "seconds": {}, "complete": False
+    }  # fmt: skip
+    add = Run.add
+    for units in (2, 5):
+
+        def stopping(self, unit, left=[units]):  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            add(self, unit)
+
+        monkeypatch.setattr(Run, "add", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(name, classifier, noise, tmp_path / "cut", batch_size=units)
+        monkeypatch.setattr(Run, "add", add)
+    assert numbers(run(name, classifier, noise, tmp_path / "cut", budget="1h")) == numbers(whole)
+    # A finished row needs no time.
+    assert numbers(run(name, classifier, noise, tmp_path / "cut", budget=0)) == numbers(whole)
+
+
+def test_single_draws_count_as_autoattack_does(classifier, noise, tmp_path):
+    model = DEFENSES["random-jpeg"](classifier).eval()
+    row = judge(model, *noise, out=tmp_path, rules=RULES[:2], effort=SMALL, progress=False)
+    for rule, last in (("standard", "square"), ("rand", "apgd-dlr")):
+        attack = AutoAttack(model, "Linf", 0.15, version=rule, steps=3, n_queries=10)
+        attack.run_standard_evaluation(*noise)
+        assert row[rule] == pytest.approx(attack.accuracy[last])
+        assert row[f"{rule}_ci"][0] <= row[rule] <= row[f"{rule}_ci"][1]
+    assert "sound" not in row
+    with pytest.raises(ValueError, match="judge: rules must be one of 'standard', 'rand', 'sound', got 'loud'"):
+        run("none", classifier, noise, tmp_path, rules=["loud"])
+
+
+def test_the_sound_verdict_is_that_of_evaluate(classifier, noise, tmp_path):
+    x, y = noise
+    for name, attacks in (
+        ("random-jpeg", ["exact", "bpda", "blind", "square"]),
+        ("winners", ["exact", "blind", "square"]),
+    ):
+        model = DEFENSES[name](classifier).eval()
+        row = run(name, classifier, noise, tmp_path / name, rules=["sound"])
+        given = strongest(model, SMALL, random=name == "random-jpeg")
+        assert list(given) == [key for key in row if key in given] == attacks
+        report = evaluate(model, x, y, norm="Linf", eps=0.15, attacks=given, draws=4, progress=False, diagnostics=())
+        assert row["sound"] == pytest.approx(report.robust.mean, abs=0.1)
+        assert row["draws"] == (4 if name == "random-jpeg" else 1)
+        found = read_candidates(tmp_path / name / "sound", "blind", range(10))
+        seed, options = derive_seed(0, "attack"), {"steps": 3, "momentum": 0.9, "schedule": "cosine"}
+        plain = PGD(classifier, eps=0.15, seed=seed, **options)(x, y, torch.arange(10))
+        assert torch.allclose(torch.stack([found[i] for i in range(10)]), plain, atol=1e-6)
+
+
+def test_what_is_an_illusion():
+    row = {"defense": "a", "standard": 0.1, "rand": 0.2, "sound": 0.0, "findings": {}}
+    assert truth(row, 0.0) == "illusion"
+    assert truth(row, 0.11) == "no claim"
+    assert truth({**row, "sound": 0.1}, 0.0) == "sound"
+    assert truth({**row, "defense": "none"}, 0.0) == "sound"
+    assert truth({"defense": "a", "sound": 0.0}, 0.0) is None
+    assert truth({"defense": "a", "rand": 0.3}, 0.0) is None
+    alone = {**row, "defense": "none", "findings": {"black_box": "warn"}}
+    flagged = {**row, "defense": "b", "findings": {"black_box": "fail", "ball": "fail"}}
+    # The last is no check of the doctor.
+    other = {**row, "defense": "c", "findings": {"ball": "fail"}}
+    rows = [alone, row, flagged, other]
+    assert confusion(rows)["illusion"] == {"flagged": ["b"], "not flagged": ["a", "c"]}
+    assert confusion(rows)["sound"] == {"flagged": [], "not flagged": ["none"]}
+    # Without the classifier alone, nothing is known.
+    assert confusion(rows[1:])["illusion"] == {"flagged": [], "not flagged": []}
+
+
+class Turned(nn.Module):
+    """A purifier that hands attacks the opposite of the gradient."""
+
+    def forward(self, corrupted):
+        images = corrupted[:, :-2]
+        return 2 * images.detach() - images
+
+
+class Binarize(nn.Module):
+    """A purifier that takes images close to black and white: robust on digits."""
+
+    def forward(self, corrupted):
+        return torch.tanh(4 * corrupted[:, :-2])
+
+
+@pytest.mark.slow
+def test_the_doctor_flags_the_illusion_and_not_the_sound_one(tmp_path):
+    """Sign-turned gradients, which single draws of `rand` take for robustness, and a defense that works."""
+    data, classifier, rows = models.mnist().take(slice(0, 48)), models.standard_mnist(), []
+    effort = Effort(eps=0.15, steps=10, n_queries=50, draws=4, batch_size=48)
+    for name, model in {
+        "none": classifier,
+        "illusion": Defense(RT2(4, 0.0, 0.02), Turned(), classifier).eval(),
+        "works": Defense(RT1(2, 0.05), Binarize(), classifier).eval(),
+    }.items():
+        options = {"rules": RULES[1:], "effort": effort, "progress": False}
+        rows.append(judge(model, data.images, data.labels, out=tmp_path / name, name=name, **options))
+    assert confusion(rows) == {
+        "illusion": {"flagged": ["illusion"], "not flagged": []},
+        "sound": {"flagged": [], "not flagged": ["none", "works"]},
+        "no claim": {"flagged": [], "not flagged": []},
+    }
+    table = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert tuple(table[0]) == COLUMNS
+    assert [row["truth"] for row in table] == ["sound", "illusion", "sound"]
+    assert float(table[1]["rand_high"]) == rows[1]["rand_ci"][1]
+    assert "gradient_modes" in table[1]["failed"]
+    assert [row["standard"] for row in table] == [""] * 3
+
+
+def test_command(files, capsys):  # noqa: F811
+    small = ["--classifier=classifier.safetensors", *DATA, "--images=3", "--steps=1", "--n_queries=2", "--draws=2"]
+    main(["judge", "none,jpeg", *small, "--budget=0", "--out=t"])
+    assert "Not finished in the budget, and without a number: none (standard)" in capsys.readouterr().out
+    main(["judge", "jpeg", *small, "--out=t", "--rules=[sound]"])
+    main(["judge", "none,jpeg", *small, "--out=t"])
+    out = capsys.readouterr().out
+    assert "Not finished" not in out.splitlines()[-1]
+    document = json.loads((files / "t/judge.json").read_text())
+    assert [row["defense"] for row in document["rows"]] == ["none", "jpeg"]
+    for row in document["rows"]:
+        assert {*RULES, "blind" if row["defense"] == "jpeg" else "exact"} <= row.keys()
+        assert set(row["seconds"]) == set(RULES)
+    assert document["classifier"] == "classifier.safetensors"
+    assert document["confusion"] == confusion(document["rows"])
+    assert (files / "t/judge.csv").read_text() == to_csv(document["rows"])
+    assert (files / "t/judge.png").read_bytes()[:4] == b"\x89PNG"
+    # The page's part of this table: equally many cells in every line.
+    text = section("judge-standard--cpu-avx2", document)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines[1:3]] == ["| none", "| jpeg"]
+    assert len({line.count("|") for line in lines[:3]}) == 1
+    assert f"{document['rows'][1]['sound']:.2f} [" in lines[2]
+    main(["judge", "jpeg", *small, "--out=again"])
+    again = json.loads((files / "again/judge.json").read_text())["rows"]
+    assert [numbers(row) for row in again] == [numbers(document["rows"][1])]
+    assert "another images" in fail(capsys, "judge", "jpeg", *small, "--images=2", "--out=t")
+    assert "defense must be all, one of 'none'" in fail(capsys, "judge", "jpge", *small)
+    assert "rules must be one of" in fail(capsys, "judge", "all", *small, "--rules=[loud]")
+
+
+def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
+    """The file of the page, under 60 lines, and its command."""
+    text = (Path(__file__).parent.parent / "docs" / "judged.md").read_text(encoding="utf-8")
+    _, code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) < 60
+    (command,) = re.findall(r"^    atop-fast judge (none,blocks.*)$", text, re.MULTILINE)
+    (files / "blocks.py").write_text(code)
+    small = [*DATA[1:], "--images=3", "--steps=1", "--n_queries=2", "--draws=2", "--rules=[sound]"]
+    main(["judge", *command.split(), *small, "--out=t"])
+    rows = json.loads((files / "t/judge.json").read_text())["rows"]
+    assert [(row["defense"], row["model"]) for row in rows[1:]] == [("Blocks", "Blocks(size=2, sigma=0.1)")]
+    assert {"bpda", "blind", "sound"} <= rows[1].keys()
+    (files / "more.py").write_text(
+        "from atop_fast import RT1, Defense\n\n\ndef masked(model):\n    return Defense(RT1(2), None, model)\n\n\n"
+        "def wrong(model):\n    return 3\n\n\nnothing = 5\n"
+    )
+    given = ["--classifier=classifier.safetensors", "--data.source=images", *small, "--out=t"]
+    main(["judge", "more.py:masked", *given])
+    assert "masked" in (files / "t/judge.csv").read_text()
+    for name, expected in (
+        ("more.py:wrong", "a function that returns a module, got more.py:wrong -> 3"),
+        ("more.py:nothing", "a function from the classifier to a module in more.py, got nothing, which is 5"),
+        ("none.py:x", "the path of a Python file before the colon, got none.py:x"),
+    ):
+        assert expected in fail(capsys, "judge", name, *given)
+
+
+def test_a_saved_defense_of_the_same_classifier(files, capsys):  # noqa: F811
+    classifier = load_model("classifier.safetensors", "classifier")
+    save_defense("mine.safetensors", Defense(RT1(2), load_model("purifier.safetensors", "purifier"), classifier))
+    given = ["--classifier=classifier.safetensors", *DATA, "--images=2", "--steps=1", "--n_queries=2", "--rules=[rand]"]
+    main(["judge", "mine.safetensors", *given])
+    (row,) = json.loads((files / "runs/judge/judge.json").read_text())["rows"]
+    assert (row["defense"], row["model"]) == ("mine", f"{RT1(2)!r}, UNet")
+    other = build_classifier("small_cnn", channels=1, classes=2)
+    save_defense("other.safetensors", Defense(RT1(2), None, other))
+    assert "whose classifier has other weights" in fail(capsys, "judge", "other.safetensors", *given)
+
+
+def test_the_first_example_of_the_page(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "judged.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    # In small.
+    monkeypatch.setitem(judge.__kwdefaults__, "effort", SMALL)
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], {})
+    accuracy, *ends = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
+    assert ends[0] <= accuracy <= ends[1]
