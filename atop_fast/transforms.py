@@ -299,6 +299,11 @@ def restore_transform(description: Mapping[str, Any]) -> RandomTransform:
     return TRANSFORMS[description["name"]](**options)
 
 
+def show_transform(description: Mapping[str, Any]) -> str:
+    """A described transform as its repr, also one of an unregistered class."""
+    return str(description["shown"] if "shown" in description else restore_transform(description))
+
+
 def _as_float(x: Tensor) -> Tensor:
     return x.float() / 255 if x.dtype == torch.uint8 else x
 

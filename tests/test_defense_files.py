@@ -197,7 +197,7 @@ def test_a_purifier_remembers_its_transform(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             Defense(RT2(4, sigma=0.1), each, classifier)
-        with pytest.warns(UserWarning, match=r"trained under .*'sigma': 0.1.* stands behind .*'sigma': 0.25"):
+        with pytest.warns(UserWarning, match=r"trained under RT2\(.*sigma=0.1,.* stands behind RT2\(.*sigma=0.25,"):
             Defense(RT2(4), each, classifier)
     save_model(path, build_purifier("unet", channels=1, width=4), "purifier", "unet", channels=1, width=4)
     assert "transform" not in read_header(path)
