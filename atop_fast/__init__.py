@@ -2,12 +2,13 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ._core.threads import is_command, wait_asleep
+from ._core.threads import is_command, is_program, wait_asleep
 from ._core.usage import answer_usage
 
 # This must precede the first import of torch; programs of users keep their own policy.
-if is_command():
+if is_program():
     answer_usage()
+if is_command():
     wait_asleep()
 
 # isort: split

@@ -12,10 +12,13 @@ import subprocess
 import sys
 import time
 
+import jsonargparse
 import pytest
 import torch
+import yaml
 
 from atop_fast import RT1, RT2, build_classifier, build_purifier, load_model, save_model
+from atop_fast._core.help import PACKAGE, find_definition, options_of
 from atop_fast.cli import COMMANDS, main
 from atop_fast.randomness import seeded
 from atop_fast.recipes.schema import preset_names
@@ -210,11 +213,43 @@ def test_the_usage_lists_the_commands(capsys):
         assert COMMANDS[name].__doc__.startswith(re.split(r"[.:;]", text)[0]), name
 
 
+def flat(options, prefix=""):
+    """The options of a file by their dotted names."""
+    for key, value in options.items():
+        # Networks' options are a value, not a group.
+        nested = isinstance(value, dict) and key != "options"
+        yield from flat(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_from_the_sources_is_that_of_the_parser(command, capsys):
+    """The same options with the same defaults, and a description of each."""
+    options = list(options_of(*find_definition(command, PACKAGE / "cli.py")))
+    if not options:
+        assert command == "env"
+        return
+    required = [f"--{option.name}=x" for option in options if option.name in ("run", "classifier")]
+    with pytest.raises(SystemExit):
+        jsonargparse.auto_cli(COMMANDS, args=[command, *required, "--print_config"], as_positional=False)
+    parsed = dict(flat(yaml.safe_load(capsys.readouterr().out)))
+    assert {option.name for option in options} == parsed.keys()
+    for option in options:
+        assert len(option.help) > 5, option.name
+        assert "default" not in option.kind
+        if f"--{option.name}=x" in required:
+            continue
+        given = option.default
+        if given is not None and option.kind not in ("str", "str | None") and not option.kind.startswith("Literal"):
+            given = json.loads(json.dumps(eval(given)))
+        assert given == parsed[option.name] or (given is None and parsed[option.name] == ""), option.name
+
+
 @pytest.mark.slow
-def test_the_usage_does_not_wait_for_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "atop_fast.cli", "--help"]
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["evaluate", "--out=x", "-h"], ["bench", "--help"]])
+def test_help_does_not_wait_for_torch(args):
+    command = [sys.executable, "-X", "importtime", "-m", "atop_fast.cli", *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "atop-fast COMMAND [options]" in done.stdout
+    assert f"atop-fast {args[0] if len(args) > 1 else 'COMMAND'} [options]" in done.stdout
     assert "atop_fast" in done.stderr
     assert not re.search(r"\| +(torch|jsonargparse)$", done.stderr, re.MULTILINE)
 

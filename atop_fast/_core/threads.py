@@ -24,12 +24,16 @@ def wait_asleep() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def is_program() -> bool:
+    """Whether this process is `atop-fast`."""
+    program = sys.argv[0] if sys.argv else ""
+    # During the import of the package for `python -m package.module`, sys.argv[0] is "-m".
+    return Path(program).name == "atop-fast" or (program == "-m" and "atop_fast.cli" in sys.orig_argv)
+
+
 def is_command() -> bool:
     """Whether this process is an atop-fast command other than `bench`, which measures users' programs."""
-    program, command = [*sys.argv, "", ""][:2]
-    # During the import of the package for `python -m package.module`, sys.argv[0] is "-m".
-    ours = Path(program).name == "atop-fast" or (program == "-m" and "atop_fast.cli" in sys.orig_argv)
-    return ours and command != "bench"
+    return is_program() and sys.argv[1:2] != ["bench"]
 
 
 def spinning() -> bool:

@@ -1,7 +1,8 @@
-"""`atop-fast --help`, which prints the usage before torch is imported, because the import takes seconds."""
+"""`atop-fast [COMMAND] --help`, which is printed before torch is imported, because the import takes seconds."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +24,16 @@ SIGTERM.
 
 
 def answer_usage(args: Sequence[str] | None = None) -> None:
-    """Print the usage and exit if the arguments are only -h or --help, without a command."""
-    if list(sys.argv[1:] if args is None else args) in (["-h"], ["--help"]):
+    """Print the usage, or the options of a command, and exit if the arguments ask for help."""
+    given = list(sys.argv[1:] if args is None else args)
+    if not {"-h", "--help"} & set(given):
+        return
+    if f"\n    {given[0]} " in USAGE:
+        from .help import command_help
+
+        print(command_help(given[0], min(120, shutil.get_terminal_size().columns - 1)), end="")
+    elif given[0] in ("-h", "--help"):
         print(USAGE, end="")
-        sys.exit(0)
+    else:
+        return
+    sys.exit(0)
