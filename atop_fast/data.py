@@ -10,8 +10,6 @@ import hashlib
 import multiprocessing
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -25,15 +23,12 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from ._core.checks import check_integer, message
-from ._core.files import describe, identify
+from ._core.files import describe
+from ._core.folders import Folder, find_parts, reading
 from .randomness import derive_seed, permutation
 
 # Names for load_data -> torchvision's classes, which hold the images in memory.
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
-# Names of sub-folders that are splits rather than classes, in order of preference.
-PARTS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
-# Folders that operating systems create; names that begin with a dot are hidden, too.
-HIDDEN = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "lost+found")
 # Minimum number of files for which reader processes are started, and number of files per task.
 MANY, PART = 5000, 64
 # Number of files whose bytes enter the hash if the images are not in memory.
@@ -160,67 +155,6 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         return f"{len(self)} files {self.shape} sha256:{digest.hexdigest()[:32]} {describe(self.labels)}"
 
 
-class Folder:
-    """The image files in a folder with a sub-folder for each class; hidden files and folders are ignored.
-
-    Args:
-        root: the folder.
-        transform: applied to each PIL image.
-
-    Raises:
-        OSError: the folder does not exist or holds no images, or a class has none.
-    """
-
-    def __init__(self, root: str | Path, transform: Callable[[Any], Any]) -> None:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
-
-        self.root, self.transform = os.path.expanduser(root), transform
-        self.classes = sorted(_folders(self.root))
-        if not self.classes:
-            raise FileNotFoundError("it has no sub-folder")
-
-        def is_image(path: str) -> bool:
-            hidden = any(map(_hidden, os.path.relpath(path, self.root).split(os.sep)))
-            return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
-
-        indices = {name: index for index, name in enumerate(self.classes)}
-        self.samples = make_dataset(self.root, indices, is_valid_file=is_image)
-        self.targets = [label for _, label in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        path, label = self.samples[i]
-        return self.transform(_read_image(path)), label
-
-
-def find_parts(path: str | Path) -> dict[str, str]:
-    """The training split of a folder and, if present, its test split; empty if the sub-folders are classes.
-
-    Raises:
-        ValueError: the folder has both splits and further sub-folders, or its splits hold no classes.
-    """
-    root = os.path.expanduser(path)
-    try:
-        folders = {name.casefold(): os.path.join(root, name) for name in _folders(root)}
-    except OSError:
-        return {}
-    found = {part: [folders[name] for name in names if name in folders] for part, names in PARTS.items()}
-    if not found["train"] or not (found["test"] or len(folders) == 1):
-        return {}
-    expected = "a folder whose sub-folders are classes, or parts such as train and test with classes in them"
-    if not _folders(found["train"][0]):
-        # Next to other classes, "train" may be the name of a class.
-        if len(folders) > sum(map(len, found.values())):
-            return {}
-        raise ValueError(message("load_data", "source", expected, f"{path}, whose parts have no sub-folders"))
-    if others := sorted(folders.keys() - {name for names in PARTS.values() for name in names}):
-        raise ValueError(message("load_data", "source", expected, f"{path}, with {others[0]!r} beside these"))
-    tests = [folder for folder in found["test"] if _folders(folder)]
-    return {"train": found["train"][0], **({"test": tests[0]} if tests else {})}
-
-
 def describe_split(train: Dataset | Files, held_out: Dataset | Files, shared: bool, most: int = 10) -> str:
     """Describe the images, classes and split of a dataset; `shared` means that both parts hold the same images."""
     names = " ".join(train.classes[:most])
@@ -230,14 +164,6 @@ def describe_split(train: Dataset | Files, held_out: Dataset | Files, shared: bo
         return f"{len(train):,} images: {names}; all of them train and are held out"
     total = len(train) + len(held_out)
     return f"{total:,} images: {names}; {len(train):,} train, {len(held_out):,} held out"
-
-
-def _folders(path: str | Path) -> list[str]:
-    return [entry.name for entry in os.scandir(path) if entry.is_dir() and not _hidden(entry.name)]
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in HIDDEN
 
 
 def _split(data: Dataset | Files, first: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -359,7 +285,7 @@ def _files(path: str | Path, size: int | None, grayscale: bool) -> Files:
         steps.append(v2.Grayscale())
     if size is not None:
         steps.append(v2.Resize((check_integer("image_folder", "size", size, low=1),) * 2, antialias=True))
-    with _reading(path):
+    with reading(path):
         folder = Folder(path, v2.Compose(steps))
         return Files(folder, torch.arange(len(folder)))
 
@@ -370,7 +296,7 @@ def _read(files: Files, processes: int | None = None) -> Dataset:
     done = 0
     if processes is None:
         processes = min(16, _processors()) if sys.platform == "linux" and len(files) >= MANY else 1
-    with _reading(files.folder.root):
+    with reading(files.folder.root):
         if processes > 1:
             parts = [range(i, min(i + PART, len(files))) for i in range(0, len(files), PART)]
             fork = multiprocessing.get_context("fork")
@@ -399,31 +325,3 @@ def _read_part(part: range) -> np.ndarray[Any, Any]:
 def _processors() -> int:
     """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        # The folder does not exist or holds no images.
-        expected = "a folder with a sub-folder of images for each class"
-        raise ValueError(message("image_folder", "path", expected, f"{path} ({error})")) from error
-
-
-def _read_image(path: str) -> Any:
-    """Read a file as a PIL image in RGB."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"of mode {image.mode}, which is not of 8 bits")
-                # Going through RGBA avoids Pillow's warning about palettes with transparency.
-                return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-    except Exception as error:
-        # Decoders raise many exception types for damaged files; all mean the same to the caller.
-        given = f"{path} ({identify(Path(path)) or error})"
-        raise ValueError(message("image_folder", "path", "a folder of readable images", given)) from error

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ._core.checks import check_integer, check_number, message
 from .ops import assemble, resize
+from .ops._images import memory_format
 from .ops.corrupt import check_x
 from .ops.corrupt import run as run_corrupt
 from .ops.mask_blocks import check_mask_ratio
@@ -216,8 +217,7 @@ class RandomResizePad(RandomTransform):
         image, outside = self._place(x, seed, sample_ids, draw)
         mask = outside.to(image.dtype)
         corrupted = torch.cat((image, torch.ones_like(mask), mask), dim=1)
-        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return corrupted.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return corrupted.contiguous(memory_format=memory_format(x))
 
     def target(
         self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0

@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import Tensor
 
+from ..ops._images import memory_format
 from ..ops.corrupt import check_x
 from ..randomness import key_tensors
 from ..transforms import RandomTransform
@@ -42,8 +43,7 @@ class ImageTransform(RandomTransform):
         image = 2 * self.images(x.float() / 255 if x.dtype == torch.uint8 else x, *key) - 1
         plane = torch.zeros_like(image[:, :1])
         corrupted = torch.cat((image, torch.ones_like(plane), plane), dim=1)
-        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        return corrupted.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return corrupted.contiguous(memory_format=memory_format(x))
 
     def target(
         self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .._core.checks import check_integer, check_number, message
-from ..data import TORCHVISION, Dataset, Files, describe_split, find_parts, load_data
+from .._core.folders import find_parts
+from ..data import TORCHVISION, Dataset, Files, describe_split, load_data
 from ..transforms import RT1, RT2, RT3, RandomTransform, build_transform, restore_transform
 from .images import read_images
 
