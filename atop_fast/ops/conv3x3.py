@@ -139,7 +139,7 @@ def check_arguments(
     check_images(function, "x", x, weight.shape[1], dilation)
     check_bias(function, bias, weight)
     if residual is not None:
-        check_shape(function, "residual", residual, (len(x), len(weight), *x.shape[2:]))
+        check_shape(function, "residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
 
 
 def check_bwd(

@@ -133,7 +133,7 @@ def check_bwd(
     if dy.shape[0] != blocks.shape[0] * copies:
         raise ValueError(message(function, "dy", f"{blocks.shape[0] * copies} images", dy.shape[0]))
     check_dtype(function, "passes", passes, torch.uint8)
-    check_shape(function, "passes", passes, (len(blocks), dy.shape[1] - 2, -(-dy.shape[2] * dy.shape[3] // 8)))
+    check_shape(function, "passes", passes, (blocks.shape[0], dy.shape[1] - 2, -(-dy.shape[2] * dy.shape[3] // 8)))
     check_same_device(function, "passes", passes, "dy", dy)
 
 

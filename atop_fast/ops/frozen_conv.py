@@ -131,7 +131,7 @@ def output_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[
     sizes = (
         (given + 2 * padding - taps) // stride + 1 for given, taps in zip(x.shape[2:], weight.shape[2:], strict=True)
     )
-    return len(x), len(weight), *sizes
+    return x.shape[0], weight.shape[0], *sizes
 
 
 def check_bwd(
