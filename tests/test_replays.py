@@ -100,7 +100,7 @@ CASES = {
     "pma l2": ("PMA", "L2", {"steps": 8, "target_classes": 2}),
     "pma l1": ("PMA", "L1", {"steps": 8}),
     "cw": ("CW", "L2", {"steps": 10, "lr": 0.1, "c": 10.0, "search_steps": 2, "early_stop": True}),
-    "stadv": ("StAdv", None, {"steps": 8, "bound": 0.02, "early_stop": True, "smoothness": 1e-4}),
+    "stadv": ("StAdv", None, {"steps": 8, "bound": 0.02, "smoothness": 1e-4}),
 }
 
 
@@ -133,11 +133,12 @@ MODES = [{"gradient": mode} for mode in attacks.GRADIENT_MODES] + [
 @pytest.mark.parametrize("options", MODES, ids=str)
 def test_steps_over_draws_are_replayed(options, tapes, monkeypatch):
     """Draws are keyed by tensors: each replay has its own."""
-    attack = attacks.PGD(defense(), **{"eps": 0.05, "steps": 9, "eot_iter": 3, **options})
-    replayed, eager = compared(attack, X, labels(classifier()), monkeypatch)
+    attack = attacks.PGD(defense(), **{"eps": 0.05, "steps": 8, "eot_iter": 2, **options})
+    # Two batches of 16, which share a graph, and one of 8; bfloat16 is slow here.
+    some = slice(COUNT if options in MODES[:2] else SLOTS + 4)
+    replayed, eager = compared(attack, X[some], labels(classifier())[some], monkeypatch, IDS[some])
     (tape,) = tapes
-    # Two batches of 16, which share a graph, and one of 8.
-    assert (tape.records, tape.replays) == (2, 2 * 9 - WARM_UP + 9 - WARM_UP)
+    assert (tape.records, tape.replays) == (2, (16 if some.stop == COUNT else 8) - WARM_UP + 8 - WARM_UP)
     assert replayed == eager
 
 
@@ -272,7 +273,7 @@ def test_a_step_that_looks_at_values_goes_on_eagerly(tapes, monkeypatch):
     attack = attacks.PGD(defense(RandomSeries(3)), steps=8, eot_iter=2, eps=0.05)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        replayed, eager = compared(attack, X, labels(classifier()), monkeypatch)
+        replayed, eager = compared(attack, X[:8], labels(classifier())[:8], monkeypatch, IDS[:8])
     assert [tape.replays for tape in tapes] == [0]
     texts = [str(w.message) for w in said if "not replayed" in str(w.message)]
     assert texts == [
