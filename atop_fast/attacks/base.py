@@ -142,8 +142,10 @@ class Attack(ABC):
             return images.clone()
         _check_has_gradients(name, self.model)
         warn_if_slow(name, images.device, self.precision)
+        # Streams, and so CUDA graphs, are those of the current GPU.
+        on_gpu = torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext()
         # Inference mode has no gradients, and tensors made in it have none.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), on_gpu:
             images, labels, ids = (t.clone() if t.is_inference() else t for t in (images, labels, ids))
             start = start.clone() if start is not None and start.is_inference() else start
             with this.prepared(images, ids) as estimator:

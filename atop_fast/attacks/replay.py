@@ -134,10 +134,7 @@ def _wanted(program: Program, estimator: GradientEstimator, device: torch.device
     """Whether captures are asked for, and worth their time. A callback looks at every step."""
     if not estimator.replays or chosen_graphs() != "1" or getattr(program, "trace", None) is not None:
         return False
-    # The recorder's stream is one of the current GPU; a caller's own capture must not be nested.
-    if device.type == "cuda" and (
-        device.index not in (None, torch.cuda.current_device()) or torch.cuda.is_current_stream_capturing()
-    ):
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return False
     return getattr(program, "steps", 0) * estimator.eot_iter >= WORTHWHILE
 
