@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import types
 import warnings
 
 import pytest
@@ -212,6 +213,25 @@ def test_graphs_can_be_switched_off():
     updates(step)
     assert step.replayed.path == "eager (graphs=False)"
     assert not step.replayed.recorder.records
+
+
+def test_several_processes_run_eagerly_and_say_why(monkeypatch):
+    alone = types.SimpleNamespace(size=2, rank=0, add_up=lambda tensors: None)
+    monkeypatch.setattr("atop_fast.training.step.Group", lambda: alone)
+    step = recorded(Line())
+    updates(step)
+    assert step.replayed.path == "eager (several processes, whose sums of gradients are not tested in CUDA graphs)"
+    assert not step.replayed.recorder.records
+
+
+def test_the_environment_can_switch_graphs_off(monkeypatch):
+    monkeypatch.setenv("ATOP_FAST_GRAPHS", "0")
+    step = recorded(Line())
+    updates(step)
+    assert step.replayed.path == "eager (ATOP_FAST_GRAPHS=0)"
+    monkeypatch.setenv("ATOP_FAST_GRAPHS", "updates")
+    updates(step)
+    assert step.replayed.path == "CUDA graph"
 
 
 def test_a_seed_in_a_tensor_derives_as_a_number():
