@@ -448,7 +448,7 @@ def test_hooks_on_all_modules_count(kind):
 
 def test_a_copy_that_is_another_network_is_not_attacked(monkeypatch):
     """After any disagreement the model itself is attacked, and one warning names it."""
-    from atop_fast.attacks import network as module
+    from atop_fast.attacks import copies as module
 
     model, x = made(Residual), torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for scale in (0.0, 0.9, 1.1):

@@ -51,9 +51,12 @@ def is_plain(module: nn.Module) -> bool:
     return not any(callable(value) and hasattr(kind, name) for name, value in vars(module).items())
 
 
-def reads_nothing_that_changes(modules: Iterable[nn.Module]) -> bool:
-    """Whether the code that `forward` of these modules reaches reads only constants besides tensors."""
-    reader, found = _Reader(), list(modules)
+def reads_nothing_that_changes(modules: Iterable[nn.Module], read: list[Any] | None = None) -> bool:
+    """Whether the code that `forward` of these modules reaches reads only constants besides tensors.
+
+    `read` gets that code and these constants, in a form that can be compared with that of another time.
+    """
+    reader, found = _Reader(read), list(modules)
     if not all(reader.allows(type(module).forward) for module in found):
         return False
     # A method among the attributes may read further attributes: repeat until no name is added.
@@ -68,12 +71,14 @@ def reads_nothing_that_changes(modules: Iterable[nn.Module]) -> bool:
 class _Reader:
     """Walks the bytecode of functions and records the names of the attributes that they read."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: list[Any] | None) -> None:
+        self.read: list[Any] = [] if read is None else read
         self.names: set[str] = set()
         self.seen: set[types.CodeType] = set()
 
     def allows(self, value: Any) -> bool:
         """Whether reading or calling `value` gives the same result every time."""
+        self.read.append(_comparable(value))
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         if isinstance(value, property):
@@ -133,6 +138,13 @@ class _Reader:
                 self.names.add(step.argval)
         inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
         return all(self._allows_code(part, names, closure) for part in inner)
+
+
+def _comparable(value: Any) -> Any:
+    """A function's code, which may be replaced in place; numbers such that 1, 1.0 and True differ, and 0.0 and -0.0."""
+    if isinstance(value, types.FunctionType):
+        return value.__code__
+    return (type(value), repr(value)) if isinstance(value, (int, float, complex)) else value
 
 
 def _of_torch(thing: Any) -> bool:

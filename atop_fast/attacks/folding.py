@@ -99,7 +99,7 @@ def fold_batch_norm(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Mo
     """
     if not isinstance(model, nn.Module):
         raise TypeError(message("fold_batch_norm", "model", "a torch.nn.Module", type(model).__name__))
-    if not _is_rewritable(model):
+    if not is_rewritable(model):
         return model
     try:
         copied = copy.deepcopy(model)
@@ -135,15 +135,18 @@ def _forget(file: str) -> None:
     fx.graph_module._loader.eval_cache.pop(file, None)
 
 
-def _is_rewritable(model: nn.Module) -> bool:
-    """Whether the model consists of layers whose code is known, and of modules whose code may be traced."""
+def is_rewritable(model: nn.Module, read: list[Any] | None = None) -> bool:
+    """Whether the model consists of layers whose code is known, and of modules whose code may be traced.
+
+    `read` is that of reads_nothing_that_changes.
+    """
     modules = list(model.modules())
     if any(getattr(m, "training", True) or not is_plain(m) for m in modules):
         return False
     others = [m for m in modules if not type(m).__module__.startswith(_OWN)]
     if any(type(m) in _LAYERS and type(m).forward is not _FORWARDS[type(m)] for m in others):
         return False
-    return reads_nothing_that_changes(m for m in others if type(m) not in _LAYERS)
+    return reads_nothing_that_changes((m for m in others if type(m) not in _LAYERS), read)
 
 
 def _traced(copied: nn.Module) -> fx.Graph | None:

@@ -15,6 +15,7 @@ from .._core.flags import holding
 from .._core.plain import is_plain
 from ..defense import Defense
 from ..randomness import watched_generators
+from .copies import copy_of, forget
 from .folding import fold_batch_norm
 
 Model = Callable[..., Tensor]
@@ -59,16 +60,11 @@ def prepared(
     with frozen(model):
         network = model
         if isinstance(model, nn.Module) and passes >= WORTHWHILE and model not in _UNLIKE:
-            network = _copied(model, dtype)
-            # Rounding in lower precision would hide errors: the copy is compared in the model's own precision.
-            exact = network if dtype is None or network is model or probe is None else _copied(model, None)
             # Values cannot be read while a CUDA graph is captured.
-            seen = probe is not None and not (probe.x.is_cuda and torch.cuda.is_current_stream_capturing())
-            if exact is not model and probe is not None and seen:
-                if not agrees(model, exact, probe):
-                    network = model
-                elif exact not in _COPIES and isinstance(network, nn.Module):
-                    _COPIES.discard(network)
+            if probe is None or (probe.x.is_cuda and torch.cuda.is_current_stream_capturing()):
+                network = _copied(model, dtype, fold_batch_norm)
+            else:
+                network = _compared(model, dtype, probe)
         yield network
 
 
@@ -77,15 +73,34 @@ def is_copy(network: object) -> bool:
     return isinstance(network, nn.Module) and network in _COPIES
 
 
-def _copied(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _compared(model: nn.Module, dtype: torch.dtype | None, probe: Probe) -> nn.Module:
+    """A copy that agrees with the model at the probe, or the model itself."""
+    for last in (False, True):
+        network = _copied(model, dtype, copy_of)
+        # Rounding in lower precision would hide errors: the copy is compared in the model's own precision.
+        exact = network if dtype is None or network is model else _copied(model, None, copy_of)
+        if exact is model:
+            return network
+        if agrees(model, exact, probe, last):
+            if exact not in _COPIES:
+                _COPIES.discard(network)
+            return network
+        # A copy that was kept might not know of a change, such as a function of torch that was replaced.
+        forget(model)
+    return model
+
+
+def _copied(
+    model: nn.Module, dtype: torch.dtype | None, fold: Callable[[nn.Module, torch.dtype | None], nn.Module]
+) -> nn.Module:
     """A copy for fast passes, or the model itself."""
     if type(model) is not Defense:
-        network, known = fold_batch_norm(model, dtype), True
+        network, known = fold(model, dtype), True
     elif not is_plain(model) or model.training:
         return model
     else:
         parts = [model.classifier] if model.purifier is None else [model.classifier, model.purifier]
-        folded = [fold_batch_norm(part, dtype) for part in parts]
+        folded = [fold(part, dtype) for part in parts]
         if all(a is b for a, b in zip(parts, folded, strict=True)):
             return model
         network = Defense(model.transform, folded[1] if model.purifier is not None else None, folded[0]).eval()
@@ -101,8 +116,11 @@ def _is_ours(transform: nn.Module) -> bool:
     return all(type(m).__module__.startswith((f"{_PACKAGE}.", "torch.nn.modules.")) and is_plain(m) for m in modules)
 
 
-def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
-    """Whether the network computes what the model does at the probe; if not, a warning follows, once."""
+def agrees(model: nn.Module, network: nn.Module, probe: Probe, last: bool = True) -> bool:
+    """Whether the network computes what the model does at the probe.
+
+    If not, and this comparison is the `last`, the model gets no further copies, and a warning follows, once.
+    """
     with watched_generators() as generators:
         try:
             expected = _response(model, probe)
@@ -110,7 +128,8 @@ def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
             return False
     if generators.drawn:
         # Its calls differ with or without a copy.
-        _UNLIKE.add(model)
+        if last:
+            _UNLIKE.add(model)
         return False
     with watched_generators() as generators:
         try:
@@ -119,7 +138,7 @@ def agrees(model: nn.Module, network: nn.Module, probe: Probe) -> bool:
             given = None
     if not generators.drawn and given is not None and _are_close(given, expected):
         return True
-    if expected[0].isfinite().all():
+    if last and expected[0].isfinite().all():
         _UNLIKE.add(model)
         name = type(model).__name__
         _say_once(
