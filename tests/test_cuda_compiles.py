@@ -17,12 +17,13 @@ MAX_REGISTERS = 40
 # Limits of sources with more work per thread; float64 takes the most, the other types of corrupt 64 on sm_90 and 80 on
 # sm_100; the kernel of gated that sums gradients has three blocks per multiprocessor.
 MORE_REGISTERS = {"assemble": 48, "attack_loss": 48, "corrupt": 90, "gated": 80, "resample": 48}
-# The loops over draws, at four blocks and more; and the formulas between norms, at two: 90 registers in float32.
+# The loops over draws, at four blocks and more; and the formulas between norms, in float64 at two.
 MORE_REGISTERS |= {"pgd_step_linf": 64, "apgd_step_linf": 64, "pgd_step_l2": 128, "apgd_step_l2": 128}
 # Sources whose kernels store packs of 16 bytes, wherever their template has a width above 1.
 PACKED = {"apgd_step_l2", "apgd_step_linf", "assemble", "gated", "pgd_step_l2", "pgd_step_linf"}
 # Limits of single kernels: the odds of attack_loss take 76 in float64 and at most 51 in other types, at three blocks.
-KERNELS = {"launch_odds_kernel": 80}
+# In float32, the formulas between norms have three blocks, too.
+KERNELS = {"launch_odds_kernel": 80, "StepL2IfE": 80}
 
 
 @pytest.mark.slow
@@ -53,6 +54,9 @@ def test_compiles(source, tmp_path):
         for name, body in packed.items():
             for access in ("LDG", "STG"):
                 assert re.search(rf"{access}\.E\S*\.128", body), f"{name} has no {access} of 16 bytes"
+            # 8 values of f and of g, 4 biases a load.
+            if source.stem == "gated" and "Li8E" in name:
+                assert len(re.findall(r"LDG\.E\S*\.128", body)) >= 6, f"{name} loads biases one by one"
 
 
 def functions(listing):

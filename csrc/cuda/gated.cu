@@ -40,24 +40,43 @@ struct Place {
   }
 };
 
+// The biases of V values of f or of g: one of each channel in channels_last, otherwise the same one.
+template <typename C, int V>
+struct Biases {
+  C v[V];
+
+  __device__ __forceinline__ Biases(const C* bias, bool channels_last) {
+    constexpr int W = V < kWidth<C> ? V : kWidth<C>;
+    if (bias && channels_last) {
+#pragma unroll
+      for (int i = 0; i < V; i += W) {
+        const auto some = load_pack<C, W>(bias + i);
+#pragma unroll
+        for (int j = 0; j < W; ++j) v[i + j] = some.v[j];
+      }
+    } else {
+      const C same = bias ? *bias : C(0);
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = same;
+    }
+  }
+};
+
 // V pairs of f and g with their biases.
 template <typename T, int V>
 struct Pairs {
   using C = typename Compute<T>::type;
   Pack<T, V> f, g;
-  const C* bias;
-  int64_t channels;
-  int step;
+  Biases<C, V> bias_f, bias_g;
 
   __device__ __forceinline__ Pairs(const T* h, const C* bias, const Lines& lines, const Place& at)
       : f(load_pack<T, V>(h + at.f)),
         g(load_pack<T, V>(h + at.f + lines.gap())),
-        bias(bias ? bias + at.bias : nullptr),
-        channels(lines.channels),
-        step(lines.channels_last) {}
+        bias_f(bias ? bias + at.bias : nullptr, lines.channels_last),
+        bias_g(bias ? bias + lines.channels + at.bias : nullptr, lines.channels_last) {}
 
-  __device__ __forceinline__ C f_of(int i) const { return load(f.v[i]) + (bias ? bias[i * step] : C(0)); }
-  __device__ __forceinline__ C g_of(int i) const { return load(g.v[i]) + (bias ? bias[channels + i * step] : C(0)); }
+  __device__ __forceinline__ C f_of(int i) const { return load(f.v[i]) + bias_f.v[i]; }
+  __device__ __forceinline__ C g_of(int i) const { return load(g.v[i]) + bias_g.v[i]; }
 };
 
 // V divides the length of lines, so that no pack crosses the end of a line.
@@ -229,7 +248,7 @@ template <typename T>
 const char* launch_gated(const T* h, const typename Compute<T>::type* bias, T* y, Gates size, void* stream) {
   constexpr int V = kWidth<T>;
   const Lines lines(size, bias != nullptr);
-  const bool packs = lines.length % V == 0 && aligned16(h, y);
+  const bool packs = lines.length % V == 0 && aligned16(h, y, bias);
   const auto launch = size.activation == math::kElu ? (packs ? forward<math::Elu, V, T> : forward<math::Elu, 1, T>)
                                                     : (packs ? forward<math::Relu, V, T> : forward<math::Relu, 1, T>);
   launch(h, bias, y, lines, static_cast<cudaStream_t>(stream));
@@ -243,7 +262,7 @@ const char* launch_gated_bwd(const T* dy, const T* h, const typename Compute<T>:
   using C = typename Compute<T>::type;
   constexpr int V = kWidth<T>;
   const Lines lines(size, bias != nullptr);
-  const bool packs = lines.length % V == 0 && aligned16(dy, h, dh);
+  const bool packs = lines.length % V == 0 && aligned16(dy, h, dh, bias);
   const auto launch = size.activation == math::kElu
                           ? (packs ? backward<math::Elu, V, T, C> : backward<math::Elu, 1, T, C>)
                           : (packs ? backward<math::Relu, V, T, C> : backward<math::Relu, 1, T, C>);

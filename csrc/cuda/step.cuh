@@ -14,7 +14,8 @@ namespace atop {
 constexpr int64_t kPart = 8192;
 // Minimum blocks per multiprocessor, with and without norms: with this bound, ptxas does not spill registers to fit one
 // more block.
-constexpr int kBlocks = 2;
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 4 ? 3 : 2;
 constexpr int kElementBlocks = 4;
 
 // V elements from index i in all samples on; the draws are added in order.
@@ -151,7 +152,7 @@ __device__ bool take_norms(const StepArguments<T>& a, const Part& part, int phas
 }
 
 template <typename Step, int V, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     step_with_norms_kernel(StepArguments<T> a, unsigned parts, int phase) {
   const unsigned sample = blockIdx.x / parts, index = blockIdx.x % parts;
   const int64_t first = index * kPart, begin = sample * a.inner;
