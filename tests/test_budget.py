@@ -13,13 +13,15 @@ import torch
 from test_engine import Line, run
 from test_train import TINY, fail, files, no_pictures, tiny  # noqa: F401
 
-from atop_fast import FinetuneConfig, PretrainConfig
+from atop_fast import FinetuneConfig, PretrainConfig, load_model
 from atop_fast._core.distributed import Group
 from atop_fast.cli import main
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.recipes import budget
 from atop_fast.recipes.evaluation import EvaluationConfig
 from atop_fast.recipes.forecast import Forecast, too_little
+from atop_fast.recipes.schema import load_recipe
+from atop_fast.recipes.smaller import fitted, halved
 
 STAGES = ["pretrain", "finetune", "evaluate"]
 
@@ -53,6 +55,24 @@ def test_a_training_fills_its_share_and_keeps_its_plan(tmp_path, clock):
     again = budget.Budget(400, clock[0], tmp_path / "plan.json", STAGES, Group())
     assert again.train("pretrain", config, 1000, lambda config: pytest.fail("it measured again")) == short
     assert again.left() == pytest.approx(400 - 100 - made.plan["finetune"]["seconds"])
+
+
+def test_a_short_time_is_not_spent_on_measuring(tmp_path, clock):
+    """Four updates to measure would be more than the share of it, so that the forecast must do."""
+    config = FinetuneConfig(epochs=20, batch_size=10, evaluate_every=1)
+    made = budget.Budget(40, clock[0], tmp_path / "plan.json", STAGES, Group())
+    short = made.train("pretrain", config, 1000, lambda config: pytest.fail("it measured"), forecast=1.0)
+    assert short.updates == int(0.9 * 10)
+    # Evaluations on held-out images have no time in the plan.
+    assert short.evaluate_every == 0
+    calls = []
+
+    def train(config):
+        calls.append(config.updates)
+        clock[0] += config.updates / 100
+
+    made.train("finetune", config, 1000, train, forecast=0.01)
+    assert len(calls) == 2
 
 
 def test_a_shorter_training_keeps_its_phases():
@@ -160,3 +180,58 @@ def test_an_evaluation_in_l1_keeps_its_protocol():
         images, protocol = budget.evaluation_that_fits(config, 1000, 40_000.0)
         assert protocol == expected
         assert 1 <= images < 1000
+
+
+def test_networks_shrink_where_that_gives_more():
+    recipe = load_recipe("cifar10-native-rt2")
+    half = halved(recipe)
+    assert half.classifier.options == {"widths": [32, 64, 128]}
+    assert half.purifier.options == {"width": 12, "blocks": 1}
+    quarter = halved(half)
+    # Eight channels are the fewest: the purifier stays.
+    assert (quarter.classifier.options["widths"], quarter.purifier.options["width"]) == ([16, 32, 64], 12)
+    given = replace(recipe, classifier=replace(recipe.classifier, path="x.pt"), purifier=quarter.purifier)
+    assert halved(given) is None
+    for name, options in (("vit_tiny", {}), ("wrn_28_10", {}), ("small_resnet", {"width": 12})):
+        source = replace(recipe.classifier, name=name)
+        assert halved(replace(given, classifier=source)) == (
+            replace(given, classifier=replace(source, options=options)) if options else None
+        )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "faster", "halvings"),
+    # A tenth of the updates fits as it is; half as wide is enough; a quarter is needed; halving gives too little.
+    [(120, 4.0, 0), (30, 4.0, 1), (10, 4.0, 2), (10, 1.2, 0)],
+)
+def test_networks_are_halved_until_enough_fits(seconds, faster, halvings):
+    recipe, asked = load_recipe("cifar10-native-rt2"), []
+
+    def forecast(given):
+        asked.append(given)
+        return Forecast({"finetune": (1000, 1.0 / faster ** (len(asked) - 1))}, None, 0, 0.0)
+
+    found, chosen, count = fitted(recipe, seconds, forecast, Group())
+    assert count == halvings
+    assert found == asked[halvings]
+    assert chosen.trainings["finetune"][1] == 1.0 / faster**halvings
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_with_smaller_networks_resumes_and_is_repeated(tiny, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(budget.Budget, "limit", lambda *_: 600.0)
+    monkeypatch.setattr("atop_fast.recipes.smaller.LEAST", 2)
+    monkeypatch.setattr("atop_fast.recipes.smaller.TRIAL", 100.0)
+    monkeypatch.setattr("atop_fast.recipes.smaller.ENOUGH", 2.0)
+    monkeypatch.setattr("atop_fast.recipes.smaller.WORTH", 0.0)
+    monkeypatch.setattr("atop_fast.recipes.smaller.MOST", 1)
+    main(["train", "tiny.yaml", "--out=run", "--budget=3s", "--until=pretrain"])
+    assert "are halved, but not to fewer than" in capsys.readouterr().out
+    plan = json.loads(Path("run/plan.json").read_text())
+    assert plan["networks"]["halvings"] == 1
+    main(["train", "tiny.yaml", "--out=run", "--budget=3s"])
+    report = json.loads(Path("run/report.json").read_text())
+    assert "networks: channels halved;" in Path("run/report.html").read_text()
+    assert load_model("run/finetuned.safetensors", "purifier").architecture[1]["width"] == 2
+    main(["train", "run/recipe.yaml", "--out=again"])
+    assert json.loads(Path("again/report.json").read_text())["systems"] == report["systems"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,33 +53,57 @@ class Budget:
         # Time planned by earlier processes of this run counts as spent.
         self.end = start + seconds - sum(stage["seconds"] for stage in self.plan.values())
 
+    @property
+    def halvings(self) -> int:
+        """How often the networks that the run trains are halved; see smaller.fitted."""
+        return int(self.plan.get("networks", {}).get("halvings", 0))
+
+    def keep_halvings(self, halvings: int) -> None:
+        """Plan the size of the networks."""
+        self._keep("networks", 0.0, {"halvings": halvings})
+
     def left(self) -> float:
         """Seconds until the end, at least a tenth of one."""
         return max(0.1, self.end - time.monotonic())
 
-    def train(self, stage: str, config: Config, images: int, measure: Callable[[Config], object]) -> Config:
-        """The options of a training of as many updates as fit into its time.
+    def train(
+        self,
+        stage: str,
+        config: Config,
+        images: int,
+        measure: Callable[[Config], object],
+        forecast: float | None = None,
+    ) -> Config:
+        """The options of a training of as many updates as fit into its time, without evaluations in between.
 
         Args:
             stage: its name.
             config: of the whole training, on `images` images.
             measure: trains copies of the networks by given options.
+            forecast: seconds of an update as measured before; taken as they are if measuring again, which needs four
+                updates, would take more than its share of the time.
         """
         epoch = -(-images // config.batch_size)
         whole = config.epochs * epoch
         if stage not in self.plan:
             seconds = self._seconds(stage)
-            # The first updates of a process take longer than the others.
-            trial = replace(config, updates=2, evaluate_every=0)
-            first = self._timed(lambda: measure(trial)) / 2
-            count = max(2, int(TRIAL * seconds / first))
-            each = self._timed(lambda: measure(replace(trial, updates=count))) / count
-            updates = max(1, int((MARGIN["train"] * seconds - 2 * first - count * each) / each))
+            # All processes train together, and so must decide alike.
+            forecast = self.group.gather(forecast)[0]
+            if forecast is not None and 4 * forecast > TRIAL * seconds:
+                each, spent = forecast, 0.0
+            else:
+                # The first updates of a process take longer than the others.
+                trial = replace(config, updates=2, evaluate_every=0)
+                first = self._timed(lambda: measure(trial)) / 2
+                count = max(2, int(TRIAL * seconds / first))
+                each = self._timed(lambda: measure(replace(trial, updates=count))) / count
+                spent = 2 * first + count * each
+            updates = max(1, int((MARGIN["train"] * seconds - spent) / each))
             self._keep(stage, seconds, {"updates": min(updates, whole), "of": whole})
-        return shorten(config, self.plan[stage]["updates"], epoch)
+        return self._short(stage, config, epoch)
 
     def evaluate(
-        self, config: EvaluationConfig, images: int, measure: Callable[[], tuple[int, dict[str, float]]]
+        self, config: EvaluationConfig, images: int, measure: Callable[[], tuple[int, Mapping[str, float]]]
     ) -> EvaluationConfig:
         """The options of the evaluations, of as many images as fit into their time.
 
@@ -107,9 +131,7 @@ class Budget:
         """The recipe that the run follows, so that it can be repeated without a budget; trained on `images` images."""
 
         def short(stage: str, config: Config) -> Config:
-            if stage not in self.plan:
-                return config
-            return shorten(config, self.plan[stage]["updates"], -(-images // config.batch_size))
+            return self._short(stage, config, -(-images // config.batch_size)) if stage in self.plan else config
 
         classifier = replace(recipe.classifier, training=short("classifier", recipe.classifier.training))
         pretrain, finetune = short("pretrain", recipe.pretrain), short("finetune", recipe.finetune)
@@ -133,11 +155,18 @@ class Budget:
             for stage, plan in self.plan.items()
             if "updates" in plan
         ]
+        if self.halvings:
+            times = " twice" if self.halvings > 1 else ""
+            parts.insert(0, f"networks: channels halved{times}")
         plan = self.plan["evaluate"]
         protocol = plan["protocol"]
         instead = "" if protocol == config.protocol else f" by the protocol {protocol} instead of {config.protocol}"
         parts.append(f"evaluation: {plan['images']:,} of {plan['of']:,} images{instead}, without diagnostics")
         return ["Reduced to fit the budget: " + "; ".join(parts) + "."]
+
+    def _short(self, stage: str, config: Config, epoch: int) -> Config:
+        # The plan has no time for evaluations in between, which may take longer than the training.
+        return replace(shorten(config, self.plan[stage]["updates"], epoch), evaluate_every=0)
 
     def _seconds(self, stage: str) -> float:
         """A stage's share of the time that is left to it and the stages after it."""

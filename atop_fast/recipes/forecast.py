@@ -28,12 +28,14 @@ class Forecast:
         trainings: stage -> its updates, and the seconds that one takes.
         evaluation, images: the whole evaluation, and its images.
         seconds_per_pass: of an image with its gradient, in all systems together.
+        measured: the passes that gave it, and their seconds in each system.
     """
 
     trainings: Mapping[str, tuple[int, float]]
     evaluation: EvaluationConfig | None
     images: int
     seconds_per_pass: float
+    measured: tuple[int, Mapping[str, float]] | None = None
 
     def fits(self, seconds: float) -> dict[str, tuple[int, int]]:
         """Stage -> the updates that fit into the time and those of the whole; "evaluate" -> images."""

@@ -43,11 +43,12 @@ from ..evaluation.evaluate import parse_budget
 from ..randomness import derive_seed
 from ..training import TrainingConfig, finetune, pretrain, train_classifier
 from ..training.metrics import summary_writer
-from .budget import Budget
+from .budget import TRIAL, Budget
 from .evaluation import EvaluationConfig
 from .forecast import Forecast, seconds_per_update
-from .networks import build_networks, check_networks, resized
+from .networks import Network, build_networks, check_networks, resized
 from .schema import Recipe
+from .smaller import fitted, halved, spoken_halvings
 from .verdicts import ABLATION, write_verdicts
 
 STAGES = ("classifier", "pretrain", "finetune", "evaluate")
@@ -144,16 +145,14 @@ class _Pipeline:
                 self.say(f"Going on with the run in {out}")
         group.gather(None)
         self.budget: Budget | None = None
+        self.forecast: Forecast | None = None
         if seconds is not None:
             paths = {"classifier": recipe.classifier.path, "pretrain": recipe.purifier.path}
             stages = [stage for stage in STAGES[: STAGES.index(until) + 1] if paths.get(stage) is None]
             if recipe.ablation and "finetune" in stages:
                 stages.insert(stages.index("finetune") + 1, "ablation")
             self.budget = Budget(seconds, start, out / "plan.json", stages, group)
-            if not self.budget.plan:
-                sentence = group.gather(self._forecast(seconds, stages).sentence(seconds))[0]
-                if self.say is not None:
-                    self.say(sentence)
+            self._plan(seconds, stages)
 
     def run(self) -> dict[str, Any] | None:
         """The stages up to the last one; the contents of report.json."""
@@ -228,22 +227,47 @@ class _Pipeline:
         defense = Defense(self.transform, purifier, classifier)
         finetune(defense, *self.train.training(), discriminator=judge, **options)
 
-    def _forecast(self, seconds: float, stages: Sequence[str]) -> Forecast:
-        """The costs of the run, measured on untrained copies of the networks."""
-        classifier, *others = (network.module for network in self.networks.values())
-        frozen = resized(self.recipe, copy.deepcopy(classifier).eval())
+    def _plan(self, seconds: float, stages: Sequence[str]) -> None:
+        """Choose the size of the networks under the budget, and say what fits; a resumed run keeps to its plan."""
+        assert self.budget is not None
+        if not self.budget.plan:
+
+            def forecast(recipe: Recipe) -> Forecast:
+                networks = build_networks(recipe, self.train, self.seed, self.device)
+                return self._forecast(recipe, networks, seconds, stages)
+
+            _, self.forecast, halvings = fitted(self.recipe, seconds, forecast, self.group)
+            sentence = self.group.gather(self.forecast.sentence(seconds))[0]
+            if halvings:
+                self.budget.keep_halvings(halvings)
+                sentence += f" The channels of the networks that it trains are {spoken_halvings(halvings)}."
+            if self.say is not None:
+                self.say(sentence)
+        for _ in range(self.budget.halvings):
+            smaller = halved(self.recipe)
+            assert smaller is not None
+            self.recipe = smaller
+        if self.budget.halvings:
+            self.networks = build_networks(self.recipe, self.train, self.seed, self.device)
+
+    def _forecast(
+        self, recipe: Recipe, networks: Mapping[str, Network], seconds: float, stages: Sequence[str]
+    ) -> Forecast:
+        """The costs of the run of a recipe, measured on untrained copies of its networks."""
+        classifier, *others = (network.module for network in networks.values())
+        frozen = resized(recipe, copy.deepcopy(classifier).eval())
         fit_defense = functools.partial(self._fit_defense, frozen)
         trainings: dict[str, tuple[TrainingConfig, Callable[..., None], Sequence[nn.Module]]] = {
-            "classifier": (self.recipe.classifier.training, self._fit_classifier, [classifier]),
-            "pretrain": (self.recipe.pretrain, self._fit_purifier, others),
-            "finetune": (self.recipe.finetune, fit_defense, others),
+            "classifier": (recipe.classifier.training, self._fit_classifier, [classifier]),
+            "pretrain": (recipe.pretrain, self._fit_purifier, others),
+            "finetune": (recipe.finetune, fit_defense, others),
             "ablation": (self._ablation(), fit_defense, others),
         }
         found = {}
         for name in stages:
             if name in trainings:
-                config, fit, networks = trainings[name]
-                train = functools.partial(fit, *copy.deepcopy(networks), seed=self.seed, progress=False)
+                config, fit, parts = trainings[name]
+                train = functools.partial(fit, *copy.deepcopy(parts), seed=self.seed, progress=False)
                 each = seconds_per_update(config, train, seconds / 50, self.group)
                 found[name] = (config.epochs * -(-len(self.train) // config.batch_size), each)
         if "evaluate" not in stages:
@@ -251,7 +275,7 @@ class _Pipeline:
         systems = self._systems(frozen, dict.fromkeys(("pretrained", "finetuned"), others[0]))
         passes, took = self._measure(systems, images=8, steps=1, draws=1)
         each = sum(took.values()) / passes / self.group.size
-        return Forecast(found, self.recipe.evaluation, len(self.test), each)
+        return Forecast(found, recipe.evaluation, len(self.test), each, (passes, took))
 
     def evaluate(self, classifier: nn.Module) -> dict[str, Any]:
         """Judge the classifier alone and every defense in front of it on the same images, and write the report."""
@@ -261,7 +285,7 @@ class _Pipeline:
             purifiers[ABLATION] = self._load(ABLATION, "purifier")
         systems = self._systems(classifier, purifiers)
         if self.budget is not None:
-            config = self.budget.evaluate(config, len(self.test), lambda: self._measure(systems))
+            config = self.budget.evaluate(config, len(self.test), lambda: self._speed(systems))
         reports = {name: self._judge(name, system.to(self.device), config) for name, system in systems.items()}
         options: dict[str, Any] = {"config": config, "test": self.test, "systems": systems, "reports": reports}
         if self.budget is not None:
@@ -316,7 +340,8 @@ class _Pipeline:
 
             # The ablation has as many updates as the fine-tuning.
             planned = "finetune" if name == "ablation" else name
-            config = self.budget.train(planned, config, len(self.train), measure)
+            known = None if self.forecast is None else self.forecast.trainings[planned][1]
+            config = self.budget.train(planned, config, len(self.train), measure, known)
         train(
             *networks,
             config=config,
@@ -327,6 +352,17 @@ class _Pipeline:
             tensorboard=None if self.tensorboard is None else self.tensorboard.with_name(f"tensorboard{own}"),
             progress=self.progress,
         )
+
+    def _speed(self, systems: dict[str, nn.Module]) -> tuple[int, Mapping[str, float]]:
+        """See _measure; the forecast's numbers if measuring again would take more than its share of the time."""
+        assert self.budget is not None
+        if self.forecast is not None and self.forecast.measured is not None:
+            passes, took = self.forecast.measured
+            left = self.group.gather(self.budget.left())[0]
+            # Two systems are measured twice, with 32 images, two steps and four draws.
+            if 2 * 32 * 2 * 4 * (took["rt_only"] + took["finetuned"]) / passes > TRIAL * left:
+                return passes, took
+        return self._measure(systems)
 
     def _measure(
         self, systems: dict[str, nn.Module], images: int = 32, steps: int = 2, draws: int = 4
