@@ -214,6 +214,7 @@ def test_command(files, capsys):  # noqa: F811
     assert "another images" in fail(capsys, "judge", "jpeg", *small, "--images=2", "--out=t")
     assert "defense must be all, one of 'none'" in fail(capsys, "judge", "jpge", *small)
     assert "rules must be one of" in fail(capsys, "judge", "all", *small, "--rules=[loud]")
+    assert "defense must be defenses with different names" in fail(capsys, "judge", "jpeg,none,jpeg", *small)
 
 
 def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
@@ -263,3 +264,11 @@ def test_the_first_example_of_the_page(tmp_path, monkeypatch, capsys):
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], {})
     accuracy, *ends = map(float, re.findall(r"[\d.]+", capsys.readouterr().out))
     assert ends[0] <= accuracy <= ends[1]
+
+
+def test_command_of_several_processes_is_refused(files, capsys, monkeypatch):  # noqa: F811
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    error = fail(capsys, "judge", "none", "--classifier=classifier.safetensors", *DATA)
+    assert "judge: processes must be one" in error
+    assert not (files / "runs").exists()

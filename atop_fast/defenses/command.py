@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from .._core.checks import check_choice, check_device, check_integer
+from .._core.checks import check_choice, check_device, check_integer, message
+from .._core.distributed import launched
 from .._core.files import claim_folder, write_atomic, write_text
 from ..bench.results import metadata, print_table
 from ..classifiers.zoo import System
@@ -33,7 +34,7 @@ def judge(
     architecture: str | None = None,
     weights: str | None = None,
     key: str | None = None,
-    rules: list[str] | None = None,
+    rules: tuple[str, ...] = RULES,
     images: int = 100,
     eps: float = 8 / 255,
     steps: int = 100,
@@ -60,7 +61,7 @@ def judge(
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
-        rules: some of standard, rand and sound; all by default. A later call with others adds their numbers.
+        rules: some of standard, rand and sound, such as [standard, sound]. A later call with others adds their numbers.
         images: how many held-out images.
         eps: radius of the Linf ball, in units of [0, 1] pixels.
         steps: steps of every gradient attack.
@@ -71,10 +72,15 @@ def judge(
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
+    if launched():
+        raise ValueError(message("judge", "processes", "one, as a table has one writer", "those of torchrun"))
     place = check_device("judge", "device", device)
     deadline = None if budget is None else time.monotonic() + parse_budget(budget, "judge")
-    builds = dict(find(name) for name in (DEFENSES if defense == "all" else defense.split(",")))
-    wanted = [check_choice("judge", "rules", rule, RULES) for rule in rules or RULES]
+    found = [find(name) for name in (DEFENSES if defense == "all" else defense.split(","))]
+    builds = dict(found)
+    if len(builds) < len(found):
+        raise ValueError(message("judge", "defense", "defenses with different names", defense))
+    wanted = [check_choice("judge", "rules", rule, RULES) for rule in rules]
     effort = Effort(eps, seed, steps, n_queries, draws, batch_size)
     check_integer("judge", "images", images, low=1)
     system = System(classifier, None, None, GivenTransform(), architecture, weights, key)

@@ -198,7 +198,9 @@ def counted(
         header = {"attack": repr(attack), "images": len(source), "data": source.identity}
         run = Run(len(source), folder, {**header, "model": model_identity(model, *probe_images(source))}, group)
         blocks = torch.arange(len(source)).split(effort.batch_size)[group.rank :: group.size]
-        todo = [ids for ids in blocks if not run.done(rule)[ids].all()]
+        # Another batch size may have left parts of blocks.
+        done = run.done(rule)
+        todo = [part for ids in blocks if len(part := ids[~done[ids]])]
         for ids in tqdm(todo, desc=title, disable=not progress or group.rank != 0, unit="block"):
             start = time.monotonic()
             if deadline is not None and start >= deadline:
