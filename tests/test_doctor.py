@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import PGD, RT1, RT2, Defense, build_classifier, save_model
-from atop_fast.doctor import CHECKS, check_contract, conclude, diagnose, format_findings
+from atop_fast.doctor import CHECKS, TRAINING_CHECKS, check_contract, conclude, diagnose, format_findings
 from atop_fast.doctor._probe import Probe, excess
 from atop_fast.doctor.command import doctor
-from atop_fast.randomness import derive_seed, permutation
+from atop_fast.doctor.overfitting import auc_below, difference_errors
+from atop_fast.randomness import derive_seed, permutation, seeded
 
 EPS = 0.15
 DEFENSE_CHECKS = {"gradient_modes", "fixed_randomness", "useless_transform"}
@@ -378,6 +379,75 @@ def test_bad_arguments(change, expected):
         diagnose(**given)
 
 
+@pytest.fixture(scope="module")
+def memory():
+    """Images of noise with labels of chance, half of which a linear classifier has learned by heart; and the others."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.rand(80, 1, 8, 8, generator=generator)
+    y = torch.randint(3, (80,), generator=generator)
+    with seeded(0):
+        fresh = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    learned = copy.deepcopy(fresh)
+    optimizer = torch.optim.Adam(learned.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.cross_entropy(learned(x[:40] - 0.5), y[:40]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for model in (fresh, learned):
+            model[1].bias.sub_(0.5 * model[1].weight.sum(dim=1))
+    return fresh, learned, x, y
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_gauges_of_overfitting(memory, random):
+    fresh, learned, x, y = memory
+    results = []
+    for model in (fresh, learned):
+        given = Defense(RT2(2, 0.0, 0.01), None, model).eval() if random else model
+        options = {"eps": 0.02, "training": (x[:40], y[:40]), "checks": TRAINING_CHECKS, "max_images": 30}
+        findings = diagnose(given, x[40:], y[40:], **options)
+        assert [f.name for f in findings] == list(TRAINING_CHECKS)
+        results.append(findings)
+    assert [f.status for f in results[0]] == ["pass", "pass"]
+    assert [f.status for f in results[1]] == ["warn", "warn"]
+    gap, member = (f.numbers for f in results[1])
+    assert gap["clean"]["training"] == pytest.approx(1, abs=0.05)
+    assert gap["clean"]["gap"] == pytest.approx(gap["clean"]["training"] - gap["clean"]["held_out"])
+    assert gap["attacked"]["gap"] > 0.1
+    assert member["auc"] > 0.8
+    assert member["loss_training"] < member["loss_held_out"]
+
+
+def test_membership_counts_pairs(memory):
+    """AUC and loss by plain formulas, on all images; ties count half."""
+    _, learned, x, y = memory
+    options = {"training": (x[:40], y[:40]), "checks": ["membership"], "max_images": 40}
+    (finding,) = diagnose(learned, x[40:], y[40:], **options)
+    with torch.no_grad():
+        p = learned(x).double().softmax(dim=1)
+    loss = [-math.log(float(p[i, y[i]])) for i in range(80)]
+    pairs = [(a < b) + (a == b) / 2 for a in loss[:40] for b in loss[40:]]
+    assert finding.numbers["auc"] == pytest.approx(sum(pairs) / 1600, abs=1e-3)
+    assert finding.numbers["loss_held_out"] == pytest.approx(sum(loss[40:]) / 40, rel=1e-4)
+    assert auc_below(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0])) == 3.5 / 4
+    # (9/12 - 5/12) / sqrt(9/12 3/12 / 12 + 5/12 7/12 / 12)
+    shares = torch.cat((torch.ones(8), torch.zeros(2))), torch.cat((torch.ones(4), torch.zeros(6)))
+    assert difference_errors(*shares) == pytest.approx((9 / 12 - 5 / 12) / math.sqrt((27 / 144 + 35 / 144) / 12))
+
+
+def test_training_images_must_be_others(memory):
+    fresh, _, x, y = memory
+    for training, expected in (
+        ((x[40:], y[40:]), "training must be images that are not among `images`, got 40 that are"),
+        ((x[:40, :, :4], y[:40]), "training must be images like `images`"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            diagnose(fresh, x[40:], y[40:], training=training)
+    with pytest.raises(ValueError, match="checks must be one of"):
+        diagnose(fresh, x, y, checks=["membership"])
+
+
 def test_command(digits, standard, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("torchvision")
@@ -405,6 +475,12 @@ def test_command(digits, standard, tmp_path, capsys):
     assert stop.value.code == 1
     status = {f["name"]: f["status"] for f in json.loads((tmp_path / "doctor.json").read_text())}
     assert status["useless_transform"] == "fail"
+    # All images train and are held out.
+    with pytest.raises(ValueError, match="images that are not among `images`, got 16 that are"):
+        doctor(str(tmp_path / "classifier.safetensors"), training=True, **given)
+    given["data"] = DataConfig(str(tmp_path / "images"), None, True, 64)
+    doctor(str(tmp_path / "classifier.safetensors"), training=True, **given)
+    assert "pass  membership" in capsys.readouterr().out
 
 
 def test_too_few_images_end_with_a_failure(digits, standard, tmp_path, capsys):

@@ -24,12 +24,14 @@ from .._core.checks import (
 )
 from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, permutation
-from . import contract, masking
+from . import contract, masking, overfitting
 from ._probe import Finding, Model, Probe, Status, untouched
 
 CHECKS = (*contract.CHECKS, *masking.CHECKS)
+# With training images.
+TRAINING_CHECKS = tuple(overfitting.CHECKS)
 
-__all__ = ["CHECKS", "Finding", "check_contract", "conclude", "diagnose", "format_findings"]
+__all__ = ["CHECKS", "TRAINING_CHECKS", "Finding", "check_contract", "conclude", "diagnose", "format_findings"]
 
 
 def diagnose(
@@ -45,6 +47,7 @@ def diagnose(
     max_images: int = 64,
     checks: Sequence[str] | None = None,
     progress: bool = False,
+    training: tuple[Tensor, Tensor] | None = None,
 ) -> list[Finding]:
     """Check a model's contract and look for gradient masking; docs/diagnostics.md says what each check does and why.
 
@@ -62,15 +65,18 @@ def diagnose(
         checks: names out of CHECKS; all by default. Those that need a Defense are left out for other models, and a
             failure of "images" or "finite" ends the list, as later checks would only repeat it.
         progress: show a progress bar with the name of the check that runs.
+        training: images and labels on which the model was trained, none of them among `images`; adds TRAINING_CHECKS,
+            on at most `max_images` of them.
 
     Returns:
-        A Finding for each check, in the order of CHECKS.
+        A Finding for each check, in the order of CHECKS and TRAINING_CHECKS.
 
     Raises:
         TypeError, ValueError: naming the argument that is wrong.
     """
-    options = (norm, eps, seed, steps, eot_iter, max_images, checks, CHECKS, progress)
-    return _run("diagnose", model, images, labels, *options)
+    known = CHECKS if training is None else (*CHECKS, *TRAINING_CHECKS)
+    options = (norm, eps, seed, steps, eot_iter, max_images, checks, known, progress)
+    return _run("diagnose", model, images, labels, *options, training)
 
 
 def check_contract(
@@ -142,6 +148,7 @@ def _run(
     checks: Sequence[str] | None,
     known: Sequence[str],
     progress: bool,
+    training: tuple[Tensor, Tensor] | None = None,
 ) -> list[Finding]:
     if not callable(model):
         raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
@@ -167,7 +174,25 @@ def _run(
         "total": len(images),
     }
     options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "steps": steps, "eot_iter": eot_iter}
+    if training is not None:
+        options["training"] = _training(function, training, part["images"], seed, max_images)
     return examine(function, model, **part, **options, checks=known if checks is None else checks, progress=progress)
+
+
+def _training(
+    function: str, training: tuple[Tensor, Tensor], images: Tensor, seed: int, most: int
+) -> tuple[Tensor, Tensor]:
+    """The training images that are examined, with their labels, on the device of `images`."""
+    x = check_not_empty(function, "training", check_images(function, "training", training[0]))
+    y = check_labels(function, "training", training[1], x)
+    if x.shape[1:] != images.shape[1:] or x.dtype != images.dtype:
+        expected = f"images like `images`, {tuple(images.shape[1:])} {images.dtype}"
+        raise ValueError(message(function, "training", expected, f"{tuple(x.shape[1:])} {x.dtype}"))
+    ids = sampled(len(x), seed, most)
+    x, y = x.detach()[ids.to(x.device)].to(images.device), y[ids.to(y.device)].to(images.device)
+    if count := sum(bool((images == image).flatten(1).all(dim=1).any()) for image in x):
+        raise ValueError(message(function, "training", "images that are not among `images`", f"{count} that are"))
+    return x, y
 
 
 def sampled(total: int, seed: int, most: int) -> Tensor:
@@ -189,6 +214,7 @@ def examine(
     eot_iter: int | None = None,
     checks: Sequence[str] = CHECKS,
     progress: bool = False,
+    training: tuple[Tensor, Tensor] | None = None,
 ) -> list[Finding]:
     """The findings of checked arguments.
 
@@ -196,11 +222,14 @@ def examine(
         function: whose call it is, for errors.
         images, labels, ids: the examined images (B, C, H, W), their labels and their places in a set of `total` images.
         model, seed, norm, eps, steps, eot_iter, checks, progress: see diagnose.
+        training: the examined training images and their labels.
     """
     ids = ids.to(images.device)
-    probe = Probe(
-        model, images, labels, ids, norm=norm, eps=eps, seed=seed, steps=steps, eot_iter=eot_iter, total=total
-    )
+    options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "steps": steps, "eot_iter": eot_iter}
+    probe = Probe(model, images, labels, ids, total=total, **options)
+    if training is not None:
+        others = total + torch.arange(len(training[0]), device=images.device)
+        probe.training = Probe(model, *training, others, total=total, **options)
     findings: list[Finding] = []
     chosen = _chosen(model, checks)
     if "images" in chosen:
@@ -221,7 +250,7 @@ def examine(
 
 def _chosen(model: Model, names: Sequence[str]) -> dict[str, Callable[[Probe], Finding]]:
     """The wanted checks that apply, in the order in which they run."""
-    every = {**contract.CHECKS, **masking.CHECKS}
+    every = {**contract.CHECKS, **masking.CHECKS, **overfitting.CHECKS}
     left_out = () if isinstance(model, Defense) else masking.DEFENSE
     return {name: check for name, check in every.items() if name in names and name not in left_out}
 

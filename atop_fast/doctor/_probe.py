@@ -58,7 +58,12 @@ class Probe:
         steps: PGD steps.
         eot_iter: draws in each gradient of an attack; None takes what the gradient's noise asks for, at most 8.
         total: images whose evaluation is planned.
+
+    Attributes:
+        training: the same model on some of its training images, if they are known.
     """
+
+    training: Probe | None = None
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from .._core.files import write_text
 from ..classifiers.zoo import System
 from ..data import Dataset
 from ..recipes.options import DataConfig, GivenTransform
-from . import Finding, conclude, diagnose, format_findings
+from . import Finding, conclude, diagnose, format_findings, sampled
 from ._probe import MOST_DRAWS
 
 
@@ -33,6 +33,7 @@ def doctor(
     steps: int = 10,
     eot_iter: int | None = None,
     images: int = 64,
+    training: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> None:
@@ -56,15 +57,23 @@ def doctor(
         steps: PGD steps.
         eot_iter: draws in each gradient; by default what the gradient's noise asks for, at most 8.
         images: how many held-out images are examined.
+        training: examine as many training images, too, on which the model must have been trained: the generalization
+            gap, and whether losses tell members of the training set.
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     target = check_device("doctor", "device", device)
     check_integer("doctor", "images", images, low=1)
     system = System(classifier, purifier, defense, transform, architecture, weights, key)
-    model, part = system.load("doctor", data.load(print)[1])
+    train, held_out = data.load(print)
+    model, part = system.load("doctor", held_out)
     assert isinstance(part, Dataset)
     part = part.to(target)
+    members = None
+    if training:
+        known = train.take(sampled(len(train), seed, images)).floats()
+        known = known if known.classes == part.classes else known.relabeled(part.classes)
+        members = known.to(target).training()
     findings = diagnose(
         model.eval().to(target),
         part.images,
@@ -76,6 +85,7 @@ def doctor(
         eot_iter=eot_iter,
         max_images=images,
         progress=True,
+        training=members,
     )
     if out is not None:
         write_text(Path(out), json.dumps([asdict(f) for f in findings], indent=2) + "\n")
