@@ -153,7 +153,7 @@ def test_gradients_over_draws(mode, transform, monkeypatch):
             run_attack(attack, torch.zeros((), dtype=torch.int64, device=META), x, y, torch.zeros_like(y))
 
 
-ATTACKS = [("fgsm", "Linf"), ("fgsm-rs", "L2"), ("n-fgsm", "Linf"), ("pgd", "Linf"), ("apgd", "L1")]
+ATTACKS = [("fgsm", "Linf"), ("fgsm-rs", "L2"), ("n-fgsm", "Linf"), ("pgd", "Linf"), ("apgd", "L1"), ("gat", "Linf")]
 
 
 @pytest.mark.parametrize(("attack", "norm"), ATTACKS)

@@ -8,7 +8,7 @@ from .._core.checks import check_choice, check_integer, check_number, message
 from .._core.precision import PRECISIONS as NETWORK_PRECISIONS
 from ..attacks import NORMS
 
-ATTACKS = ("fgsm", "fgsm-rs", "n-fgsm", "pgd", "apgd")
+ATTACKS = ("fgsm", "fgsm-rs", "n-fgsm", "pgd", "apgd", "gat")
 ATTACKED = ("pipeline", "classifier")
 ATTACK_DRAWS = ("own", "loss")
 AVERAGES = ("none", "ema", "median")
@@ -168,10 +168,12 @@ class FinetuneConfig(PretrainConfig):
             l1_weight.
         attack: one of "fgsm", "fgsm-rs" (from a random start, with alpha 1.25 eps: Wong et al., ICLR 2020), "n-fgsm"
             (from noise larger than the ball, unprojected: de Jorge et al., NeurIPS 2022; only with norm "Linf"), "pgd"
-            (from a random start) and "apgd" (APGD-CE).
-        steps: number of steps of "pgd" and "apgd".
+            (from a random start), "apgd" (APGD-CE) and "gat" (colors, flow and Linf at once, see Semantic; only with
+            norm "Linf").
+        steps: number of steps of "pgd", "apgd" and "gat".
         alpha: step size of "fgsm-rs", "n-fgsm" and "pgd", in units of [0, 1] pixels; None uses the attack's default.
         noise: k of "n-fgsm", the bound of its noise in units of eps.
+        color, flow: bounds of "gat" beside eps, see Semantic.
         attacked: target of the training attack: "pipeline" (transform, purifier and classifier, with exact gradients)
             or "classifier" (the classifier alone, as in AToP's public code).
         adversarial_share: share of the images that are attacked, resampled in every epoch; the others stay clean.
@@ -194,6 +196,8 @@ class FinetuneConfig(PretrainConfig):
     steps: int = 10
     alpha: float | None = None
     noise: float = 2.0
+    color: float = 0.1
+    flow: float = 0.05
     attacked: str = "pipeline"
     adversarial_share: float = 1.0
     target: str = "clean"
@@ -220,7 +224,9 @@ class FinetuneConfig(PretrainConfig):
         check_choice(name, "attacked", self.attacked, list(ATTACKED))
         check_number(name, "adversarial_share", self.adversarial_share, low=0, high=1)
         check_choice(name, "target", self.target, list(TARGETS))
-        check_choice(name, "norm", self.norm, list(NORMS) if self.attack != "n-fgsm" else ["Linf"])
+        check_number(name, "color", self.color, low=0, high=1)
+        check_number(name, "flow", self.flow, low=0)
+        check_choice(name, "norm", self.norm, ["Linf"] if self.attack in ("n-fgsm", "gat") else list(NORMS))
         check_number(name, "eps", self.eps, low=0)
         check_number(name, "eps_warmup", self.eps_warmup, low=0, high=1)
         check_integer(name, "eot_iter", self.eot_iter, low=1)

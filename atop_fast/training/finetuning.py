@@ -25,6 +25,7 @@ from ..attacks.network import Probe, agrees
 from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_uniform
 from .config import FinetuneConfig
+from .gat import Semantic
 from .nfgsm import NFGSM
 from .step import PretrainStep, run_attack
 
@@ -128,6 +129,8 @@ class FinetuneStep(PretrainStep):
             return FGSM(model, config.eps, norm=config.norm, **options)
         if config.attack == "n-fgsm":
             return NFGSM(model, config.eps, config.alpha, config.noise, **options)
+        if config.attack == "gat":
+            return Semantic(model, config.eps, config.color, config.flow, config.steps, **options)
         if config.attack == "apgd":
             return APGD(model, config.norm, config.eps, config.steps, **options)
         alpha, steps = config.alpha, config.steps
