@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,10 @@ HAS_GPU = torch.cuda.is_available()
 # Read when @triton.jit runs, so it must be set before any kernel is imported.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with contextlib.suppress(ImportError):
+        import triton_interpreter
+
+        triton_interpreter.speed_up()
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A GPU would round the factors of convolutions to 10 bits (TF32), and tests compare float32 with specifications.
 if HAS_GPU:
@@ -127,7 +132,11 @@ def _seed() -> None:
     """Seeds all generators that other packages draw from, so that earlier tests do not matter."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    # Without a GPU, torch.manual_seed formats a stack trace for later use, which takes longer than many a test.
+    if HAS_GPU:
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +164,10 @@ def _state(networks: list[torch.nn.Module]) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every torch.empty, also in C++, with NaN, so that an unwritten element shows."""
-    torch.use_deterministic_algorithms(True)
+    # torch.use_deterministic_algorithms also sets an option of inductor, which takes longer than many a test.
+    torch._C._set_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture
