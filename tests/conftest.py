@@ -171,6 +171,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose plots are not drawn, which takes as long as all else in a small run."""
+    monkeypatch.setattr("atop_fast.evaluation.report._png", lambda figure: b"picture")
+
+
+@pytest.fixture
 def interruptible() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt: a shell that starts the tests in the background has it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

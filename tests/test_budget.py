@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import Line, run
-from test_train import TINY, fail, files, no_pictures, tiny  # noqa: F401
+from test_train import TINY, fail, files, tiny  # noqa: F401
 
 from atop_fast import FinetuneConfig, PretrainConfig, load_model
 from atop_fast._core.distributed import Group

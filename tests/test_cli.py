@@ -26,11 +26,12 @@ from atop_fast.recipes.schema import preset_names
 DEMO = [
     *("--data.holdout=4968", "--evaluation.images=4", "--classifier.training.epochs=1", "--pretrain.epochs=1"),
     *("--finetune.epochs=1", "--finetune.steps=1", "--evaluation.steps=1", "--evaluation.draws=2"),
+    "--evaluation.diagnostics=false",
 ]
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path, monkeypatch, no_pictures):
     """A folder of sixteen 8x8 images in two classes, and a classifier and a purifier for them."""
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("torchvision")

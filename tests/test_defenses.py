@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import math
@@ -37,6 +38,7 @@ from atop_fast.defenses import (
 )
 from atop_fast.defenses.noise import p_value
 from atop_fast.defenses.smooth import smoothed, variation_gradient
+from atop_fast.evaluation import quick_attacks
 from atop_fast.evaluation.judge import fixed_randomness
 from atop_fast.ops import random_normal
 from atop_fast.randomness import derive_seed, seeded, watched_generators
@@ -450,7 +452,8 @@ def test_evaluate_judges_it(name, classifier, filters):
     given, x = defense(name, classifier, filters), X[:2, :, :8, :8]
     with torch.no_grad():
         y = given(x, draw=0).argmax(dim=1)
-    report = evaluate(given, x, y, protocol="quick", selection_draws=4, progress=False, diagnostics=())
+    attacks = functools.partial(quick_attacks, eps=8 / 255, steps=4)
+    report = evaluate(given, x, y, attacks=attacks, selection_draws=4, progress=False, diagnostics=())
     assert set(report.attacks) == {"fgsm", "pgd_eot"}
     assert report.settings["draws"] == (1 if name == "winners" else 20)
     # The verdict's draws are those of its key.

@@ -16,6 +16,7 @@ from atop_fast.evaluation.identity import attack_identity, model_identity, probe
 from atop_fast.evaluation.report import _note
 from atop_fast.evaluation.source import InMemory
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 QUIET = {"progress": False, "diagnostics": ()}
 Y = labels(network())
 STEP = 1

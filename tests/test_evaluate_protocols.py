@@ -76,6 +76,7 @@ def test_every_protocol_runs_in_short(name, monkeypatch):
     assert all(s["distance"] <= plan.eps + 1e-5 for s in report.samples if s["attack"] != "stadv")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_guide_lists_every_protocol_and_its_example_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("mlxtend")
     guide = (Path(__file__).parent.parent / "docs/evaluation.md").read_text(encoding="utf-8")

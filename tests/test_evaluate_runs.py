@@ -19,6 +19,7 @@ from torch import nn
 from atop_fast import RT2, Defense, evaluate
 from atop_fast.evaluation import quick_attacks
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 COUNT = 40
 Y = torch.arange(COUNT) % 10
 

@@ -396,12 +396,14 @@ RUNS = {
 }
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_hostile_run_folders_are_refused(tmp_path):
     model = build_classifier("small_cnn", channels=1, classes=3, width=4).eval()
     x, y = torch.rand(4, 1, 8, 8), torch.arange(4) % 3
 
     def run(folder):
-        return evaluate(model, x, y, attacks={"none": lambda x, y, ids: x}, out=folder, draws=2, progress=False)
+        options = {"draws": 2, "diagnostics": (), "progress": False}
+        return evaluate(model, x, y, attacks={"none": lambda x, y, ids: x}, out=folder, **options)
 
     run(tmp_path / "sound")
     for i, change in enumerate(RUNS.values()):

@@ -23,6 +23,7 @@ from atop_fast.recipes.pack import _quoted, system_of, unpack
 from atop_fast.recipes.run import run_recipe
 from atop_fast.recipes.schema import load_recipe
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SHORT = ["--classifier.training.epochs=1", "--pretrain.epochs=1", "--finetune.epochs=1", "--evaluation.images=2"]
 
 

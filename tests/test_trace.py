@@ -209,6 +209,7 @@ def test_file_and_report_have_every_step_once(tmp_path):
         assert (line["loss"], line["accuracy"]) == pytest.approx((same["loss"], same["accuracy"]), rel=1e-6)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("steps", [0, 2, 4, 8])
 def test_a_stopped_run_goes_on_without_a_step_twice(tmp_path, steps):
     whole = run(tmp_path / "whole.jsonl")
@@ -225,6 +226,7 @@ def test_a_stopped_run_goes_on_without_a_step_twice(tmp_path, steps):
     assert lines(tmp_path / "again.jsonl") == lines(tmp_path / "whole.jsonl")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_a_trace_nothing_is_told(tmp_path):
     report = run(None, tmp_path / "run")
     assert report.trace == []
@@ -240,6 +242,7 @@ def test_what_is_no_trace_is_refused_and_left_alone(tmp_path):
         assert (tmp_path / "file").read_text() == text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_trace_in_the_log_is_refused(tmp_path):
     run(tmp_path / "trace.jsonl", tmp_path / "run")
     log = tmp_path / "run/log.jsonl"

@@ -76,12 +76,6 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Reports whose plots are not drawn, which takes as long as all else in a tiny run."""
-    monkeypatch.setattr("atop_fast.evaluation.report._png", lambda figure: b"picture")
-
-
-@pytest.fixture
 def tiny(files, monkeypatch):
     """The same as working directory."""
     monkeypatch.chdir(files)

@@ -170,7 +170,8 @@ def _same(x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def _judged(case: str, seed: int, attacks: int = 2):
     _, model, x = KNOWN[case]
     named = {f"attack{i}": _same for i in range(attacks)}
-    return evaluate(model(seed), x, LABELS, attacks=named, seed=seed, selection_draws=3, progress=False)
+    options = {"selection_draws": 3, "diagnostics": (), "progress": False}
+    return evaluate(model(seed), x, LABELS, attacks=named, seed=seed, **options)
 
 
 # Near the ends of an interval, and drawn otherwise, the same again.
