@@ -30,6 +30,11 @@ ULPS = {torch.float64: 8}
 COMPILERS = ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow))
 
 
+def compilers_of(*kinds: str) -> list[Any]:
+    """Each kind of an op with aot_eager; the last with inductor, too, which sees the same op in all of them."""
+    return [*((kind, "aot_eager") for kind in kinds), pytest.param(kinds[-1], "inductor", marks=pytest.mark.slow)]
+
+
 @dataclass(frozen=True)
 class Spec:
     """The description of an op for the harness.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -159,16 +160,16 @@ def check_gradients(step: Step, backend: str, differentiable) -> None:
         harness.close(step.spec(exact=False), mine, expected, own)
 
 
-def check_compiles_once(step: Step, backend: str) -> None:
-    """torch.compile traces the op without graph breaks, and new numbers in tensors do not recompile it."""
+def check_compiles_once(step: Step) -> None:
+    """torch.compile traces the op without graph breaks; new numbers and other backends do not recompile it."""
     torch._dynamo.reset()
     compiled = torch.compile(lambda *arguments: step(*arguments), fullgraph=True, backend="aot_eager")
     tensors = step.sample((4, 3, 5, 5), torch.float32, DRAWS)
-    with harness.owned_by(backend, (step.name,)):
-        for i in range(3):
-            numbers = step.per_sample(4, torch.float32)
-            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-                assert torch.equal(compiled(*tensors, *numbers), step(*tensors, *numbers))
+    for i, (backend, _) in enumerate(itertools.product(harness.backends(), range(2))):
+        numbers = step.per_sample(4, torch.float32)
+        stance = torch.compiler.set_stance("fail_on_recompile" if i else "default")
+        with harness.owned_by(backend, (step.name,)), stance:
+            assert torch.equal(compiled(*tensors, *numbers), step(*tensors, *numbers)), backend
 
 
 def small_gradients(shape, dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -135,9 +135,8 @@ def test_opcheck_of_draws(backend):
         harness.opcheck(spec_module.STEP.op, arguments, dynamic=False)
 
 
-@cases()
-def test_compiles_once_for_all_numbers(backend):
-    _steps.check_compiles_once(STEP, backend)
+def test_compiles_once_for_all_numbers():
+    _steps.check_compiles_once(STEP)
 
 
 def test_refuses_gradients():

@@ -304,8 +304,7 @@ def test_opcheck_bwd(backend, layout, with_db):
         harness.opcheck(gated.OP_BWD, arguments, dynamic=layout == "channels_last" and with_db)
 
 
-@pytest.mark.parametrize("compiler", harness.COMPILERS)
-@pytest.mark.parametrize("kind", ["elu", "bias_relu"])
+@pytest.mark.parametrize(("kind", "compiler"), harness.compilers_of("elu", "bias_relu"))
 def test_compiles(kind, compiler):
     samples = [SPECS[kind].sample((n, 4, 8, 8), torch.float32) for n in (2, 5, 7)]
     harness.check_compiled(SPECS[kind], harness.backends(), samples, compiler)

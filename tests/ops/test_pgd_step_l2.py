@@ -166,9 +166,8 @@ def test_compiles():
     harness.check_compiled(SPEC, harness.backends(), [STEP.sample((n, 3, 8, 8), torch.float32) for n in (2, 5)])
 
 
-@cases()
-def test_compiles_once_for_all_numbers(backend):
-    _steps.check_compiles_once(STEP, backend)
+def test_compiles_once_for_all_numbers():
+    _steps.check_compiles_once(STEP)
 
 
 @cases()

@@ -123,8 +123,7 @@ def test_opcheck_in_place(backend, layout):
         harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS), dynamic=layout == "channels_last")
 
 
-@pytest.mark.parametrize("compiler", harness.COMPILERS)
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("step", "compiler"), harness.compilers_of(*STEPS))
 def test_compiles(step, compiler):
     def call(x, *rest):
         return ops.pgd_step_linf(x, *rest) if step == "functional" else ops.pgd_step_linf_(x.clone(), *rest)
@@ -200,9 +199,8 @@ def test_gradients_of_draws(backend):
     _steps.check_gradients(STEP, backend, differentiable=(0, 2))
 
 
-@cases()
-def test_compiles_once_for_all_numbers(backend):
-    _steps.check_compiles_once(STEP, backend)
+def test_compiles_once_for_all_numbers():
+    _steps.check_compiles_once(STEP)
 
 
 @cases()

@@ -158,16 +158,15 @@ def test_opcheck(backend):
         harness.opcheck(step_module.STEP.op, (x, x, x0, 0.0, 0.0, 1, values, values, k))
 
 
-@cases(op="project_l1")
-def test_compiles_once_for_all_numbers(backend):
+def test_compiles_once_for_all_numbers():
     torch._dynamo.reset()
     compiled = torch.compile(ops.pgd_step_l1, fullgraph=True, backend="aot_eager")
     x, x0 = sample((3, 3, 4))
-    with harness.owned_by(backend, NAMES):
-        for i in range(2):
-            numbers = (*torch.rand(2, 3, device=DEVICE), torch.randint(1, 9, (3,), device=DEVICE))
-            with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
-                assert torch.equal(compiled(x, x, x0, *numbers), ops.pgd_step_l1(x, x, x0, *numbers))
+    for i, backend in enumerate(2 * harness.backends("pgd_step_l1")):
+        numbers = (*torch.rand(2, 3, device=DEVICE), torch.randint(1, 9, (3,), device=DEVICE))
+        stance = torch.compiler.set_stance("fail_on_recompile" if i else "default")
+        with harness.owned_by(backend, NAMES), stance:
+            assert torch.equal(compiled(x, x, x0, *numbers), ops.pgd_step_l1(x, x, x0, *numbers)), backend
 
 
 def test_refuses_gradients():
