@@ -188,10 +188,11 @@ def check_reference(backend: str, name: str, *arguments: Any) -> None:
         same_bits(mine, wanted, ulps_of(backend, mine.dtype))
 
 
-def check_forward(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None:
-    """The result equals the formula, by the op's assertion class."""
-    expected = spec.formula(*(t.double() for t in tensors), *spec.numbers)
-    close(spec, run(spec, backend, tensors), expected, spec.formula(*tensors, *spec.numbers))
+def check_forward(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The result, which equals the formula by the op's assertion class."""
+    y, expected = run(spec, backend, tensors), spec.formula(*(t.double() for t in tensors), *spec.numbers)
+    close(spec, y, expected, spec.formula(*tensors, *spec.numbers))
+    return y
 
 
 def check_gradients(spec: Spec, backend: str, tensors: Sequence[Tensor]) -> None:
