@@ -165,7 +165,7 @@ def test_screen_in_bfloat16(task):
         model, (x, y), eps, finish = trained_classifier(), places(400, seed=5), EPS["Linf"], ("apgd-ce", "apgd-t")
     else:
         model, data, eps, finish = models.robust_mnist(), models.mnist(), 0.2, ("apgd-ce",)
-        x, y = data.images[:100], data.labels[:100]
+        x, y = data.images[:50], data.labels[:50]
     options = {"version": "custom", "attacks_to_run": ("apgd-ce", "apgd-t"), "steps": 10}
     wide = AutoAttack(model, eps=eps, **options)
     screen = AutoAttack(model, eps=eps, **options, precision="bfloat16", finish=finish)
@@ -234,13 +234,14 @@ def test_wrong_arguments_are_named():
         attack()(X, Y, sample_ids=torch.arange(3))
 
 
+@pytest.mark.slow
 # So short an attack may leave an image to the next one.
 @pytest.mark.filterwarnings("ignore:AutoAttack. 'fast' may leave too many images")
 # With so few steps PMA alone leaves too many.
 @pytest.mark.filterwarnings("ignore:AutoAttack. 'fast' may leave too many:RuntimeWarning")
 @pytest.mark.parametrize(
     ("loader", "norm", "eps"),
-    [pytest.param("robust", "Linf", 0.24, marks=pytest.mark.slow), ("standard", "L2", 1.1)],
+    [("robust", "Linf", 0.24), ("standard", "L2", 1.1)],
 )
 def test_fast_leaves_as_much_as_standard_in_fewer_passes(loader, norm, eps):
     model, data = getattr(models, f"{loader}_mnist")(), models.mnist()
@@ -296,14 +297,10 @@ def test_what_raises_doubt(pma, apgd, probe, doubted):
     assert whole._leaves_doubt() is doubted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loader", "norm", "eps"),
-    [
-        ("robust", "Linf", 0.24),
-        pytest.param("robust", "L2", 2.6, marks=pytest.mark.slow),
-        pytest.param("standard", "Linf", 0.065, marks=pytest.mark.slow),
-        pytest.param("standard", "L2", 1.1, marks=pytest.mark.slow),
-    ],
+    [("robust", "Linf", 0.24), ("robust", "L2", 2.6), ("standard", "Linf", 0.065), ("standard", "L2", 1.1)],
 )
 def test_as_strong_as_the_original(loader, norm, eps):
     package = pytest.importorskip("pyautoattack.autoattack")

@@ -136,6 +136,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(suite, "digits", lambda device: (gray, x, gray(x).argmax(dim=1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", [attacks, evaluate])
 def test_attacks_of_all_libraries_do_the_same_work(tiny, suite):
     """Every peer that is installed runs, and what the variants leave is alike."""

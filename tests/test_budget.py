@@ -145,6 +145,7 @@ def test_a_training_of_updates_ends_within_an_epoch():
     assert len(run(Line(epochs=2, updates=50, batch_size=3))) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_ends_with_what_was_planned(tiny, capsys, monkeypatch):  # noqa: F811
     # A slow machine must not cut the evaluations, which would make of one plan two reports.

@@ -95,6 +95,7 @@ def test_radius_and_angle_of_words(program):
     assert found == [list(row) for row in zip(*expected, strict=True)]
 
 
+@pytest.mark.slow
 def test_all_words(program):
     """No word of the 2**32 gives the square root of a negative number, infinity, or a point off the circle."""
     low, high, size, norm = (float(v) for v in program([("sweep",)])[0])

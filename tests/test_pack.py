@@ -100,6 +100,7 @@ def test_the_script_repeats_the_run_elsewhere(tiny):  # noqa: F811
     assert "The verdicts are the same." in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_under_a_budget_is_repeated_without_it(tiny, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Budget, "limit", lambda *_: 600.0)
     options = {"progress": False, "until": "evaluate"}

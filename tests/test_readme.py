@@ -78,6 +78,8 @@ def test_the_demo_keeps_its_promises():
         assert run["seconds"] < 240
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("mlxtend")
     monkeypatch.chdir(tmp_path)
@@ -125,6 +127,8 @@ def test_figures_stand_in_tables_of_result_files_alone(readme_tables):
     assert all(map(FIGURE.search, ("as long as 3 ms", "1.5x faster", "10.9 GFLOP")))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("page", ["quickstart", "concepts"])
 def test_the_guides_run(page, tmp_path, monkeypatch, capsys):
     pytest.importorskip("mlxtend")
