@@ -16,6 +16,7 @@ import jsonargparse
 import pytest
 import torch
 import yaml
+from toolkit import PATIENCE
 
 from atop_fast import RT1, RT2, build_classifier, build_purifier, load_model, save_model
 from atop_fast._core.help import PACKAGE, find_definition, options_of
@@ -249,7 +250,7 @@ def test_help_from_the_sources_is_that_of_the_parser(command, capsys):
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["evaluate", "--out=x", "-h"], ["bench", "--help"]])
 def test_help_does_not_wait_for_torch(args):
     command = [sys.executable, "-X", "importtime", "-m", "atop_fast.cli", *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert f"atop-fast {args[0] if len(args) > 1 else 'COMMAND'} [options]" in done.stdout
     assert "atop_fast" in done.stderr
     assert not re.search(r"\| +(torch|jsonargparse)$", done.stderr, re.MULTILINE)
@@ -448,7 +449,7 @@ def test_a_console_without_utf_8_gets_its_table(files):
     os.rename("images/class0", "images/caf\u00e9")
     args = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
     process = run(*args, PYTHONIOENCODING="ascii", PYTHONWARNINGS="ignore")
-    out, error = process.communicate(timeout=300)
+    out, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, error
     assert "caf?" in out
     assert "pgd_eot" in out
@@ -462,10 +463,11 @@ def test_a_process_that_waits_for_others_says_so(files):
     port = str(taken.getsockname()[1])
     left_over = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     args = ["evaluate", "--classifier=classifier.safetensors", *DATA, "--steps=1", "--images=2", "--diagnostics=false"]
-    start = time.monotonic()
     process = run(*args, **left_over, PYTHONWARNINGS="ignore")
     try:
         line = next(line for line in process.stderr if "waits for the others" in line)
+        # While it waits, not at the end: a day later, or where it gives up.
+        assert process.poll() is None
     finally:
         process.kill()
         process.communicate()
@@ -473,8 +475,6 @@ def test_a_process_that_waits_for_others_says_so(files):
     assert "process 1 of 2" in line
     assert f"127.0.0.1:{port}" in line
     assert "unset WORLD_SIZE" in line
-    # Python's own start counts, too.
-    assert time.monotonic() - start < 90
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -492,7 +492,7 @@ def test_stopped_commands_save_and_end_with_the_signal_s_status(files, number, s
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(number)
-        error = process.communicate(timeout=120)[1]
+        error = process.communicate(timeout=PATIENCE)[1]
         assert process.returncode == status, error
         assert saved in error
     assert os.path.exists("t/classifier.pt")
