@@ -72,8 +72,8 @@ MUTATIONS = [
     *_of(
         "L1 projection", "project_l1",
         ("room on the wrong side", "csrc/math/project_l1.h", "y > T(0) ? T(1) - x0 : x0", "y > T(0) ? x0 : T(1) - x0"),
-        ("dropped cap", "atop_fast/ops/project_l1.py", ".clamp_min(0).minimum(cap).view_as(x)",
-         ".clamp_min(0).view_as(x)"),
+        ("cap left out of the length", "atop_fast/ops/project_l1.py", "left = length.minimum(cap).sum(",
+         "left = length.sum("),
     ),
     *_of(
         "hyperplane step", "hyperplane_step",
