@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-# A class or a function, and the file that defines it.
-Definition = tuple["ast.ClassDef | ast.FunctionDef", Path]
+# A class, a function or a constant, and the file that defines it.
+Definition = tuple["ast.ClassDef | ast.FunctionDef | ast.Assign", Path]
 
 
 @dataclass
@@ -30,6 +30,7 @@ def command_help(command: str, width: int = 100) -> str:
     """The description of a command and all its options."""
     found = find_definition(command, PACKAGE / "cli.py")
     assert found is not None
+    assert isinstance(found[0], ast.FunctionDef)
     text = re.split(r"\n(?:Args|Raises):\n", ast.get_docstring(found[0]) or "")[0]
     lines = [f"usage: atop-fast {command} [options]", "", text.strip(), "", "options:"]
     for option in options_of(*found):
@@ -40,7 +41,7 @@ def command_help(command: str, width: int = 100) -> str:
     return "\n".join(lines) + "\n"
 
 
-def options_of(function: ast.ClassDef | ast.FunctionDef, path: Path) -> Iterator[Option]:
+def options_of(function: ast.ClassDef | ast.FunctionDef | ast.Assign, path: Path) -> Iterator[Option]:
     """The options of a command, those of its dataclasses among them."""
     assert isinstance(function, ast.FunctionDef)
     helps = _described(function)
@@ -65,7 +66,7 @@ def _options(
         yield from _fields(annotation, default, f"{name}.", path)
         return
     kind = "" if annotation is None else ast.unparse(annotation)
-    yield Option(name, kind, _value(default), helps.get(name, ""))
+    yield Option(name, kind, _value(default, path), helps.get(name, ""))
 
 
 def _fields(annotation: ast.Name, default: ast.expr | None, prefix: str, path: Path) -> Iterator[Option]:
@@ -97,9 +98,13 @@ def _inherited(name: str, path: Path) -> dict[str, tuple[ast.expr, ast.expr | No
 
 
 def find_definition(name: str, path: Path) -> Definition | None:
-    """The class or function that a module of the package defines or imports under a name."""
+    """The class, function or constant that a module of the package defines or imports under a name."""
     for node in _parsed(path).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
+            return node, path
+        if isinstance(node, ast.Assign) and name in [
+            target.id for target in node.targets if isinstance(target, ast.Name)
+        ]:
             return node, path
         if (
             isinstance(node, ast.ImportFrom)
@@ -128,10 +133,13 @@ def _described(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
     return helps
 
 
-def _value(default: ast.expr | None) -> str | None:
+def _value(default: ast.expr | None, path: Path) -> str | None:
     """A default as the help shows it; None if there is none."""
     if default is None or (isinstance(default, ast.Constant) and default.value is None):
         return None
+    if isinstance(default, ast.Name) and (found := find_definition(default.id, path)) is not None:
+        assert isinstance(found[0], ast.Assign)
+        return _value(found[0].value, found[1])
     if isinstance(default, ast.Call):
         # field(default_factory=dict)
         return "{}"
