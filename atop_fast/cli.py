@@ -27,6 +27,7 @@ from .defense import Defense
 from .defenses.command import judge
 from .doctor import conclude
 from .doctor.command import doctor
+from .evaluation.page import evaluation_answer
 from .evaluation.report import format_table
 from .recipes.evaluation import EvaluationConfig
 from .recipes.options import DataConfig, GivenTransform, TransformConfig
@@ -162,6 +163,7 @@ def evaluate(
         print(conclude({finding["name"]: finding["status"] for finding in findings})[1])
     for finding in findings:
         if finding["status"] != "pass":
+    print("\n".join(evaluation_answer(report)))
             print(f"{finding['status']}  {finding['name']}: {finding['reason']}")
     if headline := report["headline"]:
         print(f"The protocol's source reports {headline}: {report['emulated'][headline]['accuracy']:.3f} (unsound)")

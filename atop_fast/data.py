@@ -12,7 +12,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,16 @@ _FILES: Files | None = None
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images (N, C, H, W), float32 in [0, 1] or uint8, their labels (N,), int64, and the names of the classes."""
+    """Images (N, C, H, W), float32 in [0, 1] or uint8, their labels (N,), int64, and the names of the classes.
+
+    Attributes:
+        files: of images of a folder, the path of each in it, such as "cat/12.jpg"; None for other images.
+    """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    files: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,21 +65,25 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """The dataset on another device."""
-        return Dataset(self.images.to(device), self.labels.to(device), self.classes)
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, index: Tensor | slice) -> Dataset:
         """The images at `index`."""
-        return Dataset(self.images[index], self.labels[index], self.classes)
+        files = None
+        if self.files is not None:
+            places = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
+            files = tuple(self.files[i] for i in places.tolist())
+        return Dataset(self.images[index], self.labels[index], self.classes, files)
 
     def floats(self) -> Dataset:
         """The dataset with float32 images in [0, 1], which take four times the memory of uint8."""
         if self.images.dtype != torch.uint8:
             return self
-        return Dataset(self.images.float().div_(255), self.labels, self.classes)
+        return replace(self, images=self.images.float().div_(255))
 
     def relabeled(self, classes: tuple[str, ...]) -> Dataset:
         """The same images with labels that index `classes`, which must contain all names of the present classes."""
-        return Dataset(self.images, _class_indices(self, classes)[self.labels], classes)
+        return replace(self, labels=_class_indices(self, classes)[self.labels], classes=classes)
 
     def training(self) -> tuple[Tensor, Tensor]:
         """Images and labels in the form that the training functions take."""
@@ -110,6 +119,11 @@ class Files(TorchDataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """See Dataset."""
+        return tuple(os.path.relpath(self.folder.samples[i][0], self.folder.root) for i in self.index.tolist())
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         j = int(self.index[i])
@@ -307,7 +321,7 @@ def _read(files: Files, processes: int | None = None) -> Dataset:
                     done = part.stop
         for i in range(done, len(files)):
             images[i] = files[i][0]
-    return Dataset(images, files.labels, files.classes)
+    return Dataset(images, files.labels, files.classes, files.files)
 
 
 def _begin(files: Files) -> None:

@@ -124,7 +124,7 @@ def test_constant_predictions_are_flagged():
 
 
 def test_tables_mark_what_a_budget_cut():
-    verdict = {"mean": 0.5, "mean_ci": [0.4, 0.6], "majority": 0.5, "worst": 0.5, "images": 40}
+    verdict = {"mean": 0.5, "mean_ci": [0.4, 0.6], "majority": 0.5, "worst": 0.5, "images": 40, "draws": 20}
     reached = {**verdict, "mean": 0.0125, "images": 8}
     whole = {"clean": verdict, "robust": verdict, "eight_bit": verdict, "pgd": verdict}
     text = format_table({"whole": whole, "cut": {**whole, "pgd": reached}, "none": {**whole, "pgd": None}}, 0.2)
@@ -134,3 +134,7 @@ def test_tables_mark_what_a_budget_cut():
     assert "0.013 [0.40, 0.60] (8 of 40 attacked)" in lines["cut"]
     assert "0 of 40 attacked" in lines["none"]
     assert text.endswith("chance, by always naming the most frequent class: 0.200")
+    # A deterministic system has one number, and one row.
+    assert text.count("majority / worst") == 3
+    one = {name: {**v, "draws": 1} for name, v in whole.items()}
+    assert format_table({"whole": whole, "one": one}).count("majority / worst") == 1

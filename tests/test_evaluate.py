@@ -131,7 +131,8 @@ def test_the_choice_takes_the_worst_candidate_of_each_image():
     assert all(sample["attack"] == ("even", "odd")[i % 2] for i, sample in enumerate(report.samples))
     sample = report.samples[1]
     assert sample.pop("distance") == pytest.approx(float(X[1].max()))
-    assert sample == {"id": 1, "label": 1, "clean": 1, "robust": 0, "attack": "odd", "attacked": True}
+    answers = {"clean_class": 1, "robust_class": 0}
+    assert sample == {"id": 1, "label": 1, "clean": 1, "robust": 0, **answers, "attack": "odd", "attacked": True}
 
 
 def test_ties_are_broken_by_the_larger_loss():
@@ -326,8 +327,8 @@ def test_the_report_escapes_what_it_is_given(tmp_path):
     assert "<script" not in html
     assert html.count("&lt;script&gt;") >= 5
     assert "Diagnostics" in html
-    # The curves against eps and tries, and a strip for each row of the gallery.
-    assert len(re.findall(r'src="data:image/png;base64,iVBOR', html)) == 2 + 4
+    # The curves against eps and tries, and four rows of eight images in the gallery.
+    assert len(re.findall(r'src="data:image/png;base64,iVBOR', html)) == 2 + 4 * 8
     assert html.count("<tr><td>11</td>") == 1
     assert "Not verdicts" in html
     data = json.loads((tmp_path / "run/report.json").read_text())

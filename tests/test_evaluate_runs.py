@@ -64,7 +64,7 @@ def results(report) -> dict:
 def written(folder: Path) -> dict:
     """results() of report.json, without what it holds besides the report."""
     values = results(json.loads((folder / "report.json").read_text()))
-    return {k: v for k, v in values.items() if k not in ("systems", "threat_model")}
+    return {k: v for k, v in values.items() if k not in ("systems", "threat_model", "answer", "doctor")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

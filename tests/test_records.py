@@ -12,7 +12,7 @@ from small_task import places, trained_classifier
 from test_train import fail, files, tiny  # noqa: F401
 
 from atop_fast import RT2, Defense, FinetuneConfig, build_purifier, finetune, pretrain
-from atop_fast.evaluation.report import training_picture
+from atop_fast.evaluation.pictures import training_picture
 from atop_fast.randomness import seeded
 from atop_fast.training.metrics import Metrics, read_metrics
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from atop_fast.evaluation.report import gallery, write_report
+from atop_fast.evaluation.pictures import gallery
+from atop_fast.evaluation.report import write_report
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "atop_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

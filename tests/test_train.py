@@ -165,6 +165,15 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     assert report["answer"][0] in out.splitlines()
     page = Path("run/report.html").read_text()
     assert page.index("The defense ") < page.index("<table>")
+    first = page[: page.index("<table>")]
+    gain = report["gains"]["classifier"]["robust"]
+    assert f"<b>{gain['difference']:+.3f}</b>" in first
+    assert "diagnostics were off" in first
+    assert all(name in first for name in ("What this is not", "<dt>recipe</dt>", "held out of images", "<dt>date</dt>"))
+    # Clean, adversarial, perturbation, corrupted, and purified before and after fine-tuning; the recipe; the classes.
+    assert page.count('src="data:image/png;base64,') == 6 * 8 + 1
+    assert "width: 8" in page[page.index("Every option, as in recipe.yaml") :]
+    assert "finetuned: all attacks" in page
     assert Path("run/gallery.png").read_bytes().startswith(b"\x89PNG")
     assert report["recipe"]["purifier"]["options"] == {"width": 8}
     assert report["recipe"]["finetune"]["epochs"] == 1

@@ -38,7 +38,9 @@ from ..training.metrics import summary_writer
 from .findings import Threat, draws_finding, examined, is_bound, outside_finding, outside_text
 from .given import checked_candidates, given_attacks
 from .identity import attack_identity, model_identity, probe_images, shown
-from .judge import Judge, eight_bit, fixed_randomness, full_precision, judged
+from .judge import Judge, eight_bit, fixed_randomness, judged
+from .page import describe_images, describe_model
+from .pictures import gallery_rows
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
 from .runs import Run, Unit
@@ -79,6 +81,7 @@ def evaluate(
     progress: bool = True,
     trace: str | Path | None = None,
     tensorboard: str | Path | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Report:
     """Attack a model and judge it on draws that neither an attack nor the choice of candidates has seen.
 
@@ -126,6 +129,8 @@ def evaluate(
             TraceStep, with the attack's name and the first image of its batch. Lines of a batch are added when it is
             done; a resumed run keeps its lines, as far as it was traced. The report shows their curve.
         tensorboard: folder for the same values as TensorBoard scalars; needs the extra atop-fast[track].
+        about: name -> text for the first screen of report.html, such as {"model": "mynet.pt"}; the text "repeat" is a
+            script, which `out`/repeat.sh gets, too.
 
     Under torchrun, or with an initialized process group, every process attacks its shard of the images and returns the
     same Report; rank 0 writes it.
@@ -211,16 +216,19 @@ def evaluate(
         diagnostics = [*diagnostics, *outside_finding(run, work.attacks, source.sample, threat)]
         if not judge.deterministic:
             diagnostics += draws_finding(diagnostics, work.attacks)
-        report = summarize(
-            run, source.labels.cpu(), list(work.attacks), radii, settings, interval, cascade, headline, diagnostics
-        )
+        options = (radii, settings, interval, cascade, headline, diagnostics, source.classes, source.files)
+        report = summarize(run, source.labels.cpu(), list(work.attacks), *options)
         if tensorboard is not None and group.rank == 0:
             write_scalars(Path(tensorboard), report.trace)
         if out is not None and group.rank == 0:
             ids, candidates = work.shown(report)
+            clean = judged(source.take(ids)[0])
             with frozen(model):
-                rows = _gallery(model, source, ids, candidates, seed)
-            write_evaluation(Path(out), title, report.to_dict(), rows)
+                rows = gallery_rows(model, clean, candidates.to(clean), ids, seed, source.classes)
+            facts = {"model": describe_model(model), **({"transform": transform} if transform else {})}
+            facts["images"] = describe_images(len(source), clean.shape[1:], source.classes)
+            facts |= {name: text for name, text in (about or {}).items() if name != "repeat"}
+            write_evaluation(Path(out), title, report.to_dict(), rows, facts, (about or {}).get("repeat"))
         # A barrier: no rank may close its connections before the report is written.
         group.gather(None)
     return report
@@ -403,23 +411,6 @@ def _trace_file(path: Path, run: Run, names: Sequence[str]) -> TraceFile | None:
     files: list[TraceFile] = []
     run.agree(lambda: files.append(TraceFile(path, run.trace(names))) if run.group.rank == 0 else None)
     return files[0] if files else None
-
-
-def _gallery(model: Model, source: Source, ids: Tensor, candidates: Tensor, seed: int) -> list[tuple[str, Tensor]]:
-    """Rows of pictures of the images `ids`: clean, candidate, perturbation, and purified candidate."""
-    clean = source.take(ids)[0]
-    if clean.shape[1] not in (1, 3):
-        return []
-    index = ids.to(clean.device)
-    candidates = candidates.to(clean)
-    perturbation = candidates - clean
-    scale = 2 * perturbation.abs().amax().clamp_min(1e-12)
-    rows = [("clean", clean), ("chosen candidate", candidates), ("perturbation, scaled", 0.5 + perturbation / scale)]
-    if isinstance(model, Defense):
-        key = derive_seed(seed, "gallery")
-        with torch.no_grad(), full_precision(clean.device), seeded(key, clean.device):
-            rows.append(("purified candidate", model.purify(candidates, key, index, 0)))
-    return rows
 
 
 def _attacks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import (
 from torch.utils.data import Dataset as TorchDataset
 
 from .._core.checks import check_images, check_labels, check_not_empty, message
-from ..data import Dataset
+from ..data import Dataset, Files
 
 # Number of items read at a time when a dataset is checked.
 CHUNK = 64
@@ -33,8 +34,11 @@ class Source:
         labels: int64 (N,), on the device of the images.
         sample: the first image (1, C, H, W), of the dtype and on the device of all.
         identity: SHA-256 of types, shapes and bytes of images and labels; the same for tensors and datasets.
+        classes, files: names of the classes and of the images' files, if the images come with these.
     """
 
+    classes: Sequence[str] | None = None
+    files: Sequence[str] | None = None
     labels: Tensor
     sample: Tensor
     identity: str
@@ -104,6 +108,7 @@ class Streamed(Source):
         self.labels = torch.cat(labels).to(device)
         _add(digest, self.labels, self.labels.shape)
         self.identity = digest.hexdigest()
+        self.classes, self.files = _names(self.data, count)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         places = index.tolist()
@@ -143,8 +148,19 @@ def make_source(images: Any, labels: Any, model: object) -> Source:
     first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = torch.device("cpu") if first is None else first.device
     if isinstance(images, Dataset):
-        return InMemory(images.floats().images.to(device), images.labels.to(device))
+        source = InMemory(images.floats().images.to(device), images.labels.to(device))
+        source.classes, source.files = images.classes, images.files
+        return source
     return Streamed(images, device)
+
+
+def _names(data: Any, count: int) -> tuple[list[str] | None, list[str] | None]:
+    """Names of classes and files of a dataset such as Files or torchvision's ImageFolder, as far as it has them."""
+    classes, samples = getattr(data, "classes", None), getattr(data, "samples", None)
+    files = list(data.files) if isinstance(data, Files) else None
+    if isinstance(samples, list) and len(samples) == count and isinstance(root := getattr(data, "root", None), str):
+        files = [os.path.relpath(path, root) for path, _ in samples]
+    return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None, files
 
 
 def _check_loader(loader: DataLoader[Any]) -> None:

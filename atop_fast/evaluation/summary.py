@@ -46,8 +46,10 @@ class Report:
         complete: whether every attack got to every image; if not, `robust` is an upper bound on the robust accuracy.
         curve: "eps" of every radius asked for, how many images were "attacked", and the verdict on these, if any.
         chance: accuracy of always naming the most frequent class of these images.
-        samples: for every image its id, label, share of right draws ("clean", "robust"), chosen "attack", the norm of
-            its perturbation ("distance"), and whether every attack got to it ("attacked").
+        classes: names of the classes, if the images came with them.
+        samples: for every image its id, label, share of right draws ("clean", "robust"), the most frequent class of
+            these draws ("clean_class", "robust_class"), chosen "attack", the norm of its perturbation ("distance"),
+            whether every attack got to it ("attacked"), and its "file", if known.
         passes: attack -> images through the model "forward" and "backward", verdicts included (None: not counted), and
             how many "images" it attacked.
         seconds: the same of the time, summed over processes, and "total".
@@ -68,6 +70,7 @@ class Report:
     complete: bool
     curve: list[dict[str, Any]]
     chance: float
+    classes: list[str] | None
     samples: list[dict[str, Any]]
     passes: dict[str, dict[str, int | None]]
     seconds: dict[str, float]
@@ -135,6 +138,8 @@ def summarize(
     cascade: bool = False,
     headline: str | None = None,
     diagnostics: Sequence[Mapping[str, Any]] = (),
+    classes: Sequence[str] | None = None,
+    files: Sequence[str] | None = None,
 ) -> Report:
     """The Report of a run whose clean images and chosen 8-bit candidates are all judged."""
     names = [CLEAN, *attacks]
@@ -175,7 +180,8 @@ def summarize(
         complete=all(count == run.count for count in counts.values()),
         curve=[_point(run, radius, verdict) for radius in radii],
         chance=float(labels.bincount().max()) / len(labels),
-        samples=_samples(run, labels, names, chosen, right[0], stands["robust"], reached),
+        classes=None if classes is None else list(classes),
+        samples=_samples(run, labels, names, chosen, {CLEAN: predictions[0], "robust": robust}, reached, files),
         **_costs(run, names),
         trace=mean_trace(run.trace([*attacks, *map(curve_name, radii)])),
         settings=settings,
@@ -218,9 +224,9 @@ def _samples(
     labels: Tensor,
     names: Sequence[str],
     chosen: Tensor,
-    clean: Tensor,
-    robust: Tensor,
+    predictions: Mapping[str, Tensor],
     reached: Sequence[Tensor],
+    files: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     distances = torch.stack(
         [run.tables[name]["distance"] if name in run.tables else torch.zeros(run.count) for name in names]
@@ -228,11 +234,12 @@ def _samples(
     columns = {
         "id": range(run.count),
         "label": labels.tolist(),
-        "clean": clean.double().mean(dim=1).tolist(),
-        "robust": robust.double().mean(dim=1).tolist(),
+        **{name: (p == labels[:, None]).double().mean(dim=1).tolist() for name, p in predictions.items()},
+        **{f"{name}_class": p.long().mode(dim=1).values.tolist() for name, p in predictions.items()},
         "attack": [names[row] for row in chosen.tolist()],
         "distance": _pick(list(distances), chosen).tolist(),
         "attacked": torch.stack([*reached, torch.ones(run.count, dtype=torch.bool)]).all(dim=0).tolist(),
+        **({} if files is None else {"file": files}),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

@@ -156,7 +156,7 @@ def trace_picture(trace: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from .report import _png
+    from .pictures import _png
 
     runs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in trace:

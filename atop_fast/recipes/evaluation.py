@@ -84,4 +84,4 @@ class EvaluationConfig:
         if self.quick:
             own["attacks"] = lambda attacked: quick_attacks(attacked, norm, eps, seed, **self.quick)
         own |= {"norm": norm, "eps": eps, "seed": seed, "diagnostics": None if self.diagnostics else ()}
-        return evaluate(model, data.images, data.labels, **own, **options)
+        return evaluate(model, data, **own, **options)

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from .._core.distributed import Group
 from ..data import Dataset
 from ..defense import Defense
-from ..evaluation.report import gallery, training_picture, versions, write_report
+from ..evaluation import page
+from ..evaluation.pictures import gallery, training_picture
+from ..evaluation.report import versions, write_report
 from ..evaluation.runs import read_candidates
 from ..randomness import derive_seed
 from ..training.metrics import read_metrics
 from .answer import answer, paired_gains
 from .budget import Budget
 from .evaluation import EvaluationConfig
-from .pack import write_repeat
+from .pack import RECIPE, write_repeat
 from .schema import Recipe
 
 # The purifier fine-tuned on adversarial images of the classifier alone.
@@ -38,8 +40,9 @@ FINDING = (
 )
 INCOMPLETE = "evaluate_{}: the budget ended before every image was attacked: the robust accuracy is an upper bound."
 CAPTION = (
-    "Adversarial images of {} on the fine-tuned pipeline, their perturbation, one draw of the transform, and the "
-    "outputs of the two purifiers; above each image, the class that the classifier assigns to it."
+    "The first images, whatever became of them: adversarial images of {} on the fine-tuned pipeline, their "
+    "perturbation, one draw of the transform, and the outputs of the two purifiers; above each, the class that the "
+    "classifier assigns to it."
 )
 # Images of the gallery.
 COUNT = 8
@@ -78,6 +81,7 @@ def write_verdicts(
         "answer": answer(gains, reports, config.protocol),
         "gains": gains,
         "chance": reports["finetuned"]["chance"],
+        "doctor": dict(zip(("status", "sentence"), page.doctor_says(reports["finetuned"]["diagnostics"]), strict=True)),
         "complete": {name: report["complete"] for name, report in reports.items()},
         "protocol": config.protocol,
         "recipe": asdict(recipe),
@@ -91,12 +95,53 @@ def write_verdicts(
     if group.rank == 0:
         curves = training_picture(read_metrics(out / "metrics.jsonl"))
         attack = list(reports["finetuned"]["attacks"])[-1]
-        picture = _gallery(out / "evaluate_finetuned", attack, test, systems, seed, threat)
+        rows, names, largest = _gallery(out / "evaluate_finetuned", attack, test, systems, seed, threat)
+        pictures: dict[str, Any] = {"rows": rows, "names": names, "picture": gallery(rows, largest) if rows else None}
+        pictures |= {"picture_caption": CAPTION.format(attack), "curves": curves}
         repeat = write_repeat(out, reduced or recipe, seed, versions())
-        pictures: dict[str, Any] = {"picture": picture, "picture_caption": CAPTION.format(attack), "curves": curves}
-        write_report(out, "atop_fast: AToP from images to verdict", data, notes, repeat=repeat, **pictures)
+        both = {name: reports[name]["samples"] for name in ("classifier", "finetuned")}
+        write_report(
+            out,
+            "atop_fast: AToP from images to verdict",
+            data,
+            notes,
+            repeat=repeat,
+            recipe=(out / RECIPE).read_text(encoding="utf-8"),
+            cards=_cards(gains["classifier"], data["chance"]),
+            limits=page.limits(reports["finetuned"]),
+            facts=_facts(recipe, test, systems["finetuned"], data["systems"]),
+            per_class=page.per_class(both, test.classes),
+            **pictures,
+        )
     group.gather(None)
     return data
+
+
+def _cards(gain: Mapping[str, Any], chance: float) -> list[tuple[str, str, str]]:
+    """Label, value and note of the numbers that the page begins with."""
+    cards = []
+    for label, measure in (("gain under attack", "robust"), ("gain without an attack", "clean")):
+        if (found := gain[measure]) is None:
+            cards.append((label, "none", "no image was attacked"))
+            continue
+        low, high = found["interval"]
+        own, other = found["accuracies"]
+        note = f"[{low:+.3f}, {high:+.3f}]: {own:.3f} with the defense, {other:.3f} of the classifier alone"
+        cards.append((label, f"{found['difference']:+.3f}", note))
+    return [*cards, ("chance", f"{chance:.3f}", "the most frequent class")]
+
+
+def _facts(recipe: Recipe, test: Dataset, defense: nn.Module, systems: Mapping[str, Any]) -> dict[str, str]:
+    """The run in short."""
+    count = systems["finetuned"]["clean"]["images"]
+    images = page.describe_images(count, test.shape, test.classes)
+    return {
+        "model": page.describe_model(defense),
+        "images": f"{images}, held out of {recipe.data.test or recipe.data.source}",
+        "transform": str(recipe.transform.build()),
+        "recipe": f"fine-tuning on {recipe.finetune.attack} of the {recipe.finetune.attacked}, {recipe.finetune.norm} "
+        f"{recipe.finetune.eps:.4g}; every option is below and in recipe.yaml",
+    }
 
 
 def _verdicts(report: dict[str, Any]) -> dict[str, Any]:
@@ -106,14 +151,18 @@ def _verdicts(report: dict[str, Any]) -> dict[str, Any]:
 
 def _gallery(
     folder: Path, attack: str, test: Dataset, systems: Mapping[str, nn.Module], seed: int, threat: dict[str, Any]
-) -> bytes | None:
-    """Clean, adversarial, perturbation, corrupted, and purified before and after fine-tuning; None without such."""
+) -> tuple[list[tuple[str, Tensor, list[str]]], list[str], float]:
+    """Rows of clean, adversarial, perturbation, corrupted, and purified before and after fine-tuning.
+
+    With them the true classes, and the largest change of a pixel. No rows if the budget ended before the attack, or
+    without one or three channels.
+    """
     found = read_candidates(folder, attack, range(COUNT))
     pretrained, finetuned = systems["pretrained"], systems["finetuned"]
     assert isinstance(pretrained, Defense)
     assert isinstance(finetuned, Defense)
     if not found or test.shape[0] not in (1, 3):
-        return None
+        return [], [], 0.0
     ids = torch.tensor(sorted(found), device=test.images.device)
     x = test.images[ids]
     adversarial = torch.stack([found[i] for i in ids.tolist()]).to(x)
@@ -131,4 +180,4 @@ def _gallery(
         rows.append(row("purified,\nfine-tuned", purified[1]))
     # In other balls a pixel may change by more than the radius.
     largest = threat["eps"] if threat["norm"] == "Linf" else float((adversarial - x).abs().amax())
-    return gallery(rows, max(largest, 1e-6))
+    return rows, [test.classes[c] for c in test.labels[ids].tolist()], max(largest, 1e-6)
