@@ -28,10 +28,10 @@ from .defenses.command import judge
 from .doctor import conclude
 from .doctor.command import doctor
 from .evaluation.page import evaluation_answer
-from .evaluation.report import format_table
+from .evaluation.report import format_table, versions
 from .recipes.evaluation import EvaluationConfig
 from .recipes.options import DataConfig, GivenTransform, TransformConfig
-from .recipes.pack import pack_run, system_of
+from .recipes.pack import evaluation_script, given_files, pack_run, system_of
 from .recipes.run import run_recipe
 from .recipes.schema import ClassifierSource, DiscriminatorSource, PurifierSource, Recipe, load_recipe, preset_names
 from .training import FinetuneConfig, PretrainConfig
@@ -154,16 +154,21 @@ def evaluate(
     _say(f"Evaluating {_named(model)}")
     logs = Path(out) / "tensorboard" if tensorboard else None
     options: dict[str, Any] = {"out": out, "budget": budget, "trace": trace, "tensorboard": logs, "title": name}
+    if _GIVEN:
+        files = given_files(_GIVEN)
+        options["about"] = {"repeat": evaluation_script(_GIVEN, files, versions())}
+        if files:
+            options["about"]["files"] = ", ".join(f"{path} sha256:{digest[:16]}" for path, digest in files.items())
     report = config.run(model, part, seed=seed, **options).to_dict()
     if not _first():
         return
     columns = {name: report[name] for name in ("clean", "robust", "eight_bit")}
+    print("\n".join(evaluation_answer(report)))
     print(format_table({name: {**columns, **report["attacks"]}}, report["chance"]))
     if findings := report["diagnostics"]:
         print(conclude({finding["name"]: finding["status"] for finding in findings})[1])
     for finding in findings:
         if finding["status"] != "pass":
-    print("\n".join(evaluation_answer(report)))
             print(f"{finding['status']}  {finding['name']}: {finding['reason']}")
     if headline := report["headline"]:
         print(f"The protocol's source reports {headline}: {report['emulated'][headline]['accuracy']:.3f} (unsound)")
@@ -196,6 +201,10 @@ COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, doctor, evaluat
 POSITIONAL = {"bench": "suite", "judge": "defense", "report": "run"}
 
 
+# Arguments of the command that runs, for the script that repeats it.
+_GIVEN: list[str] = []
+
+
 class _Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2."""
 
@@ -211,9 +220,10 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")
     answer_usage(sys.argv[1:] if args is None else args)
     jsonargparse.set_loader("yaml", _load_option, exceptions=(ValueError,))
+    _GIVEN[:] = sys.argv[1:] if args is None else args
     try:
         with tempfile.TemporaryDirectory() as folder:
-            args = _with_numbers(_with_positional(sys.argv[1:] if args is None else args, Path(folder)))
+            args = _with_numbers(_with_positional([*_GIVEN], Path(folder)))
             jsonargparse.auto_cli(COMMANDS, args=args, as_positional=False, prog="atop-fast", parser_class=_Parser)
     except (ValueError, TypeError, ImportError) as error:
         sys.exit(_fail(error))
@@ -223,6 +233,8 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("atop-fast: stopped; the same command resumes from what was saved", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _GIVEN.clear()
 
 
 def _fail(error: Any) -> int:

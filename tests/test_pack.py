@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from atop_fast.cli import main
 from atop_fast.data import Dataset
 from atop_fast.recipes.budget import Budget
 from atop_fast.recipes.images import read_images, save_images
-from atop_fast.recipes.pack import _quoted, system_of, unpack
+from atop_fast.recipes.pack import _quoted, evaluation_script, given_files, system_of, unpack
 from atop_fast.recipes.run import run_recipe
 from atop_fast.recipes.schema import load_recipe
 
@@ -52,6 +53,12 @@ def test_an_archive_is_evaluated_as_the_run_was(tiny, capsys, tmp_path):  # noqa
         report = json.loads(Path(path, "report.json").read_text())
         assert report["samples"] == expected["samples"]
         assert (report["protocol"], report["eps"], report["draws"]) == (expected["protocol"], 0.2, 2)
+    # The report says how to repeat it.
+    script = Path("far/repeat.sh").read_text()
+    assert 'atop-fast evaluate run.zip --diagnostics=false --out "$out"' in script
+    assert hashlib.sha256(Path("run.zip").read_bytes()).hexdigest() in script
+    assert "run.zip sha256:" in Path("far/report.html").read_text()
+    assert report["samples"][0]["file"].startswith("class")
     # Options of the command replace those of the run.
     main(["evaluate", "run.zip", "--out=other", "--eps=0.1", "--images=1", "--steps=1", "--diagnostics=false"])
     report = json.loads(Path("other/report.json").read_text())
@@ -98,6 +105,35 @@ def test_the_script_repeats_the_run_elsewhere(tiny):  # noqa: F811
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "The verdicts are the same." in done.stdout
+
+
+@pytest.mark.slow
+def test_the_script_repeats_an_evaluation(tiny):  # noqa: F811
+    main(["train", "tiny.yaml", "--out=run", *SHORT])
+    main(["evaluate", "run", "--out", "it's", "--diagnostics=false"])
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def repeat():
+        command = ["sh", "it's/repeat.sh", "again"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert (done := repeat()).returncode == 0, done.stderr
+    assert "The verdicts are the same." in done.stdout
+    Path("run/defense.safetensors").write_bytes(b"another")
+    assert "run/defense.safetensors is not the file that was evaluated" in repeat().stderr
+
+
+def test_the_arguments_of_an_evaluation(tmp_path, monkeypatch):
+    """--out is replaced, and files are found among options and others."""
+    monkeypatch.chdir(tmp_path)
+    Path("x.pt").write_bytes(b"x")
+    given = ["evaluate", "--out", "o", "--classifier=x.pt", "--key", "a b", "--out=p", "--budget", "1s"]
+    found = given_files(given)
+    assert found == {"x.pt": hashlib.sha256(b"x").hexdigest()}
+    script = evaluation_script(given, found, {"atop_fast": "1", "torch": "2"})
+    assert "\natop-fast evaluate --classifier=x.pt --key 'a b' --budget 1s --out \"$out\"\n" in script
+    assert "--budget ends it by the clock" in script
+    assert "by the clock" not in evaluation_script(["evaluate"], {}, {"atop_fast": "1", "torch": "2"})
 
 
 @pytest.mark.slow

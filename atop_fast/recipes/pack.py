@@ -8,12 +8,13 @@ repeat.sh, report.html, report.json, gallery.png
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,63 @@ print("The verdicts are the same." if found == expected else "The verdicts diffe
 sys.exit(found != expected)
 END
 """
+
+REPEAT_EVALUATION = """#!/bin/sh
+# Repeats the evaluation of this folder: sh repeat.sh [OUT], where OUT is a new folder, by default ./repeat.
+# It was made with atop_fast {atop_fast}, torch {torch}; other versions and machines round otherwise.{budget}
+set -e
+here="$(cd "$(dirname "$0")" && pwd)"
+mkdir -p "${{1:-$here/repeat}}"
+out="$(cd "${{1:-$here/repeat}}" && pwd)"
+# Paths below are relative to this folder.
+cd {folder}
+python3 - <<'END'
+import hashlib, sys
+for path, digest in {digests!r}.items():
+    if hashlib.sha256(open(path, "rb").read()).hexdigest() != digest:
+        sys.exit(path + " is not the file that was evaluated.")
+END
+{command} --out "$out"
+python3 - "$out/report.json" "$here/report.json" <<'END'
+import json, sys
+keys = ("clean", "attacks", "robust", "eight_bit")
+found, expected = ([json.load(open(path))[key] for key in keys] for path in sys.argv[1:])
+print("The verdicts are the same." if found == expected else "The verdicts differ from those of report.json.")
+sys.exit(found != expected)
+END
+"""
+CLOCK = "\n# --budget ends it by the clock: attacks may reach more or fewer images, which gives other verdicts."
+
+
+def given_files(given: Sequence[str]) -> dict[str, str]:
+    """The files that arguments of a command name -> their SHA-256; of the folder of a run, its defense."""
+    paths = [Path(argument.partition("=")[2] if argument.startswith("--") else argument) for argument in given]
+    paths = [path / DEFENSE if (path / DEFENSE).is_file() else path for path in paths]
+    return {str(path): _sha256(path) for path in paths if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def evaluation_script(given: Sequence[str], files: Mapping[str, str], versions: Mapping[str, str]) -> str:
+    """A script that repeats `atop-fast evaluate ...` in the folder in which it was called.
+
+    Args:
+        given: arguments of atop-fast, the command first; `files` are theirs, see given_files.
+    """
+    kept, skip = [], False
+    for argument in given:
+        if not skip and argument.partition("=")[0] != "--out":
+            kept.append(argument)
+        skip = argument == "--out"
+    budget = CLOCK if _value(given, "--budget") is not None else ""
+    folder, command = shlex.quote(str(Path.cwd())), shlex.join(["atop-fast", *kept])
+    return REPEAT_EVALUATION.format(**versions, budget=budget, folder=folder, digests=dict(files), command=command)
 
 
 def write_repeat(out: Path, recipe: Recipe, seed: int, versions: dict[str, str]) -> str:
