@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import _gpu_attacks
 
 ROOT = Path(__file__).resolve().parent.parent
 # Pure Python; the command line and recipes stand on them.
@@ -141,8 +144,9 @@ def smoke(options: argparse.Namespace) -> dict[str, Any]:
     """The tests without which nothing else is worth its time."""
     if options.tiny:
         return pytest(["tests/ops/test_random_normal.py"], "matches_reference and cpp", 0)
-    chosen = "test_capture or (matches_formula and (cuda or triton))"
-    return pytest(["tests/test_capture.py", "tests/ops", "--require-backends=eager,triton,cuda"], chosen, 8)
+    chosen = "test_capture or test_cuda_graphs or (matches_formula and (cuda or triton))"
+    files = ["tests/test_capture.py", "tests/test_replays.py", "tests/ops"]
+    return pytest([*files, "--require-backends=eager,triton,cuda"], chosen, 8)
 
 
 def tests(options: argparse.Namespace) -> dict[str, Any]:
@@ -261,6 +265,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {"precision": "float32" if options.device == "cpu" else "bfloat16"}
     smoke = options.out / "parts" / "smoke.json"
     failed = json.loads(smoke.read_text()).get("tests", {}).get("names", []) if smoke.exists() else []
+    if any("test_replays" in name for name in failed):
+        os.environ["ATOP_FAST_GRAPHS"] = "updates"
     if any("test_capture" in name for name in failed):
         # Without graphs, small batches wait for the host.
         changes |= {"graphs": False, "batch_size": 256}
@@ -304,6 +310,7 @@ DO: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "evaluate": lambda options: {} if options.tiny else suite(options, "evaluate"),
     "finetune": lambda options: {} if options.tiny else suite(options, "finetune", quick=False),
     "sanitize": sanitize,
+    **{name: functools.partial(part, write=write) for name, part in _gpu_attacks.PARTS.items()},
 }
 
 

@@ -1,6 +1,6 @@
 """First contact with a GPU: builds, tests, measures and trains, in parts that end in time. docs/gpu.md explains it.
 
-    python benchmarks/gpu.py prepare KIT              where there is a network: libraries and packages for `run --kit`
+    python benchmarks/gpu.py prepare KIT [--data FOLDER]    where there is a network: libraries, packages and images
     python benchmarks/gpu.py run [--kit KIT] [--data FOLDER] [--pack FOLDER]
     python benchmarks/gpu.py run --rehearse           all parts on the CPU, tiny
 
@@ -29,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SUMMARY_LINES = 40
 NO_GPU, TIME_OVER = 3, 4
+# CIFAR-10 in a kit.
+IMAGES = "images.tar.xz"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,17 @@ class Part:
 
 
 PARTS = (
-    Part("setup", 240, 10, "packages, libraries, data; a build where no prebuilt library serves: 150 s"),
+    Part("setup", 240, 20, "packages, libraries, data; a build where no prebuilt library serves: 150 s"),
     Part("ceilings", 40, 12, "copy rate, matrix products in float32, TF32 and bfloat16"),
-    Part("smoke", 90, 35, "every op in every backend against its formula; CUDA graphs of updates"),
+    Part("smoke", 90, 35, "every op in every backend against its formula; CUDA graphs of updates and attacks"),
     Part("tests", 120, 90, "tests of the ops in CUDA and Triton, without opcheck and torch.compile"),
     Part("ops", 80, 50, "the suite ops in its quick form, by replays"),
     Part("steps", 80, 45, "PGD steps and fine-tuning steps, eager and replayed"),
     Part("train", 335, 325, "CIFAR-10 native defense from scratch, with its verdict"),
+    Part("replays", 90, 25, "a step of each attack, eager and replayed"),
+    Part("eot", 100, 45, "PGD-200 x EOT-20 on the native defense, 512 images"),
+    Part("autoattack", 240, 110, "AutoAttack fast and standard, 10,000 images; its original on 512"),
+    Part("deepfill", 90, 25, "DeepFillV2 at 256x256, 10,000 images"),
     Part("attacks", 120, 60, "the suite attacks in its quick form"),
     Part("evaluate", 120, 60, "the suite evaluate in its quick form"),
     Part("finetune", 200, 150, "the suite finetune in full, with torch.compile"),
@@ -60,7 +66,7 @@ REHEARSAL = 5
 FIRST = "train"
 
 
-def prepare(kit: Path, as_built: bool) -> None:
+def prepare(kit: Path, as_built: bool, data: Path | None) -> None:
     """Fill a folder with what a machine without a network lacks."""
     import _gpu_parts as parts
 
@@ -72,6 +78,11 @@ def prepare(kit: Path, as_built: bool) -> None:
     (kit / "sources").write_text(parts.sources() + "\n")
     for package in parts.PACKAGES:
         parts.copy_package(package, kit / "site")
+    if data is not None:
+        # Small JPEG files repeat their tables: xz stores them in a third of their size, which a zip file exceeds.
+        with tarfile.open(kit / IMAGES, "w:xz") as archive:
+            for path in sorted(path for path in data.rglob("*") if path.is_file()):
+                archive.add(path, str(path.relative_to(data)))
     size = sum(file.stat().st_size for file in kit.rglob("*") if file.is_file())
     print(f"{kit}: {', '.join(sorted(path.name for path in kit.iterdir()))}; {size / 2**20:.0f} MiB")
 
@@ -110,7 +121,8 @@ class Run:
                 self.do(part, seconds)
                 if part.name == "setup" and self.result(part)["status"] != "ok":
                     break
-        print((self.out / "summary.txt").read_text() if (self.out / "summary.txt").exists() else "no time for any part")
+        summary = self.out / "summary.txt"
+        print(summary.read_text().rstrip() if summary.exists() else "no time for any part")
         statuses = [self.result(part).get("status") for part in self.parts]
         if any(status in ("failed", "timeout") for status in statuses):
             return 1
@@ -150,22 +162,24 @@ class Run:
 
     def summary(self) -> list[str]:
         """At most SUMMARY_LINES lines of text: a line for each part, and what it found."""
-        lines = [f"commit {self.arguments.commit}; {'part':9} status, seconds (expected): numbers"]
-        for part in self.parts:
-            found = self.result(part)
-            if not found:
-                lines.append(f"{part.name:9} not run ({part.expected} s)")
-                continue
-            lines.append(f"{part.name:9} {found['status']}, {found['seconds']} s ({part.expected} s)")
-            if tests := found.get("tests"):
-                lines.append("    " + ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped")))
-                lines += [f"    FAILED {name}"[:160] for name in tests["names"][:3]]
-            lines += [f"    {line}"[:160] for line in found["numbers"].get("summary", [])[:4]]
-            if found["status"] != "ok" and (last := last_line(self.state / f"{part.name}.log")):
-                lines.append(f"    log: {last}"[:160])
-        if len(lines) > SUMMARY_LINES:
-            lines = [*lines[: SUMMARY_LINES - 1], f"... {len(lines) - SUMMARY_LINES + 1} more lines: parts/*.json"]
-        return lines
+        blocks = [self.block(part) for part in self.parts]
+        # All parts get as many lines, such that none is left out.
+        depth = max(d for d in range(1, 8) if d == 1 or sum(len(block[:d]) for block in blocks) < SUMMARY_LINES)
+        title = f"commit {self.arguments.commit}; {'part':10} status, seconds (expected): numbers; all: parts/*.json"
+        return [title, *(line[:160] for block in blocks for line in block[:depth])]
+
+    def block(self, part: Part) -> list[str]:
+        """The lines of a part, the most important first."""
+        found = self.result(part)
+        if not found:
+            return [f"{part.name:10} not run ({part.expected} s)"]
+        lines = [f"{part.name:10} {found['status']}, {found['seconds']} s ({part.expected} s)"]
+        if found["status"] != "ok" and (last := last_line(self.state / f"{part.name}.log")):
+            lines.append(f"    log: {last}")
+        if tests := found.get("tests"):
+            lines.append("    " + ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped")))
+            lines += [f"    FAILED {name}" for name in tests["names"][:3]]
+        return lines + [f"    {line}" for line in found["numbers"].get("summary", [])]
 
     def pack(self) -> None:
         """Copy results to the folder of --pack, in few files: summary, an archive of results and logs, weights."""
@@ -230,11 +244,14 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prepare")
     first.add_argument("kit", type=Path)
+    first.add_argument("--data", type=Path, help="CIFAR-10 as an image folder, to be packed into the kit")
     first.add_argument("--as-built", action="store_true", help="take the libraries as they are, without a build")
     second = commands.add_parser("run")
     second.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="state and results")
     second.add_argument("--kit", type=Path, help="folder of `prepare`, also with wheels of pure Python")
-    second.add_argument("--data", type=Path, help="CIFAR-10 as an image folder, or a zip file or tar file of one")
+    second.add_argument(
+        "--data", type=Path, help="CIFAR-10 as an image folder, or a zip or tar file of one; default: that of the kit"
+    )
     second.add_argument("--pack", type=Path, help="folder for a copy of the results in few files")
     second.add_argument("--seconds", type=int, default=590, help="of this call")
     second.add_argument("--commit", default="unknown", help="what is tested; results name it")
@@ -242,7 +259,9 @@ def main() -> int:
     second.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny sizes")
     arguments = parser.parse_args()
     if arguments.command == "prepare":
-        prepare(arguments.kit.resolve(), arguments.as_built)
+        if arguments.data is not None and not arguments.data.is_dir():
+            parser.error(f"--data: there is no folder {arguments.data}")
+        prepare(arguments.kit.resolve(), arguments.as_built, arguments.data)
         return 0
     if unknown := set(arguments.parts or ()) - {part.name for part in PARTS}:
         parser.error(f"--parts: unknown {', '.join(sorted(unknown))}")
@@ -251,6 +270,8 @@ def main() -> int:
             if not path.exists():
                 parser.error(f"--{name}: there is no {path}")
             setattr(arguments, name, path.resolve())
+    if arguments.data is None and arguments.kit and (arguments.kit / IMAGES).exists():
+        arguments.data = arguments.kit / IMAGES
     if not arguments.rehearse and not sees_gpu():
         print("benchmarks/gpu.py: torch sees no GPU; nothing is done")
         return NO_GPU
