@@ -14,6 +14,7 @@ import torch
 from atop_fast import ClassifierConfig, build_classifier, env, evaluate, train_classifier
 from atop_fast._core import threads as _threads
 from atop_fast._core.threads import POLICIES, Queueing, busy_cores, is_command, seconds_queued, spinning, wait_asleep
+from atop_fast.evaluation import work
 from atop_fast.training import engine
 
 
@@ -133,8 +134,7 @@ def test_remarks_are_made_once_and_where_they_are_true(spins):
 
 def test_progress_bars_say_it(spins, capfd):
     """In a training and in an evaluation; not without a progress bar, and nothing of either changes."""
-    # Its name in the package is the function's.
-    for module in (engine, sys.modules["atop_fast.evaluation.evaluate"]):
+    for module in (engine, work):
         spins.setattr(module, "Queueing", lambda threads: Queueing(2, every=0.0))
     spins.setattr(_threads, "seconds_queued", lambda: 2 * time.monotonic())
     x, y = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
