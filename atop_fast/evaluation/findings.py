@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._core.files import write_text
-from ..attacks import NORMS, GradientEstimator, Model, Square, frozen
+from ..attacks import NORMS, Ball, GradientEstimator, Model, Square, frozen
 from ..attacks import Attack as KeyedAttack
 from ..attacks.autoattack import leaves_doubt
 from ..doctor import Finding, examine, sampled
@@ -32,17 +32,12 @@ IMAGES = 32
 CONSTANT = 0.9
 
 
-@dataclass(frozen=True)
-class Threat:
+class Threat(Ball):
     """The ball in which attacks look for candidates."""
-
-    norm: str
-    eps: float
 
     def distance(self, delta: Tensor) -> Tensor:
         """The norm of every perturbation (B, C, H, W), float32 (B,)."""
-        order = {"Linf": torch.inf, "L2": 2, "L1": 1}[self.norm]
-        return torch.linalg.vector_norm(delta.flatten(1).float(), ord=order, dim=1)
+        return self.length(delta.float())
 
     def outside(self, distance: Tensor, x: Tensor) -> Tensor:
         """Whether candidates at a distance (B,) from images like x (B, C, H, W) lie outside, beyond rounding; bool."""
