@@ -11,6 +11,7 @@ from torch import nn
 from atop_fast import RT2, ClassifierConfig, Defense, build_classifier, mnist5k, train_classifier
 from atop_fast.attacks import APGD, APGDT, counted_passes
 from atop_fast.attacks.apgd import _windows
+from atop_fast.attacks.queue import Batch
 from atop_fast.randomness import seeded
 
 EPS = {"Linf": 0.05, "L2": 0.7, "L1": 8.0}
@@ -155,7 +156,7 @@ def test_malt_order_is_its_formula_in_float64(trained, norm):
     ids = torch.arange(6)
     with attack.prepared() as estimator:
         logits = estimator.logits(x, ids, 0 * ids).mean(dim=1)
-        found = attack._nearest_classes(estimator, logits, x, y, ids)
+        found = attack._nearest_classes(estimator, logits, Batch(x, y, ids))
     exact = copy.deepcopy(model).double()
     order = {"Linf": 1, "L2": 2, "L1": torch.inf}[norm]
     for row in range(6):
@@ -195,7 +196,7 @@ def test_malt_changes_the_order_alone_where_all_classes_are_targets(trained):
     plain, malt = (APGDT(model, eps=0.06, steps=4, order=order) for order in ("logits", "malt"))
     assert torch.equal(plain(x, y), malt(x, y))
     with malt.prepared() as estimator:
-        nearest = malt._nearest_classes(estimator, logits, x, y, ids)
+        nearest = malt._nearest_classes(estimator, logits, Batch(x, y, ids))
     ranked = logits.argsort(dim=1, descending=True)[:, 1:]
     assert torch.equal(nearest.sort(dim=1).values, ranked.sort(dim=1).values)
     assert not torch.equal(nearest, ranked)

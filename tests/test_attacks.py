@@ -10,6 +10,7 @@ from torch import nn
 from atop_fast import FGSM, PGD, RT2, Defense, build_classifier, build_purifier
 from atop_fast.attacks import GradientEstimator, draw_logits, frozen
 from atop_fast.attacks.base import better_candidate
+from atop_fast.attacks.queue import Batch
 from atop_fast.randomness import seeded
 
 with seeded(0):
@@ -127,7 +128,7 @@ def test_restart_choice_minimizes_accuracy_first():
     attack = PGD(model, n_restarts=2)
     ids, candidates = torch.zeros(1, dtype=torch.int64), [torch.full((1, 1, 2, 2), v) for v in (0.9, 0.1)]
     judge = attack.judge(attack.estimator(model))
-    robust, fooled = (attack.rank(judge, x, x, Y[:1], ids) for x in candidates)
+    robust, fooled = (attack.rank(judge, x, Batch(x, Y[:1], ids)) for x in candidates)
     assert better_candidate(*fooled, *robust)
     assert not better_candidate(*robust, *fooled)
 

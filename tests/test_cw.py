@@ -9,6 +9,7 @@ from small_task import places, trained_classifier
 from atop_fast import RT2, Defense
 from atop_fast.attacks import CW, counted_passes, prepared
 from atop_fast.attacks.adam import adam_step
+from atop_fast.attacks.queue import Batch
 
 X, Y = places(16, seed=999)
 
@@ -147,7 +148,7 @@ def test_rows_that_are_done_do_not_change():
     attack = CW(trained_classifier(), c=10, steps=4, lr=0.1, search_steps=2)
     with prepared(trained_classifier()) as network, torch.no_grad():
         estimator = attack.estimator(network)
-        state = attack.begin(estimator, X[:8], Y[:8], torch.arange(8), None)
+        state = attack.begin(estimator, Batch(X[:8], Y[:8], torch.arange(8)))
         attack.step(estimator, state)
         state["done"][::2] = True
         state["t"][::2] = 8

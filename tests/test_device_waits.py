@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from atop_fast import RT1, RT2, RT3, Defense, FinetuneConfig, attacks, build_classifier, build_purifier
 from atop_fast.attacks import square
+from atop_fast.attacks.queue import Batch
 from atop_fast.attacks.replay import Replays
 from atop_fast.ops import _registry
 from atop_fast.purifiers import SNPatchDiscriminator
@@ -71,18 +72,16 @@ def detected(monkeypatch):
 def a_step_of_a_queue(monkeypatch):
     """The queue reads which images are done outside of graphs, so only its steps, which are all alike, are run."""
 
-    def run_queue(program, estimator, images, labels, ids, start=None, given=None):
+    def run_queue(program, estimator, batch, given=None):
         # As a graph holds it: in buffers.
-        steps = Replays(program, estimator, None, len(images))
-        steps.enter(program.begin(estimator, images, labels, ids, start) | (given or {}))
+        steps = Replays(program, estimator, None, len(batch.images))
+        steps.enter(program.begin(estimator, batch) | (given or {}))
         steps._advance()
-        return steps.best(len(images))
+        return steps.best(len(batch.images))
 
     monkeypatch.setattr(square, "QUERIES", 2)
-    for name in ("base", "apgd", "fab", "pma"):
-        module = sys.modules[f"atop_fast.attacks.{name}"]
-        if hasattr(module, "run_queue"):
-            monkeypatch.setattr(module, "run_queue", run_queue)
+    for name in ("base", "apgdt", "pma"):
+        monkeypatch.setattr(sys.modules[f"atop_fast.attacks.{name}"], "run_queue", run_queue)
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +140,7 @@ def test_steps_of_attacks(name, norm, monkeypatch):
     ids = torch.zeros_like(y)
     for context in (contextlib.nullcontext(), detected(monkeypatch)):
         with attack.prepared() as estimator, context:
-            assert attack.run(estimator, x, y, ids, None).shape == x.shape
+            assert attack.run(estimator, Batch(x, y, ids)).shape == x.shape
 
 
 @pytest.mark.parametrize("mode", attacks.GRADIENT_MODES)

@@ -9,6 +9,7 @@ from torch import nn
 
 from atop_fast import RT2, Defense
 from atop_fast.attacks import FAB, counted_passes
+from atop_fast.attacks.queue import Batch
 from atop_fast.ops import hyperplane_step
 from atop_fast.randomness import seeded
 
@@ -206,7 +207,7 @@ def test_done_rows_do_not_change(digits):
     attack, ids = FAB(model, "Linf", 0.06, steps=2, target_classes=2), torch.arange(32)
     estimator = attack.estimator(model)
     with torch.no_grad():
-        state = attack.begin(estimator, x, y, ids, None)
+        state = attack.begin(estimator, Batch(x, y, ids))
         for _ in range(5):
             done, before = state["done"].clone(), {k: v.clone() for k, v in state.items()}
             attack.step(estimator, state)

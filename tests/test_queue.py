@@ -7,6 +7,7 @@ import torch
 
 from atop_fast.attacks import queue
 from atop_fast.attacks.base import initial_state
+from atop_fast.attacks.queue import Batch
 
 
 class Countdown:
@@ -15,8 +16,8 @@ class Countdown:
     def __init__(self):
         self.shapes, self.alive = [], []
 
-    def begin(self, estimator, images, labels, ids, start):
-        return initial_state(images, labels, ids, images.clone())
+    def begin(self, estimator, batch):
+        return initial_state(batch, batch.images.clone())
 
     def length(self):
         return None
@@ -34,7 +35,7 @@ def test_every_image_runs_its_own_number_of_steps(count):
     labels = torch.randint(1, 30, (count,))
     ids = torch.randperm(count)
     program = Countdown()
-    result = queue.run_queue(program, None, torch.zeros(count, 1, 1, 1), labels, ids)
+    result = queue.run_queue(program, None, Batch(torch.zeros(count, 1, 1, 1), labels, ids))
     assert torch.equal(result.flatten().long(), ids * 1000 + labels)
     assert all(rows % 8 == 0 for rows in program.shapes)
     assert max(program.shapes) <= queue.SLOTS["cpu"]
@@ -44,7 +45,7 @@ def test_full_while_the_queue_lasts_and_then_shrinks():
     count, slots = 1600, queue.SLOTS["cpu"]
     labels = torch.randint(1, 30, (count,))
     program = Countdown()
-    queue.run_queue(program, None, torch.zeros(count, 1, 1, 1), labels, torch.arange(count))
+    queue.run_queue(program, None, Batch(torch.zeros(count, 1, 1, 1), labels, torch.arange(count)))
     # A whole batch at a time, each as long as its slowest image, would take more.
     in_batches = sum(slots * int(part.max()) for part in labels.split(slots))
     assert int(labels.sum()) <= sum(program.shapes) < 0.65 * in_batches
@@ -60,7 +61,7 @@ def test_images_that_take_equally_long_go_batch_by_batch():
 
     count = 700
     ids, program = torch.randperm(count), Fixed()
-    result = queue.run_queue(program, None, torch.zeros(count, 1, 1, 1), torch.full((count,), 5), ids)
+    result = queue.run_queue(program, None, Batch(torch.zeros(count, 1, 1, 1), torch.full((count,), 5), ids))
     assert torch.equal(result.flatten().long(), ids * 1000 + 5)
     assert program.shapes == 5 * [256] + 5 * [256] + 5 * [192]
 
@@ -74,7 +75,6 @@ def test_given_tensors_follow_their_images():
     count = 100
     name = torch.randperm(count)
     labels = torch.randint(1, 5, (count,))
-    result = queue.run_queue(
-        Named(), None, torch.zeros(count, 1, 1, 1), labels, torch.arange(count), given={"name": name}
-    )
+    batch = Batch(torch.zeros(count, 1, 1, 1), labels, torch.arange(count))
+    result = queue.run_queue(Named(), None, batch, given={"name": name})
     assert torch.equal(result.flatten().long(), name)

@@ -17,6 +17,7 @@ from atop_fast import RT2, Defense, attacks, build_classifier, build_purifier
 from atop_fast._core.capture import WARM_UP
 from atop_fast.attacks import queue, replay, square
 from atop_fast.attacks.passes import counted_passes
+from atop_fast.attacks.queue import Batch
 from atop_fast.defenses import RandomSeries
 from atop_fast.evaluation.judge import FixedRandomness
 from atop_fast.randomness import seeded
@@ -286,7 +287,7 @@ def test_an_update_that_is_captured_replays_nothing_of_its_own(tapes):
     """Attacks inside of a training's graph are part of it."""
     attack = attacks.PGD(classifier(), steps=8)
     with attack.prepared() as estimator:
-        attack.run(estimator, X, labels(classifier()), IDS, None)
+        attack.run(estimator, Batch(X, labels(classifier()), IDS))
     assert not tapes
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from atop_fast import RT2, Defense, build_classifier
 from atop_fast.attacks import Square, counted_passes, prepared
+from atop_fast.attacks.queue import Batch
 from atop_fast.attacks.square import QUERIES, _bump
 from atop_fast.ops import project_l1
 from atop_fast.randomness import seeded
@@ -67,7 +68,7 @@ def test_loss_never_falls_and_done_rows_do_not_change(norm, digits):
     attack = Square(model, norm, EPS[norm], n_queries=40)
     with torch.no_grad(), prepared(model) as network:
         estimator = attack.estimator(network)
-        state, ended = attack.begin(estimator, x, y, torch.arange(128), None), []
+        state, ended = attack.begin(estimator, Batch(x, y, torch.arange(128))), []
         while not state["done"].all():
             done, before = state["done"].clone(), {k: v.clone() for k, v in state.items()}
             attack.step(estimator, state)
@@ -97,7 +98,8 @@ def test_linf_square_is_a_square_of_two_values_in_each_channel():
     """The change of one query, where nothing is clipped: one square, with one sign in every channel."""
     x = torch.full((64, 3, 10, 14), 0.5)
     attack = Square(lambda x: x.mean(dim=(1, 2, 3))[:, None].repeat(1, 2), eps=0.1, p_init=0.4, resc_schedule=False)
-    state = attack.begin(attack.estimator(attack.model), x, torch.zeros(64, dtype=torch.int64), torch.arange(64), x)
+    batch = Batch(x, torch.zeros(64, dtype=torch.int64), torch.arange(64), x)
+    state = attack.begin(attack.estimator(attack.model), batch)
     side, tops = 7, set()
     for _, _, square in attack._squares(5, state):
         assert square.rows.sum(dim=2).eq(side).all()

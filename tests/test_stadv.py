@@ -8,6 +8,7 @@ from small_task import places, trained_classifier
 
 from atop_fast import RT2, Defense
 from atop_fast.attacks import StAdv, counted_passes, prepared
+from atop_fast.attacks.queue import Batch
 from atop_fast.attacks.stadv import roughness, warp
 
 X, Y = places(16, seed=999)
@@ -100,7 +101,7 @@ def test_flow_stays_within_the_bound():
     attack = StAdv(trained_classifier(), bound=0.1, steps=6, lr=0.05)
     with prepared(trained_classifier()) as network, torch.no_grad():
         estimator = attack.estimator(network)
-        state = attack.begin(estimator, X[:8], Y[:8], torch.arange(8), None)
+        state = attack.begin(estimator, Batch(X[:8], Y[:8], torch.arange(8)))
         for _ in range(6):
             attack.step(estimator, state)
     assert state["done"].all()
@@ -114,7 +115,7 @@ def test_smoothness_makes_the_flow_smoother():
     for attack in (rough, smooth):
         with prepared(trained_classifier()) as network, torch.no_grad():
             estimator = attack.estimator(network)
-            state = attack.begin(estimator, X[:8], Y[:8], torch.arange(8), None)
+            state = attack.begin(estimator, Batch(X[:8], Y[:8], torch.arange(8)))
             for _ in range(15):
                 attack.step(estimator, state)
         values.append(roughness(state["flow"]))
@@ -150,7 +151,7 @@ def test_rows_that_are_done_do_not_change():
     attack = StAdv(trained_classifier(), steps=4)
     with prepared(trained_classifier()) as network, torch.no_grad():
         estimator = attack.estimator(network)
-        state = attack.begin(estimator, X[:8], Y[:8], torch.arange(8), None)
+        state = attack.begin(estimator, Batch(X[:8], Y[:8], torch.arange(8)))
         attack.step(estimator, state)
         state["done"][::2] = True
         before = {key: value.clone() for key, value in state.items()}

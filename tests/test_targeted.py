@@ -10,6 +10,7 @@ from torch import nn
 
 from atop_fast import RT2, Defense, evaluate
 from atop_fast.attacks import APGD, APGDT, BPDA, CW, FAB, FGSM, MIFGSM, PGD, PMA, Square, StAdv
+from atop_fast.attacks.queue import Batch
 from atop_fast.randomness import derive_seed
 
 COUNT = 12
@@ -103,7 +104,7 @@ def test_square_equals_a_plain_loop(digits):
         other = logits.scatter(1, targets[:, None], -torch.inf).amax(dim=1)
         return logits.gather(1, targets[:, None])[:, 0] - other
 
-    state = attack.begin(attack.estimator(model), images, labels, torch.arange(COUNT), None)
+    state = attack.begin(attack.estimator(model), Batch(images, labels, torch.arange(COUNT)))
     x, best = state["x"], loss(state["x"])
     for t in (0, 8):
         for _, _, square in attack._squares(attack.seed, state | {"x": x, "t": torch.full((COUNT,), t)}):

@@ -30,6 +30,7 @@ from atop_fast.attacks import (
     counted_passes,
     queue,
 )
+from atop_fast.attacks.queue import Batch
 from atop_fast.evaluation import quick_attacks
 from atop_fast.evaluation.tracing import mean_trace
 
@@ -110,7 +111,7 @@ def _iterate(defense, x, y, steps):
     if steps:
         return PGD(defense, 0.1, 0.02, steps, eot_iter=4)(x, y, IDS)
     attack = PGD(defense, 0.1, 0.02, 1)
-    return attack.begin(attack.estimator(defense), x, y, IDS, None)["x"]
+    return attack.begin(attack.estimator(defense), Batch(x, y, IDS))["x"]
 
 
 def test_restarts_are_runs_over_what_is_left(digits):

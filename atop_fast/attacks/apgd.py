@@ -16,7 +16,7 @@ from .ball import NORMS, Ball, per_image
 from .base import Attack, better_candidate, initial_state
 from .gradient import Estimate, GradientEstimator
 from .network import Model
-from .queue import Schedule, State
+from .queue import Batch, Schedule, State
 from .trace import Callback
 
 MOMENTUM = 0.75
@@ -112,13 +112,12 @@ class APGD(Attack):
         evaluations = sum(steps + 1 for _, steps in _stages(self.eps, self.steps, self.shrink_eps))
         return None if self.early_stop else self.rounds * evaluations
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, labels, ids, start = batch
         if start is None:
             radius, _ = _stages(self.eps, self.steps, self.shrink_eps)[0]
             start = Ball(self.norm, radius).surface_point(images, estimator.seed, ids)
-        state = initial_state(images, labels, ids, start.clone())
+        state = initial_state(batch, start.clone())
         numbers = torch.zeros_like(labels, dtype=torch.float32)
         state |= {name: torch.zeros_like(images) for name in ("x_previous", "gradient", "x_best", "gradient_best")}
         state |= {"start": start, "best": images.clone(), "reduced": torch.ones_like(state["done"])}

@@ -12,7 +12,7 @@ from .._core.checks import check_choice, check_integer
 from .apgd import APGD
 from .gradient import GradientEstimator
 from .network import Model
-from .queue import State, run_queue
+from .queue import Batch, State, run_queue
 from .trace import Callback
 
 # MALT: classes considered for each image, and pairs of an image and a class in one pass.
@@ -105,24 +105,21 @@ class APGDT(APGD):
 
     has_targets = False
 
-    def search(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
-        clean = estimator.logits(images, ids, torch.zeros_like(labels)).mean(dim=1)
+    def search(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
+        clean = estimator.logits(batch.images, batch.ids, torch.zeros_like(batch.labels)).mean(dim=1)
         # One copy for each call: the number of classes belongs to the call.
         this = copy.copy(self)
         if self.order == "malt":
-            order = self._nearest_classes(estimator, clean, images, labels, ids)
+            order = self._nearest_classes(estimator, clean, batch)
         else:
             order = clean.argsort(dim=1, descending=True, stable=True)[:, 1:]
         order = order[:, : self.target_classes]
         this.rounds = order.shape[1]
-        return run_queue(this, estimator, images, labels, ids, start, {"order": order, **self.given()})
+        return run_queue(this, estimator, batch, {"order": order, **self.given()})
 
-    def _nearest_classes(
-        self, estimator: GradientEstimator, logits: Tensor, images: Tensor, labels: Tensor, ids: Tensor
-    ) -> Tensor:
+    def _nearest_classes(self, estimator: GradientEstimator, logits: Tensor, batch: Batch) -> Tensor:
         """The classes besides y of the CANDIDATES largest logits (B, K), the nearest first, (B, up to CANDIDATES)."""
+        images, labels, ids, _ = batch
         own_first = logits.scatter(1, labels[:, None], torch.inf)
         classes = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : CANDIDATES + 1]
         order = {"Linf": 1, "L2": 2, "L1": torch.inf}[self.norm]

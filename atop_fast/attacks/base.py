@@ -18,7 +18,7 @@ from ..randomness import check_keys, derive_seed
 from .ball import NORMS, Ball
 from .gradient import GRADIENT_MODES, GradientEstimator
 from .network import WORTHWHILE, Model, Probe, prepared
-from .queue import State, run_queue
+from .queue import Batch, State, run_queue
 from .trace import Callback, Trace
 
 # No two images are this far apart; squares of larger lengths would overflow.
@@ -154,7 +154,7 @@ class Attack(ABC):
                 estimator.replays = True
                 if self.callback is not None:
                     this.trace = Trace(self.callback, name, estimator.passes)
-                return this.run(estimator, images, labels, ids, start)
+                return this.run(estimator, Batch(images, labels, ids, start))
 
     @property
     def ball(self) -> Ball:
@@ -221,20 +221,18 @@ class Attack(ABC):
         estimator.function = type(self).__name__
         return estimator
 
-    def run(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
+    def run(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
         """The attack on checked arguments and a prepared network: one search, and `n_restarts` - 1 further ones.
 
         Restart r has the seed derive_seed(self.seed, "restart", r). It searches the images that the judge's draws, the
         same for every candidate, still classify correctly at least once; see `better_candidate` for what is kept.
         """
-        best = self.search(estimator, images, labels, ids, start)
+        best = self.search(estimator, batch)
         if self.n_restarts == 1:
             return best
         judge = self.judge(estimator)
         judge.passes = estimator.passes
-        correct, loss = self.rank(judge, best, images, labels, ids)
+        correct, loss = self.rank(judge, best, batch)
         for restart in range(1, self.n_restarts):
             rows = correct.nonzero()[:, 0]
             if not len(rows):
@@ -244,23 +242,21 @@ class Attack(ABC):
             if self.trace is not None:
                 self.trace.restart = restart
             again.seed = derive_seed(self.seed, "restart", restart)
-            images_left, labels_left, ids_left = images[rows], labels[rows], ids[rows]
-            begun = self.restart_from(again.seed, images_left, ids_left)
+            left = batch.take(rows)
+            begun = self.restart_from(again.seed, left.images, left.ids)
             this = copy.copy(self)
             this.mask = None if self.mask is None else self.mask[rows]
-            candidate = this.search(again, images_left, labels_left, ids_left, begun)
-            new_correct, new_loss = self.rank(judge, candidate, images_left, labels_left, ids_left)
+            candidate = this.search(again, left._replace(start=begun))
+            new_correct, new_loss = self.rank(judge, candidate, left)
             better = better_candidate(new_correct, new_loss, correct[rows], loss[rows])
             rows = rows[better]
             best[rows] = candidate[better]
             correct[rows], loss[rows] = new_correct[better], new_loss[better]
         return best
 
-    def search(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
+    def search(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
         """One run over the images."""
-        return run_queue(self, estimator, images, labels, ids, start, self.given())
+        return run_queue(self, estimator, batch, self.given())
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         """The estimator, of draws that no search sees, by which candidates are ranked."""
@@ -272,11 +268,9 @@ class Attack(ABC):
         """The key of the judge's draws; not that of the choice in evaluate, whose seed an attack may share."""
         return derive_seed(self.seed, "restart", "selection")
 
-    def rank(
-        self, judge: GradientEstimator, candidates: Tensor, images: Tensor, labels: Tensor, ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def rank(self, judge: GradientEstimator, candidates: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The quality of candidates: the share of draws that classify them correctly, (B,), and their loss, (B,)."""
-        _, loss, correct = judge.evaluate(candidates, labels, ids, torch.zeros_like(ids))
+        _, loss, correct = judge.evaluate(candidates, batch.labels, batch.ids, torch.zeros_like(batch.ids))
         return correct, loss
 
     def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor | None:
@@ -288,9 +282,7 @@ class Attack(ABC):
         return None
 
     @abstractmethod
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
         """The state of new rows, see queue.Program; its randomness is keyed by (estimator.seed, ids)."""
 
     @abstractmethod
@@ -303,16 +295,16 @@ class Attack(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
 
-def initial_state(images: Tensor, labels: Tensor, ids: Tensor, x: Tensor) -> State:
+def initial_state(batch: Batch, x: Tensor) -> State:
     """The entries that all attacks' states share: images, iterates, candidates and progress."""
     return {
-        "x0": images,
-        "labels": labels,
-        "ids": ids,
+        "x0": batch.images,
+        "labels": batch.labels,
+        "ids": batch.ids,
         "x": x,
         "best": x,
-        "t": torch.zeros_like(labels),
-        "done": torch.zeros_like(labels, dtype=torch.bool),
+        "t": torch.zeros_like(batch.labels),
+        "done": torch.zeros_like(batch.labels, dtype=torch.bool),
     }
 
 

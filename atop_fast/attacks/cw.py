@@ -14,7 +14,7 @@ from .ball import per_image
 from .base import Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
-from .queue import State
+from .queue import Batch, State
 from .trace import Callback
 
 # Bound of |2 x - 1|, within which atanh is finite (the factor of the authors' code).
@@ -106,13 +106,12 @@ class CW(Attack):
         self.lr = check_number("CW", "lr", lr, low=0)
         self.search_steps = check_integer("CW", "search_steps", search_steps, low=1)
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, labels, _, start = batch
         w = torch.atanh((2 * (images if start is None else start) - 1).clamp(-INSIDE, INSIDE))
         numbers = images.new_zeros(len(images), dtype=torch.float32)
         # "t" numbers the steps of all runs; a run that ends early skips the rest of its numbers.
-        return initial_state(images, labels, ids, images.clone()) | {
+        return initial_state(batch, images.clone()) | {
             "x": w,
             "start": w,
             "m": torch.zeros_like(w),

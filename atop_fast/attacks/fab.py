@@ -14,7 +14,7 @@ from .ball import per_image
 from .base import Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
-from .queue import State
+from .queue import Batch, State
 from .trace import Callback
 
 
@@ -101,11 +101,9 @@ class FAB(Attack):
         self.eta = check_number("FAB", "eta", eta, low=0)
         self.beta = check_number("FAB", "beta", beta, low=0, high=1)
 
-    def rank(
-        self, judge: GradientEstimator, candidates: Tensor, images: Tensor, labels: Tensor, ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def rank(self, judge: GradientEstimator, candidates: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """An unchanged image is not fooled; any other image is, and its first result is kept."""
-        unchanged = (candidates == images).flatten(1).all(dim=1).float()
+        unchanged = (candidates == batch.images).flatten(1).all(dim=1).float()
         return unchanged, torch.zeros_like(unchanged)
 
     def restart_from(self, seed: int, images: Tensor, ids: Tensor) -> Tensor:
@@ -117,10 +115,9 @@ class FAB(Attack):
         length = per_image(self.ball.length(direction)).clamp_min(1e-12)
         return (images + self.eps / 2 * direction / length).clamp_(0, 1)
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
-        state = initial_state(images, labels, ids, images)
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, labels, ids, start = batch
+        state = initial_state(batch, images)
         state["start"] = images if start is None else start
         logits = estimator.logits(images, ids, state["t"])
         correct = (logits.argmax(dim=2) == labels[:, None]).float().mean(dim=1)

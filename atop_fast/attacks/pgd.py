@@ -15,7 +15,7 @@ from .ball import per_image
 from .base import MAX_LENGTH, Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
-from .queue import State
+from .queue import Batch, State
 from .trace import Callback
 
 SCHEDULES = ("constant", "cosine")
@@ -121,16 +121,15 @@ class PGD(Attack):
     def length(self) -> int | None:
         return None if self.early_stop else self.steps
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, _, ids, start = batch
         if start is not None:
             x = start.clone()
         elif self.random_start:
             x = self.ball.random_point(images, estimator.seed, ids)
         else:
             x = images.clone()
-        state = initial_state(images, labels, ids, x)
+        state = initial_state(batch, x)
         if self.momentum:
             state["momentum"] = torch.zeros_like(images)
         elif self.early_stop and self.norm == "Linf" and self.schedule == "constant":

@@ -18,7 +18,7 @@ from .ball import NORMS, per_image
 from .base import Attack, better_candidate, initial_state
 from .gradient import Estimate, GradientEstimator
 from .network import Model
-from .queue import Schedule, State, run_queue
+from .queue import Batch, Schedule, State, run_queue
 from .trace import Callback
 
 # The losses that a row may ascend in a step; a step refers to them by index.
@@ -112,28 +112,25 @@ class PMA(Attack):
         self.n_restarts = check_integer("PMA", "n_restarts", n_restarts, low=1)
         self.target_classes = check_integer("PMA", "target_classes", target_classes, low=0)
 
-    def search(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
+    def search(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
         if not self.target_classes:
-            return super().search(estimator, images, labels, ids, start)
-        clean = estimator.logits(images, ids, torch.zeros_like(labels)).mean(dim=1)
+            return super().search(estimator, batch)
+        clean = estimator.logits(batch.images, batch.ids, torch.zeros_like(batch.labels)).mean(dim=1)
         # One copy for each call: the number of classes belongs to the call.
         this = copy.copy(self)
         this.rounds = min(self.target_classes, clean.shape[1] - 1)
         order = clean.argsort(dim=1, descending=True, stable=True)[:, 1 : this.rounds + 1]
-        return run_queue(this, estimator, images, labels, ids, start, {"order": order, **self.given()})
+        return run_queue(this, estimator, batch, {"order": order, **self.given()})
 
     def length(self) -> int | None:
         return None if self.early_stop else self.rounds * (self.steps + 1)
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, labels, ids, start = batch
         if start is None:
             start = self.ball.random_point(images, estimator.seed, ids)
         again = self.ball.random_point(images, derive_seed(estimator.seed, "round"), ids)
-        state = initial_state(images, labels, ids, start.clone())
+        state = initial_state(batch, start.clone())
         loss = torch.full(labels.shape, -torch.inf, device=labels.device)
         return state | {
             "best": images.clone(),

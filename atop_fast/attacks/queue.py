@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,12 +21,24 @@ STEPS = {"cpu": 1}
 STEPS_ON_GPU = 8
 
 
+class Batch(NamedTuple):
+    """Images (B, C, H, W), labels (B,) and sample ids (B,) of an attack, and the images to start from, if given."""
+
+    images: Tensor
+    labels: Tensor
+    ids: Tensor
+    start: Tensor | None = None
+
+    def take(self, index: Tensor) -> Batch:
+        """The rows at `index`."""
+        start = None if self.start is None else self.start[index]
+        return Batch(self.images[index], self.labels[index], self.ids[index], start)
+
+
 class Program(Protocol):
     """The queue's interface to an attack: rows that can be set up and advanced independently of each other."""
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
         """The state of new rows: tensors (B, ...), among them "done", bool (B,), and "best", images (B, C, H, W)."""
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
@@ -48,15 +60,7 @@ class Schedule:
         return {name: values[t] for name, values in vars(self).items()}
 
 
-def run_queue(
-    program: Program,
-    estimator: GradientEstimator,
-    images: Tensor,
-    labels: Tensor,
-    ids: Tensor,
-    start: Tensor | None = None,
-    given: State | None = None,
-) -> Tensor:
+def run_queue(program: Program, estimator: GradientEstimator, batch: Batch, given: State | None = None) -> Tensor:
     """Run the program over all images; returns "best" of each when it is done, (N, C, H, W).
 
     `given` holds further tensors (N, ...), from which each row's state takes its entry. An attack's
@@ -65,14 +69,14 @@ def run_queue(
     The batch always has a multiple of 8 rows. When the queue is empty it shrinks. On a GPU, steps are replayed as CUDA
     graphs if the estimator allows it (replay.py).
     """
+    images = batch.images
     kind = images.device.type
     slots = min(SLOTS.get(kind, SLOTS_ON_GPU), -(-len(images) // ROWS) * ROWS)
     steps = steps_of(program, estimator, slots, images.device)
     trace: Trace | None = getattr(program, "trace", None)
 
     def begin(index: Tensor) -> State:
-        begun = None if start is None else start[index]
-        state = program.begin(estimator, images[index], labels[index], ids[index], begun)
+        state = program.begin(estimator, batch.take(index))
         return state | {key: value[index] for key, value in (given or {}).items()}
 
     def step() -> None:

@@ -19,7 +19,7 @@ from .ball import per_image
 from .base import Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
-from .queue import State
+from .queue import Batch, State
 from .trace import Callback
 
 # Queries of one step: their random words are drawn together, which costs hardly more than those of one. Images that are
@@ -117,20 +117,18 @@ class Square(Attack):
         self.n_restarts = check_integer("Square", "n_restarts", n_restarts, low=1)
         self.resc_schedule = bool(resc_schedule)
 
-    def search(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> Tensor:
+    def search(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
         if self.mask is not None:
             # The start is evaluated before the state has the mask.
+            images, _, ids, start = batch
             start = self._start(estimator.seed, images, ids) if start is None else start
-            start = torch.where(self.mask, start, images)
-        return super().search(estimator, images, labels, ids, start)
+            batch = batch._replace(start=torch.where(self.mask, start, images))
+        return super().search(estimator, batch)
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, labels, ids, start = batch
         x = self._start(estimator.seed, images, ids) if start is None else self._nearest(start, images)
-        state = initial_state(images, labels, ids, x)
+        state = initial_state(batch, x)
         # NaN counts as the lowest loss.
         state["loss"] = self._loss(estimator, x, labels, ids, state["t"]).nan_to_num(nan=-torch.inf)
         if self.early_stop:

@@ -14,7 +14,7 @@ from .ball import per_image
 from .base import Attack, initial_state
 from .gradient import GradientEstimator
 from .network import Model
-from .queue import State
+from .queue import Batch, State
 from .trace import Callback
 
 
@@ -93,14 +93,13 @@ class StAdv(Attack):
         self.smoothness = check_number("StAdv", "smoothness", smoothness, low=0)
         self.loss = check_choice("StAdv", "loss", loss, ("ce", "margin"))
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, _, _, start = batch
         if start is not None:
             raise ValueError(message("StAdv", "start", "None, as flows start at zero", type(start).__name__))
         flow = images.new_zeros((len(images), 2, *images.shape[2:]))
         moments = {key: torch.zeros_like(flow) for key in ("m", "v")}
-        return initial_state(images, labels, ids, images.clone()) | {"flow": flow} | moments
+        return initial_state(batch, images.clone()) | {"flow": flow} | moments
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"])

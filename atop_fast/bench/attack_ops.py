@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attacks import Square
 from ..attacks.base import initial_state
+from ..attacks.queue import Batch
 from ..attacks.square import _tables
 from ..ops import FrozenConv, _registry, square
 from .harness import Case, flops, same_as_baseline
@@ -64,7 +65,7 @@ def _square(norm: str, shape: Sequence[int]) -> Case:
     x0, labels = torch.rand(*shape), torch.arange(shape[0])
     x = (x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1)
     attack = Square(nn.Identity(), norm, eps=1.0, n_queries=5000)
-    state = initial_state(x0, labels, labels, x) | {"t": torch.full_like(labels, 1000)}
+    state = initial_state(Batch(x0, labels, labels), x) | {"t": torch.full_like(labels, 1000)}
     _, _, drawn = next(attack._squares(0, state))
     shared = (x, x0, drawn.signs, drawn.rows, drawn.columns)
     text = "x".join(map(str, shape))

@@ -12,7 +12,7 @@ from ..attacks.ball import per_image
 from ..attacks.base import Attack, initial_state
 from ..attacks.gradient import GradientEstimator
 from ..attacks.network import Model
-from ..attacks.queue import State
+from ..attacks.queue import Batch, State
 from ..attacks.stadv import warp
 from ..randomness import Tag, derive_seed, random_uniform
 
@@ -76,9 +76,8 @@ class Semantic(Attack):
     def length(self) -> int:
         return self.steps
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        images, _, ids, start = batch
         if start is not None:
             raise ValueError(message("Semantic", "start", "None, as changes start at random", type(start).__name__))
         channels, *size = images.shape[1:]
@@ -87,7 +86,7 @@ class Semantic(Attack):
         for name, bound in self.bounds.items():
             uniform = random_uniform(shapes[name], derive_seed(estimator.seed, name), ids, 0, Tag.START)
             parts[name] = bound * (2 * uniform - 1).to(images)
-        return initial_state(images, labels, ids, changed(images, **parts)) | parts
+        return initial_state(batch, changed(images, **parts)) | parts
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
         state["x"] = self.within_mask(state, state["x"])

@@ -12,7 +12,7 @@ from ..attacks import PGD, Ball
 from ..attacks.base import MAX_LENGTH
 from ..attacks.gradient import GradientEstimator
 from ..attacks.network import Model
-from ..attacks.queue import State
+from ..attacks.queue import Batch, State
 from ..ops._steps import sum_of_draws
 
 
@@ -53,12 +53,11 @@ class NFGSM(PGD):
         super().__init__(model, eps, eps if alpha is None else alpha, 1, eot_iter=eot_iter, **options)
         self.noise = check_number("NFGSM", "noise", noise, low=0, high=MAX_LENGTH)
 
-    def begin(
-        self, estimator: GradientEstimator, images: Tensor, labels: Tensor, ids: Tensor, start: Tensor | None
-    ) -> State:
-        if start is None:
-            start = Ball("Linf", self.noise * self.eps).random_point(images, estimator.seed, ids)
-        return super().begin(estimator, images, labels, ids, start)
+    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
+        if batch.start is None:
+            ball = Ball("Linf", self.noise * self.eps)
+            batch = batch._replace(start=ball.random_point(batch.images, estimator.seed, batch.ids))
+        return super().begin(estimator, batch)
 
     def _moved(self, state: State, gradient: Tensor) -> Tensor:
         direction = torch.nan_to_num(sum_of_draws(gradient, state["x"])).sign()

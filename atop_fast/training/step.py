@@ -23,6 +23,7 @@ from .._core.precision import PRECISIONS, warn_if_slow
 from ..attacks import frozen
 from ..attacks.base import Attack
 from ..attacks.gradient import ROWS
+from ..attacks.queue import Batch
 from ..defense import restored
 from ..ops import _registry
 from ..purifiers import discriminator_loss, generator_loss
@@ -286,7 +287,7 @@ def run_attack(attack: Attack, seed: Tensor, x: Tensor, y: Tensor, ids: Tensor) 
     """
     with attack.prepared() as estimator:
         estimator.seed = seed
-        adversarial = attack.run(estimator, x, y, ids, None)
+        adversarial = attack.run(estimator, Batch(x, y, ids))
     # Keep the measured chunk size, but allow at least the rows of the network's own pass.
     attack.max_batch = max(estimator.rows, -(-len(x) // ROWS) * ROWS)
     return adversarial

@@ -9,6 +9,7 @@ from _harness import cases
 
 from atop_fast.attacks import Square
 from atop_fast.attacks.base import initial_state
+from atop_fast.attacks.queue import Batch
 from atop_fast.attacks.square import _tables
 from atop_fast.ops import square
 
@@ -22,7 +23,7 @@ def queries(norm, batch=6, channels=3, height=11, width=9):
     x[0] = x0[0]
     attack = Square(torch.nn.Flatten(), norm, eps=1.0, n_queries=40)
     for first in (0, 24):
-        state = initial_state(x0, labels, labels, x) | {"t": torch.full_like(labels, first)}
+        state = initial_state(Batch(x0, labels, labels), x) | {"t": torch.full_like(labels, first)}
         for _, _, drawn in attack._squares(3, state):
             yield attack, x, x0, drawn
 
