@@ -16,6 +16,7 @@ from torch import nn
 
 from atop_fast import PGD, RT1, RT2, Defense, build_classifier, save_model
 from atop_fast.doctor import CHECKS, TRAINING_CHECKS, check_contract, conclude, diagnose, format_findings
+from atop_fast.doctor._order import find_order
 from atop_fast.doctor._probe import Probe, excess
 from atop_fast.doctor.command import doctor
 from atop_fast.doctor.overfitting import auc_below, difference_errors
@@ -219,6 +220,41 @@ def test_normalization_that_costs_accuracy_fails(digits):
     for before, status in ((normalized, None), (None, "fail")):
         findings = check_contract(Changed(centroids, before), digits[1].images, digits[1].labels)
         assert found(findings).get("normalization") == status, format_findings(findings)
+
+
+@pytest.mark.parametrize("known", [10, 4])
+def test_classes_in_another_order_are_found(digits, standard, known):
+    """Also where some classes have no image; the normalization is not accused for it."""
+    data = digits[1].take(digits[1].labels < known)
+    order = torch.tensor([3, 2, 1, 0, *range(4, 10)])
+    findings = {f.name: f for f in check_contract(standard, data.images, order[data.labels])}
+    found = findings["accuracy"]
+    assert (found.status, findings["normalization"].status) == ("fail" if known == 4 else "warn", "pass")
+    assert found.numbers["order"][:4] == [3, 2, 1, 0]
+    assert found.numbers["accuracy_in_order"] > 0.8
+    assert "0 for 3, 1 for 2, 2 for 1, 3 for 0" in found.reason
+
+
+def test_an_order_is_not_found_where_there_is_none():
+    """Guesses of 64 images, in few and many classes and with frequent ones, and a classifier that confuses two."""
+    generator = torch.Generator().manual_seed(0)
+    for classes in (2, 3, 10, 100):
+        for _ in range(100):
+            labels = torch.randint(classes, (64,), generator=generator)
+            labels[:: 3 if classes > 2 else 64] = 0
+            predicted = torch.randint(classes, (64,), generator=generator)
+            assert find_order(predicted, labels, classes) is None
+            assert find_order(torch.zeros_like(labels), labels, classes) is None
+            assert find_order(labels, labels, classes) is None
+    labels = torch.arange(64) % 4
+    assert find_order(labels.clamp(min=1), labels, 4) is None
+    for _ in range(20):
+        order = torch.randperm(4, generator=generator)
+        if not torch.equal(order, torch.arange(4)):
+            found = find_order(labels, order[labels], 4)
+            assert found is not None
+            assert torch.equal(found[0], order)
+            assert found[1] == 1
 
 
 def test_double_normalization_is_found_at_the_first_layer(digits, standard):

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..classifiers.normalized import STATISTICS
 from ..defense import Defense
 from ..randomness import seed_generators
+from ._order import find_order
 from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, untouched
 
-# Mean and standard deviation by which classifiers are commonly normalized.
 NORMALIZATIONS = {
-    "ImageNet's mean and deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "CIFAR-10's mean and deviation": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "MNIST's mean and deviation": ((0.1307,), (0.3081,)),
-    "mean and deviation 0.5": ((0.5,), (0.5,)),
+    "ImageNet's mean and deviation": STATISTICS["imagenet"],
+    "CIFAR-10's mean and deviation": STATISTICS["cifar10"],
+    "MNIST's mean and deviation": STATISTICS["mnist"],
+    "mean and deviation 0.5": STATISTICS["half"],
 }
-
-
 # Sizes of values at the first layer that no single normalization gives, and above which images may be in 0..255.
 TWICE = (5.0, 50.0)
 _LAYERS = (nn.Conv2d, nn.Linear)
@@ -105,13 +104,22 @@ def logits(probe: Probe) -> Finding:
 
 
 def accuracy(probe: Probe) -> Finding:
-    """Clean accuracy is above chance, or nothing can be said about robustness."""
+    """Clean accuracy is above chance, and no other order of the classes does better."""
     with torch.no_grad():
-        classes = probe.logits(probe.x).shape[1]
+        logits = probe.logits(probe.x)
+    classes = logits.shape[1]
     clean, chance, count = float(probe.clean.mean()), 1 / classes, len(probe.x)
     noise = (chance * (1 - chance) / count) ** 0.5
-    numbers = {"accuracy": clean, "chance": chance, "images": count}
-    if clean > chance + FAIL * noise:
+    numbers: dict[str, Any] = {"accuracy": clean, "chance": chance, "images": count}
+    above = clean > chance + FAIL * noise
+    if (found := find_order(logits.argmax(dim=1), probe.y, classes)) is not None:
+        numbers |= {"order": found[0].tolist(), "accuracy_in_order": found[1]}
+        moved = [f"{i} for {label}" for i, label in enumerate(numbers["order"]) if i != label]
+        text = f"Clean accuracy is {clean:.2f} of {count} images, and {found[1]:.2f} if outputs stand for other labels "
+        text += f"({', '.join(moved[:10])}{', ...' if len(moved) > 10 else ''}): labels and classifier number the "
+        text += "classes differently; give the classifier's class names in its order (--classes of `atop-fast check`)."
+        return Finding("accuracy", "warn" if above else "fail", text, numbers)
+    if above:
         return Finding("accuracy", "pass", f"Clean accuracy {clean:.2f} is above chance ({chance:.2f}).", numbers)
     text = f"Clean accuracy {clean:.2f} of {count} images is not above chance ({chance:.2f}) beyond noise: "
     return Finding("accuracy", "warn", f"{text}check labels, weights and normalization.", numbers)
@@ -123,13 +131,19 @@ def normalization(probe: Probe) -> Finding:
     Networks that tolerate contrast keep their accuracy under a second normalization; the values then give it away.
     """
 
+    seed_generators(probe.seed, probe.x.device)
+    with torch.no_grad(), _first_layer_input(probe.classifier) as seen:
+        logits = probe.classifier(probe.x)
+    predicted, classes = logits.argmax(dim=1), logits.shape[1]
+    # Classes in another order are no fault of the normalization.
+    found = find_order(predicted, probe.y, classes)
+    order = torch.arange(classes, device=probe.y.device) if found is None else found[0]
+    given = (order[predicted] == probe.y).float()
+
     def right(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return (probe.classifier(x).argmax(dim=1) == probe.y).float()
+            return (order[probe.classifier(x).argmax(dim=1)] == probe.y).float()
 
-    seed_generators(probe.seed, probe.x.device)
-    with _first_layer_input(probe.classifier) as seen:
-        given = right(probe.x)
     scores = {name: right(x) for name, x in _variants(probe.x).items()}
     best = max(scores, key=lambda name: float(scores[name].mean()))
     gain, errors = float((scores[best] - given).mean()), excess(scores[best], given)

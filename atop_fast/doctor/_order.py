@@ -1,0 +1,55 @@
+"""Whether a classifier and the labels number the same classes differently."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._probe import FAIL, excess
+
+# Smallest gain of accuracy that counts.
+GAIN = 0.1
+
+
+def find_order(predicted: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float] | None:
+    """The labels that a classifier's outputs stand for, if taking them so is right beyond doubt more often.
+
+    Each half of the images is judged by the order that the other half suggests, as an order that was chosen on the same
+    images would always look better.
+
+    Args:
+        predicted, labels: int64 (B,), indices of classes.
+        classes: number of the classifier's outputs.
+
+    Returns:
+        The label of each output, int64 (classes,), and the accuracy under the orders of the halves; None if the numbers
+        of the classes agree, or nothing can be said.
+    """
+    given = (predicted == labels).float()
+    renamed = torch.zeros_like(given)
+    # Every second image of each class.
+    second = F.one_hot(labels, classes).cumsum(dim=0).gather(1, labels[:, None])[:, 0] % 2 == 0
+    for half in (second, ~second):
+        order = _order(predicted[~half], labels[~half], classes)
+        renamed[half] = (order[predicted[half]] == labels[half]).float()
+    accuracy, frequent = float(renamed.mean()), float(labels.bincount().max()) / len(labels)
+    noise = (frequent * (1 - frequent) / len(labels)) ** 0.5
+    gain = accuracy - float(given.mean())
+    if gain < GAIN or excess(renamed, given) <= FAIL or accuracy <= frequent + FAIL * noise:
+        return None
+    return _order(predicted, labels, classes), accuracy
+
+
+def _order(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The label of each output: pairs that occur most often first, and the others as they are where that is free."""
+    counts = torch.bincount(predicted * classes + labels, minlength=classes**2).view(classes, classes)
+    order = torch.full((classes,), -1, dtype=torch.int64, device=labels.device)
+    while int(counts.max()) > 0:
+        output, label = divmod(int(counts.argmax()), classes)
+        order[output] = label
+        counts[output], counts[:, label] = 0, 0
+    free = [label for label in range(classes) if label not in set(order.tolist())]
+    for output in [i for i, label in enumerate(order.tolist()) if label < 0]:
+        order[output] = free.pop(free.index(output) if output in free else 0)
+    return order
