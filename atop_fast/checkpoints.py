@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ._core.checks import check_choice, check_integer, check_number, message
 from ._core.files import identify, load_weights, write_atomic
 from .classifiers import CLASSIFIERS, Normalized, Resized
+from .classifiers.programs import ARCHIVES, PYTHON, Archive, build_program, require_consent, restore_archive
 from .defense import Defense
 from .defenses import ActivationPruning, SelfEnsemble, WinnersTakeAll
 from .purifiers import DISCRIMINATORS, PURIFIERS
@@ -92,18 +93,20 @@ def save_model(
     _write(path, header, module.state_dict())
 
 
-def load_model(path: str | Path, kind: str | None = None) -> nn.Module:
+def load_model(path: str | Path, kind: str | None = None, *, trust: bool = False) -> nn.Module:
     """Build the module in a file of save_model, with its weights, on the CPU and in evaluation mode.
 
     Args:
         path: file of save_model.
         kind: "classifier", "purifier" or "discriminator", to refuse a file of another kind; None takes any.
+        trust: run the program in the file, if it carries one: the source of a classifier's class, or an archive of
+            TorchScript or torch.export.
 
     A purifier remembers the transform under which it was trained: Defense warns about a different one.
 
     Raises:
-        ValueError: the file is missing, is not safetensors, has no architecture, is of another kind, or its weights do
-            not fit.
+        ValueError: the file is missing, is not safetensors, has no architecture, is of another kind, its weights do not
+            fit, or it carries a program without `trust`.
     """
     if kind is not None:
         check_choice("load_model", "kind", kind, list(KINDS))
@@ -113,6 +116,7 @@ def load_model(path: str | Path, kind: str | None = None) -> nn.Module:
         expected = f"a {kind or 'model'} written by save_model"
         raise ValueError(message("load_model", "path", expected, f"{path} ({found})"))
     kind = str(found)
+    require_consent("load_model", path, header, trust)
     try:
         module = _restore(header, KINDS[kind], load_file(str(path)))
         _check_metadata("load_model", header.get("metadata", {}))
@@ -170,24 +174,27 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
     _write(path, header, state)
 
 
-def load_defense(path_or_name: str | Path) -> Defense:
+def load_defense(path_or_name: str | Path, *, trust: bool = False) -> Defense:
     """Load a defense from a file of save_defense, or one that ships with the package; on the CPU, in evaluation mode.
 
     Args:
         path_or_name: a path that ends in .safetensors, or a name in list_defenses().
+        trust: see load_model.
 
     Returns:
         The Defense, with the file's metadata in its attribute `metadata`.
 
     Raises:
-        ValueError: the file or name does not exist, the file is not safetensors or holds no defense, or its weights do
-            not fit.
+        ValueError: the file or name does not exist, the file is not safetensors or holds no defense, its weights do not
+            fit, or it carries a program without `trust`.
     """
     path = find_defense("load_defense", path_or_name)
     header = read_header(path)
     if header.get("kind") != "defense":
         expected = "a file written by save_defense"
         raise ValueError(message("load_defense", "path_or_name", expected, f"{path} ({header.get('kind')})"))
+    if isinstance(header.get("classifier"), dict):
+        require_consent("load_defense", path, header["classifier"], trust)
     try:
         state = load_file(str(path))
         if other := [name for name in state if not name.startswith(("classifier.", "purifier."))]:
@@ -306,7 +313,8 @@ def _find_kind(module: nn.Module) -> str:
         if type(module) is wrapper:
             return _find_kind(getattr(module, inside))
     name = (getattr(module, "architecture", None) or ("", {}))[0]
-    kinds = [kind for kind, registry in KINDS.items() if name in registry or (kind == "classifier" and ":" in name)]
+    further = ":" in name or name in (PYTHON, *ARCHIVES)
+    kinds = [kind for kind, registry in KINDS.items() if name in registry or (kind == "classifier" and further)]
     if len(kinds) != 1:
         expected = "of build_classifier, build_purifier or load_model, or given with kind, name and options"
         raise ValueError(message("save_model", "module", expected, type(module).__name__))
@@ -317,7 +325,10 @@ def _specify(
     function: str, argument: str, module: nn.Module, registry: Mapping[str, Callable[..., nn.Module]]
 ) -> dict[str, Any]:
     """The JSON-ready architecture of a module; ValueError unless its weights fit the module that this builds."""
-    if replaced := [name for name, m in module.named_modules() if {"forward", "__call__"} & vars(m).keys()]:
+    # Those of a loaded archive are its own.
+    archived = {m for part in module.modules() if isinstance(part, Archive) for m in part.network.modules()}
+    modules = ((name, m) for name, m in module.named_modules() if m not in archived)
+    if replaced := [name for name, m in modules if {"forward", "__call__"} & vars(m).keys()]:
         given = f"{type(module).__name__} in which that of {replaced[0] or 'itself'} was replaced"
         raise ValueError(message(function, argument, "a module with its class's forward", given))
     for name, (kind, inside, options) in WRAPPERS.items():
@@ -329,6 +340,8 @@ def _specify(
         expected = "of build_classifier, build_purifier or load_model, or with architecture=(name, options)"
         raise ValueError(message(function, argument, expected, type(module).__name__))
     name, options = architecture
+    if isinstance(module, Archive):
+        return {"name": name, "options": options}
     try:
         spec: dict[str, Any] = json.loads(json.dumps({"name": name, "options": dict(options)}))
         factory = _factory(name, registry)
@@ -357,6 +370,8 @@ def _restore(
         if options.get("size", 1) > 2**14:
             raise ValueError(f"size={options['size']}")
         return kind(_restore(spec["inside"], registry, _below(inside, state)), **options)
+    if registry is CLASSIFIERS and name in ARCHIVES:
+        return restore_archive(name, state)
     factory = _factory(name, registry)
     build = functools.partial(factory, **options)
     _check_fits(build, options, state)
@@ -369,9 +384,11 @@ def _restore(
 
 
 def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
-    """The constructor of architecture `name`: an entry of the registry or, for classifiers, of torchvision or timm."""
+    """The constructor of architecture `name`: of the registry or, for classifiers, of a package or of source."""
+    if registry is CLASSIFIERS and name == PYTHON:
+        return build_program
     if registry is CLASSIFIERS and ":" in name:
-        from .classifiers.zoo import package_factory
+        from .classifiers.packages import package_factory
 
         return package_factory(name)
     return registry[name]

@@ -1,4 +1,4 @@
-"""The command line: atop-fast demo | train | doctor | evaluate | judge | report | bench | env."""
+"""The command line: atop-fast demo | check | train | doctor | evaluate | judge | report | bench | env."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -21,6 +22,7 @@ from ._core.distributed import launched
 from ._core.usage import answer_usage
 from ._core.yaml import parse_yaml
 from .bench.command import bench
+from .check import check
 from .classifiers.zoo import System
 from .data import Dataset, Files
 from .defense import Defense
@@ -70,6 +72,7 @@ def train(
     until: Literal["classifier", "pretrain", "finetune", "evaluate"] = "evaluate",
     budget: str | None = None,
     tensorboard: bool = False,
+    trust: bool = False,
     device: str = "auto",
     seed: int = 0,
 ) -> None:
@@ -94,12 +97,14 @@ def train(
         until: the last stage; the same command with a later one continues.
         budget: time such as 45m or 2h that the run must fit into: with fewer updates and images, as reported.
         tensorboard: write logs for TensorBoard to `out`/tensorboard; needs the extra atop-fast[track].
+        trust: run the program in a classifier's file, or the FILE.py that a preset file names.
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
     networks = (classifier, purifier, discriminator)
     recipe = Recipe(data, transform, *networks, pretrain, finetune, evaluation, ablation, notes)
     options: dict[str, Any] = {"seed": seed, "budget": budget, "tensorboard": tensorboard, "until": until}
+    options["trust"] = trust
     _show(run_recipe(recipe, out, device=_place("train", device), **options), out)
 
 
@@ -113,6 +118,8 @@ def evaluate(
     architecture: str | None = None,
     weights: str | None = None,
     key: str | None = None,
+    normalize: str | None = None,
+    trust: bool = False,
     trace: str | None = None,
     tensorboard: bool = False,
     budget: str | None = None,
@@ -123,11 +130,12 @@ def evaluate(
     """Attack a defense by a protocol, and judge it on fresh draws; writes report.html and report.json.
 
     `atop-fast evaluate RUN [options]` takes defense, images and protocol from the folder of a run, or from its archive
-    (see report), and `atop-fast evaluate FILE` the model of a .safetensors file.
+    (see report), and `atop-fast evaluate CLASSIFIER` a defense or a classifier, such as the file that check writes.
 
     Args:
-        classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
-            as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
+        classifier: classifier.safetensors; or FILE.py:Class with `weights`; or a checkpoint of torch.save with
+            `architecture`; or an archive of TorchScript or torch.export; or a model by name, such as
+            torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (docs/own-classifier.md).
         purifier: purifier.safetensors; without it the classifier alone is evaluated, or, if `transform` is given, that
             transform before it.
         defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defense that the
@@ -136,8 +144,11 @@ def evaluate(
         data: images and their split; the held-out part is attacked.
         transform: the random transform, if no file states it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
-        weights: file of the weights of a model of torchvision or timm.
+        weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
+        normalize: mean and standard deviation that a network expects which takes other images than in [0, 1]:
+            imagenet, cifar10, cifar100, mnist, half or MEAN/STD, such as 0.5,0.5,0.5/0.2,0.2,0.2.
+        trust: run the program in a file: an archive, or the source of a class.
         trace: file of JSON lines with loss, accuracy and passes after each step of every attack.
         tensorboard: write the same to `out`/tensorboard; needs the extra atop-fast[track].
         budget: time after which no further attack starts, such as 90s, 10m or 2h.
@@ -146,8 +157,9 @@ def evaluate(
     """
     config = EvaluationConfig(**evaluation)
     place = _place("evaluate", device)
-    part: Dataset | Files = config.part(data.load(_say)[1])
-    model, part = System(classifier, purifier, defense, transform, architecture, weights, key).load("evaluate", part)
+    system = System(classifier, purifier, defense, transform, architecture, weights, key, normalize, trust)
+    part: Dataset | Files = config.part(system.sized("evaluate", data).load(_say)[1])
+    model, part = system.load("evaluate", part)
     assert isinstance(part, Dataset)
     model, part = model.to(place), part.to(place)
     name = "defense" if isinstance(model, Defense) else "classifier"
@@ -195,10 +207,10 @@ def env() -> None:
     environment.main()
 
 
-COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, train, doctor, evaluate, judge, report, bench, env)}
+COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, check, train, doctor, evaluate, judge, report, bench, env)}
 
 # The option that the first argument of a command is, if it has no other name.
-POSITIONAL = {"bench": "suite", "judge": "defense", "report": "run"}
+POSITIONAL = {"bench": "suite", "check": "classifier", "judge": "defense", "report": "run"}
 
 
 # Arguments of the command that runs, for the script that repeats it.
@@ -267,6 +279,21 @@ def _with_numbers(args: list[str]) -> list[str]:
     return numbers
 
 
+def _written_out(command: str, args: list[str]) -> Iterator[str]:
+    """Short forms of options in full: --data FOLDER, `train --classifier FILE` and --trust without a value."""
+    short = {"--data": "source", **({"--classifier": "path"} if command == "train" else {})}
+    for arg, value in zip(args, [*args[1:], ""], strict=False):
+        option, equals, given = arg.partition("=")
+        given = given if equals else value
+        # A dictionary or a file of options stays what it is.
+        if option in short and not given.startswith("{") and not given.endswith((".yaml", ".yml")):
+            yield f"{option}.{short[option]}{equals}{given if equals else ''}"
+        elif arg == "--trust" and value.lower() not in ("true", "false"):
+            yield "--trust=true"
+        else:
+            yield arg
+
+
 def _with_positional(args: list[str], folder: Path) -> list[str]:
     """Turn the positional argument of a command into options; `folder` takes the contents of an archive.
 
@@ -278,12 +305,15 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
     if command == "train" and not preset and not any(arg.split("=")[0] in named for arg in rest):
         expected = f"a YAML file or one of {', '.join(preset_names())}, as in `atop-fast train demo --out=runs/demo`"
         raise ValueError(message("train", "PRESET", f"{expected} (docs/training.md)", None))
-    if command not in ("train", "bench", "evaluate", "judge", "report") or not rest or rest[0].startswith("-"):
-        return args
+    rest = list(_written_out(command, rest))
+    if command not in (*POSITIONAL, "train", "evaluate") or not rest or rest[0].startswith("-"):
+        return [command, *rest] if args else args
     if command in POSITIONAL:
         return [command, f"--{POSITIONAL[command]}={rest[0]}", *rest[1:]]
     if command == "train":
-        return ["train", f"--config={json.dumps(asdict(load_recipe(rest[0])))}", *rest[1:]]
+        # A program that the command itself names, too, may run.
+        trust = any(arg == "--trust=true" or arg.split("=")[0] == "--classifier.path" for arg in rest)
+        return ["train", f"--config={json.dumps(asdict(load_recipe(rest[0], trust=trust)))}", *rest[1:]]
     return ["evaluate", f"--config={json.dumps(system_of(Path(rest[0]), folder, rest))}", *rest[1:]]
 
 

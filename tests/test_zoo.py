@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from atop_fast import build_classifier, load_classifier, save_model
+from atop_fast import build_classifier, load_classifier, load_model, save_model
 from atop_fast._core.files import load_checkpoint
 from atop_fast.classifiers import Normalized, WideResNet, fold_batch_norm
-from atop_fast.classifiers.zoo import _autoattack_is_pyautoattack, _with_weights
+from atop_fast.classifiers.packages import autoattack_is_pyautoattack
+from atop_fast.classifiers.zoo import _with_weights
 from atop_fast.randomness import seeded
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -192,7 +193,7 @@ def test_a_name_without_robustbench_says_what_to_install(monkeypatch):
 def zoo():
     """The CIFAR-10 models of the package robustbench for Linf."""
     try:
-        with _autoattack_is_pyautoattack():
+        with autoattack_is_pyautoattack():
             models = importlib.import_module("robustbench.model_zoo.models").model_dicts
             enums = importlib.import_module("robustbench.model_zoo.enums")
         assert "autoattack" not in sys.modules
@@ -249,7 +250,15 @@ def test_named_models_are_read_and_never_fetched_unasked(zoo, tmp_path, monkeypa
     path = tmp_path / "cifar10" / "Linf" / "Standard.pt"
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, path)
-    assert torch.equal(logits(load_classifier("Standard", folder=tmp_path)), logits(model))
+    loaded = load_classifier("Standard", folder=tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    full = load_classifier("robustbench:cifar10/Linf/Standard", folder=tmp_path, normalize=None)
+    assert torch.equal(logits(full), logits(model))
+    # Its file names the package's constructor.
+    save_model(tmp_path / "own.safetensors", loaded, metadata={"classes": list("0123456789")})
+    assert torch.equal(logits(load_model(tmp_path / "own.safetensors")), logits(model))
+    with pytest.raises(ValueError, match="robustbench:DATASET/NORM/NAME, got robustbench:Linf/Standard"):
+        load_classifier("robustbench:Linf/Standard", folder=tmp_path)
 
 
 @pytest.fixture
@@ -324,7 +333,7 @@ def test_published_names_of_densenets_load(tmp_path):
         ),
         (
             lambda path: load_classifier(path, "resnet18", weights=path),
-            "weights must be None, except for names that begin",
+            r"weights must be left out for .*\.pt, got .*\.pt",
         ),
     ],
 )
@@ -425,7 +434,7 @@ def test_a_key_picks_one_of_several(tmp_path):
             load_classifier(tmp_path / name, "small_resnet")
         with pytest.raises(ValueError, match="must be a checkpoint with a dictionary or tensors 'none'"):
             load_classifier(tmp_path / name, "small_resnet", key="none")
-    with pytest.raises(ValueError, match="load_classifier: key must be None, except for a checkpoint"):
+    with pytest.raises(ValueError, match="load_classifier: key must be left out for Standard, got 'online'"):
         load_classifier("Standard", key="online")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 USAGE = """usage: atop-fast COMMAND [options]
 
     demo      AToP on real MNIST digits, from training to the report, in a few minutes on a CPU.
+    check     Try a classifier on your images, and write it as one file that other commands take.
     train     From images to a report by a preset: atop-fast train PRESET [options].
     doctor    Check a defense's contract and look for gradient masking.
     evaluate  Attack a defense by a protocol, and judge it on fresh draws.

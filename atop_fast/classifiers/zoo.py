@@ -1,14 +1,12 @@
-"""Classifiers from files and by name: files of save_model, and models of RobustBench, torchvision and timm."""
+"""Classifiers from files and by name: files of save_model, one's own classes and archives, and models of packages."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
+import functools
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,16 @@ from torch import nn
 
 from .._core.checks import check_choice, message
 from .._core.files import load_weights, read_state, unwrapped
-from ..checkpoints import CLASSES, find_defense, load_defense, load_model, read_header, read_metadata
+from ..checkpoints import CLASSES, SHAPE, find_defense, load_defense, load_model, read_header, read_metadata
 from ..data import Dataset, Files
 from ..defense import Defense
-from ..recipes.options import GivenTransform
+from ..randomness import seeded
+from ..recipes.options import DataConfig, GivenTransform
 from ..transforms import RandomTransform, describe_transform
 from . import CLASSIFIERS, Normalized, WideResNet, build_classifier
-
-# A network, and the mean and standard deviation by which its input is normalized.
-Model = tuple[nn.Module, Sequence[float], Sequence[float]]
+from .normalized import parse_normalization
+from .packages import PACKAGES, ROBUSTBENCH, not_installed, robustbench_model
+from .programs import archive_kind, load_archive, load_program, names_program
 
 # DeepMind's parameter names and those of WideResNet.
 DEEPMIND_NAMES = (
@@ -40,8 +39,6 @@ DEEPMIND_NAMES = (
 )
 # Parameter names in the published files of torchvision's DenseNets, which come from an older version.
 DENSENET_NAMES = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")
-# Models ported from elsewhere that convert torchvision's normalization to their own; published files require this.
-PORTED = ("googlenet", "inception_v3")
 # Keys of the network's state dict in common checkpoints.
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "net")
 
@@ -52,6 +49,8 @@ def load_classifier(
     *,
     weights: str | Path | None = None,
     key: str | None = None,
+    normalize: str | None = None,
+    trust: bool = False,
     dataset: str = "cifar10",
     threat_model: str = "Linf",
     folder: str | Path = "models",
@@ -61,22 +60,31 @@ def load_classifier(
     """Load a trained classifier from images in [0, 1] to logits, on the CPU and in evaluation mode.
 
     - A path that ends in .safetensors: a file of save_model.
+    - "FILE.py:Class": the class, or function, builds the network, and `weights` is the file of its state dict. Naming
+      the file runs it.
+    - The path of an archive of TorchScript or torch.export, with `trust`: torch's loaders run code from it.
     - With `architecture`: the path of a checkpoint of torch.save, such as RobustBench's: a state dict, alone or as
       {"state_dict": ...} or "model", "net", "model_state_dict". Prefixes that torch.compile, DataParallel,
       AveragedModel and Lightning add to the names are removed. Every parameter must fit. Only tensors are
       read; a file that holds other objects is refused, and no code in it runs.
     - "torchvision:<name>" or "timm:<name>", such as "torchvision:resnet50" or "timm:vit_tiny_patch16_224": the package
       builds the network, and its weights are read from the file `weights`, as with `architecture` or as .safetensors,
-      or downloaded. The result is a Normalized with the mean and standard deviation that the package specifies.
+      or downloaded. The result is a Normalized with the mean and standard deviation that the package specifies, unless
+      `normalize` gives others.
     - Otherwise: the name of a model in RobustBench's zoo (Croce et al., NeurIPS 2021), such as "Standard" or
-      "Wang2023Better_WRN-28-10"; the package robustbench builds it, and its weights are read from
+      "Wang2023Better_WRN-28-10", also as "robustbench:<name>" or "robustbench:<dataset>/<threat_model>/<name>"; the
+      package robustbench builds it, and its weights are read from
       <folder>/<dataset>/<threat_model>/<name>.pt, the location that robustbench uses.
 
     Args:
         name_or_path: see above.
         architecture: architecture of the checkpoint, a name of build_classifier, e.g. "wrn_28_10" or "resnet18".
-        weights: weights file of a torchvision or timm model.
+        weights: weights file of a torchvision or timm model, or of a FILE.py:Class.
         key: selects one of several networks in a checkpoint: a dictionary or a prefix of the names, such as "ema".
+        normalize: mean and standard deviation that the network expects of its input: "imagenet", "cifar10", "cifar100",
+            "mnist", "half", or "MEAN/STD" such as "0.5,0.5,0.5/0.2,0.2,0.2"; by default the network takes images in
+            [0, 1], or its package states them.
+        trust: run the program in a file: an archive, or a model file that carries the source of a class.
         dataset, threat_model: of a RobustBench model: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
         folder: folder of RobustBench's files.
         download: allow robustbench to download a model that is not in `folder`, or torchvision or timm to download
@@ -89,25 +97,59 @@ def load_classifier(
         ValueError: the file or name does not exist, the file holds objects other than tensors, or its weights do not
             fit; or neither or both of `weights` and `download` are given for a torchvision or timm model.
     """
+    check = functools.partial(_refuse, str(name_or_path))
     package, _, name = str(name_or_path).partition(":")
+    statistics = None if normalize is None else parse_normalization("load_classifier", normalize)
     if package in PACKAGES:
-        return _from_package(package, name, weights, download, options, key)
-    if weights is not None:
-        expected = f"None, except for names that begin with {' or '.join(f'{key}:' for key in PACKAGES)}"
-        raise ValueError(message("load_classifier", "weights", expected, weights))
+        check(architecture=architecture)
+        return _from_package(package, name, weights, download, options, key, statistics)
+    if names_program(name_or_path):
+        check(architecture=architecture, download=download or None)
+        return _with_statistics(_from_program(str(name_or_path), weights, options, key), statistics)
+    check(weights=weights)
     file = Path(name_or_path)
     if architecture is not None:
         check_choice("load_classifier", "architecture", architecture, list(CLASSIFIERS))
-        return _with_weights(build_classifier(architecture, **options), file, key=key)
-    if key is not None:
-        expected = "None, except for a checkpoint with `architecture` or `weights`"
-        raise ValueError(message("load_classifier", "key", expected, repr(key)))
+        return _with_statistics(_with_weights(build_classifier(architecture, **options), file, key=key), statistics)
+    check(key=key)
+    if (kind := archive_kind(file)) is not None:
+        check(options=options or None)
+        return _with_statistics(load_archive("load_classifier", file, kind, trust), statistics)
+    check(normalize=normalize)
     if file.suffix == ".safetensors":
-        return load_model(file, "classifier")
+        return load_model(file, "classifier", trust=trust)
     if file.suffix or file.exists():
-        expected = f"the architecture of {file}: one of {', '.join(map(repr, CLASSIFIERS))}"
+        own = "or the classifier FILE.py:Class with this file as `weights`"
+        expected = f"the architecture of {file}: one of {', '.join(map(repr, CLASSIFIERS))}; {own}"
         raise ValueError(message("load_classifier", "architecture", expected, None))
-    return _from_robustbench(str(name_or_path), dataset, threat_model, Path(folder), download)
+    *where, name = (name if package == ROBUSTBENCH else str(name_or_path)).split("/")
+    if where and len(where) != 2:
+        raise ValueError(message("load_classifier", "name_or_path", f"{ROBUSTBENCH}:DATASET/NORM/NAME", name_or_path))
+    dataset, threat_model = where or (dataset, threat_model)
+    return _from_robustbench(name, dataset, threat_model, Path(folder), download)
+
+
+def _refuse(name: str, **given: object) -> None:
+    """Raise for an option that means nothing for the classifier `name`."""
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(message("load_classifier", option, f"left out for {name}", repr(value)))
+
+
+def _with_statistics(model: nn.Module, statistics: tuple[Sequence[float], Sequence[float]] | None) -> nn.Module:
+    return model if statistics is None else Normalized(model, *statistics).eval()
+
+
+def _from_program(name: str, weights: str | Path | None, options: Mapping[str, object], key: str | None) -> nn.Module:
+    """FILE.py:Class with its weights."""
+    with seeded(0):
+        model = load_program("load_classifier", name, options)
+    if weights is None:
+        if model.state_dict():
+            expected = f"the file of the state dict of {name}, whose weights would be random"
+            raise ValueError(message("load_classifier", "weights", expected, None))
+        return model.eval()
+    return _with_weights(model, Path(weights), "weights", key)
 
 
 @dataclass(frozen=True)
@@ -115,7 +157,7 @@ class System:
     """The system that a command evaluates or trains, as specified by its options.
 
     Attributes:
-        classifier, architecture, weights, key: `name_or_path`, `architecture`, `weights` and `key` of load_classifier.
+        classifier, architecture, weights, key, normalize, trust: of load_classifier, where the first is `name_or_path`.
         purifier: a file of save_model; None leaves the classifier alone, or behind the given transform.
         defense: `path_or_name` of load_defense, instead of all of these.
         transform: the command's transform options.
@@ -128,6 +170,12 @@ class System:
     architecture: str | None = None
     weights: str | None = None
     key: str | None = None
+    normalize: str | None = None
+    trust: bool = False
+
+    def sized(self, function: str, data: DataConfig) -> DataConfig:
+        """The data's options with the size that the model's file states; see sized."""
+        return sized(function, self.classifier if self.defense is None else find_defense(function, self.defense), data)
 
     def load(self, function: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
         """Load the Defense or the bare classifier; also returns the data, with labels in the classifier's class order.
@@ -146,15 +194,23 @@ class System:
         if self.defense is not None:
             return self._defense(function, self.defense, data)
         assert self.classifier is not None
-        data = match_classes(function, self.classifier, data)
         transform = self._transform(function)
-        shape: dict[str, Any] = {} if self.weights is None else {"num_classes": len(data.classes)}
-        if self.architecture is not None:
-            shape = {"channels": data.shape[0], "classes": len(data.classes)}
-        model = load_classifier(self.classifier, self.architecture, weights=self.weights, key=self.key, **shape)
+        model = self.alone(data)
+        data = match_classes(function, self.classifier, data)
         if transform is None:
             return model, data
         return Defense(transform, load_model(self.purifier, "purifier") if self.purifier else None, model), data
+
+    def alone(self, data: Dataset | Files, **further: object) -> nn.Module:
+        """The classifier, with `further` options of its architecture."""
+        assert self.classifier is not None
+        shape: dict[str, Any] = {}
+        if self.architecture is not None:
+            shape = {"channels": data.shape[0], "classes": len(data.classes)}
+        elif self.classifier.partition(":")[0] in PACKAGES:
+            shape = {"num_classes": len(data.classes)}
+        options: dict[str, Any] = {"weights": self.weights, "key": self.key, "normalize": self.normalize}
+        return load_classifier(self.classifier, self.architecture, trust=self.trust, **options, **{**shape, **further})
 
     def _transform(self, function: str) -> RandomTransform | None:
         stored = read_header(self.purifier).get("transform") if self.purifier else None
@@ -165,12 +221,29 @@ class System:
         return transform
 
     def _defense(self, function: str, name: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
-        for option in ("purifier", "architecture", "weights", "key"):
+        for option in ("purifier", "architecture", "weights", "key", "normalize"):
             if value := getattr(self, option):
                 raise ValueError(message(function, option, "left out for a defense, which has all of it", value))
-        defense = load_defense(name)
+        defense = load_defense(name, trust=self.trust)
         self.transform.resolve(function, describe_transform(defense.transform), name)
         return defense, match_classes(function, find_defense(function, name), data)
+
+
+def sized(function: str, path: str | Path | None, data: DataConfig) -> DataConfig:
+    """The data's options with the size and the channels of the images that a model's file states.
+
+    Raises:
+        ValueError: the options contradict the file.
+    """
+    shape = read_metadata(path).get(SHAPE) if path is not None and Path(path).suffix == ".safetensors" else None
+    if shape is None or not data.folder:
+        return data
+    channels, height, width = shape
+    side = height if height == width else None
+    if data.size not in (None, side) or (data.grayscale and channels != 1):
+        expected = f"left out, or as {path} states it: images of {channels}x{height}x{width}"
+        raise ValueError(message(function, "data.size", expected, f"{data.size} with grayscale={data.grayscale}"))
+    return replace(data, size=side, grayscale=channels == 1)
 
 
 def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dataset | Files:
@@ -194,7 +267,13 @@ def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dat
 
 
 def _from_package(
-    package: str, name: str, weights: str | Path | None, download: bool, options: dict[str, object], key: str | None
+    package: str,
+    name: str,
+    weights: str | Path | None,
+    download: bool,
+    options: dict[str, object],
+    key: str | None,
+    statistics: tuple[Sequence[float], Sequence[float]] | None,
 ) -> nn.Module:
     if (weights is None) is not download:
         expected = "a file of weights, or None with download=True, which fetches the package's own"
@@ -203,88 +282,28 @@ def _from_package(
         model, mean, std = PACKAGES[package](name, download, options)
     except ImportError as error:
         extra = {"torchvision": "vision", "timm": "zoo"}[package]
-        raise _not_installed(f"{package}:{name}", package, extra, error) from error
+        raise not_installed(f"{package}:{name}", package, extra, error) from error
     # For save_defense.
     model.architecture = (f"{package}:{name}", options)
-    return Normalized(
-        model if weights is None else _with_weights(model, Path(weights), "weights", key), mean, std
-    ).eval()
-
-
-def package_factory(name: str) -> Callable[..., nn.Module]:
-    """The constructor of "torchvision:<name>" or "timm:<name>" without weights, which a file provides."""
-    package, _, model = name.partition(":")
-
-    def build(**options: Any) -> nn.Module:
-        if unknown := options.keys() - {"num_classes"}:
-            raise ValueError(f"{package}:{model} from a file takes no {sorted(unknown)[0]!r}")
-        return PACKAGES[package](model, False, options)[0]
-
-    return build
-
-
-def _torchvision(name: str, download: bool, options: dict[str, Any]) -> Model:
-    """torchvision's classifier `name`."""
-    from torchvision import models
-
-    if name not in models.list_models(module=models):
-        expected = "'torchvision:' and one of torchvision.models.list_models(module=torchvision.models)"
-        raise ValueError(message("load_classifier", "name_or_path", expected, repr(f"torchvision:{name}")))
-    if name in PORTED and not download:
-        options = {"transform_input": True, "init_weights": False, **options}
-    statistics = models.get_model_weights(name).DEFAULT.transforms()
-    model = models.get_model(name, weights="DEFAULT" if download else None, **options)
-    return model, statistics.mean, statistics.std
-
-
-def _timm(name: str, download: bool, options: dict[str, Any]) -> Model:
-    """timm's classifier `name`."""
-    import timm
-
-    expected = "'timm:' and one of timm.list_models()"
-    # Other names, such as hf-hub:user/model, would download a configuration.
-    if not timm.is_model(name):
-        raise ValueError(message("load_classifier", "name_or_path", expected, repr(f"timm:{name}")))
-    try:
-        model = timm.create_model(name, pretrained=download, **options)
-    except RuntimeError as error:  # unknown weights, the part of the name after the dot
-        raise ValueError(message("load_classifier", "name_or_path", expected, f"'timm:{name}' ({error})")) from error
-    statistics = timm.data.resolve_model_data_config(model)
-    return model, statistics["mean"], statistics["std"]
-
-
-PACKAGES = {"torchvision": _torchvision, "timm": _timm}
+    model = model if weights is None else _with_weights(model, Path(weights), "weights", key)
+    return Normalized(model, *(statistics or (mean, std))).eval()
 
 
 def _from_robustbench(name: str, dataset: str, threat_model: str, folder: Path, download: bool) -> nn.Module:
-    # ImageNet is not supported, because the zoo's constructors for it always download weights.
-    check_choice("load_classifier", "dataset", dataset, ["cifar10", "cifar100"])
-    check_choice("load_classifier", "threat_model", threat_model, ["Linf", "L2", "corruptions"])
-    try:
-        with _autoattack_is_pyautoattack():
-            from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
-            from robustbench.model_zoo.models import model_dicts
-            from robustbench.utils import load_model as fetch_model
-    except ImportError as error:
-        raise _not_installed(name, "robustbench", "zoo", error) from error
-    models = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)]
-    check_choice("load_classifier", "name_or_path", name, list(models))
+    model, fetch_model = robustbench_model(name, dataset, threat_model)
     path = folder / dataset / threat_model / f"{name}.pt"
     if download and not path.is_file():
         fetched: nn.Module = fetch_model(
             model_name=name, model_dir=str(folder), dataset=dataset, threat_model=threat_model
         )
         return fetched.eval()
-    # An ensemble or a timm model has no single file, and building it may download weights.
-    if not path.is_file() or not isinstance(models[name]["gdrive_id"], str):
+    if not path.is_file() or model is None:
         expected = f"a model whose file is at {path}, or download=True"
         raise ValueError(message("load_classifier", "name_or_path", expected, repr(name)))
-    return _with_weights(models[name]["model"](), path)
-
-
-def _not_installed(name: str, package: str, extra: str, error: ImportError) -> ImportError:
-    expected = f"pip install 'atop-fast[{extra}]' ({error})"
-    return ImportError(f"load_classifier: {name!r} needs the package {package}: {expected}")
+    network = _with_weights(model(), path)
+    # For save_model.
+    network.architecture = (f"{ROBUSTBENCH}:{dataset}/{threat_model}/{name}", {})
+    return network
 
 
 def _with_weights(model: nn.Module, path: Path, argument: str = "name_or_path", key: str | None = None) -> nn.Module:
@@ -312,21 +331,3 @@ def _rename(key: str) -> str:
     for pattern, replacement in DEEPMIND_NAMES:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-@contextlib.contextmanager
-def _autoattack_is_pyautoattack() -> Iterator[None]:
-    """Alias `autoattack` to pyautoattack in the block if autoattack is not installed.
-
-    robustbench 1.1.1 on PyPI depends on pyautoattack but imports it under its GitHub name, so that a plain installation
-    cannot be imported.
-    """
-    if importlib.util.find_spec("autoattack") or not importlib.util.find_spec("pyautoattack"):
-        yield
-        return
-    sys.modules["autoattack"] = importlib.import_module("pyautoattack")
-    try:
-        yield
-    finally:
-        for module in [name for name in sys.modules if name.partition(".")[0] == "autoattack"]:
-            del sys.modules[module]

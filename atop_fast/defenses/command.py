@@ -34,6 +34,8 @@ def judge(
     architecture: str | None = None,
     weights: str | None = None,
     key: str | None = None,
+    normalize: str | None = None,
+    trust: bool = False,
     rules: tuple[str, ...] = RULES,
     images: int = 100,
     eps: float = 8 / 255,
@@ -59,8 +61,10 @@ def judge(
         out: folder of the table, with a folder for each row; a table is of one classifier and of the same images.
         data: images and their split; the first of the held-out part are attacked.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
-        weights: file of the weights of a model of torchvision or timm.
+        weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
+        normalize: mean and standard deviation that a network expects; see evaluate.
+        trust: run the program in a file: an archive, or the source of a class.
         rules: some of standard, rand and sound, such as [standard, sound]. A later call with others adds their numbers.
         images: how many held-out images.
         eps: radius of the Linf ball, in units of [0, 1] pixels.
@@ -83,8 +87,8 @@ def judge(
     wanted = [check_choice("judge", "rules", rule, RULES) for rule in rules]
     effort = Effort(eps, seed, steps, n_queries, draws, batch_size)
     check_integer("judge", "images", images, low=1)
-    system = System(classifier, None, None, GivenTransform(), architecture, weights, key)
-    model, part = system.load("judge", data.load(print)[1])
+    system = System(classifier, None, None, GivenTransform(), architecture, weights, key, normalize, trust)
+    model, part = system.load("judge", system.sized("judge", data).load(print)[1])
     model, part = model.eval().to(place), cast(Dataset, part).take(slice(0, images)).to(place)
     folder = Path(out)
     source = make_source(part.images, part.labels, model)

@@ -28,6 +28,8 @@ def doctor(
     architecture: str | None = None,
     weights: str | None = None,
     key: str | None = None,
+    normalize: str | None = None,
+    trust: bool = False,
     norm: Literal["Linf", "L2"] = "Linf",
     eps: float = 8 / 255,
     steps: int = 10,
@@ -40,8 +42,7 @@ def doctor(
     """Check a defense's contract and look for gradient masking; exit code 1 if a check fails, as with too few images.
 
     Args:
-        classifier: classifier.safetensors; or a checkpoint of torch.save with `architecture`; or a model by name, such
-            as torchvision:resnet50 with `weights`, or one of RobustBench in the folder models (see load_classifier).
+        classifier: classifier.safetensors, or another classifier that evaluate takes.
         purifier: purifier.safetensors; without it the classifier alone is examined, or, if `transform` is given, that
             transform before it.
         defense: instead of both, defense.safetensors of the commands train or demo, or the name of a defense that the
@@ -50,8 +51,10 @@ def doctor(
         data: images and their split; the held-out part is used.
         transform: the random transform, if no file states it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
-        weights: file of the weights of a model of torchvision or timm.
+        weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
+        normalize: mean and standard deviation that a network expects; see evaluate.
+        trust: run the program in a file: an archive, or the source of a class.
         norm: norm of the threat model.
         eps: its radius, in units of [0, 1] pixels.
         steps: PGD steps.
@@ -64,8 +67,8 @@ def doctor(
     """
     target = check_device("doctor", "device", device)
     check_integer("doctor", "images", images, low=1)
-    system = System(classifier, purifier, defense, transform, architecture, weights, key)
-    train, held_out = data.load(print)
+    system = System(classifier, purifier, defense, transform, architecture, weights, key, normalize, trust)
+    train, held_out = system.sized("doctor", data).load(print)
     model, part = system.load("doctor", held_out)
     assert isinstance(part, Dataset)
     part = part.to(target)

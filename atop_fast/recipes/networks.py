@@ -14,13 +14,15 @@ from .._core.checks import check_fits, message
 from ..attacks import frozen
 from ..checkpoints import load_model
 from ..classifiers import Resized, build_classifier
-from ..classifiers.zoo import PACKAGES, load_classifier
+from ..classifiers.packages import PACKAGES, ROBUSTBENCH
+from ..classifiers.programs import archive_kind, names_program
+from ..classifiers.zoo import load_classifier
 from ..data import Dataset, Files
 from ..defense import Defense
 from ..purifiers import DISCRIMINATORS, build_purifier
 from ..randomness import derive_seed, seeded
 from ..training import PretrainStep
-from ..transforms import describe_transform
+from ..transforms import describe_transform, show_transform
 from .schema import Recipe
 
 
@@ -33,8 +35,12 @@ class Network:
     options: dict[str, Any]
 
 
-def build_networks(recipe: Recipe, data: Dataset | Files, seed: int, device: torch.device) -> dict[str, Network]:
+def build_networks(
+    recipe: Recipe, data: Dataset | Files, seed: int, device: torch.device, trust: bool = False
+) -> dict[str, Network]:
     """The networks as the first stage of each finds them: "classifier", "purifier" and perhaps "discriminator".
+
+    `trust` is that of load_classifier.
 
     Raises:
         ValueError: options that an architecture does not have, or a file that cannot be read.
@@ -52,22 +58,27 @@ def build_networks(recipe: Recipe, data: Dataset | Files, seed: int, device: tor
         path = getattr(recipe, kind).path
         if path is None:
             continue
-        if kind != "classifier" or path.endswith(".safetensors"):
-            sources[kind] = ("", {}, functools.partial(_load, path, kind))
-        elif path.partition(":")[0] in PACKAGES:
-            options = {"num_classes": len(data.classes), **source.options}
-            load = functools.partial(load_classifier, weights=source.weights, key=source.key)
-            sources[kind] = (path, options, load)
+        if kind != "classifier":
+            sources[kind] = ("", {}, functools.partial(load_model, path, kind))
+            continue
+        further: dict[str, Any] = {key: getattr(source, key) for key in ("weights", "key", "normalize")}
+        load = functools.partial(load_classifier, path, trust=trust, **further)
+        if path.partition(":")[0] in PACKAGES:
+            sources[kind] = ("", {"num_classes": len(data.classes), **source.options}, load)
+        elif path.endswith(".safetensors") or path.startswith(f"{ROBUSTBENCH}:") or archive_kind(path):
+            sources[kind] = ("", {}, load)
+        elif names_program(path):
+            sources[kind] = ("", source.options, load)
         else:
-            sources[kind] = (*sources[kind][:2], functools.partial(load_classifier, path, key=source.key))
+            sources[kind] = (*sources[kind][:2], load)
     networks = {}
     for kind, (name, options, build) in sources.items():
         with seeded(derive_seed(seed, f"init {kind}")):
             try:
-                module = build(name, **options)
+                module = build(name, **options) if name else build(**options)
             except TypeError as error:
-                given = f"{options} ({error})"
-                raise ValueError(message("run_recipe", kind, f"{name} with options of it", given)) from error
+                expected = f"{name or getattr(recipe, kind).path} with options of it"
+                raise ValueError(message("run_recipe", kind, expected, f"{options} ({error})")) from error
         networks[kind] = Network(module.to(device), None if getattr(recipe, kind).path else name, options)
     return networks
 
@@ -80,7 +91,8 @@ def check_networks(recipe: Recipe, networks: dict[str, Network], data: Dataset |
     trained = getattr(purifier, "trained_under", None)
     if trained not in (None, describe_transform(transform)):
         expected = f"one that was trained under {transform}, the recipe's"
-        raise ValueError(message("run_recipe", "purifier.path", expected, f"{recipe.purifier.path} ({trained})"))
+        given = f"{recipe.purifier.path}, trained under {show_transform(trained)}"
+        raise ValueError(message("run_recipe", "purifier.path", expected, given))
     classifier, count = resized(recipe, classifier), len(data.classes)
     image = data.take(slice(0, 1)).floats().images
     PretrainStep(transform, purifier, judge, recipe.pretrain, seed).check(image)
@@ -99,7 +111,3 @@ def resized(recipe: Recipe, classifier: nn.Module) -> nn.Module:
     """The classifier at the size at which the recipe has it work."""
     size = recipe.classifier.size
     return classifier if size is None else Resized(classifier, size)
-
-
-def _load(path: str, kind: str, name: str) -> nn.Module:
-    return load_model(path, kind)

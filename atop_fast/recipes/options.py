@@ -52,6 +52,11 @@ class DataConfig:
             check_integer("DataConfig", "holdout", self.holdout, low=0)
         check_number("DataConfig", "memory", self.memory, low=0)
 
+    @property
+    def folder(self) -> bool:
+        """Whether the images are read from image files, which may have any size."""
+        return self.source not in ("mnist5k", *TORCHVISION) and not self.source.endswith(".safetensors")
+
     def load(self, say: Callable[[str], object] | None = None) -> tuple[Dataset | Files, Dataset]:
         """The training part, its images as bytes, and the held-out part, its images as floats, always in memory.
 

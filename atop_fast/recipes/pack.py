@@ -23,7 +23,10 @@ import yaml
 
 from .._core.checks import message
 from .._core.files import write_atomic, write_text
-from ..classifiers.zoo import PACKAGES, match_classes
+from ..checkpoints import read_header
+from ..classifiers.packages import PACKAGES, ROBUSTBENCH
+from ..classifiers.programs import carried_programs
+from ..classifiers.zoo import match_classes
 from ..data import TORCHVISION, Dataset
 from ..evaluation import PROTOCOLS
 from .evaluation import QUICK, EvaluationConfig
@@ -124,6 +127,8 @@ def write_repeat(out: Path, recipe: Recipe, seed: int, versions: dict[str, str])
         options += f' --{option} "${{{name}:-{_quoted(value)}}}"'
         # A comment ends with its line, and the rest of a path would be a command.
         variables += "\n#   " + f"{name}={shlex.quote(value)}".replace("\n", "\n#   ")
+    if any(carried_programs(read_header(out / "classifier.safetensors"))):
+        options += " --trust"
     text = REPEAT.format(**versions, seed=seed, options=options, variables=variables or " none is needed.")
     write_text(out / "repeat.sh", text)
     return text
@@ -137,7 +142,7 @@ def _paths(recipe: Recipe) -> dict[str, str]:
     if {data.source, data.test} & set(TORCHVISION):
         given["data.root"] = data.root
     for kind in ("classifier", "purifier", "discriminator"):
-        if (path := getattr(recipe, kind).path) is not None and path.partition(":")[0] not in PACKAGES:
+        if (path := getattr(recipe, kind).path) is not None and path.partition(":")[0] not in (*PACKAGES, ROBUSTBENCH):
             given[f"{kind}.path"] = path
     if recipe.classifier.weights is not None:
         given["classifier.weights"] = recipe.classifier.weights
@@ -234,13 +239,14 @@ def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, 
     elif path.is_dir():
         header = read_run(path)
         data = header["data"]
+    elif path.suffix != ".safetensors":
+        return {"classifier": str(path)}
     else:
-        from ..checkpoints import read_header
-
         kind = "defense" if read_header(path).get("kind") == "defense" else "classifier"
         return {kind: str(path)}
-    # Under a budget, the evaluation was not that of run.json.
-    done = asdict(load_recipe(path / RECIPE).evaluation) if (path / RECIPE).exists() else header["evaluation"]
+    # Under a budget, the evaluation was not that of run.json. Nothing else of the recipe is taken: no program runs.
+    recipe = path / RECIPE
+    done = asdict(load_recipe(recipe, trust=True).evaluation) if recipe.exists() else header["evaluation"]
     names: tuple[str, ...] = (*KEPT, *QUICK)
     if (protocol := _value(given, "--protocol")) is not None:
         norm = done["norm"] or PROTOCOLS[done["protocol"]].norm

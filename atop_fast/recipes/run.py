@@ -36,7 +36,7 @@ from .._core.distributed import Group, process_group
 from .._core.files import claim_folder, describe
 from ..attacks import PGD
 from ..checkpoints import load_model, save_defense, save_model
-from ..classifiers.zoo import match_classes
+from ..classifiers.zoo import match_classes, sized
 from ..data import Dataset
 from ..defense import Defense
 from ..evaluation.evaluate import parse_budget
@@ -66,6 +66,7 @@ def run_recipe(
     budget: float | str | None = None,
     tensorboard: bool = False,
     progress: bool = True,
+    trust: bool = False,
 ) -> dict[str, Any] | None:
     """Train a classifier (or take the given one), pre-train, fine-tune, and evaluate the defense and its parts.
 
@@ -84,6 +85,7 @@ def run_recipe(
             depends on the speed of this machine; the result of a given plan does not.
         tensorboard: write logs of the trainings for TensorBoard, too, to <out>/tensorboard.
         progress: show progress bars with the time left.
+        trust: run the program in the classifier's file; see load_classifier.
 
     Returns:
         The contents of report.json; None if the run ended before the evaluation.
@@ -99,7 +101,7 @@ def run_recipe(
     if tensorboard:
         summary_writer()
     with process_group() as group:
-        options: dict[str, Any] = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress}
+        options: dict[str, Any] = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress, "trust": trust}
         return _Pipeline(recipe, Path(out), place, seed, group, until, **options).run()
 
 
@@ -118,9 +120,12 @@ class _Pipeline:
         seconds: float | None,
         tensorboard: bool,
         progress: bool,
+        trust: bool,
     ) -> None:
         start = time.monotonic()
         self.tensorboard = out / "tensorboard" if tensorboard else None
+        if recipe.classifier.path is not None and recipe.classifier.size is None:
+            recipe = replace(recipe, data=sized("run_recipe", recipe.classifier.path, recipe.data))
         self.recipe, self.out, self.device, self.seed = recipe, out, device, seed
         self.progress, self.group, self.until = progress, group, until
         self.say: Callable[[str], object] | None = print if progress and group.rank == 0 else None
@@ -131,7 +136,7 @@ class _Pipeline:
         self.train = train.to(device)
         self.test = recipe.evaluation.part(held_out).to(device)
         self.transform = recipe.transform.build()
-        self.networks = build_networks(recipe, self.train, seed, device)
+        self.networks = build_networks(recipe, self.train, seed, device, trust)
         check_networks(recipe, self.networks, self.train, seed)
         if group.rank == 0:
             images = f"{train.description()} {held_out.description()}"
@@ -385,7 +390,9 @@ class _Pipeline:
             network = self.networks[kind]
             about: dict[str, Any] = {}
             if kind == "classifier":
-                about["metadata"] = {"classes": self.train.classes, "shape": self.train.shape}
+                side = self.recipe.classifier.size
+                shape = self.train.shape if side is None else (self.train.shape[0], side, side)
+                about["metadata"] = {"classes": self.train.classes, "shape": shape}
             if kind == "purifier":
                 about["transform"] = self.transform
             options = {} if network.name is None else network.options

@@ -12,6 +12,7 @@ from typing import Any
 from .._core.checks import check_choice, check_integer, message
 from .._core.yaml import parse_yaml
 from ..classifiers import CLASSIFIERS
+from ..classifiers.programs import names_program
 from ..purifiers import DISCRIMINATORS, PURIFIERS
 from ..training import ClassifierConfig, FinetuneConfig, PretrainConfig
 from .evaluation import EvaluationConfig
@@ -26,8 +27,11 @@ class ClassifierSource:
 
     Attributes:
         path: trained weights: a .safetensors file of atop-fast, or a checkpoint of torch.save with architecture `name`;
-            or "torchvision:<name>" or "timm:<name>" with `weights` (see load_classifier); none trains one.
-        weights: file of the weights of a torchvision or timm model.
+            or FILE.py:Class, "torchvision:<name>" or "timm:<name>" with `weights`, or another classifier that
+            load_classifier takes; none trains one.
+        weights: file of the weights of a FILE.py:Class or of a torchvision or timm model.
+        normalize: mean and standard deviation that the network expects, if it takes other images than in [0, 1]:
+            imagenet, cifar10, cifar100, mnist, half or MEAN/STD.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
         name: architecture, a name of build_classifier.
         options: of the architecture; channels and classes are those of the data unless given.
@@ -37,6 +41,7 @@ class ClassifierSource:
 
     path: str | None = None
     weights: str | None = None
+    normalize: str | None = None
     key: str | None = None
     name: str = "resnet18"
     options: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +123,7 @@ def preset_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def load_recipe(preset: str | Path) -> Recipe:
+def load_recipe(preset: str | Path, *, trust: bool = False) -> Recipe:
     """A recipe by the name of a preset, or from a YAML file.
 
     A file has the fields of Recipe as keys. With `base`, the name of a preset or the path of another file (relative to
@@ -126,9 +131,11 @@ def load_recipe(preset: str | Path) -> Recipe:
 
     Args:
         preset: a name in preset_names(), or the path of a file that ends in .yaml or .yml.
+        trust: accept a recipe that names a FILE.py:Class as its classifier, which a run executes.
 
     Raises:
-        ValueError: no such preset or file, or one that is no recipe: the message names the file and the key.
+        ValueError: no such preset or file, or one that is no recipe: the message names the file and the key; or it
+            names a program without `trust`.
     """
     content, where = _read(preset, ())
     try:
@@ -141,10 +148,14 @@ def load_recipe(preset: str | Path) -> Recipe:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Recipe)
     try:
-        return Recipe(**parser.instantiate(parser.parse_object(content)).as_dict())
+        recipe = Recipe(**parser.instantiate(parser.parse_object(content)).as_dict())
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(message("load_recipe", "preset", "a recipe", f"{where} ({reason})")) from error
+    if not trust and names_program(recipe.classifier.path or ""):
+        expected = f"given (--trust on the command line) to run {recipe.classifier.path}, which {where} names"
+        raise ValueError(message("load_recipe", "trust", expected, None))
+    return recipe
 
 
 def _read(preset: str | Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], str]:
