@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +48,31 @@ def test_quick_form_runs(program, name):
     values = [float(value) for value in re.findall(r"\b[01]\.\d{2,3}\b", program(name, "--quick").split("clean")[-1])]
     assert len(values) >= 3
     assert all(0 <= value <= 1 for value in values)
+
+
+def masked(line):
+    """A line without its numbers and without the space between columns."""
+    return " ".join(re.sub(r"[+-]?\d[\d,.]*", "#", line).split())
+
+
+def test_own_classifier_walks_from_its_class_to_a_colleague(tmp_path):
+    """Its output, shortened, stands in the README."""
+    pytest.importorskip("mlxtend")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = ["sh", str(EXAMPLES / "own_classifier.sh"), str(tmp_path / "new")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "The colleague's verdict is the same, image by image." in done.stdout
+    assert "trust must be given" in done.stderr
+    printed = {masked(line) for line in done.stdout.splitlines()}
+    block = (ROOT / "README.md").read_text().partition("examples/own_classifier.sh")[2].partition("```text\n")[2]
+    shown = [line for line in block.partition("```")[0].splitlines() if line and line != "..."]
+    assert len(shown) > 12
+    # Commands may be shortened, and the colleague may be somebody else.
+    lines = [line for line in shown if not line.endswith(" ...") and "as nobody" not in line]
+    assert [line for line in lines if masked(line) not in printed] == []
+    # It wants an empty folder.
+    assert subprocess.run(script, env=environment, capture_output=True, text=True).returncode == 2
 
 
 def test_coin_flip_is_what_the_docs_show(program, tmp_path):
