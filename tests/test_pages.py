@@ -12,11 +12,13 @@ from pages import browser, chromium, faults, measured, printed_pages
 from small_task import places, trained_classifier
 from test_security import HOSTILE, verdict
 from test_train import files, tiny  # noqa: F401
+from torch import nn
 
 from atop_fast import PGD, RT2, Defense, build_purifier, evaluate
 from atop_fast.cli import main
 from atop_fast.data import Dataset
 from atop_fast.evaluation.page import doctor_says, evaluation_answer, limits, per_class
+from atop_fast.evaluation.pictures import gallery_rows
 from atop_fast.evaluation.report import write_report
 from atop_fast.evaluation.verdict import paired_interval, wilson_interval
 from atop_fast.randomness import seeded
@@ -160,6 +162,20 @@ def test_the_gallery(evaluations, name, rows):
     assert re.findall(r"<tr><th>(.*?)</th>", part) == ["true class", *rows]
     assert re.findall(r"<span>(.*?)</span>", part)[:2] == ["top left", "top right"]
     assert part.count("<img ") == 8 * len(rows)
+
+
+def test_pictures_lie_within_0_and_1():
+    """Values below 0 would be shown as a perturbation."""
+
+    class Beyond(nn.Module):
+        def forward(self, corrupted):
+            return 1.1 * torch.tanh(10 * corrupted[:, :-2])
+
+    images, _ = places(4, seed=5)
+    defense = Defense(RT2(4, 0.25, 0.1), Beyond(), trained_classifier()).eval()
+    rows = gallery_rows(defense, images, images, torch.arange(4), 0, None)
+    assert [title for title, *_ in rows][-1] == "purified"
+    assert all(shown.min() >= 0 and shown.max() <= 1 for _, shown, _ in rows)
 
 
 def test_accuracy_of_classes_is_that_of_their_images(evaluations):

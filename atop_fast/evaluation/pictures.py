@@ -43,9 +43,10 @@ def gallery_rows(
     def row(title: str, images: Tensor) -> tuple[str, Tensor, list[str]]:
         if defended and images.shape[1:] != seen:
             # The classifier does not take images of another size than those that it sees in the defense.
-            return title, images, [""] * len(images)
+            return title, images.clamp(0, 1), [""] * len(images)
         logits = model.classify(images, *key) if isinstance(model, Defense) else model(images)
-        return title, images, [class_name(c, classes) for c in logits.argmax(dim=1).tolist()]
+        # Purifiers may leave [0, 1] a little, which the classifier sees and a picture does not.
+        return title, images.clamp(0, 1), [class_name(c, classes) for c in logits.argmax(dim=1).tolist()]
 
     with torch.no_grad(), full_precision(clean.device), seeded(key[0], clean.device):
         if not isinstance(model, Defense):
