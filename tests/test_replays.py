@@ -124,6 +124,13 @@ def test_replays_are_what_eager_steps_are(name, tapes, monkeypatch):
     assert eager.forward <= replayed.forward <= 2 * eager.forward
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_float64_is_replayed_too(name, tapes, monkeypatch):
+    model = copy.deepcopy(classifier()).double()
+    compared(built(name, model), X[:8].double(), labels(classifier())[:8], monkeypatch, IDS[:8])
+    assert len(tapes) >= 1
+
+
 MODES = [{"gradient": mode} for mode in attacks.GRADIENT_MODES] + [
     {"precision": "bfloat16"},
     {"max_batch": 8},
@@ -150,9 +157,6 @@ def test_restarts_masks_targets_and_starts_are_replayed(tapes, monkeypatch):
     attack = attacks.APGD(classifier(), steps=8, eps=0.02, n_restarts=3, early_stop=True)
     compared(attack, X, y, monkeypatch, mask=mask, targets=(y + 1) % 5, start=(X + 0.01).clamp(0, 1))
     assert len(tapes) >= 3
-    attack = attacks.APGD(copy.deepcopy(classifier()).double(), steps=8, eps=0.05)
-    compared(attack, X[:8].double(), y[:8], monkeypatch, IDS[:8])
-    assert tapes[-1].replays
 
 
 def test_batches_have_few_sizes(tapes):
@@ -192,15 +196,19 @@ def test_entries_that_trade_places_are_kept_apart():
 
 class Casting(Swapping):
     def step(self, estimator, state):
-        state["a"] = state["a"].double()
+        state["a"] = state["a"] + torch.full((8,), 1 / 3, dtype=torch.float64)
 
 
-def test_an_entry_that_would_be_rounded_is_an_error():
+def test_an_entry_that_would_be_rounded_is_not_replayed(tapes):
     estimator = attacks.GradientEstimator(classifier())
     steps = replay.Replays(Casting(), estimator, TapeRecorder(), 8)
     steps.enter({"a": torch.zeros(8), "done": torch.zeros(8, dtype=torch.bool)})
-    with pytest.raises(RuntimeError, match="changes the shape or the type of 'a'"):
+    with pytest.warns(RuntimeWarning, match="were not captured: a step changes the shape or the type of 'a'"):
         steps()
+    for _ in range(WARM_UP + 2):
+        steps()
+    assert (steps.state["a"] - (WARM_UP + 3) / 3).abs().max() < 1e-14
+    assert steps.state["a"].dtype == torch.float64
 
 
 class OwnAttack(attacks.PGD):
@@ -300,16 +308,16 @@ def test_the_switch(tapes, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_cuda_graphs_are_what_eager_steps_are(name, monkeypatch):
-    """As the order of some sums on a GPU is not fixed, almost all pixels of almost all images."""
+    """Almost all images, in float64: the order of some sums on a GPU is not fixed, and a sign in Linf may flip."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model = build_classifier("small_cnn", channels=1, classes=5).eval().cuda()
     model.load_state_dict(classifier().state_dict())
-    attack = built(name, model)
-    x, y, ids = X.cuda(), labels(classifier()).cuda(), IDS.cuda()
+    attack = built(name, model.double())
+    x, y, ids = X.double().cuda(), labels(classifier()).cuda(), IDS.cuda()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not replayed")
         found = attack(x, y, ids)
     monkeypatch.setenv("ATOP_FAST_GRAPHS", "0")
     expected = attack(x, y, ids)
-    near = ((found - expected).abs().flatten(1).amax(dim=1) < 1e-4).double().mean()
+    near = ((found - expected).abs().flatten(1).amax(dim=1) < 1e-6).double().mean()
     assert float(near) >= 0.9

@@ -142,7 +142,7 @@ class Replayed:
         assert self.recorder is not None
         logs, cause = self.recorder.rehearse(work)
         if cause is not None:
-            self._give_up(cause)
+            self.give_up(cause)
         return logs
 
     def _record(self, graph: _Graph, work: Callable[[], Logs]) -> None:
@@ -151,9 +151,10 @@ class Replayed:
             graph.logs, graph.replay = self.recorder.record(work)
             self.path = "CUDA graph"
         except RuntimeError as error:
-            self._give_up(str(error).partition("\n")[0])
+            self.give_up(str(error).partition("\n")[0])
 
-    def _give_up(self, cause: str) -> None:
+    def give_up(self, cause: str) -> None:
+        """Run everything eagerly from now on."""
         self.recorder, self.missing = None, "not captured: " + cause
         self.path = f"eager ({self.missing})"
         # Earlier captures may hold gradients in their own memory pools, which eager runs do not share.

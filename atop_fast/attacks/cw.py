@@ -110,14 +110,16 @@ class CW(Attack):
         images, labels, _, start = batch
         w = torch.atanh((2 * (images if start is None else start) - 1).clamp(-INSIDE, INSIDE))
         numbers = images.new_zeros(len(images), dtype=torch.float32)
+        # Distances of float64 images are float64 from the start: a replayed step keeps all types.
+        infinity = numbers.to(torch.promote_types(images.dtype, torch.float32)) + torch.inf
         # "t" numbers the steps of all runs; a run that ends early skips the rest of its numbers.
         return initial_state(batch, images.clone()) | {
             "x": w,
             "start": w,
             "m": torch.zeros_like(w),
             "v": torch.zeros_like(w),
-            "distance": numbers + torch.inf,
-            "objective": numbers + torch.inf,
+            "distance": infinity,
+            "objective": infinity.clone(),
             "found": torch.zeros_like(labels, dtype=torch.bool),
             "c": numbers + self.c,
             "lower": numbers,

@@ -123,7 +123,8 @@ class FAB(Attack):
         correct = (logits.argmax(dim=2) == labels[:, None]).float().mean(dim=1)
         own_first = logits.mean(dim=1).scatter(1, labels[:, None], torch.inf)
         state["targets"] = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : 1 + self.target_classes]
-        state["norm"] = torch.full_like(correct, torch.inf)
+        # A replayed step keeps all types, and norms of float64 images are float64.
+        state["norm"] = torch.full_like(correct, torch.inf, dtype=torch.promote_types(images.dtype, torch.float32))
         state["done"] = correct < 0.5
         return state
 

@@ -101,17 +101,20 @@ class Replays(Steps):
         """One iteration, whose results end in the buffers."""
         before, state = replace(self.estimator.passes), dict(self.state)
         self.program.step(self.estimator, state)
+        passes = self.estimator.passes
+        self.cost = Passes(passes.forward - before.forward, passes.backward - before.backward)
         addresses = {buffer.untyped_storage().data_ptr() for buffer in self.state.values()}
         changed = {name: value for name, value in state.items() if value is not self.state[name]}
         for name, value in changed.items():
             if (value.shape, value.dtype) != (self.state[name].shape, self.state[name].dtype):
-                raise RuntimeError(f"{self.estimator.function}: a step changes the shape or the type of {name!r}")
+                # A buffer would round it.
+                self.state = state
+                self.replayed.give_up(f"a step changes the shape or the type of {name!r}")
+                return {}
             if value.untyped_storage().data_ptr() in addresses:
                 changed[name] = value.clone()
         for name, value in changed.items():
             self.state[name].copy_(value)
-        passes = self.estimator.passes
-        self.cost = Passes(passes.forward - before.forward, passes.backward - before.backward)
         return {}
 
 
