@@ -109,6 +109,7 @@ def test_single_draws_count_as_autoattack_does(classifier, noise, tmp_path):
         run("none", classifier, noise, tmp_path, rules=["loud"])
 
 
+@pytest.mark.slow
 def test_the_sound_verdict_is_that_of_evaluate(classifier, noise, tmp_path):
     x, y = noise
     for name, attacks in (
@@ -212,7 +213,7 @@ def test_command(files, capsys):  # noqa: F811
     (again,) = json.loads((files / "again/judge.json").read_text())["rows"]
     assert numbers(again).items() <= numbers(document["rows"][1]).items()
     for args, expected in (
-        (["jpeg", "--images=2", "--out=t"], "another images"),
+        (["jpeg", "--images=2", "--out=t"], "another data, images"),
         (["jpge"], "defense must be all, one of 'none'"),
         (["all", "--rules=[loud]"], "rules must be one of"),
         (["jpeg,none,jpeg"], "defense must be defenses with different names"),
@@ -255,7 +256,7 @@ def test_a_saved_defense_of_the_same_classifier(files, capsys):  # noqa: F811
     given = ["--classifier=classifier.safetensors", *DATA, "--images=2", "--steps=1", "--n_queries=2", "--rules=[rand]"]
     main(["judge", "mine.safetensors", *given])
     (row,) = json.loads((files / "runs/judge/judge.json").read_text())["rows"]
-    assert (row["defense"], row["model"]) == ("mine", f"{RT1(2)!r}, UNet")
+    assert (row["defense"], row["model"]) == ("mine", f"{RT1(2)!r}, GatedUNet")
     other = build_classifier("small_cnn", channels=1, classes=2)
     save_defense("other.safetensors", Defense(RT1(2), None, other))
     capsys.readouterr()
