@@ -300,7 +300,8 @@ def test_bits_depend_on_nothing_else():
 
 
 def test_compiles():
-    samples = [sample((n, 4, 6, 4), torch.float32) for n in (2, 5)]
+    # All sizes of the first sample differ: torch.compile takes equal ones for one size.
+    samples = [sample((n, 4, 6, 4), torch.float32) for n in (5, 7)]
     harness.check_compiled(SPEC, harness.backends("contextual_attention"), samples)
 
 
