@@ -367,8 +367,8 @@ def test_demo_is_the_preset(tmp_path, monkeypatch):
         main([*command, f"--out={tmp_path}", "--seed=3", "--budget=1h"])
     (args, options), (others, more) = calls
     assert args == others
-    assert options == {key: value for key, value in more.items() if key != "until"}
-    assert more["until"] == "evaluate"
+    assert options == {key: value for key, value in more.items() if key not in ("until", "trust")}
+    assert (more["until"], more["trust"]) == ("evaluate", False)
 
 
 def test_a_run_claims_its_folder_for_the_given_networks(files, capsys):
