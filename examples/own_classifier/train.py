@@ -1,4 +1,4 @@
-"""What happens before atop_fast: a folder of images, and a training in plain PyTorch that ends with a state dict."""
+"""The starting point: a folder of images, and a training in plain PyTorch that writes a state dict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def write_images() -> None:
-    """200 digits of each class into digits/train, and 50 into digits/test."""
+    """Write 200 digits of each class to digits/train, and 50 to digits/test."""
     rows = np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=",")
     for label, name in enumerate(NAMES):
         for i, row in enumerate(rows[rows[:, -1] == label][:250]):
@@ -27,7 +27,7 @@ def write_images() -> None:
 
 
 def main() -> None:
-    """Six epochs with the statistics of MNIST."""
+    """Write the images, and train for six epochs on images normalized by MNIST's mean and deviation."""
     write_images()
     normalized = v2.Compose([
         *(v2.Grayscale(), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.1307,), (0.3081,)))
