@@ -1,4 +1,4 @@
-"""The command `atop-fast check`: a classifier on the user's images, and one file that other commands take."""
+"""The command `atop-fast check`: tries a classifier on the user's images, and writes it for other commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .evaluation.report import versions
 from .evaluation.verdict import wilson_interval
 from .recipes.options import DataConfig, GivenTransform
 
-# Images of a pass, and images that the checks of the contract examine.
+# Number of images in a pass, and of images that the checks of the contract examine.
 BATCH, EXAMINED = 64, 64
 
 
@@ -41,9 +41,10 @@ def check(
 ) -> None:
     """Try a classifier on your images, and write it as one file that other commands take.
 
-    `atop-fast check CLASSIFIER [options]`; exit code 1, and no file, if a check fails or the accuracy is not above
-    chance. The file carries the architecture, the weights, the normalization, the size of the images and the names of
-    the classes; for FILE.py:Class, it carries the source of FILE.py, and commands then ask for --trust.
+    `atop-fast check CLASSIFIER [options]`; exit code 1, and no file, if a check fails or the accuracy is not above that
+    of always naming the most frequent class. The file carries the architecture, the weights, the normalization, the
+    size of the images and the names of the classes; for FILE.py:Class, it also carries the source of FILE.py, and
+    commands then require --trust.
 
     Args:
         classifier: FILE.py:Class with `weights`; or an archive of TorchScript or torch.export, with `trust`; or a model
@@ -54,8 +55,9 @@ def check(
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
-        normalize: mean and standard deviation that a network expects which takes other images than in [0, 1]:
-            imagenet, cifar10, cifar100, mnist, half or MEAN/STD, such as 0.5,0.5,0.5/0.2,0.2,0.2.
+        normalize: mean and standard deviation by which the network expects its input to be normalized: imagenet,
+            cifar10, cifar100, mnist, half or MEAN/STD, such as 0.5,0.5,0.5/0.2,0.2,0.2; by default those of its
+            package, or none.
         options: arguments of the class or of the architecture, such as '{width: 64}'.
         classes: names of the classifier's classes in its order, as cat,dog,ship or a text file with one in each line;
             by default the sorted names of the folders.
@@ -94,9 +96,7 @@ def check(
         print(format_findings(doubts))
     failed = any(finding.status == "fail" for finding in doubts)
     if failed or low <= frequent:
-        reason = (
-            "a check failed" if failed else "the accuracy is not beyond doubt above that of the most frequent class"
-        )
+        reason = "a check failed" if failed else "the accuracy is not beyond doubt above naming the most frequent class"
         print(f"Nothing was written: {reason}.")
         sys.exit(1)
     if Path(out).resolve() == Path(classifier).resolve():
@@ -108,7 +108,7 @@ def check(
 
 
 def _in_order(data: Dataset, given: str | None, stored: tuple[str, ...]) -> Dataset:
-    """The data with labels in the order of the classifier's classes: of the option, or of its file, or as they are.
+    """The data with labels in the classifier's class order: the option's, or its file's, or else the data's own.
 
     Raises:
         ValueError: the names contradict one another.

@@ -325,7 +325,7 @@ def _specify(
     function: str, argument: str, module: nn.Module, registry: Mapping[str, Callable[..., nn.Module]]
 ) -> dict[str, Any]:
     """The JSON-ready architecture of a module; ValueError unless its weights fit the module that this builds."""
-    # Those of a loaded archive are its own.
+    # Modules that torch builds for a loaded archive have a forward of their own.
     archived = {m for part in module.modules() if isinstance(part, Archive) for m in part.network.modules()}
     modules = ((name, m) for name, m in module.named_modules() if m not in archived)
     if replaced := [name for name, m in modules if {"forward", "__call__"} & vars(m).keys()]:

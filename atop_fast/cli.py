@@ -146,8 +146,9 @@ def evaluate(
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
-        normalize: mean and standard deviation that a network expects which takes other images than in [0, 1]:
-            imagenet, cifar10, cifar100, mnist, half or MEAN/STD, such as 0.5,0.5,0.5/0.2,0.2,0.2.
+        normalize: mean and standard deviation by which the network expects its input to be normalized: imagenet,
+            cifar10, cifar100, mnist, half or MEAN/STD, such as 0.5,0.5,0.5/0.2,0.2,0.2; by default those of its
+            package, or none.
         trust: run the program in a file: an archive, or the source of a class.
         trace: file of JSON lines with loss, accuracy and passes after each step of every attack.
         tensorboard: write the same to `out`/tensorboard; needs the extra atop-fast[track].
@@ -209,11 +210,11 @@ def env() -> None:
 
 COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, check, train, doctor, evaluate, judge, report, bench, env)}
 
-# The option that the first argument of a command is, if it has no other name.
+# The option that a command's first argument stands for if it is given without a name.
 POSITIONAL = {"bench": "suite", "check": "classifier", "judge": "defense", "report": "run"}
 
 
-# Arguments of the command that runs, for the script that repeats it.
+# Arguments of the running command, for the script that repeats it.
 _GIVEN: list[str] = []
 
 
@@ -311,7 +312,7 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
     if command in POSITIONAL:
         return [command, f"--{POSITIONAL[command]}={rest[0]}", *rest[1:]]
     if command == "train":
-        # A program that the command itself names, too, may run.
+        # A program may also run if the command line itself names it.
         trust = any(arg == "--trust=true" or arg.split("=")[0] == "--classifier.path" for arg in rest)
         return ["train", f"--config={json.dumps(asdict(load_recipe(rest[0], trust=trust)))}", *rest[1:]]
     return ["evaluate", f"--config={json.dumps(system_of(Path(rest[0]), folder, rest))}", *rest[1:]]

@@ -42,7 +42,7 @@ class Dataset:
     """Images (N, C, H, W), float32 in [0, 1] or uint8, their labels (N,), int64, and the names of the classes.
 
     Attributes:
-        files: of images of a folder, the path of each in it, such as "cat/12.jpg"; None for other images.
+        files: for images from a folder, the path of each within it, such as "cat/12.jpg"; None for other images.
     """
 
     images: Tensor

@@ -23,7 +23,11 @@ WARM_UP = 3
 
 
 def chosen_graphs() -> str:
-    """What ATOP_FAST_GRAPHS allows to be captured: "1", all; "updates", those of trainings; "0", nothing."""
+    """The value of ATOP_FAST_GRAPHS: "1" captures attack steps and training updates, "updates" the latter, "0" neither.
+
+    Raises:
+        ValueError: the variable has another value.
+    """
     return check_choice(
         "atop_fast", "ATOP_FAST_GRAPHS", os.environ.get("ATOP_FAST_GRAPHS") or "1", ("1", "updates", "0")
     )
@@ -110,7 +114,14 @@ class Replayed:
         self.stage: Hashable = None
 
     def __call__(self, inputs: Sequence[Tensor], stage: Hashable, key: Hashable, obstacle: str | None) -> Logs:
-        """Run the work on the inputs. `obstacle` tells why it may not be captured. The results belong to the caller."""
+        """Run the work on the inputs; the results belong to the caller.
+
+        Args:
+            inputs: tensors, which are copied into the buffers.
+            stage: see above.
+            key: see above.
+            obstacle: why the work may not be captured; None if it may.
+        """
         if stage != self.stage:
             self.graphs.clear()
             self.stage = stage

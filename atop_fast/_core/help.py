@@ -1,4 +1,4 @@
-"""`atop-fast COMMAND --help` from the text of the sources, because importing torch, as they do, takes seconds."""
+"""`atop-fast COMMAND --help` from the text of the sources: they import torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def command_help(command: str, width: int = 100) -> str:
 
 
 def options_of(function: ast.ClassDef | ast.FunctionDef | ast.Assign, path: Path) -> Iterator[Option]:
-    """The options of a command, those of its dataclasses among them."""
+    """The options of a command, including those of its dataclasses."""
     assert isinstance(function, ast.FunctionDef)
     helps = _described(function)
     arguments = function.args
@@ -50,7 +50,7 @@ def options_of(function: ast.ClassDef | ast.FunctionDef | ast.Assign, path: Path
     for argument, default in zip(arguments.args, [*required, *arguments.defaults], strict=True):
         yield from _options(argument.arg, argument.annotation, default, helps, path)
     if arguments.kwarg is not None:
-        # The dataclass that takes them.
+        # The dataclass that receives **kwargs.
         calls = [node for node in ast.walk(function) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         for call in calls:
             given = [k.value.id for k in call.keywords if k.arg is None and isinstance(k.value, ast.Name)]
@@ -79,7 +79,7 @@ def _fields(annotation: ast.Name, default: ast.expr | None, prefix: str, path: P
 
 
 def _inherited(name: str, path: Path) -> dict[str, tuple[ast.expr, ast.expr | None, dict[str, str], Path]]:
-    """The annotation, the default and the descriptions of each field of a dataclass and of those that it extends."""
+    """Annotation, default, descriptions and file of each field of a dataclass, inherited fields included."""
     fields: dict[str, tuple[ast.expr, ast.expr | None, dict[str, str], Path]] = {}
     helps: dict[str, str] = {}
     node, where = find_definition(name, path) or (None, path)

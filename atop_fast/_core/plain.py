@@ -54,7 +54,7 @@ def is_plain(module: nn.Module) -> bool:
 def reads_nothing_that_changes(modules: Iterable[nn.Module], read: list[Any] | None = None) -> bool:
     """Whether the code that `forward` of these modules reaches reads only constants besides tensors.
 
-    `read` gets that code and these constants, in a form that can be compared with that of another time.
+    If given, `read` receives this code and these constants in a form that can be compared with a later call's.
     """
     reader, found = _Reader(read), list(modules)
     if not all(reader.allows(type(module).forward) for module in found):
@@ -141,7 +141,7 @@ class _Reader:
 
 
 def _comparable(value: Any) -> Any:
-    """A function's code, which may be replaced in place; numbers such that 1, 1.0 and True differ, and 0.0 and -0.0."""
+    """A form for comparisons: a function's code, which may be replaced; 1, 1.0 and True, 0.0 and -0.0 differ."""
     if isinstance(value, types.FunctionType):
         return value.__code__
     return (type(value), repr(value)) if isinstance(value, (int, float, complex)) else value

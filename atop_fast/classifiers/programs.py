@@ -38,7 +38,7 @@ def names_program(name_or_path: str | Path) -> bool:
 def archive_kind(path: str | Path) -> str | None:
     """SCRIPT or EXPORT for such an archive, None for any other file; the archive's table of contents is read."""
     try:
-        # Python also finds an archive at the end of another file.
+        # zipfile also finds an archive at the end of another file.
         with open(path, "rb") as start:
             if start.read(4) != b"PK\x03\x04":
                 return None
@@ -106,7 +106,7 @@ def build_program(file: str, entry: str, source: str, options: dict[str, Any]) -
     """The module of a class, or of a function that returns one, in the text of a .py file; it records its architecture.
 
     Raises:
-        ValueError: nobody consented to run the text, it fails, or `entry` builds no module.
+        ValueError: there is no consent to run the text, it fails, or `entry` builds no module.
     """
     name = f"{file}:{entry}"
     digest = _digest(source.encode())
@@ -140,7 +140,7 @@ def _imported(file: str, source: str, digest: str) -> types.ModuleType:
     if name not in sys.modules:
         module = types.ModuleType(name)
         module.__file__ = file
-        # Before it runs, because dataclasses look up the module of a class.
+        # Registered before it runs, because dataclasses look up the module of a class.
         sys.modules[name] = module
         try:
             exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
@@ -158,7 +158,7 @@ class Archive(nn.Module):
         data: the bytes of the archive.
 
     Raises:
-        ValueError: nobody consented to run it, or torch cannot load it.
+        ValueError: there is no consent to run it, or torch cannot load it.
     """
 
     def __init__(self, kind: str, data: bytes) -> None:
@@ -174,23 +174,27 @@ class Archive(nn.Module):
             else:
                 self.network = torch.export.load(file).module()
         except Exception as error:
-            # The loaders raise many types for damaged archives, and for those of other versions.
+            # The loaders raise many exception types for damaged archives and for those of other versions.
             raise ValueError(f"torch cannot load this archive of {_title(kind)} ({error})") from error
         self.architecture = (kind, {"sha256": digest})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W), in the range that the network was trained on -> logits (B, classes)."""
+        """Images (B, C, H, W), in the range that the network was trained on -> logits (B, classes).
+
+        Raises:
+            RuntimeError: the program was exported for images of another size or number.
+        """
         try:
             logits: Tensor = self.network(x)
         except AssertionError as error:
-            # A guard of an exported program.
+            # Exported programs check the shapes of their inputs by assertions.
             raise RuntimeError(
                 f"exported for images of other sizes; dynamic_shapes frees the batch: {error}"
             ) from error
         return logits
 
     def train(self, mode: bool = True) -> Archive:
-        """An exported program has no modes, and frozen TorchScript not either."""
+        """Set the mode, which exported programs and frozen TorchScript do not have."""
         self.training = mode
         if self.kind == SCRIPT and hasattr(self.network, "training"):
             self.network.train(mode)

@@ -1,4 +1,4 @@
-"""Classifiers from files and by name: files of save_model, one's own classes and archives, and models of packages."""
+"""Classifiers from files and by name: files of save_model, users' classes and archives, and models of packages."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def load_classifier(
         architecture: architecture of the checkpoint, a name of build_classifier, e.g. "wrn_28_10" or "resnet18".
         weights: weights file of a torchvision or timm model, or of a FILE.py:Class.
         key: selects one of several networks in a checkpoint: a dictionary or a prefix of the names, such as "ema".
-        normalize: mean and standard deviation that the network expects of its input: "imagenet", "cifar10", "cifar100",
-            "mnist", "half", or "MEAN/STD" such as "0.5,0.5,0.5/0.2,0.2,0.2"; by default the network takes images in
-            [0, 1], or its package states them.
+        normalize: mean and standard deviation by which the network expects its input to be normalized: "imagenet",
+            "cifar10", "cifar100", "mnist", "half", or "MEAN/STD" such as "0.5,0.5,0.5/0.2,0.2,0.2". None means those
+            that the package states, and otherwise that the network takes images in [0, 1].
         trust: run the program in a file: an archive, or a model file that carries the source of a class.
         dataset, threat_model: of a RobustBench model: "cifar10" or "cifar100"; "Linf", "L2" or "corruptions".
         folder: folder of RobustBench's files.
@@ -157,7 +157,8 @@ class System:
     """The system that a command evaluates or trains, as specified by its options.
 
     Attributes:
-        classifier, architecture, weights, key, normalize, trust: of load_classifier, where the first is `name_or_path`.
+        classifier, architecture, weights, key, normalize, trust: see load_classifier, which calls the first one
+            `name_or_path`.
         purifier: a file of save_model; None leaves the classifier alone, or behind the given transform.
         defense: `path_or_name` of load_defense, instead of all of these.
         transform: the command's transform options.
@@ -230,7 +231,7 @@ class System:
 
 
 def sized(function: str, path: str | Path | None, data: DataConfig) -> DataConfig:
-    """The data's options with the size and the channels of the images that a model's file states.
+    """The data's options with the image size and channels that a model's file states.
 
     Raises:
         ValueError: the options contradict the file.

@@ -30,8 +30,8 @@ class ClassifierSource:
             or FILE.py:Class, "torchvision:<name>" or "timm:<name>" with `weights`, or another classifier that
             load_classifier takes; none trains one.
         weights: file of the weights of a FILE.py:Class or of a torchvision or timm model.
-        normalize: mean and standard deviation that the network expects, if it takes other images than in [0, 1]:
-            imagenet, cifar10, cifar100, mnist, half or MEAN/STD.
+        normalize: mean and standard deviation by which the network expects its input to be normalized: imagenet,
+            cifar10, cifar100, mnist, half or MEAN/STD; by default those of its package, or none.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
         name: architecture, a name of build_classifier.
         options: of the architecture; channels and classes are those of the data unless given.
