@@ -16,16 +16,21 @@ ORDERS = {"Linf": torch.inf, "L2": 2, "L1": 1}
 
 @dataclass(frozen=True)
 class Ball:
-    """The images within `eps` of an image in a norm, in units of [0, 1] pixels.
+    """The images within `eps` of an image in a norm.
 
-    The random points are functions of (seed, sample id), and images (B, C, H, W) clipped to [0, 1].
+    Images and perturbations have shape (B, C, H, W), sample ids (B,). Random points are functions of (seed, sample id),
+    clipped to [0, 1].
+
+    Attributes:
+        norm: one of NORMS.
+        eps: radius, in units of [0, 1] pixels.
     """
 
     norm: str
     eps: float
 
     def length(self, delta: Tensor) -> Tensor:
-        """The norm of every perturbation (B, C, H, W), (B,)."""
+        """The norm (B,) of each perturbation (B, C, H, W)."""
         return torch.linalg.vector_norm(delta.flatten(1), ORDERS[self.norm], dim=1)
 
     def project(self, x: Tensor, center: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ class Ball:
 
 
 def per_image(values: Tensor) -> Tensor:
-    """Values (B,) as (B, 1, 1, 1), to go with images."""
+    """Values (B,) as (B, 1, 1, 1), which broadcast with images."""
     return values[:, None, None, None]
 
 

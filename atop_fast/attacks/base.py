@@ -198,7 +198,7 @@ class Attack(ABC):
         """
         passes, probe = self.steps * self.eot_iter, None
         if images is not None and ids is not None and images.numel() and passes >= WORTHWHILE:
-            # The bound of StAdv is none on pixels.
+            # StAdv's bound is on the flow, not on pixel values.
             ball = self.ball if self.norm in NORMS else Ball("Linf", self.eps)
             near = ball.surface_point(images[:1], derive_seed(self.seed, "probe"), ids[:1])
             probe = Probe(torch.cat((images[:1], near)), torch.cat((ids[:1], ids[:1])), self.seed)

@@ -41,7 +41,7 @@ _KEPT: list[_Kept] = []
 
 
 def copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """fold_batch_norm(model, dtype), perhaps from an earlier call, if everything that it depends on is the same.
+    """fold_batch_norm(model, dtype), or its result from an earlier call if everything that it depends on is unchanged.
 
     Must not be called while a CUDA graph is captured.
     """
@@ -55,7 +55,7 @@ def copy_of(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         if kept.form == form and all(map(_is_equal, kept.values, tensors)):
             return kept.network
         forget(model)
-    # Before the copy is made: a change meanwhile must show as a difference.
+    # The snapshot precedes the copy, so that a change in between shows as a difference.
     values = [t.detach().clone() for t in tensors]
     network = fold_batch_norm(model, dtype)
     if network is not model:
@@ -75,7 +75,7 @@ def forget(model: nn.Module) -> None:
 
 
 def _drop_dead(model: object) -> None:
-    # Without the lock, which the garbage collector may find taken by this very thread.
+    # No lock: the garbage collector may call this in a thread that holds it.
     _KEPT[:] = [k for k in _KEPT if k.model() is not None]
 
 
@@ -113,7 +113,7 @@ def _form(model: nn.Module) -> tuple[list[Any], list[Tensor]] | None:
         if value is None or isinstance(value, (bool, int, str, bytes, torch.dtype, torch.device, torch.memory_format)):
             return type(value), value
         if isinstance(value, (float, complex)):
-            # -0.0 equals 0.0.
+            # repr, because -0.0 equals 0.0.
             return type(value), repr(value)
         if isinstance(value, types.BuiltinFunctionType) or (
             isinstance(value, types.FunctionType) and (value.__module__ or "").startswith("torch.")

@@ -135,7 +135,7 @@ def run_queue(program: Program, estimator: GradientEstimator, batch: Batch, give
 
 
 def _shrunk(state: State, owner: list[int], size: int) -> tuple[State, list[int]]:
-    """The rows that still hold an image, padded to so many."""
+    """The rows that still hold an image, padded to `size` rows, and their owners."""
     busy = [slot for slot, number in enumerate(owner) if number >= 0]
     idle = [slot for slot, number in enumerate(owner) if number < 0]
     kept = busy + idle[: size - len(busy)]

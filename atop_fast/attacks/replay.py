@@ -39,7 +39,7 @@ class Steps:
         self.state = state
 
     def size(self, images: int) -> int:
-        """Rows of a batch that holds so many images."""
+        """The number of rows of a batch that holds this number of images."""
         return -(-images // ROWS) * ROWS
 
     def best(self, images: int) -> Tensor:
@@ -51,9 +51,9 @@ class Steps:
 
 
 class Replays(Steps):
-    """The same as CUDA graphs, one for each size of the batch; only the present size's is kept.
+    """Runs a program like Steps, but as CUDA graphs: one for each size of the batch, of which only the current is kept.
 
-    If a capture fails, eager steps go on from there, with a warning.
+    If a capture fails, eager steps continue from there, with a warning.
 
     Args:
         slots: rows of the first batch.
@@ -71,11 +71,11 @@ class Replays(Steps):
             for name, value in state.items():
                 self.state[name].copy_(value)
         else:
-            # Separate memory for each, as entries of a new state may share theirs.
+            # Each buffer needs its own memory, which entries of a new state may share.
             self.state = {name: value.clone() for name, value in state.items()}
 
     def size(self, images: int) -> int:
-        """The least of slots, slots / 2, slots / 4 ... that suffices: every further size is captured anew."""
+        """The least of slots, slots / 2, slots / 4 ... that suffices; few sizes, because each needs a new capture."""
         if self.replayed.missing is not None:
             return super().size(images)
         size, smaller = self.slots, super().size(self.slots // 2)
@@ -107,7 +107,7 @@ class Replays(Steps):
         changed = {name: value for name, value in state.items() if value is not self.state[name]}
         for name, value in changed.items():
             if (value.shape, value.dtype) != (self.state[name].shape, self.state[name].dtype):
-                # A buffer would round it.
+                # Copying into the buffer would change the type.
                 self.state = state
                 self.replayed.give_up(f"a step changes the shape or the type of {name!r}")
                 return {}

@@ -118,7 +118,7 @@ class Step:
 
     def __call__(self, *arguments: Any) -> Tensor:
         tensors, given = arguments[: len(self.tensors)], arguments[len(self.tensors) :]
-        # What a tensor replaces is not read.
+        # The op does not read a number that a tensor replaces.
         numbers = tuple(1 if isinstance(value, Tensor) else value for value in given)
         values = tuple(value if isinstance(value, Tensor) else None for value in given)
         self.check(self.name, *tensors, *numbers, *values)

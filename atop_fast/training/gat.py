@@ -22,10 +22,10 @@ class Semantic(Attack):
 
         x' = clip(warp(clip((1 + g) x + b), f) + d)      |g|, |b| <= color,  |f| <= flow,  |d| <= eps
 
-    with a gain g and a shift b for each channel, a flow f of all pixels as StAdv's, and a perturbation d of pixels, all
-    from a random point within the bounds; each step moves every parameter by `rate` of its bound, in the direction of
-    its gradient's sign. Images are clipped to [0, 1]. A part whose bound is 0 does not change the image. No ball around
-    the image's pixels holds the result.
+    with a gain g and a shift b for each channel, a flow f of all pixels as in StAdv, and a perturbation d of pixels.
+    All start at a random point within the bounds; each step moves every parameter by `rate` times its bound, in the
+    direction of its gradient's sign. Images are clipped to [0, 1]. A part whose bound is 0 does not change the image.
+    The result need not lie in any norm ball around the image.
 
     The paper trains on perturbations of the latent variables of a generator, at coarse levels (color, layout) and at
     fine ones (noise), so that a classifier withstands attacks that it has not seen. Colors and flows take the place of

@@ -67,7 +67,7 @@ const char* launch_hyperplane_step(const T* x,       // [batch, n]
                                    T* steps,  // [batch, n]
                                    void* stream);
 
-// What the candidates of Square share: images, and a square for each of them.
+// Arguments common to the ops of Square: images, and a square for each of them.
 template <typename T>
 struct Squares {
   const T *x, *x0;   // [batch, channels, height, width]
