@@ -34,7 +34,7 @@ def judged() -> str:
 
 
 def section(name: str, document: dict[str, Any]) -> str:
-    """The part of one classifier."""
+    """The section of the page on one classifier."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for row, kind in zip(document["rows"], truths(document["rows"]), strict=True):
         cells = [row["defense"], *(interval(row, rule) for rule in ("clean", "standard", "rand"))]
@@ -69,7 +69,7 @@ def interval(row: dict[str, Any], name: str) -> str:
 
 
 def confusion_table(table: dict[str, dict[str, list[str]]]) -> list[str]:
-    """Whom the doctor flags."""
+    """The numbers and names of the rows that the doctor flags, and of the others, as a Markdown table."""
     lines = ["| | flagged by the doctor | not flagged |", "|---|---|---|"]
     for kind, names in table.items():
         cells = [f"{len(names[key])}: {', '.join(names[key])}".rstrip(": ") for key in ("flagged", "not flagged")]

@@ -51,7 +51,7 @@ def judge(
 
     DEFENSE is none, noise, jpeg, ... (docs/judged.md), FILE.py:NAME for one of your own, a file of save_defense, or
     several of these with commas between them. Every call adds its rows to the table in `out`: judge.json, judge.csv and
-    judge.png. The same call goes on after it was stopped.
+    judge.png. The same call resumes after a stop.
 
     Args:
         classifier: the classifier that is defended, a file or name as in evaluate.
@@ -63,7 +63,7 @@ def judge(
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
-        normalize: mean and standard deviation that a network expects; see evaluate.
+        normalize: mean and standard deviation by which the network expects its input to be normalized; see evaluate.
         trust: run the program in a file: an archive, or the source of a class.
         rules: some of standard, rand and sound, such as [standard, sound]. A later call with others adds their numbers.
         images: how many held-out images.
@@ -107,7 +107,7 @@ def judge(
         _write(folder, {**context, "confusion": confusion(rows), "rows": rows})
     print_table(shown(rows))
     if unfinished:
-        print(f"Not finished in the budget, and without a number: {', '.join(unfinished)}; the same command goes on.")
+        print(f"Not finished in the budget, and without a number: {', '.join(unfinished)}; the same command resumes.")
     print(f"Table: {folder / 'judge.csv'}, judge.json and judge.png")
 
 
@@ -116,7 +116,7 @@ def _add(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     path = folder / row["defense"] / "row.json"
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}}
     new = {**old, **row, "seconds": {**old["seconds"], **row["seconds"]}}
-    # Of the call, not of the row.
+    # "complete" describes the call, not the row.
     del new["complete"]
     # A row without time has no folder yet.
     path.parent.mkdir(exist_ok=True)

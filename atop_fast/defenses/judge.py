@@ -43,11 +43,11 @@ class Effort:
     Attributes:
         eps: radius of the Linf ball, in units of [0, 1] pixels.
         seed: key of all randomness.
-        steps: of every gradient attack; 100 are those of AutoAttack and of the protocol eot-fast.
-        n_queries: of Square in AutoAttack standard, 5000 in the original; a fifth of it under the rule sound.
+        steps: steps of every gradient attack; AutoAttack and the protocol eot-fast take 100.
+        n_queries: queries of Square in AutoAttack standard, 5000 in the original; a fifth of it under the rule sound.
         draws: fresh draws of the sound verdict.
         batch_size: images attacked together; on a CPU, no number depends on it. A stopped call loses at most the work
-            of one rule on so many images.
+            of one rule on one batch.
     """
 
     eps: float = 8 / 255
@@ -89,25 +89,26 @@ def judge(
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
         images, labels: as in evaluate: tensors, or a dataset and None.
         out: folder of the runs, one for each rule; a stopped call resumes, and finished attacks are not repeated.
-        name: of the row.
+        name: name of the row.
         rules: some of RULES.
         effort: see Effort.
         budget: seconds, or text such as "90s", "10m", "2h", after which no further block of images starts. The same
-            call goes on later.
+            call resumes.
         progress: whether to show progress bars.
 
     Returns:
         The row, JSON-ready: "defense" (its name), "model", "images", "complete" (whether all `rules` are finished),
-        "seconds" (rule -> of attacks and verdicts, over all calls), and the numbers of the finished rules; a rule that
-        the budget cut has none.
-        "standard" and "rand" with "standard_ci", "rand_ci"; of the rule sound "clean", "clean_ci", the accuracy under
-        each attack by its name, "sound", "sound_ci", "majority", "majority_ci", "tries" (accuracy against one try and
-        against as many as draws: the ends of the resubmission curve), "draws", and "findings": name -> status of each
-        finding of the doctor that is not a pass. Intervals are of 95 %. Equal arguments give equal rows, to the bit on
-        one machine, except "seconds".
+        "seconds" (rule -> seconds of its attacks and verdicts, over all calls), and the numbers of the finished rules;
+        a rule that the budget cut has none.
+        The rules standard and rand have "standard", "rand" and their intervals "standard_ci", "rand_ci". The rule sound
+        has "clean", "clean_ci", the accuracy under each attack by its name, "sound", "sound_ci", "majority",
+        "majority_ci", "tries" (accuracy against one try and against as many as draws: the ends of the resubmission
+        curve), "draws", and "findings": name -> status of each finding of the doctor that is not a pass. Intervals are
+        of 95 %. On one machine, equal arguments give the same bits, except for "seconds".
 
     Raises:
-        TypeError, ValueError: naming the argument that is wrong; `out` of another run or damaged: nothing is changed.
+        TypeError, ValueError: an argument is wrong, and named in the message; or `out` holds another run or is damaged,
+            and is left unchanged.
     """
     deadline = None if budget is None else time.monotonic() + parse_budget(budget, "judge")
     for rule in rules:
@@ -145,7 +146,7 @@ def strongest(model: Model, effort: Effort, random: bool) -> dict[str, Attack]:
         steps["eot_iter"] = 1
     attacks: dict[str, Attack] = {"exact": PGD(model, **steps)}
     if isinstance(model, Defense):
-        # In front of a defense inside the classifier is nothing that BPDA could pass by.
+        # BPDA replaces derivatives in front of the classifier, where a defense inside it has nothing.
         if not isinstance(model.classifier, Replaced):
             attacks["bpda"] = PGD(model, gradient="bpda", **steps)
         attacks["blind"] = PGD(undefended(model), **{**steps, "eot_iter": 1})
@@ -189,7 +190,7 @@ def counted(
     title: str,
     progress: bool,
 ) -> tuple[dict[str, Any], float]:
-    """What AutoAttack of version `rule` reports, or nothing if the deadline came first; and its seconds."""
+    """The accuracy that AutoAttack's version `rule` reports, empty if the deadline came first; and its seconds."""
     attack = AutoAttack(
         model, "Linf", effort.eps, version=rule, seed=effort.seed, steps=effort.steps, n_queries=effort.n_queries,
         eot_iter=None if random else 1,

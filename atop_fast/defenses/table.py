@@ -68,13 +68,13 @@ def _filters() -> nn.Module:
 
 
 def truth(row: Mapping[str, Any], alone: float) -> str | None:
-    """What a row is, given the sound accuracy of the classifier alone.
+    """The truth about a row, given `alone`, the sound accuracy of the classifier without a defense.
 
-    - "sound": the sound accuracy is that of the classifier alone + GAIN, or more; and the classifier alone itself.
-    - "illusion": it is not, but one of CLAIMS says so.
+    - "sound": the sound accuracy is at least `alone` + GAIN; also the row of the classifier itself.
+    - "illusion": the sound accuracy is lower, but one of CLAIMS is at least `alone` + GAIN.
     - "no claim": neither.
 
-    None for a row without a sound verdict, and for one that has none of the claims.
+    None for a row without a sound verdict, and for an unsound one without any of the CLAIMS.
     """
     if "sound" not in row:
         return None

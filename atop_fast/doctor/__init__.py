@@ -106,7 +106,7 @@ def check_contract(
 
 
 def conclude(statuses: Mapping[str, str]) -> tuple[Status, str]:
-    """What findings mean together: the worst status, and a sentence.
+    """The conclusion from all findings: the worst status, and a sentence.
 
     Args:
         statuses: name of each check -> "pass", "warn" or "fail"; at least one.

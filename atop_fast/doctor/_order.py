@@ -13,18 +13,18 @@ GAIN = 0.1
 
 
 def find_order(predicted: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, float] | None:
-    """The labels that a classifier's outputs stand for, if taking them so is right beyond doubt more often.
+    """The labels that a classifier's outputs stand for, if reading them so is significantly more accurate.
 
-    Each half of the images is judged by the order that the other half suggests, as an order that was chosen on the same
-    images would always look better.
+    Each half of the images is judged by the order that the other half suggests, because an order that was chosen on the
+    same images would always look better.
 
     Args:
         predicted, labels: int64 (B,), indices of classes.
         classes: number of the classifier's outputs.
 
     Returns:
-        The label of each output, int64 (classes,), and the accuracy under the orders of the halves; None if the numbers
-        of the classes agree, or nothing can be said.
+        The label of each output, int64 (classes,), and the accuracy under the orders of the halves; None if the
+        numbering of the classes agrees, or the images do not decide it.
     """
     given = (predicted == labels).float()
     renamed = torch.zeros_like(given)
@@ -42,7 +42,7 @@ def find_order(predicted: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
 
 
 def _order(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The label of each output: pairs that occur most often first, and the others as they are where that is free."""
+    """The label of each output: the most frequent pairs first; the other outputs keep their own label if it is free."""
     counts = torch.bincount(predicted * classes + labels, minlength=classes**2).view(classes, classes)
     order = torch.full((classes,), -1, dtype=torch.int64, device=labels.device)
     while int(counts.max()) > 0:

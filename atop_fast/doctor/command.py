@@ -53,15 +53,15 @@ def doctor(
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
-        normalize: mean and standard deviation that a network expects; see evaluate.
+        normalize: mean and standard deviation by which the network expects its input to be normalized; see evaluate.
         trust: run the program in a file: an archive, or the source of a class.
         norm: norm of the threat model.
         eps: its radius, in units of [0, 1] pixels.
         steps: PGD steps.
         eot_iter: draws in each gradient; by default what the gradient's noise asks for, at most 8.
         images: how many held-out images are examined.
-        training: examine as many training images, too, on which the model must have been trained: the generalization
-            gap, and whether losses tell members of the training set.
+        training: also examine as many training images, on which the model must have been trained: the generalization
+            gap, and whether losses reveal membership in the training set.
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """

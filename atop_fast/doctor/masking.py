@@ -36,10 +36,11 @@ def evidence(probe: Probe) -> Finding:
         text = f"Accuracy {accuracy:.2f} on {count} images is not above chance ({chance:.2f}) beyond noise: attacks "
         text += "have nothing to destroy, and no check of attacks means anything."
         return Finding("evidence", "fail", text, numbers)
-    text = f"The model knows about {share * count:.0f} of {count} images (accuracy {accuracy:.2f}, chance {chance:.2f})"
+    text = f"Beyond guesses, {share * count:.0f} of {count} images are classified correctly (accuracy {accuracy:.2f}, "
+    text += f"chance {chance:.2f})"
     if share * count >= DIFFERING:
-        return Finding("evidence", "pass", f"{text}; comparisons of attacks fail from {DIFFERING} images on.", numbers)
-    text += f": too few to conclude, since no comparison of attacks can fail on less than {DIFFERING}; give at least "
+        return Finding("evidence", "pass", f"{text}; comparisons of attacks can fail from {DIFFERING} on.", numbers)
+    text += f": too few to conclude, since no comparison of attacks can fail on fewer than {DIFFERING}; give at least "
     return Finding("evidence", "fail", f"{text}{math.ceil(DIFFERING / share)} images.", numbers)
 
 

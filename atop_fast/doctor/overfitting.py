@@ -1,7 +1,7 @@
-"""Checks of a trained model on its own training images: accuracy that does not carry over, and members that show.
+"""Checks of a trained model on its own training images: the generalization gap, and membership inference.
 
-The relation of robustness, generalization and privacy is that of Fu et al.; membership by loss is the attack of Yeom et
-al., Privacy risk in machine learning: analyzing the connection to overfitting, CSF 2018.
+Membership by loss is the attack of Yeom et al., Privacy risk in machine learning: analyzing the connection to
+overfitting, CSF 2018.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._probe import WARN, Finding, Probe
 
-# A gap of accuracy, and an AUC, from which a check warns if noise does not explain it.
+# Gap of accuracy and AUC above which a check warns, unless noise explains them.
 GAP, AUC = 0.1, 0.6
 
 
@@ -53,14 +53,14 @@ def membership(probe: Probe) -> Finding:
     inside, outside = losses(probe.training), losses(probe)
     auc = auc_below(inside, outside)
     m, n = len(inside), len(outside)
-    # Of the Mann-Whitney statistic, if both have the same distribution.
+    # The standard error of the Mann-Whitney statistic if both have the same distribution.
     errors = (auc - 0.5) / math.sqrt((m + n + 1) / (12 * m * n))
     numbers = {"auc": auc, "standard_errors": errors, "loss_training": float(inside.mean()),
                "loss_held_out": float(outside.mean())}  # fmt: skip
     text = f"The loss is lower on a training image than on another in {auc:.0%} of the pairs"
     if auc > AUC and errors > WARN:
-        return Finding("membership", "warn", f"{text}: it tells who is in the training set.", numbers)
-    return Finding("membership", "pass", f"{text}: it hardly tells who is in the training set.", numbers)
+        return Finding("membership", "warn", f"{text}: it reveals which images are training images.", numbers)
+    return Finding("membership", "pass", f"{text}: it hardly reveals which images are training images.", numbers)
 
 
 # In the order of execution; they need training images.

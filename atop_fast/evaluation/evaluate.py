@@ -121,8 +121,8 @@ def evaluate(
             TraceStep, with the attack's name and the first image of its batch. Lines of a batch are added when it is
             done; a resumed run keeps its lines, as far as it was traced. The report shows their curve.
         tensorboard: folder for the same values as TensorBoard scalars; needs the extra atop-fast[track].
-        about: name -> text for the first screen of report.html, such as {"model": "mynet.pt"}; the text "repeat" is a
-            script, which `out`/repeat.sh gets, too.
+        about: name -> text for the first screen of report.html, such as {"model": "mynet.pt"}; the text of "repeat" is
+            a script that repeats the evaluation: it is shown at the end, and written to `out`/repeat.sh.
 
     Under torchrun, or with an initialized process group, every process attacks its shard of the images and returns the
     same Report; rank 0 writes it.

@@ -1,4 +1,4 @@
-"""report.html: what a report says for a decision, from its records, and the page that shows it."""
+"""report.html: the sentences for a decision, made from a report's records, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..env import cpu_model
 from .pictures import Rows, class_name, picture
 from .verdict import paired_interval, wilson_interval
 
-# What a robust accuracy by each protocol is good for.
+# The claims that each protocol supports.
 WORTH = {
     "quick": "The protocol quick is a first look; a claim needs pgd-eot or autoattack-rand.",
     "eot-fast": "The protocol eot-fast is for daily work; a claim needs pgd-eot or autoattack-rand.",
@@ -115,7 +115,7 @@ def doctor_says(findings: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def limits(report: Mapping[str, Any]) -> list[str]:
-    """What an evaluation's report does not say."""
+    """The limits of an evaluation's claim, as sentences."""
     count, draws, eps = len(report["samples"]), report["robust"]["draws"], report["eps"]
     kind = {"Linf": "a change of every pixel by at most", "L2": "changes of an L2 norm of at most"}
     ball = kind.get(report["norm"], f"changes of an {report['norm']} norm of at most")

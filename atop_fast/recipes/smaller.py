@@ -73,7 +73,7 @@ def fitted(
 
 
 def spoken_halvings(halvings: int) -> str:
-    """What became of the channels."""
+    """The halving of the channels in words."""
     return f"halved{' twice' if halvings == 2 else ''}, but not to fewer than {LEAST}"
 
 
