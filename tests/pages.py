@@ -1,4 +1,4 @@
-"""What a report's page must be: well-formed, self-contained and, in a browser, free of errors and scroll bars.
+"""Checks that a report's page is well-formed, self-contained and, in a browser, free of errors and scroll bars.
 
 `python tests/pages.py PAGE PNG` writes a picture of a whole page.
 """
@@ -91,7 +91,7 @@ class _Strict(HTMLParser):
 
 
 def faults(page: str) -> list[str]:
-    """What a strict parser has against a page."""
+    """The objections of a strict parser to a page."""
     parser = _Strict()
     parser.feed(page)
     parser.close()
@@ -105,7 +105,7 @@ def browser() -> str | None:
 
 
 def chromium(page: Path, *options: str) -> tuple[str, list[str]]:
-    """What a headless Chromium prints on a page, and the messages on its console."""
+    """The output of a headless Chromium for a page, and the messages on its console."""
     program = browser()
     assert program is not None
     with tempfile.TemporaryDirectory() as profile:

@@ -1,4 +1,4 @@
-"""Copies kept from attack to attack: unchanged models get the same one again, and changed ones never an old one."""
+"""Copies kept from attack to attack: unchanged models get the same copy again, changed models never an old one."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_gradcheck():
 def test_every_part_stays_in_its_bound_and_makes_the_image():
     attack = Recorded(trained_classifier(), eps=0.05, color=0.2, flow=0.1, steps=4, rate=0.9)
     attack.states = []
-    # As many images as rows of the attack's batch.
+    # The number of images is that of the rows of the attack's batch.
     x = attack(X[:8], Y[:8])
     last = attack.states[-1]
     for name, bound in zip(PARTS, (0.2, 0.2, 0.1, 0.05), strict=True):

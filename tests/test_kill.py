@@ -19,8 +19,8 @@ ARGS = [
 ]
 
 
-# A process that kills itself at its first audited event (an open, an import, a removal) after the named file exists: no
-# watcher could be too slow for a file that lives for milliseconds.
+# A process that kills itself at its first audited event (an open, an import, a removal) after the named file exists,
+# because a watching process could miss a file that lives for milliseconds.
 MORTAL = """
 import os, signal, sys
 path = sys.argv.pop(1)

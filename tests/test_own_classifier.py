@@ -1,4 +1,4 @@
-"""A classifier of one's own: FILE.py:Class, archives, the command check, and the programs that its file carries."""
+"""Your own classifier: FILE.py:Class, archives, the command check, and the programs that its file carries."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def own(tmp_path, monkeypatch):
 
 
 def stopped(capsys, *args):
-    """What a command prints that must end with exit code 1."""
+    """The output of a command that must end with exit code 1."""
     with pytest.raises(SystemExit) as stop:
         main(list(args))
     assert stop.value.code == 1
@@ -78,7 +78,7 @@ def stopped(capsys, *args):
 
 
 def another_process(monkeypatch):
-    """As if nobody had named a program yet."""
+    """As in a new process, in which no program has consent."""
     monkeypatch.setattr(programs, "CONSENTED", set())
 
 

@@ -212,7 +212,7 @@ def test_an_entry_that_would_be_rounded_is_not_replayed(tapes):
 
 
 class OwnAttack(attacks.PGD):
-    """Keeps a number, which a graph would freeze."""
+    """Keeps a number in Python, which a replayed graph would not update."""
 
     turn = 0
 

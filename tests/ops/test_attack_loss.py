@@ -28,7 +28,7 @@ DTYPES = (*WIDE, *HALF)
 
 @pytest.fixture
 def one_program(monkeypatch):
-    """All rows in one program of Triton's interpreter, where a block of many rows takes as long as one of few."""
+    """All rows in one program of Triton's interpreter, where the time does not depend on the rows of a block."""
     if DEVICE == "cpu" and "triton" in harness.backends():
         monkeypatch.setattr(importlib.import_module("atop_fast.kernels.attack_loss"), "MIN_BLOCK", 16384)
 
