@@ -52,7 +52,7 @@ def doctor(
         transform: the random transform, if no file states it.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
-        key: of a checkpoint that holds several networks: the dictionary, or what stands before the names.
+        key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
         normalize: mean and standard deviation by which the network expects its input to be normalized; see evaluate.
         trust: run the program in a file: an archive, or the source of a class.
         norm: norm of the threat model.

@@ -124,7 +124,7 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         + WORTH.get(report["protocol"], ""),
         f"Nothing on other changes than {ball} {eps:.4g} of the pixel range: not on blur, rotation, patches or new "
         "weather.",
-        f"Nothing on images of another source: the intervals are of the choice of these {count:,} images.",
+        f"Nothing on images of another source: the intervals only cover the random choice of these {count:,} images.",
     ]
     if draws > 1:
         worst = report["robust"]["worst"]

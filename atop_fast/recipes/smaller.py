@@ -53,9 +53,10 @@ def fitted(
     and if measuring takes no more than a fiftieth of the time.
 
     Args:
-        recipe: of the run; `seconds` is its budget.
+        recipe: recipe of the run.
+        seconds: the budget of the run.
         forecast: measures the costs of a recipe.
-        group: of the run's processes; the first one decides for all.
+        group: processes of the run; the first one decides for all.
     """
     halvings = 0
     begin = time.monotonic()

@@ -43,6 +43,9 @@ class Semantic(Attack):
         seed: key of the attack's randomness and draws.
         precision: "float32", or "bfloat16" or "float16" for the networks alone.
 
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+
     Source: Poursaeed et al., Robustness and generalization via generative adversarial training, ICCV 2021.
     """
 
