@@ -257,7 +257,8 @@ def test_a_saved_defense_of_the_same_classifier(files, capsys):  # noqa: F811
     main(["judge", "mine.safetensors", *given])
     (row,) = json.loads((files / "runs/judge/judge.json").read_text())["rows"]
     assert (row["defense"], row["model"]) == ("mine", f"{RT1(2)!r}, GatedUNet")
-    other = build_classifier("small_cnn", channels=1, classes=2)
+    with seeded(1):
+        other = build_classifier("small_cnn", channels=1, classes=2)
     save_defense("other.safetensors", Defense(RT1(2), None, other))
     capsys.readouterr()
     assert "whose classifier has other weights" in fail(capsys, "judge", "other.safetensors", *given)
