@@ -211,6 +211,25 @@ def test_an_entry_that_would_be_rounded_is_not_replayed(tapes):
     assert steps.state["a"].dtype == torch.float64
 
 
+class Sharing(Casting):
+    def step(self, estimator, state):
+        super().step(estimator, state)
+        state["b"] = state["a"]
+
+
+def test_a_batch_that_enters_after_a_failed_capture_keeps_its_values(tapes):
+    """Eager steps leave entries that share memory: a copy into one would overwrite another."""
+    steps = replay.Replays(Sharing(), attacks.GradientEstimator(classifier()), TapeRecorder(), 8)
+    first, second = torch.zeros(8), torch.ones(8)
+    done = torch.zeros(8, dtype=torch.bool)
+    steps.enter({"a": first, "b": second, "done": done})
+    with pytest.warns(RuntimeWarning, match="were not captured"):
+        steps()
+    steps.enter({"a": first, "b": second, "done": done})
+    assert torch.equal(steps.state["a"], first)
+    assert torch.equal(steps.state["b"], second)
+
+
 class OwnAttack(attacks.PGD):
     """Keeps a number in Python, which a replayed graph would not update."""
 
