@@ -12,7 +12,7 @@ from torch import nn
 from ._core.checks import check_device, check_fits, check_integer, check_logits, message, pick_device
 from .checkpoints import CLASSES, SHAPE, read_header, read_metadata, save_model
 from .classifiers import Normalized
-from .classifiers.programs import carried_programs
+from .classifiers.programs import carried_programs, printable
 from .classifiers.zoo import System, sized
 from .data import Dataset
 from .doctor import check_contract, format_findings
@@ -70,7 +70,7 @@ def check(
     check_integer("check", "images", images, low=1)
     if classifier.endswith(".safetensors") and not trust:
         for _, what, source in carried_programs(read_header(classifier)):
-            print(f"{classifier} carries {what}:\n{source}")
+            print(f"{classifier} carries {what}:\n{printable(source)}")
     part: Any = sized("check", classifier, data).load(print)[1]
     names = tuple(read_metadata(classifier).get(CLASSES, ())) if classifier.endswith(".safetensors") else ()
     part = _in_order(part, classes, names).take(slice(0, images)).to(place)

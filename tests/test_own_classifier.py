@@ -120,6 +120,18 @@ def test_check_writes_a_file_that_other_commands_take(own, capsys, monkeypatch):
     assert SOURCE in capsys.readouterr().out
 
 
+def test_a_source_cannot_hide_from_those_who_read_it(own, capsys, monkeypatch):
+    """Sequences that move the cursor or reverse the order of letters are shown as escapes."""
+    Path("mynet.py").write_text(SOURCE + "import os  # \x1b[1A\x1b[2K \u202e\n")
+    save_model("a.safetensors", load_classifier("mynet.py:MyNet", weights="mynet.pt"))
+    another_process(monkeypatch)
+    assert "trust must be given" in fail(capsys, "doctor", "--classifier=a.safetensors", *DATA)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["check", "a.safetensors", *DATA])
+    assert SOURCE + "import os  # \\x1b[1A\\x1b[2K \\u202e\n" in capsys.readouterr().out
+
+
 def test_consent_is_for_one_text(own, monkeypatch):
     model = load_classifier("mynet.py:MyNet", weights="mynet.pt", normalize="half")
     save_model("a.safetensors", model)

@@ -60,10 +60,15 @@ def carried_programs(spec: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         return
     if spec.get("name") == PYTHON:
         source = str(options.get("source"))
-        name, count = f"{options.get('file')}:{options.get('entry')}", len(source.splitlines())
+        name, count = printable(f"{options.get('file')}:{options.get('entry')}"), len(source.splitlines())
         yield _digest(source.encode()), f"{count} lines of Python, {name}", source
     elif spec.get("name") in ARCHIVES:
         yield str(options.get("sha256")), f"an archive of {_title(str(spec['name']))}", ""
+
+
+def printable(text: str) -> str:
+    """The text with escapes for characters by which a terminal could hide a part of it, or show it in another order."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def require_consent(function: str, path: str | Path, spec: Mapping[str, Any], trust: bool) -> None:
