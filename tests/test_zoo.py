@@ -170,6 +170,8 @@ def test_other_files_are_refused(content, pattern, tmp_path):
     [
         (lambda: load_classifier("c.pt"), r"architecture must be the architecture of c\.pt: one of 'small_cnn'"),
         (lambda: load_classifier("c.pt", "vgg"), "architecture must be one of 'small_cnn', .* got 'vgg'"),
+        (lambda: load_classifier("c.safetensors", width=9), "options must be left out for c.safetensors, got .*9"),
+        (lambda: load_classifier("Standard", width=9), "options must be left out for Standard"),
         (lambda: load_classifier("Standard", dataset="mnist"), "dataset must be one of 'cifar10', 'cifar100'"),
         (lambda: load_classifier("Standard", threat_model="L7"), "threat_model must be one of 'Linf', 'L2'"),
         (lambda: WideResNet(depth=12), "WideResNet: depth must be 6 n \\+ 4 for an integer n, got 12"),

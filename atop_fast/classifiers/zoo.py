@@ -117,11 +117,13 @@ def load_classifier(
         return _with_statistics(load_archive("load_classifier", file, kind, trust), statistics)
     check(normalize=normalize)
     if file.suffix == ".safetensors":
+        check(options=options or None)
         return load_model(file, "classifier", trust=trust)
     if file.suffix or file.exists():
         own = "or the classifier FILE.py:Class with this file as `weights`"
         expected = f"the architecture of {file}: one of {', '.join(map(repr, CLASSIFIERS))}; {own}"
         raise ValueError(message("load_classifier", "architecture", expected, None))
+    check(options=options or None)
     *where, name = (name if package == ROBUSTBENCH else str(name_or_path)).split("/")
     if where and len(where) != 2:
         raise ValueError(message("load_classifier", "name_or_path", f"{ROBUSTBENCH}:DATASET/NORM/NAME", name_or_path))
