@@ -124,10 +124,13 @@ def test_the_script_repeats_an_evaluation(tiny):  # noqa: F811
 
 
 def test_the_arguments_of_an_evaluation(tmp_path, monkeypatch):
-    """--out is replaced, and files are found among options and others."""
+    """What it writes is left out, and files are found among options and others."""
     monkeypatch.chdir(tmp_path)
     Path("x.pt").write_bytes(b"x")
-    given = ["evaluate", "--out", "o", "--classifier=x.pt", "--key", "a b", "--out=p", "--budget", "1s"]
+    Path("t.jsonl").write_bytes(b"lines of a call that was stopped")
+    written = ["--out=p", "--trace=t.jsonl", "--trace", "t.jsonl"]
+    given = ["evaluate", "--out", "o", "--classifier=x.pt", "--key", "a b", *written, "--budget", "1s"]
+    assert given_files([*given, "--data={" + 300 * "x" + "}"]) == given_files(given)
     found = given_files(given)
     assert found == {"x.pt": hashlib.sha256(b"x").hexdigest()}
     script = evaluation_script(given, found, {"atop_fast": "1", "torch": "2"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import tempfile
 import zipfile
@@ -41,6 +42,8 @@ KEPT = (
     *("protocol", "norm", "eps", "images", "draws", "selection_draws"),
     *("randomness", "interval", "curve"),
 )
+# Options that name what a command writes.
+WRITTEN = ("--out", "--trace")
 # Most bytes of an archive's member, and its highest compression ratio: weights hardly compress.
 LARGEST, SHRUNK = 2**34, 200
 
@@ -89,9 +92,21 @@ CLOCK = "\n# --budget ends it by the clock: attacks may reach more or fewer imag
 
 def given_files(given: Sequence[str]) -> dict[str, str]:
     """The files that arguments of a command name -> their SHA-256; of the folder of a run, its defense."""
-    paths = [Path(argument.partition("=")[2] if argument.startswith("--") else argument) for argument in given]
+    values = [argument.partition("=")[2] if argument.startswith("--") else argument for argument in _inputs(given)]
+    # Path.is_file raises for texts that are too long for a name.
+    paths = [Path(value) for value in values if os.path.exists(value)]
     paths = [path / DEFENSE if (path / DEFENSE).is_file() else path for path in paths]
     return {str(path): _sha256(path) for path in paths if path.is_file()}
+
+
+def _inputs(given: Sequence[str]) -> list[str]:
+    """The arguments without the options that name what a command writes."""
+    kept, skip = [], False
+    for argument in given:
+        if not skip and argument.partition("=")[0] not in WRITTEN:
+            kept.append(argument)
+        skip = argument in WRITTEN
+    return kept
 
 
 def _sha256(path: Path) -> str:
@@ -108,13 +123,8 @@ def evaluation_script(given: Sequence[str], files: Mapping[str, str], versions: 
     Args:
         given: arguments of atop-fast, the command first; `files` are theirs, see given_files.
     """
-    kept, skip = [], False
-    for argument in given:
-        if not skip and argument.partition("=")[0] != "--out":
-            kept.append(argument)
-        skip = argument == "--out"
     budget = CLOCK if _value(given, "--budget") is not None else ""
-    folder, command = shlex.quote(str(Path.cwd())), shlex.join(["atop-fast", *kept])
+    folder, command = shlex.quote(str(Path.cwd())), shlex.join(["atop-fast", *_inputs(given)])
     return REPEAT_EVALUATION.format(**versions, budget=budget, folder=folder, digests=dict(files), command=command)
 
 
