@@ -27,7 +27,9 @@ from atop_fast import (
     judge,
     load_model,
     save_defense,
+    save_model,
 )
+from atop_fast.classifiers import Normalized
 from atop_fast.cli import main
 from atop_fast.defenses import DEFENSES
 from atop_fast.defenses.judge import RULES, Effort, strongest
@@ -257,11 +259,20 @@ def test_a_saved_defense_of_the_same_classifier(files, capsys):  # noqa: F811
     main(["judge", "mine.safetensors", *given])
     (row,) = json.loads((files / "runs/judge/judge.json").read_text())["rows"]
     assert (row["defense"], row["model"]) == ("mine", f"{RT1(2)!r}, GatedUNet")
+    # Under the seed of every test it would be the given one.
     with seeded(1):
         other = build_classifier("small_cnn", channels=1, classes=2)
     save_defense("other.safetensors", Defense(RT1(2), None, other))
     capsys.readouterr()
     assert "whose classifier has other weights" in fail(capsys, "judge", "other.safetensors", *given)
+    # The same weights behind two normalizations are two classifiers.
+    for name, deviation in (("half", 0.5), ("other", 0.25)):
+        normalized = Normalized(classifier, [0.5], [deviation]).eval()
+        save_defense(f"{name}.safetensors", Defense(RT1(2), None, normalized))
+        save_model(f"classifier-{name}.safetensors", normalized)
+    given[0] = "--classifier=classifier-half.safetensors"
+    assert "another normalization" in fail(capsys, "judge", "other.safetensors", *given, "--out=n")
+    main(["judge", "half.safetensors", *given, "--out=n"])
 
 
 def test_the_first_example_of_the_page(tmp_path, monkeypatch, capsys):

@@ -27,7 +27,7 @@ def find(text: str) -> tuple[str, Build]:
     Args:
         text: a name in DEFENSES; or FILE.py:NAME, where NAME is a subclass of RandomTransform that is built without
             arguments, or a function from the classifier to a module; or a file of save_defense, whose classifier must
-            have the weights of the given one. The code of FILE.py is executed.
+            be the given one. The code of FILE.py is executed.
 
     Raises:
         ValueError, TypeError: there is no such defense, or NAME is something else.
@@ -76,9 +76,12 @@ def _from_code(path: Path, name: str) -> Build:
 def _from_file(path: str, model: nn.Module) -> Defense:
     """The defense of a file, if it defends `model`."""
     defense = load_defense(path)
-    given, own = model.state_dict(), defense.classifier.state_dict()
+    # A normalization is in buffers that no state dict has, and layers without weights are known by their classes.
+    given, own = ({**m.state_dict(), **dict(m.named_buffers())} for m in (model, defense.classifier))
+    layers, own_layers = ([type(part).__qualname__ for part in m.modules()] for m in (model, defense.classifier))
     same = given.keys() == own.keys() and all(torch.equal(given[k].cpu(), own[k].to(given[k].dtype)) for k in given)
-    if not same:
+    if not same or layers != own_layers:
         expected = "a defense of the given classifier, as a table is of one classifier"
-        raise ValueError(message("judge", "defense", expected, f"{path}, whose classifier has other weights"))
+        given_text = f"{path}, whose classifier has other weights, another normalization or other layers"
+        raise ValueError(message("judge", "defense", expected, given_text))
     return defense.to(next(model.parameters()).device)
