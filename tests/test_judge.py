@@ -243,6 +243,13 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     given = ["--classifier=classifier.safetensors", "--data.source=images", *small, "--out=t"]
     main(["judge", "more.py:masked", *given])
     assert "masked" in (files / "t/judge.csv").read_text()
+    # Another rule of another defense is no part of this row.
+    (files / "changed.py").write_text((files / "more.py").read_text().replace("RT1(2)", "RT1(4)"))
+    before = (files / "t/judge.json").read_text()
+    capsys.readouterr()
+    error = fail(capsys, "judge", "changed.py:masked", *given, "--rules=[standard]")
+    assert "t/masked, which belongs to a run with another defense" in error
+    assert (files / "t/judge.json").read_text() == before
     for name, expected in (
         ("more.py:wrong", "a function that returns a module, got more.py:wrong -> 3"),
         ("more.py:nothing", "a function from the classifier to a module in more.py, got nothing, which is 5"),

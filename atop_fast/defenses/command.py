@@ -14,7 +14,7 @@ from ..bench.results import metadata, print_table
 from ..classifiers.zoo import System
 from ..data import Dataset
 from ..evaluation.evaluate import parse_budget
-from ..evaluation.identity import model_identity, probe_images
+from ..evaluation.identity import attack_identity, model_identity, probe_images
 from ..evaluation.source import make_source
 from ..recipes.options import DataConfig, GivenTransform
 from .judge import RULES, Effort
@@ -51,7 +51,7 @@ def judge(
 
     DEFENSE is none, noise, jpeg, ... (docs/judged.md), FILE.py:NAME for one of your own, a file of save_defense, or
     several of these with commas between them. Every call adds its rows to the table in `out`: judge.json, judge.csv and
-    judge.png. The same call resumes after a stop.
+    judge.png. The same call resumes after a stop. Later calls of a row must have the same defense.
 
     Args:
         classifier: the classifier that is defended, a file or name as in evaluate.
@@ -101,7 +101,10 @@ def judge(
     for name, build in builds.items():
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         options: dict[str, Any] = {"rules": wanted, "effort": effort, "budget": left}
-        row = judge_model(build(model).eval(), part.images, part.labels, out=folder / name, name=name, **options)
+        defended = build(model).eval()
+        # Each rule's run knows its model, but a row joins rules of several calls.
+        claim_folder("judge", folder / name, {"defense": attack_identity(defended, model)})
+        row = judge_model(defended, part.images, part.labels, out=folder / name, name=name, **options)
         unfinished += [f"{name} ({rule})" for rule in wanted if rule not in row]
         rows = _add(folder, row)
         _write(folder, {**context, "confusion": confusion(rows), "rows": rows})
@@ -118,8 +121,6 @@ def _add(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     new = {**old, **row, "seconds": {**old["seconds"], **row["seconds"]}}
     # "complete" describes the call, not the row.
     del new["complete"]
-    # A row without time has no folder yet.
-    path.parent.mkdir(exist_ok=True)
     write_text(path, json.dumps(new) + "\n")
     order = {name: place for place, name in enumerate(DEFENSES)}
     rows = [json.loads(found.read_text(encoding="utf-8")) for found in folder.glob("*/row.json")]
