@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from atop_fast import RT2, Dataset, Defense, evaluate
 from atop_fast.evaluation import quick_attacks
-from atop_fast.evaluation.source import CHUNK
+from atop_fast.evaluation.source import CHUNK, make_source
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 COUNT = 20
@@ -147,3 +147,13 @@ def test_what_is_no_whole_set_is_refused(digits):
             evaluate(standard_mnist(), source, **OPTIONS)
     with pytest.raises(ValueError, match="evaluate: labels must be left out for a dataset, which has its own"):
         evaluate(standard_mnist(), data, labels, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("sample", "files"), [(("a/0.png", 1), ["0.png"] * 3), (("a/0.png", 1, {}), ["0.png"] * 3), ({"label": 1}, None)]
+)
+def test_samples_of_other_datasets_may_be_anything(sample, files):
+    """Names of files come from attributes like torchvision's, which may hold something else."""
+    data = Watched(torch.rand(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64))
+    data.root, data.samples = "a", [sample] * 3
+    assert make_source(data, None, None).files == files

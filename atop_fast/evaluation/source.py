@@ -158,8 +158,10 @@ def _names(data: Any, count: int) -> tuple[list[str] | None, list[str] | None]:
     """Names of classes and files of a dataset such as Files or torchvision's ImageFolder, as far as it has them."""
     classes, samples = getattr(data, "classes", None), getattr(data, "samples", None)
     files = list(data.files) if isinstance(data, Files) else None
-    if isinstance(samples, list) and len(samples) == count and isinstance(root := getattr(data, "root", None), str):
-        files = [os.path.relpath(path, root) for path, _ in samples]
+    if isinstance(samples, list) and isinstance(root := getattr(data, "root", None), str):
+        # Samples of other datasets may be anything.
+        paths = [sample[0] for sample in samples if isinstance(sample, tuple) and sample and isinstance(sample[0], str)]
+        files = [os.path.relpath(path, root) for path in paths] if len(paths) == count else files
     return [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None, files
 
 
