@@ -43,13 +43,16 @@ def find_order(predicted: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
 
 def _order(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The label of each output: the most frequent pairs first; the other outputs keep their own label if it is free."""
-    counts = torch.bincount(predicted * classes + labels, minlength=classes**2).view(classes, classes)
-    order = torch.full((classes,), -1, dtype=torch.int64, device=labels.device)
-    while int(counts.max()) > 0:
-        output, label = divmod(int(counts.argmax()), classes)
-        order[output] = label
-        counts[output], counts[:, label] = 0, 0
-    free = [label for label in range(classes) if label not in set(order.tolist())]
-    for output in [i for i, label in enumerate(order.tolist()) if label < 0]:
-        order[output] = free.pop(free.index(output) if output in free else 0)
-    return order
+    # Without a table of all pairs: 21,841 classes would make one of 4 GB.
+    pairs, counts = torch.unique(predicted * classes + labels, return_counts=True)
+    order, taken = [-1] * classes, set()
+    for pair in pairs[counts.argsort(descending=True, stable=True)].tolist():
+        output, label = divmod(pair, classes)
+        if order[output] < 0 and label not in taken:
+            order[output] = label
+            taken.add(label)
+    free = dict.fromkeys(label for label in range(classes) if label not in taken)
+    for output in [i for i, label in enumerate(order) if label < 0]:
+        order[output] = output if output in free else next(iter(free))
+        del free[order[output]]
+    return torch.tensor(order, device=labels.device)
