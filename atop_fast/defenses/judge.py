@@ -15,13 +15,12 @@ from tqdm import tqdm
 
 from .._core.checks import check_choice, check_integer, check_radius
 from .._core.distributed import process_group
-from .._core.precision import full_precision
-from ..attacks import PGD, AutoAttack, Model, Square, draw_logits, frozen
+from ..attacks import PGD, AutoAttack, Model, Square
 from ..data import Dataset
 from ..defense import Defense
 from ..evaluation.evaluate import evaluate, parse_budget
 from ..evaluation.identity import model_identity, probe_images
-from ..evaluation.judge import judged
+from ..evaluation.judge import Judge, judged
 from ..evaluation.protocols import PROTOCOLS, Attack
 from ..evaluation.runs import Run, Unit
 from ..evaluation.source import Source, make_source
@@ -170,13 +169,8 @@ def described(model: Model) -> str:
 
 
 def is_random(model: Model, source: Source, seed: int) -> bool:
-    """Whether the logits of a few images differ in three draws."""
-    ids = torch.arange(min(8, len(source)))
-    x = judged(source.take(ids)[0])
-    ids = ids.to(x.device)
-    with frozen(model), full_precision(x.device):
-        logits = draw_logits(model, x, derive_seed(seed, "trial"), ids, range(3), 1024, "judge")
-    return not bool((logits == logits[:, :1]).all())
+    """Whether the logits of images differ in three draws, by the same trial as in evaluate."""
+    return not Judge(model, seed, 1, 1).is_repeatable(source)
 
 
 def counted(
