@@ -100,6 +100,7 @@ def check(
         print(f"Nothing was written: {reason}.")
         sys.exit(1)
     if Path(out).resolve() == Path(classifier).resolve():
+        print(f"{out} stays as it is")
         return
     checked = {"images": part.description(), "accuracy": float(right.mean()), **versions()}
     save_model(out, model, metadata={CLASSES: part.classes, SHAPE: part.shape, "checked": checked})
