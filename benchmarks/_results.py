@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 # The files that hold no timings; all others have the form of `atop-fast bench`.
 OTHERS = (
     "cifar-native--cpu",
-    "defenses--cpu-avx2",
+    "defenses--cpu",
     "demo--cpu",
     "engine--cpu",
     "eot-curves--cpu",
