@@ -91,7 +91,11 @@ def main() -> None:
             **metadata("cpu", None),
             "command": f"python benchmarks/defenses.py RUN --data cifar10-jpeg --images {args.images}",
             "data": "CIFAR-10 as JPEG of quality 75, test images",
-            "columns": {name: {"norm": c.norm, "eps": c.eps, "steps": c.steps} for name, c in COLUMNS.items()},
+            "columns": {
+                name: {"norm": c.norm, "eps": c.eps, "steps": c.steps}
+                for name, c in COLUMNS.items()
+                if any(name in row for row in rows)
+            },
             "rows": rows,
         }
         print(write("defenses", "cpu", RESULTS, document))

@@ -15,6 +15,7 @@ from _judged import judged, write_files
 from _passes import eot_curves, parity
 from _reliability import faults, load, numerics
 from _results import OTHERS, RESULTS
+from defenses import defenses, shipped
 
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
 from atop_fast.bench.results import format_quality, format_time, read
@@ -368,7 +369,7 @@ def _threads(document: dict[str, Any]) -> str:
 
 
 RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine": engine, "cifar-native": cifar,
-            "restoration": restoration, "parity": parity, "eot-curves": eot_curves}  # fmt: skip
+            "restoration": restoration, "parity": parity, "eot-curves": eot_curves, "defenses": defenses}  # fmt: skip
 # Result files of a CPU without AVX-512 end so.
 AVX2 = "cpu-avx2"
 AVX2_SUITES = ("attacks", "evaluate", "scaling")
@@ -377,6 +378,7 @@ TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes, "finetune": finetune, "speed": speed, "judged": judged,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
+    "shipped": functools.partial(recorded, "defenses", shipped),
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
     **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in AVX2_SUITES},
@@ -384,7 +386,7 @@ TABLES = {
 }  # fmt: skip
 # The tables of each page.
 PAGES = {
-    "README.md": ("headline", "speed", "demo"),
+    "README.md": ("headline", "shipped", "speed", "demo"),
     "docs/speed.md": ("attacks", "attacks avx2", "finetune", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
@@ -394,6 +396,7 @@ PAGES = {
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load"),
     "docs/training.md": ("engine", "cifar"),
+    "docs/model-cards.md": ("defenses",),
     "docs/attacks.md": ("parity",),
     "docs/judged.md": ("judged",),
     "docs/evaluation.md": (*counted.PAGES["docs/evaluation.md"], "eot_curves"),

@@ -33,6 +33,10 @@ def main() -> None:
     defense = atop.Defense(atop.RT2(patch=4), purifier, atop.build_classifier("small_cnn", channels=1))
     history = atop.finetune(defense, images, labels, config=atop.FinetuneConfig(epochs=1), progress=False)
     assert history
+    # The package carries its weights.
+    for name in atop.list_defenses():
+        assert atop.load_defense(name).metadata["classes"]
+    assert atop.list_defenses()
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "purifier.safetensors"

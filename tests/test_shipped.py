@@ -1,0 +1,49 @@
+"""Defenses that the package carries: they load by name, predict what was stored, and say where they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from atop_fast import evaluate, list_defenses, load_defense
+from atop_fast.checkpoints import find_defense
+
+DATA = Path(__file__).parent / "data"
+
+
+def test_all_of_them_take_less_than_ten_megabytes():
+    names = list_defenses()
+    assert "cifar10-rt2" in names
+    assert sum(find_defense("test", name).stat().st_size for name in names) < 10e6
+
+
+@pytest.mark.parametrize("name", list_defenses())
+def test_a_file_says_where_it_comes_from(name):
+    metadata = load_defense(name).metadata
+    assert {"classes", "shape", "norm", "eps", "recipe", "seed", "commit", "data", "license"} <= metadata.keys()
+    assert "JPEG" in metadata["data"]
+
+
+def test_logits_of_stored_images_and_draws_are_those_that_were_stored():
+    stored, defense = load_file(DATA / "cifar10_rt2.safetensors"), load_defense("cifar10-rt2")
+    images, ids = stored["images"].float() / 255, torch.arange(len(stored["images"]))
+    with torch.no_grad():
+        logits = torch.stack([defense(images, sample_ids=ids, draw=draw) for draw in range(4)], dim=1)
+    # Other machines round otherwise: draws are the same to the bit, sums are not.
+    torch.testing.assert_close(logits, stored["logits"], rtol=1e-3, atol=1e-2)
+    right = logits.argmax(dim=2) == stored["labels"][:, None]
+    assert right.double().mean() > 0.4
+    # The draws differ.
+    assert (logits[:, 0] != logits[:, 1]).any(dim=1).all()
+
+
+def test_images_of_foolbox_are_evaluated_in_three_lines():
+    foolbox = pytest.importorskip("foolbox")
+    defense = load_defense("cifar10-rt2")
+    model = foolbox.PyTorchModel(defense, bounds=(0, 1), device="cpu")
+    images, labels = foolbox.utils.samples(model, dataset="cifar10", batchsize=4)
+    report = evaluate(defense, images, labels.long(), draws=2, selection_draws=2, diagnostics=(), progress=False)
+    assert report.robust.mean <= report.clean.mean
