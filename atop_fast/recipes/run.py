@@ -216,7 +216,7 @@ class _Pipeline:
         self._save_defense(classifier)
 
     def _ablation(self) -> TrainingConfig:
-        return replace(self.recipe.finetune, attacked="classifier")
+        return replace(self.recipe.finetune, attacked="classifier", attack_draw="own")
 
     def _fit_classifier(self, classifier: nn.Module, **options: Any) -> None:
         # A classifier that is trained on adversarial images meets them as the defense will, behind the transform.
