@@ -222,7 +222,7 @@ def test_classes_in_another_order_are_no_fault_of_the_normalization(own, capsys)
         ([*NET, "--normalize=imagnet"], "normalize must be MEAN/STD"),
         ([*NET, "--normalize=0.5/0"], "std must be"),
         ([*NET, "--classes=red,green"], "got 'blue' among blue green red"),
-        ([*NET, "--classes=red,green,blue,grey"], "the names of the classifier's 3 classes, in its order, got 4"),
+        ([*NET, "--classes=red,green,blue,gray"], "the names of the classifier's 3 classes, in its order, got 4"),
         (["mynet.pt"], "or the classifier FILE.py:Class with this file as `weights`"),
     ],
 )

@@ -124,7 +124,7 @@ def test_the_script_repeats_an_evaluation(tiny):  # noqa: F811
 
 
 def test_the_arguments_of_an_evaluation(tmp_path, monkeypatch):
-    """What it writes is left out, and files are found among options and others."""
+    """Its outputs are left out, and files are found among options and others."""
     monkeypatch.chdir(tmp_path)
     Path("x.pt").write_bytes(b"x")
     Path("t.jsonl").write_bytes(b"lines of a call that was stopped")
