@@ -229,7 +229,16 @@ def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
     one, other = (load_model(f"whole/{name}.safetensors", "purifier").state_dict() for name in ("finetuned", ABLATION))
     assert not all(torch.equal(value, other[key]) for key, value in one.items())
     # A recipe whose fine-tuning attacks the classifier alone is the ablation.
-    main(["train", "tiny.yaml", "--finetune.attacked=classifier", "--out=blind", "--until=finetune"])
+    main(
+        [
+            "train",
+            "tiny.yaml",
+            "--finetune.attacked=classifier",
+            "--finetune.attack_draw=own",
+            "--out=blind",
+            "--until=finetune",
+        ]
+    )
     blind = load_model("blind/finetuned.safetensors", "purifier").state_dict()
     assert all(torch.equal(value, other[key]) for key, value in blind.items())
 
