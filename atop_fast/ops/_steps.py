@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,9 +119,9 @@ class Step:
     def __call__(self, *arguments: Any) -> Tensor:
         tensors, given = arguments[: len(self.tensors)], arguments[len(self.tensors) :]
         # The op does not read a number that a tensor replaces.
-        numbers = tuple(1 if isinstance(value, Tensor) else value for value in given)
-        values = tuple(value if isinstance(value, Tensor) else None for value in given)
-        self.check(self.name, *tensors, *numbers, *values)
+        pairs = [(1, value) if isinstance(value, Tensor) else (value, None) for value in given]
+        self._check(self.name, tensors, pairs)
+        numbers, values = zip(*pairs, strict=True)
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         if recorded and self.gradient is None:
             _refuse_gradients(self.name, dict(zip(self.tensors, tensors, strict=True)))
@@ -157,7 +157,9 @@ class Step:
 
     def check(self, function: str, *arguments: Any) -> None:
         """Raise unless the op's arguments are as the docstrings of the public functions describe."""
-        tensors, pairs = self.parts(arguments)
+        self._check(function, *self.parts(arguments))
+
+    def _check(self, function: str, tensors: tuple[Tensor, ...], pairs: Sequence[tuple[Any, Tensor | None]]) -> None:
         if not _are_alike(tensors, self.per_sample):
             _check_tensors(function, dict(zip(self.tensors, tensors, strict=True)), self.per_sample)
         # While torch.compile traces, numbers may be symbolic; they are checked at run time.
