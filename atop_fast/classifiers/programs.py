@@ -118,7 +118,7 @@ def build_program(file: str, entry: str, source: str, options: dict[str, Any]) -
     if digest not in CONSENTED:
         raise ValueError(f"nobody consented to run {name}")
     try:
-        module = _imported(file, source, digest)
+        module = imported(file, source)
         if not callable(getattr(module, entry, None)):
             defined = [
                 key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
@@ -139,9 +139,12 @@ def build_program(file: str, entry: str, source: str, options: dict[str, Any]) -
     return network
 
 
-def _imported(file: str, source: str, digest: str) -> types.ModuleType:
-    """The text of a .py file as a module, run once in a process."""
-    name = f"{Path(file).stem}_{digest[:16]}"
+def imported(file: str, source: str) -> types.ModuleType:
+    """The text of a .py file that the user named, as a module; it runs once in a process.
+
+    The module's name is its own: two files may have the same name, or that of a package that is imported later.
+    """
+    name = f"{Path(file).stem}_{_digest(source.encode())[:16]}"
     if name not in sys.modules:
         module = types.ModuleType(name)
         module.__file__ = file

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from torch import nn
 
 from .._core.checks import message
 from ..checkpoints import load_defense
+from ..classifiers.programs import imported
 from ..defense import Defense
 from ..transforms import RandomTransform
 from .table import DEFENSES
@@ -49,16 +47,7 @@ def _from_code(path: Path, name: str) -> Build:
     given = f"{path}:{name}"
     if not path.is_file():
         raise ValueError(message("judge", "defense", "the path of a Python file before the colon", given))
-    # A name of its own: two files may have the same name, or that of a package that is imported later.
-    module_name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickles look for their module there.
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
-    found = getattr(module, name, None)
+    found = getattr(imported(str(path), path.read_text(encoding="utf-8")), name, None)
     if inspect.isclass(found) and issubclass(found, RandomTransform):
         transform: Callable[[], RandomTransform] = found
         return lambda model: Defense(transform(), None, model)
