@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from atop_fast._core.files import write_text
-from atop_fast.bench.results import metadata, print_table
+from atop_fast.bench.results import metadata, print_table, write_rows
 
 __all__ = ["OTHERS", "RESULTS", "metadata", "print_table", "write"]
 
@@ -34,9 +32,6 @@ OTHERS = (
 
 def write(name: str, device: str, folder: Path, document: dict[str, Any]) -> Path:
     """Write <name>--<device>.json into `folder`, one row a line."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}--{device}.json"
-    body = {key: value for key, value in document.items() if key != "rows"}
-    rows = ",\n".join("  " + json.dumps(row) for row in document["rows"])
-    write_text(path, json.dumps(body, indent=1)[:-2] + f',\n "rows": [\n{rows}\n ]\n}}\n')
+    write_rows(path, document)
     return path

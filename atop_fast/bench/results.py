@@ -83,6 +83,11 @@ def read(path: Path) -> dict[str, Any]:
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write a document with one row per line; creates the folder if needed."""
     check_document(document)
+    write_rows(path, document)
+
+
+def write_rows(path: Path, document: dict[str, Any]) -> None:
+    """Write a document of any kind as JSON with one of its "rows" per line; creates the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {key: value for key, value in document.items() if key != "rows"}
     rows = ",\n".join("  " + json.dumps(row) for row in document["rows"])

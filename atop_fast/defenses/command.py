@@ -10,7 +10,7 @@ from typing import Any, cast
 from .._core.checks import check_choice, check_device, check_integer, message
 from .._core.distributed import launched
 from .._core.files import claim_folder, write_atomic, write_text
-from ..bench.results import metadata, print_table
+from ..bench.results import metadata, print_table, write_rows
 from ..classifiers.zoo import System
 from ..data import Dataset
 from ..evaluation.evaluate import parse_budget
@@ -128,10 +128,8 @@ def _add(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write(folder: Path, document: dict[str, Any]) -> None:
-    """judge.json, with one row a line, judge.csv and judge.png."""
-    body = {key: value for key, value in document.items() if key != "rows"}
-    lines = ",\n".join("  " + json.dumps(row) for row in document["rows"])
-    write_text(folder / "judge.json", json.dumps(body, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
+    """Write judge.json, judge.csv and judge.png."""
+    write_rows(folder / "judge.json", document)
     write_text(folder / "judge.csv", to_csv(document["rows"]))
     write_atomic(folder / "judge.png", lambda path: draw(document["rows"], path))
 
