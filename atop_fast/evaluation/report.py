@@ -118,7 +118,8 @@ def write_report(
     bounds = {name: BOUNDS for _, part, *_ in tables for name, verdicts in part.items() if _is_cut(verdicts)}
     given = {"tables": tables, "bounds": bounds, "notes": notes, "repeat": repeat, **sections}
     given |= {"pictures": page.gallery_table(rows, names), "picture_caption": picture_caption}
-    given |= {"curves": page.base64_png(curves), "facts": {**sections.get("facts", {}), **_circumstances(data)}}
+    facts = {**sections.get("facts", {}), **page.circumstances(data["versions"])}
+    given |= {"curves": page.base64_png(curves), "facts": facts}
     text = page.render(title, data, **given)
     write_text(folder / "report.json", json.dumps(data, indent=2) + "\n")
     write_text(folder / "report.html", text)
@@ -172,7 +173,7 @@ def write_evaluation(
         cards=_cards(report),
         per_class=page.per_class({title: samples}, classes),
         samples=page.sample_rows(samples, classes),
-        facts={**(facts or {}), **_circumstances(report)},
+        facts={**(facts or {}), **page.circumstances(report["versions"])},
         repeat=repeat,
         **pictures,
     )
@@ -180,10 +181,6 @@ def write_evaluation(
     write_text(folder / "report.html", text)
     if repeat is not None:
         write_text(folder / "repeat.sh", repeat)
-
-
-def _circumstances(data: Mapping[str, Any]) -> dict[str, str]:
-    return page.circumstances(data["versions"])
 
 
 def _verdict_rows(report: Mapping[str, Any]) -> list[tuple[str, Any, bool]]:
