@@ -59,7 +59,8 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
         for wheel in options.kit.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
-    if not (ROOT / "atop_fast" / "kernels").exists():
+    # An installation finds the kernels; sources alone, as a GPU machine has them, need a link.
+    if subprocess.run([sys.executable, "-c", "import atop_fast.kernels"], cwd=ROOT, check=False).returncode:
         (ROOT / "atop_fast" / "kernels").symlink_to(Path("..") / "kernels")
     built = "as it was" if options.tiny else libraries(options.kit)
     data = unpacked(options)
