@@ -36,8 +36,9 @@ def read(report, path):
 def test_csv_has_every_verdict_to_the_last_digit(report, tmp_path):
     rows = read(report, tmp_path / "table.csv")
     verdicts = {"clean": report.clean, **report.attacks, "robust": report.robust, "robust, 8 bit": report.eight_bit}
-    assert [row["verdict"] for row in rows] == list(verdicts)
-    for row, verdict in zip(rows, verdicts.values(), strict=True):
+    assert [row["verdict"] for row in rows] == [*verdicts, "chance"]
+    assert float(rows[-1]["mean"]) == report.chance
+    for row, verdict in zip(rows[:-1], verdicts.values(), strict=True):
         assert (int(row["images"]), int(row["draws"]), row["complete"]) == (12, 5, "True")
         for measure in ("mean", "majority", "worst"):
             assert float(row[measure]) == getattr(verdict, measure)
@@ -46,7 +47,8 @@ def test_csv_has_every_verdict_to_the_last_digit(report, tmp_path):
 
 def test_latex_has_the_same_rows(report):
     lines = report.to_latex().splitlines()
-    body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert lines[-3].endswith(f"most frequent class: {report.chance:.3f}}}\\\\")
+    body = lines[lines.index(r"\midrule") + 1 : -4]
     assert len(body) == len(NAMES) + 3
     columns = len(re.search(r"\{tabular\}\{(\w+)\}", report.to_latex())[1])
     for line in body:

@@ -35,6 +35,7 @@ def write_csv(report: Report, path: str | Path) -> None:
             continue
         values = [v for m in MEASURES for v in (getattr(verdict, m), *getattr(verdict, f"{m}_ci"))]
         writer.writerow([name, verdict.images, verdict.draws, complete, *values])
+    writer.writerow(["chance", report.clean.images, "", True, report.chance, *[""] * (3 * len(MEASURES) - 1)])
     write_text(Path(path), buffer.getvalue())
 
 
@@ -58,9 +59,10 @@ def format_latex(report: Report) -> str:
                 low, high = getattr(verdict, f"{measure}_ci")
                 cells.append(f"{getattr(verdict, measure):.3f} [{low:.3f}, {high:.3f}]")
         lines.append(" & ".join([label, *cells]) + r" \\")
+    notes = [f"chance, by always naming the most frequent class: {report.chance:.3f}"]
     if not report.complete:
-        lines += [r"\midrule", rf"\multicolumn{{{3 + len(MEASURES)}}}{{l}}{{robust is an upper bound: not every attack"
-                  r" reached every image}\\"]  # fmt: skip
+        notes.insert(0, "robust is an upper bound: not every attack reached every image")
+    lines += [r"\midrule", *(rf"\multicolumn{{{3 + len(MEASURES)}}}{{l}}{{{note}}}\\" for note in notes)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 

@@ -96,11 +96,11 @@ class Report:
         return {**values, **verdicts}
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the verdicts as CSV, one row each for "clean", every attack, "robust" and its 8-bit rounding.
+        """Write the verdicts as CSV, one row each for "clean", every attack, "robust", its 8-bit rounding, "chance".
 
         Columns: "verdict", "images", "draws", "complete" (whether every image was attacked), and for "mean", "majority"
         and "worst" the value and the ends of its 95 % interval ("mean_low", "mean_high"). An attack that reached no
-        image has 0 images and empty cells.
+        image has 0 images and empty cells. Chance is the mean alone: accuracy of always naming the most frequent class.
         """
         write_csv(self, path)
 
