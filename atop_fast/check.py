@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ._core.checks import check_device, check_fits, check_integer, check_logits, message, pick_device
-from .checkpoints import CLASSES, SHAPE, read_header, read_metadata, save_model
+from .checkpoints import CLASSES, SHAPE, holds, read_header, read_metadata, save_model
 from .classifiers import Normalized
 from .classifiers.programs import carried_programs, printable
 from .classifiers.zoo import System, sized
@@ -22,6 +22,8 @@ from .recipes.options import DataConfig, GivenTransform
 
 # Number of images in a pass, and of images that the checks of the contract examine.
 BATCH, EXAMINED = 64, 64
+# The entry of a file's metadata by which it comes from this command.
+CHECKED = "checked"
 
 
 def check(
@@ -50,7 +52,7 @@ def check(
         classifier: FILE.py:Class with `weights`; or an archive of TorchScript or torch.export, with `trust`; or a model
             by name, such as torchvision:resnet50 with `weights`; or a checkpoint of torch.save with `architecture`; or
             classifier.safetensors, to try it again, and, without `trust`, to read the source in it.
-        out: the file to write.
+        out: the file to write. An existing file is replaced only if check wrote it for the same classifier.
         data: images and their split; the held-out part is used.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
@@ -76,6 +78,10 @@ def check(
     part = _in_order(part, classes, names).take(slice(0, images)).to(place)
     system = System(classifier, None, None, GivenTransform(), architecture, weights, key, normalize, trust)
     model = system.alone(part, **(options or {})).to(place)
+    itself = Path(out).resolve() == Path(classifier).resolve()
+    if not itself and not _may_replace(Path(out), model):
+        expected = "a new file, or one that check wrote for this classifier; give another name by --out"
+        raise ValueError(message("check", "out", expected, f"{out}, which exists and holds something else"))
     print(f"Classifier: {_described(classifier, model, normalize)}")
     with torch.no_grad(), check_fits("check", "data", part.images):
         logits = torch.cat([check_logits("check", model(x), len(x)) for x in part.images.split(BATCH)])
@@ -99,13 +105,18 @@ def check(
         reason = "a check failed" if failed else "the accuracy is not beyond doubt above naming the most frequent class"
         print(f"Nothing was written: {reason}.")
         sys.exit(1)
-    if Path(out).resolve() == Path(classifier).resolve():
+    if itself:
         print(f"{out} stays as it is")
         return
     checked = {"images": part.description(), "accuracy": float(right.mean()), **versions()}
-    save_model(out, model, metadata={CLASSES: part.classes, SHAPE: part.shape, "checked": checked})
+    save_model(out, model, metadata={CLASSES: part.classes, SHAPE: part.shape, CHECKED: checked})
     carried = "".join(f"; it carries {what}, which --trust runs" for _, what, _ in carried_programs(read_header(out)))
     print(f"Wrote {out} ({Path(out).stat().st_size / 1e6:.1f} MB){carried}")
+
+
+def _may_replace(path: Path, model: nn.Module) -> bool:
+    """Whether the file of this name is missing, or has nothing that the command would not write again."""
+    return not path.exists() or (CHECKED in read_metadata(path) and holds(path, model))
 
 
 def _in_order(data: Dataset, given: str | None, stored: tuple[str, ...]) -> Dataset:

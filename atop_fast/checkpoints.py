@@ -131,6 +131,18 @@ def load_model(path: str | Path, kind: str | None = None, *, trust: bool = False
     return module.eval()
 
 
+def holds(path: str | Path, module: nn.Module) -> bool:
+    """Whether a file of save_model has the architecture and the weights of a module; its metadata may be any."""
+    try:
+        header, state = read_header(path), load_file(str(path))
+    except ValueError:
+        return False
+    kind, own = _find_kind(module), module.state_dict()
+    expected = {"kind": kind, **_specify("save_model", "module", module, KINDS[kind])}
+    same = {key: header.get(key) for key in expected} == expected and own.keys() == state.keys()
+    return same and all(torch.equal(value.cpu(), state[name]) for name, value in own.items())
+
+
 def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | None = None, **metadata: object) -> None:
     """Atomically write a defense to one safetensors file: weights and architecture of both networks, and the transform.
 

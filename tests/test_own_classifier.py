@@ -120,6 +120,26 @@ def test_check_writes_a_file_that_other_commands_take(own, capsys, monkeypatch):
     assert SOURCE in capsys.readouterr().out
 
 
+def test_check_replaces_only_its_own_file_of_the_same_classifier(own, capsys):
+    main(CHECK)
+    main(CHECK)
+    kept = {name: Path(name).read_bytes() for name in ("classifier.safetensors", "mynet.pt", "mynet.py")}
+    # Another training of the class.
+    torch.save({name: 2 * value for name, value in weights().items()}, "other.pt")
+    other = [option if option != "--weights=mynet.pt" else "--weights=other.pt" for option in CHECK]
+    assert "check: out must be a new file, or one that check wrote for" in fail(capsys, *other)
+    # Names of the command's own input are no names for its output.
+    for out in ("mynet.pt", "mynet.py", "classifier.safetensors", "images"):
+        assert f"got {out}, which exists" in fail(capsys, *other, f"--out={out}")
+    main([*other, "--out=new.safetensors"])
+    # Metadata of the user's are lost nowhere.
+    model = load_classifier("mynet.py:MyNet", weights="mynet.pt", normalize="half")
+    save_model("noted.safetensors", model, metadata={"license": "mine"})
+    assert "got noted.safetensors, which exists" in fail(capsys, *CHECK, "--out=noted.safetensors")
+    assert {name: Path(name).read_bytes() for name in kept} == kept
+    assert torch.equal(load_model("new.safetensors").state_dict()["model.head.weight"], 2 * weights()["head.weight"])
+
+
 def test_a_source_cannot_hide_from_those_who_read_it(own, capsys, monkeypatch):
     """Sequences that move the cursor or reverse the order of letters are shown as escapes."""
     Path("mynet.py").write_text(SOURCE + "import os  # \x1b[1A\x1b[2K \u202e\n")
