@@ -287,14 +287,35 @@ def test_fast_goes_on_where_gradients_mislead():
     assert whole[1].accuracy["square"] <= whole[0].accuracy["probe"] < whole[0].accuracy["apgd-t"]
 
 
+def test_fast_alone_doubts_as_in_sequence():
+    """Each attack by itself leaves the same doubt, as it fools the same images."""
+    options = {"norm": "Linf", "eps": 0.3, "version": "fast", "steps": 20, "n_queries": 300}
+    fast, rest = ["pma", "apgd-t", "probe"], ["apgd-ce", "fab-t", "square"]
+    sure, doubted = AutoAttack(trained_classifier(), **options), AutoAttack(Steep(trained_classifier()), **options)
+    sure.run_standard_evaluation_individual(X, Y)
+    assert sure.in_doubt is False
+    with pytest.warns(RuntimeWarning, match="AutoAttack: 'fast' may leave too many images") as said:
+        assert list(doubted.run_standard_evaluation_individual(X, Y)) == fast
+    assert doubted.in_doubt is True
+    assert said[0].filename == __file__
+    # A call of one model says nothing of the next.
+    doubted.model = trained_classifier()
+    doubted.run_standard_evaluation_individual(X, Y)
+    assert doubted.in_doubt is False
+    going_on = AutoAttack(Steep(trained_classifier()), complete="auto", **options)
+    results = going_on.run_standard_evaluation_individual(X, Y)
+    assert list(results) == [*fast, *rest]
+    assert going_on.in_doubt is True
+    assert list(going_on.accuracy) == ["clean", *fast, *rest]
+
+
 @pytest.mark.parametrize(
     ("pma", "apgd", "probe", "doubted"),
     [(0.5, 0.499, 0.499, False), (0.5, 0.497, 0.497, True), (0.5, 0.5, 0.499, True)],
 )
 def test_what_raises_doubt(pma, apgd, probe, doubted):
-    whole = attack(version="fast", complete="auto")
-    whole.accuracy = {"clean": 0.9, "pma": pma, "apgd-t": apgd, "probe": probe}
-    assert whole._leaves_doubt() is doubted
+    accuracy = {"clean": 0.9, "pma": pma, "apgd-t": apgd, "probe": probe}
+    assert attack(version="fast", complete="auto")._leaves_doubt(accuracy) is doubted
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ class AutoAttack:
         Returns:
             Adversarial images; where all attacks fail, the image itself.
         """
-        result, predicted = self._evaluate(images, labels, None, bs, self.attacks_to_run)
+        result, predicted, _ = self._evaluate(images, labels, None, bs, self.attacks_to_run)
         return (result, predicted) if return_labels else result
 
     def run_standard_evaluation_individual(
@@ -218,15 +218,27 @@ class AutoAttack:
 
         Returns:
             For each attack by name, what run_standard_evaluation returns for it alone. `accuracy` then has the accuracy
-            under each of them.
+            under each of them; `in_doubt` and `complete` mean the same as there.
         """
         results: dict[str, Any] = {}
         accuracy: dict[str, float] = {}
-        for attack in self.attacks_to_run:
-            result, predicted = self._evaluate(images, labels, None, bs, (attack,))
+        # The accuracy after each attack if all ran in sequence.
+        together: dict[str, float] = {}
+        left: Tensor | None = None
+        doubt, plan = False, list(self.attacks_to_run)
+        for attack in plan:
+            result, predicted, robust = self._evaluate(images, labels, None, bs, (attack,))
             accuracy |= self.accuracy
             results[attack] = (result, predicted) if return_labels else result
-        self.accuracy = accuracy
+            left = robust[attack] if left is None else left & robust[attack]
+            together[attack] = _share(left)
+            if attack == "probe":
+                doubt = self._leaves_doubt(together)
+                if doubt and self.complete == "auto":
+                    plan += REST
+        self.accuracy, self.in_doubt = accuracy, doubt
+        if self.in_doubt and self.complete is False:
+            warnings.warn(DOUBTED, RuntimeWarning, stacklevel=2)
         return results
 
     def __call__(self, images: Tensor, labels: Tensor, sample_ids: Tensor | None = None) -> Tensor:
@@ -235,15 +247,18 @@ class AutoAttack:
 
     def _evaluate(
         self, images: Tensor, labels: Tensor, sample_ids: Tensor | None, bs: int, attacks: Sequence[str]
-    ) -> tuple[Tensor, Tensor]:
-        """The results of attacks that run in sequence, and their classes in the draws that decided."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The results of attacks that run in sequence, their classes in the draws that decided, and what each left.
+
+        The last are by the attack's title, bool (N,): the images that are robust after it.
+        """
         name, start = "AutoAttack", time.monotonic()
         x = check_images(name, "images", images)
         y = check_labels(name, "labels", labels, x)
         check_integer(name, "bs", bs, low=1)
         ids, _ = check_keys(name, len(x), x.device, self.seed, sample_ids, 0)
         x, y, ids = (t if self.device is None else t.to(self.device) for t in (x.detach(), y, ids))
-        result = x.clone()
+        result, robust = x.clone(), {}
         plan = [(attack, self.precision) for attack in attacks]
         if self.precision != "float32":
             plan += [(attack, "float32") for attack in self.finish]
@@ -262,16 +277,17 @@ class AutoAttack:
                     fooled = classes != y[left]
                     result[left[fooled]], predicted[left[fooled]] = candidates[fooled], classes[fooled]
                 title = self._title(attack, precision)
-                self.accuracy[title] = _share(predicted == y)
+                robust[title] = predicted == y
+                self.accuracy[title] = _share(robust[title])
                 seconds = time.monotonic() - start
                 self._log(f"robust accuracy after {title}: {self.accuracy[title]:.2%} (total time {seconds:.1f} s)")
                 if title == "probe":
-                    self.in_doubt = self._leaves_doubt()
+                    self.in_doubt = self._leaves_doubt(self.accuracy)
                     if self.in_doubt and self.complete == "auto":
                         plan += [(further, "float32") for further in REST]
         if self.in_doubt and self.complete is False:
             warnings.warn(DOUBTED, RuntimeWarning, stacklevel=3)
-        return result.to(images.device), predicted.to(images.device)
+        return result.to(images.device), predicted.to(images.device), robust
 
     def _log(self, line: str) -> None:
         if self.verbose:
@@ -280,11 +296,11 @@ class AutoAttack:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def _leaves_doubt(self) -> bool:
-        """Whether "fast" may have left images that "standard" fools."""
-        if self.version != "fast" or not {"pma", "apgd-t", "probe"} <= self.accuracy.keys():
+    def _leaves_doubt(self, accuracy: Mapping[str, float]) -> bool:
+        """Whether "fast" may have left images that "standard" fools, by the accuracies after its attacks."""
+        if self.version != "fast" or not {"pma", "apgd-t", "probe"} <= accuracy.keys():
             return False
-        return leaves_doubt(*(self.accuracy[name] for name in ("pma", "apgd-t", "probe")))
+        return leaves_doubt(*(accuracy[name] for name in ("pma", "apgd-t", "probe")))
 
     def _title(self, attack: str, precision: str | None) -> str:
         return attack if precision in (None, self.precision) else f"{attack} ({precision})"
