@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import PGD, RT1, RT2, Defense, build_classifier, save_model
+from atop_fast.defenses import GaussianNoise
 from atop_fast.doctor import CHECKS, TRAINING_CHECKS, check_contract, conclude, diagnose, format_findings
 from atop_fast.doctor._order import find_order
 from atop_fast.doctor._probe import Probe, excess
 from atop_fast.doctor.command import doctor
 from atop_fast.doctor.overfitting import auc_below, difference_errors
-from atop_fast.randomness import derive_seed, permutation, seeded
+from atop_fast.randomness import Tag, derive_seed, permutation, random_uniform, seeded
 
 EPS = 0.15
 DEFENSE_CHECKS = {"gradient_modes", "fixed_randomness", "useless_transform"}
@@ -220,6 +221,36 @@ def test_normalization_that_costs_accuracy_fails(digits):
     for before, status in ((normalized, None), (None, "fail")):
         findings = check_contract(Changed(centroids, before), digits[1].images, digits[1].labels)
         assert found(findings).get("normalization") == status, format_findings(findings)
+
+
+class Drawn(nn.Module):
+    """A classifier that stretches the contrast of its images, and adds keyed noise to its logits."""
+
+    keyed = True
+
+    def __init__(self, model, sigma):
+        super().__init__()
+        self.model, self.sigma = model, sigma
+
+    def forward(self, x, seed, sample_ids, draw):
+        low, high = (end(x, dim=(1, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
+        noise = random_uniform((10,), seed, sample_ids, draw, Tag.NOISE)
+        return self.model((x - low) / (high - low)) + self.sigma * noise
+
+
+def test_a_classifier_that_draws_is_asked_with_its_key(digits, standard):
+    """Under one draw, no normalization matters to it; draws of their own would make one look better by chance."""
+    data = digits[1].take(slice(0, 64))
+    defense = Defense(GaussianNoise(0), None, Drawn(standard, 20.0)).eval()
+    for seed in range(5):
+        (finding,) = check_contract(defense, data.images, data.labels, seed=seed, checks=["normalization"])
+        assert finding.status == "pass"
+        accuracies = {value for name, value in finding.numbers.items() if name != "first_layer_largest"}
+        assert min(accuracies) > 0.3
+        assert max(accuracies) < min(accuracies) + 0.05
+    (finding,) = diagnose(defense, data.images, data.labels, eps=EPS, steps=5, checks=["useless_transform"])
+    # Behind a transform that does nothing, each attack meets the same model.
+    assert (finding.status, abs(finding.numbers["gain"]) < 0.1) == ("fail", True)
 
 
 @pytest.mark.parametrize("known", [10, 4])

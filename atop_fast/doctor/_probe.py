@@ -85,10 +85,18 @@ class Probe:
         self._adversarial: dict[tuple[object, ...], Tensor] = {}
         self._attacked: dict[tuple[object, ...], Tensor] = {}
 
-    @property
-    def classifier(self) -> Model:
-        """The classifier behind the transform and the purifier of a Defense; another model itself."""
-        return self.model.classifier if isinstance(self.model, Defense) else self.model
+    @cached_property
+    def alone(self) -> Probe:
+        """The same images under the classifier of a Defense, without transform and purifier; for another model itself.
+
+        A classifier that draws gets the key that it gets in the Defense.
+        """
+        if not isinstance(self.model, Defense):
+            return self
+        keyed = getattr(self.model.classifier, "keyed", False)
+        model = Undefended(self.model) if keyed else self.model.classifier
+        options: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "steps": self.steps}
+        return Probe(model, self.x, self.y, self.ids, **options, eot_iter=self._eot_iter, total=self.total)
 
     def logits(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Tensor:
         """Logits (B, classes), float32, under one draw; equal (purpose, draw) give equal randomness.
@@ -141,11 +149,9 @@ class Probe:
         """The number of draws that judge an image."""
         return 8 if self.random or not self.reproducible else 1
 
-    def correct(self, x: Tensor, model: Model | None = None) -> Tensor:
+    def correct(self, x: Tensor) -> Tensor:
         """Share of fresh draws (B,) in which images are classified correctly."""
         with torch.no_grad():
-            if model is not None:
-                return (model(x).argmax(dim=1) == self.y).float()
             hits = [self.logits(x, draw, "verdict").argmax(dim=1) == self.y for draw in range(self.draws)]
         return torch.stack(hits).float().mean(dim=0)
 
@@ -154,25 +160,21 @@ class Probe:
         """Share of fresh draws (B,) in which the clean images are classified correctly."""
         return self.correct(self.x)
 
-    def attacked(self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact", target: str = "model") -> Tensor:
-        """Share of fresh draws (B,) correct under an attack on the whole model or only its "classifier"; cached."""
-        key = (attack, eps, gradient, target)
+    def attacked(self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact") -> Tensor:
+        """Share of fresh draws (B,) that are correct under an attack; cached."""
+        key = (attack, eps, gradient)
         if key not in self._attacked:
-            adversarial = self.adversarial(eps, attack, gradient, target)
-            self._attacked[key] = self.correct(adversarial, None if target == "model" else self.classifier)
+            self._attacked[key] = self.correct(self.adversarial(eps, attack, gradient))
         return self._attacked[key]
 
-    def adversarial(
-        self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact", target: str = "model"
-    ) -> Tensor:
-        """Adversarial images (B, C, H, W) against the whole model or only its "classifier"; cached."""
-        key = (attack, eps, gradient, target)
+    def adversarial(self, eps: float, attack: type[PGD] = PGD, gradient: str = "exact") -> Tensor:
+        """Adversarial images (B, C, H, W); cached."""
+        key = (attack, eps, gradient)
         if key not in self._adversarial:
-            victim, eot_iter = (self.model, self.eot_iter) if target == "model" else (self.classifier, 1)
-            options: dict[str, Any] = {"eot_iter": eot_iter, "seed": derive_seed(self.seed, "attack")}
+            options: dict[str, Any] = {"eot_iter": self.eot_iter, "seed": derive_seed(self.seed, "attack")}
             if attack is PGD:
                 options["steps"] = self.steps
-            run = attack(victim, norm=self.norm, eps=eps, gradient=gradient, **options)
+            run = attack(self.model, norm=self.norm, eps=eps, gradient=gradient, **options)
             self._adversarial[key] = run(self.x, self.y, self.ids)
         return self._adversarial[key]
 
@@ -207,6 +209,18 @@ class Probe:
             return dict.fromkeys(sizes, 0.0)
         share = {n: n * signal / (n * signal + variance) for n in sizes}
         return {n: float(s[moving].sqrt().mean()) for n, s in share.items()}
+
+
+class Undefended(Defense):
+    """The classifier of a Defense, with the key that it gets there: a Defense whose images reach it as they are."""
+
+    def __init__(self, defense: Defense) -> None:
+        super().__init__(defense.transform, None, defense.classifier)
+        self.training = defense.training
+
+    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
+        """The images themselves."""
+        return x
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..classifiers.normalized import STATISTICS
 from ..defense import Defense
-from ..randomness import seed_generators
 from ._order import find_order
 from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, untouched
 
@@ -131,9 +130,9 @@ def normalization(probe: Probe) -> Finding:
     Networks that tolerate contrast keep their accuracy under a second normalization; the values then give it away.
     """
 
-    seed_generators(probe.seed, probe.x.device)
-    with torch.no_grad(), _first_layer_input(probe.classifier) as seen:
-        logits = probe.classifier(probe.x)
+    alone = probe.alone
+    with torch.no_grad(), _first_layer_input(alone.model) as seen:
+        logits = alone.logits(probe.x)
     predicted, classes = logits.argmax(dim=1), logits.shape[1]
     # Classes in another order are no fault of the normalization.
     found = find_order(predicted, probe.y, classes)
@@ -142,7 +141,7 @@ def normalization(probe: Probe) -> Finding:
 
     def right(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return (order[probe.classifier(x).argmax(dim=1)] == probe.y).float()
+            return (order[alone.logits(x).argmax(dim=1)] == probe.y).float()
 
     scores = {name: right(x) for name, x in _variants(probe.x).items()}
     best = max(scores, key=lambda name: float(scores[name].mean()))

@@ -191,7 +191,7 @@ def useless_transform(probe: Probe) -> Finding:
     """
     levels = (probe.eps / 2, probe.eps)
     whole = torch.stack([_strongest(probe, eps) for eps in levels]).mean(dim=0)
-    alone = torch.stack([probe.attacked(eps, target="classifier") for eps in levels]).mean(dim=0)
+    alone = torch.stack([probe.alone.attacked(eps) for eps in levels]).mean(dim=0)
     gain = float((whole - alone).mean())
     above = gain + WARN * float((whole - alone).std(correction=0)) / math.sqrt(len(whole))
     with torch.no_grad():

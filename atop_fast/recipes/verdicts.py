@@ -172,7 +172,7 @@ def _gallery(
         purified = [defense.purify(adversarial, *key).clamp(0, 1) for defense in (pretrained, finetuned)]
 
         def row(title: str, images: Tensor) -> tuple[str, Tensor, list[str]]:
-            return title, images, [test.classes[int(c)] for c in finetuned.classifier(images).argmax(dim=1)]
+            return title, images, [test.classes[int(c)] for c in finetuned.classify(images, *key).argmax(dim=1)]
 
         rows = [row("clean", x), row("adversarial", adversarial)]
         rows.append(("perturbation\nx 10", 10 * (adversarial - x), [""] * len(x)))
