@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import fail, files, tiny  # noqa: F401
+from torch import nn
 
+from atop_fast import evaluate
 from atop_fast.cli import main
 from atop_fast.data import Dataset
 from atop_fast.recipes.budget import Budget
@@ -121,6 +124,27 @@ def test_the_script_repeats_an_evaluation(tiny):  # noqa: F811
     assert "The verdicts are the same." in done.stdout
     Path("run/defense.safetensors").write_bytes(b"another")
     assert "run/defense.safetensors is not the file that was evaluated" in repeat().stderr
+
+
+def test_a_folder_whose_name_is_no_utf8_is_named_by_its_bytes(tmp_path, monkeypatch):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    try:
+        os.mkdir(folder)
+    except OSError as error:
+        pytest.skip(f"the file system refuses the name: {error}")
+    monkeypatch.chdir(os.fsdecode(folder))
+    images = {os.fsdecode(b"\xff.pt"): "0" * 64}
+    script = evaluation_script(["evaluate", *images], images, {"atop_fast": "1", "torch": "2"})
+    evaluate(
+        nn.Flatten(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), out="e", diagnostics=(), progress=False,
+        about={"repeat": script, "files": ", ".join(images)},
+    )  # fmt: skip
+    written = Path("e/repeat.sh").read_bytes()
+    assert b"\ncd " + os.fsencode(shlex.quote(os.fsdecode(folder))) + b"\n" in written
+    assert b"atop-fast evaluate '\xff.pt'" in written
+    page = Path("e/report.html").read_text(encoding="utf-8")
+    assert "How to repeat it" in page
+    assert "?.pt" in page
 
 
 def test_the_arguments_of_an_evaluation(tmp_path, monkeypatch):

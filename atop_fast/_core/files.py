@@ -64,8 +64,8 @@ def remove_leftovers(folder: Path, stem: str = "*") -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    """Write UTF-8 text atomically; bytes of a file's name that are no UTF-8 stay as they are."""
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def save_checkpoint(path: Path, fingerprint: str, state: dict[str, Any]) -> None:

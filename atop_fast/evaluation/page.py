@@ -43,7 +43,10 @@ def render(title: str, data: Mapping[str, Any], **values: Any) -> str:
     template = importlib.resources.files("atop_fast.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     options: dict[str, Any] = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **options)
-    return environment.from_string(template).render(title=title, data=data, **{**dict.fromkeys(SECTIONS), **values})
+    values = {**dict.fromkeys(SECTIONS), **values}
+    text: str = environment.from_string(template).render(title=title, data=data, **values)
+    # Names of files may have bytes that are no UTF-8.
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def base64_png(data: bytes | None) -> str | None:
