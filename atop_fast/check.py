@@ -14,7 +14,7 @@ from .checkpoints import CLASSES, SHAPE, holds, read_header, read_metadata, save
 from .classifiers import Normalized
 from .classifiers.programs import carried_programs, printable
 from .classifiers.zoo import System, sized
-from .data import Dataset
+from .data import Dataset, chance_level
 from .doctor import check_contract, format_findings
 from .evaluation.report import versions
 from .evaluation.verdict import wilson_interval
@@ -90,7 +90,7 @@ def check(
         raise ValueError(message("check", "classes", expected, f"{len(part.classes)}: {' '.join(part.classes)}"))
     right = (logits.argmax(dim=1) == part.labels).float()
     low, high = wilson_interval(float(right.mean()), len(right))
-    frequent = float(part.labels.bincount().max()) / len(part)
+    frequent = chance_level(part.labels)
     print(
         f"Accuracy on {len(part):,} held-out images: {float(right.mean()):.3f} [{low:.3f}, {high:.3f}]; always naming "
         f"the most frequent class would score {frequent:.3f}"

@@ -94,6 +94,11 @@ class Dataset:
         return describe(self.images, self.labels)
 
 
+def chance_level(labels: Tensor) -> float:
+    """The accuracy of always naming the most frequent class of labels (N,), N >= 1."""
+    return float(labels.bincount().max()) / len(labels)
+
+
 class Files(TorchDataset[tuple[Tensor, int]]):
     """Images in files, uint8 (C, H, W), with their labels: the counterpart of Dataset for images on disk.
 

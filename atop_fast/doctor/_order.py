@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import chance_level
 from ._probe import FAIL, excess
 
 # Smallest gain of accuracy that counts.
@@ -33,7 +34,7 @@ def find_order(predicted: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
     for half in (second, ~second):
         order = _order(predicted[~half], labels[~half], classes)
         renamed[half] = (order[predicted[half]] == labels[half]).float()
-    accuracy, frequent = float(renamed.mean()), float(labels.bincount().max()) / len(labels)
+    accuracy, frequent = float(renamed.mean()), chance_level(labels)
     noise = (frequent * (1 - frequent) / len(labels)) ** 0.5
     gain = accuracy - float(given.mean())
     if gain < GAIN or excess(renamed, given) <= FAIL or accuracy <= frequent + FAIL * noise:

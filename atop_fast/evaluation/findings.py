@@ -16,6 +16,7 @@ from .._core.files import write_text
 from ..attacks import NORMS, Ball, GradientEstimator, Model, Square, frozen
 from ..attacks import Attack as KeyedAttack
 from ..attacks.autoattack import leaves_doubt
+from ..data import chance_level
 from ..doctor import Finding, examine, sampled
 from ..doctor._probe import MOST_DRAWS
 from ..doctor.contract import CHECKS as CONTRACT
@@ -161,7 +162,7 @@ def constant_finding(predictions: Tensor, labels: Tensor) -> list[dict[str, Any]
     """A finding on predictions (N, K) of clean images that hardly depend on these: a verdict on them says little."""
     counts = predictions.flatten().bincount()
     share, label = float(counts.max()) / predictions.numel(), int(counts.argmax())
-    expected = float(labels.bincount().max()) / len(labels)
+    expected = chance_level(labels)
     text = f"{share:.0%} of the predictions on clean images are class {label}, the most frequent class has "
     text += f"{expected:.0%} of the images: the predictions hardly depend on them."
     numbers = {"share": share, "class": label, "most_frequent": expected}

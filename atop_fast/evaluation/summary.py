@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import chance_level
 from .export import format_latex, write_csv
 from .findings import budget_finding, constant_finding, doubt_finding
 from .report import format_table, versions
@@ -179,7 +180,7 @@ def summarize(
         headline=headline,
         complete=all(count == run.count for count in counts.values()),
         curve=[_point(run, radius, verdict) for radius in radii],
-        chance=float(labels.bincount().max()) / len(labels),
+        chance=chance_level(labels),
         classes=None if classes is None else list(classes),
         samples=_samples(run, labels, names, chosen, {CLEAN: predictions[0], "robust": robust}, reached, files),
         **_costs(run, names),
