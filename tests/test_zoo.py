@@ -14,8 +14,12 @@ from atop_fast import build_classifier, load_classifier, load_model, save_model
 from atop_fast._core.files import load_checkpoint
 from atop_fast.classifiers import Normalized, WideResNet, fold_batch_norm
 from atop_fast.classifiers.packages import autoattack_is_pyautoattack
-from atop_fast.classifiers.zoo import _with_weights
+from atop_fast.classifiers.zoo import System, _with_weights
+from atop_fast.data import Dataset
 from atop_fast.randomness import seeded
+from atop_fast.recipes.networks import build_networks
+from atop_fast.recipes.options import GivenTransform
+from atop_fast.recipes.schema import ClassifierSource, Recipe
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 TINY = {"depth": 10, "widen": 1}
@@ -181,6 +185,64 @@ def test_other_files_are_refused(content, pattern, tmp_path):
 def test_wrong_input_is_named(call, pattern):
     with pytest.raises(ValueError, match=pattern):
         call()
+
+
+OPTIONS = {
+    "architecture": "resnet18", "weights": "w.pt", "key": "ema", "normalize": "half", "download": True, "width": 9
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("torchvision:resnet18", {"weights", "key", "normalize", "width", "download"}),
+        ("net.py:Net", {"weights", "key", "normalize", "width"}),
+        ("c.pt", {"architecture", "key", "normalize", "width"}),
+        ("archive.pt", {"architecture", "normalize"}),
+        ("c.safetensors", {"architecture"}),
+        ("Standard", {"architecture", "download"}),
+        ("robustbench:Standard", {"download"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_option_that_means_nothing_is_refused(name, takes, tmp_path, monkeypatch):
+    """An architecture makes a checkpoint of any file."""
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(nn.Flatten()).save("archive.pt")
+    for option, value in OPTIONS.items():
+        if option not in takes:
+            said = "options" if option == "width" else option
+            with pytest.raises(ValueError, match=f"load_classifier: {said} must be left out for {name}, got"):
+                load_classifier(name, **{option: value})
+
+
+def test_recipes_and_commands_give_what_a_classifier_takes(tmp_path, monkeypatch):
+    """The sizes of the data are options of networks that are built; a recipe's options, of none that states its own."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def load(*arguments, **options):
+        asked.append((arguments, {key: value for key, value in options.items() if value not in (None, False)}))
+        return nn.Flatten()
+
+    for place in ("recipes.networks", "classifiers.zoo"):
+        monkeypatch.setattr(f"atop_fast.{place}.load_classifier", load)
+    data = Dataset(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), ("a", "b", "c"))
+    expected = {
+        "torchvision:resnet18": (None, {"num_classes": 3}, True),
+        "net.py:Net": (None, {}, True),
+        "c.pt": ("small_cnn", {"channels": 1, "classes": 3}, True),
+        "c.safetensors": (None, {}, False),
+        "Standard": (None, {}, False),
+        "robustbench:Standard": (None, {}, False),
+    }
+    for path, (architecture, sizes, own) in expected.items():
+        recipe = Recipe(classifier=ClassifierSource(path=path, name="small_cnn", options={"width": 9}))
+        build_networks(recipe, data, 0, torch.device("cpu"))
+        named = () if architecture is None else (architecture,)
+        assert asked.pop() == ((path, *named), {**sizes, **({"width": 9} if own else {})})
+        System(path, None, None, GivenTransform(), architecture).alone(data)
+        assert asked.pop() == ((path, architecture), sizes)
 
 
 def test_a_name_without_robustbench_says_what_to_install(monkeypatch):

@@ -215,9 +215,10 @@ class Archive(nn.Module):
         return state
 
 
-def load_archive(function: str, path: Path, kind: str, trust: bool) -> Archive:
+def load_archive(function: str, path: Path, trust: bool) -> Archive:
     """The network in an archive, in evaluation mode; ValueError without `trust` or earlier consent."""
-    data = path.read_bytes()
+    kind, data = archive_kind(path), path.read_bytes()
+    assert kind is not None
     require_consent(function, path, {"name": kind, "options": {"sha256": _digest(data)}}, trust)
     return Archive(kind, data).eval()
 

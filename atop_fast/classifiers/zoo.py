@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,10 @@ from ..randomness import seeded
 from ..recipes.options import DataConfig, GivenTransform
 from ..transforms import RandomTransform, describe_transform
 from . import CLASSIFIERS, Normalized, WideResNet, build_classifier
+from .kinds import ARCHIVE, CHECKPOINT, MODEL_FILE, PACKAGE, PROGRAM, kind_of
 from .normalized import parse_normalization
 from .packages import PACKAGES, ROBUSTBENCH, not_installed, robustbench_model
-from .programs import archive_kind, load_archive, load_program, names_program
+from .programs import load_archive, load_program
 
 # DeepMind's parameter names and those of WideResNet.
 DEEPMIND_NAMES = (
@@ -97,49 +97,41 @@ def load_classifier(
         ValueError: the file or name does not exist, the file holds objects other than tensors, or its weights do not
             fit; or neither or both of `weights` and `download` are given for a torchvision or timm model.
     """
-    check = functools.partial(_refuse, str(name_or_path))
-    package, _, name = str(name_or_path).partition(":")
+    kind, file, name = kind_of(name_or_path, architecture), Path(name_or_path), str(name_or_path)
+    given = {"architecture": architecture, "weights": weights, "key": key, "normalize": normalize}
+    for option, value in {**given, "options": options or None, "download": download or None}.items():
+        if value is not None and option not in kind.takes:
+            raise ValueError(message("load_classifier", option, f"left out for {name}", repr(value)))
     statistics = None if normalize is None else parse_normalization("load_classifier", normalize)
-    if package in PACKAGES:
-        check(architecture=architecture)
-        return _from_package(package, name, weights, download, options, key, statistics)
-    if names_program(name_or_path):
-        check(architecture=architecture, download=download or None)
-        return _with_statistics(_from_program(str(name_or_path), weights, options, key), statistics)
-    check(weights=weights)
-    file = Path(name_or_path)
-    if architecture is not None:
-        check_choice("load_classifier", "architecture", architecture, list(CLASSIFIERS))
-        return _with_statistics(_with_weights(build_classifier(architecture, **options), file, key=key), statistics)
-    check(key=key)
-    if (kind := archive_kind(file)) is not None:
-        check(options=options or None)
-        return _with_statistics(load_archive("load_classifier", file, kind, trust), statistics)
-    check(normalize=normalize)
-    if file.suffix == ".safetensors":
-        check(options=options or None)
+    if kind is PACKAGE:
+        return _from_package(name, weights, download, options, key, statistics)
+    if kind is PROGRAM:
+        return _with_statistics(_from_program(name, weights, options, key), statistics)
+    if kind is CHECKPOINT:
+        return _with_statistics(_from_checkpoint(file, architecture, options, key), statistics)
+    if kind is ARCHIVE:
+        return _with_statistics(load_archive("load_classifier", file, trust), statistics)
+    if kind is MODEL_FILE:
         return load_model(file, "classifier", trust=trust)
-    if file.suffix or file.exists():
-        own = "or the classifier FILE.py:Class with this file as `weights`"
-        expected = f"the architecture of {file}: one of {', '.join(map(repr, CLASSIFIERS))}; {own}"
-        raise ValueError(message("load_classifier", "architecture", expected, None))
-    check(options=options or None)
-    *where, name = (name if package == ROBUSTBENCH else str(name_or_path)).split("/")
+    *where, name = name.removeprefix(f"{ROBUSTBENCH}:").split("/")
     if where and len(where) != 2:
         raise ValueError(message("load_classifier", "name_or_path", f"{ROBUSTBENCH}:DATASET/NORM/NAME", name_or_path))
     dataset, threat_model = where or (dataset, threat_model)
     return _from_robustbench(name, dataset, threat_model, Path(folder), download)
 
 
-def _refuse(name: str, **given: object) -> None:
-    """Raise for an option that means nothing for the classifier `name`."""
-    for option, value in given.items():
-        if value is not None:
-            raise ValueError(message("load_classifier", option, f"left out for {name}", repr(value)))
-
-
 def _with_statistics(model: nn.Module, statistics: tuple[Sequence[float], Sequence[float]] | None) -> nn.Module:
     return model if statistics is None else Normalized(model, *statistics).eval()
+
+
+def _from_checkpoint(file: Path, architecture: str | None, options: Mapping[str, object], key: str | None) -> nn.Module:
+    """A checkpoint of torch.save by its architecture."""
+    if architecture is None:
+        own = "or the classifier FILE.py:Class with this file as `weights`"
+        expected = f"the architecture of {file}: one of {', '.join(map(repr, CLASSIFIERS))}; {own}"
+        raise ValueError(message("load_classifier", "architecture", expected, None))
+    check_choice("load_classifier", "architecture", architecture, list(CLASSIFIERS))
+    return _with_weights(build_classifier(architecture, **options), file, key=key)
 
 
 def _from_program(name: str, weights: str | Path | None, options: Mapping[str, object], key: str | None) -> nn.Module:
@@ -207,13 +199,9 @@ class System:
     def alone(self, data: Dataset | Files, **further: object) -> nn.Module:
         """The classifier, with `further` options of its architecture."""
         assert self.classifier is not None
-        shape: dict[str, Any] = {}
-        if self.architecture is not None:
-            shape = {"channels": data.shape[0], "classes": len(data.classes)}
-        elif self.classifier.partition(":")[0] in PACKAGES:
-            shape = {"num_classes": len(data.classes)}
         options: dict[str, Any] = {"weights": self.weights, "key": self.key, "normalize": self.normalize}
-        return load_classifier(self.classifier, self.architecture, trust=self.trust, **options, **{**shape, **further})
+        options |= {**kind_of(self.classifier, self.architecture).sizes(data), **further}
+        return load_classifier(self.classifier, self.architecture, trust=self.trust, **options)
 
     def _transform(self, function: str) -> RandomTransform | None:
         stored = read_header(self.purifier).get("transform") if self.purifier else None
@@ -270,7 +258,6 @@ def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dat
 
 
 def _from_package(
-    package: str,
     name: str,
     weights: str | Path | None,
     download: bool,
@@ -281,13 +268,14 @@ def _from_package(
     if (weights is None) is not download:
         expected = "a file of weights, or None with download=True, which fetches the package's own"
         raise ValueError(message("load_classifier", "weights", expected, f"{weights} with download={download}"))
+    package, _, network = name.partition(":")
     try:
-        model, mean, std = PACKAGES[package](name, download, options)
+        model, mean, std = PACKAGES[package](network, download, options)
     except ImportError as error:
         extra = {"torchvision": "vision", "timm": "zoo"}[package]
-        raise not_installed(f"{package}:{name}", package, extra, error) from error
+        raise not_installed(name, package, extra, error) from error
     # For save_defense.
-    model.architecture = (f"{package}:{name}", options)
+    model.architecture = (name, options)
     model = model if weights is None else _with_weights(model, Path(weights), "weights", key)
     return Normalized(model, *(statistics or (mean, std))).eval()
 

@@ -14,8 +14,7 @@ from .._core.checks import check_fits, message
 from ..attacks import frozen
 from ..checkpoints import load_model
 from ..classifiers import Resized, build_classifier
-from ..classifiers.packages import PACKAGES, ROBUSTBENCH
-from ..classifiers.programs import archive_kind, names_program
+from ..classifiers.kinds import CHECKPOINT, kind_of
 from ..classifiers.zoo import load_classifier
 from ..data import Dataset, Files
 from ..defense import Defense
@@ -46,7 +45,7 @@ def build_networks(
         ValueError: options that an architecture does not have, or a file that cannot be read.
     """
     source = recipe.classifier
-    shape = {"channels": data.shape[0], "classes": len(data.classes)}
+    shape = CHECKPOINT.sizes(data)
     sources: dict[str, tuple[str, dict[str, Any], Callable[..., nn.Module]]] = {
         "classifier": (source.name, {**shape, **source.options}, build_classifier),
         "purifier": (recipe.purifier.name, recipe.purifier.options, build_purifier),
@@ -54,23 +53,16 @@ def build_networks(
     if recipe.pretrain.gan_weight or recipe.finetune.gan_weight:
         judge = recipe.discriminator
         sources["discriminator"] = (judge.name, judge.options, lambda name, **options: DISCRIMINATORS[name](**options))
-    for kind in sources:
-        path = getattr(recipe, kind).path
-        if path is None:
-            continue
-        if kind != "classifier":
+    for kind in ("purifier", "discriminator"):
+        if kind in sources and (path := getattr(recipe, kind).path) is not None:
             sources[kind] = ("", {}, functools.partial(load_model, path, kind))
-            continue
+    if source.path is not None:
+        given = kind_of(source.path)
         further: dict[str, Any] = {key: getattr(source, key) for key in ("weights", "key", "normalize")}
-        load = functools.partial(load_classifier, path, trust=trust, **further)
-        if path.partition(":")[0] in PACKAGES:
-            sources[kind] = ("", {"num_classes": len(data.classes), **source.options}, load)
-        elif path.endswith(".safetensors") or path.startswith(f"{ROBUSTBENCH}:") or archive_kind(path):
-            sources[kind] = ("", {}, load)
-        elif names_program(path):
-            sources[kind] = ("", source.options, load)
-        else:
-            sources[kind] = (*sources[kind][:2], load)
+        # A preset's options of the network that it would train mean nothing for a network that states its own.
+        options = {**given.sizes(data), **source.options} if "options" in given.takes else {}
+        name = source.name if "architecture" in given.takes else ""
+        sources["classifier"] = (name, options, functools.partial(load_classifier, source.path, trust=trust, **further))
     networks = {}
     for kind, (name, options, build) in sources.items():
         with seeded(derive_seed(seed, f"init {kind}")):
