@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from atop_fast import RT2, RT3, Defense, build_classifier, build_purifier
-from atop_fast.attacks import FGSM, PGD, GradientEstimator, Square, counted_passes, draw_logits, gradient
+from atop_fast.attacks import FGSM, PGD, GradientEstimator, Square, counted_passes, draw_logits, passes
 from atop_fast.randomness import seeded
 
 with seeded(0):
@@ -203,5 +203,5 @@ def test_a_gpu_gives_passes_a_share_of_its_memory(free, total, room, monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * gib, total * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * gib)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 * gib)
-    assert gradient._room(torch.device("cuda", 0)) == room * gib
-    assert gradient._room(torch.device("cpu")) == gib
+    assert passes.room(torch.device("cuda", 0)) == room * gib
+    assert passes.room(torch.device("cpu")) == gib

@@ -28,6 +28,15 @@ def is_fast(device: torch.device, precision: str) -> bool:
         return True
 
 
+def lowered(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
+    """Networks in the block compute in this type; in float32, nothing changes."""
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return contextlib.nullcontext()
+    # Casts are not cached: the cache would outlive a captured graph, and frozen weights are cast once a pass.
+    return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Plain float32 arithmetic in the block: no autocast, and neither TF32 nor bfloat16 products.

@@ -5,35 +5,25 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .._core.checks import check_choice, check_integer, check_logits, check_same_dtype, message
 from .._core.flags import put_back
-from .._core.memory import halve_chunk
-from .._core.precision import PRECISIONS
+from .._core.memory import bytes_saved, halve_chunk
+from .._core.precision import PRECISIONS, lowered
 from ..defense import Defense
-from ..ops import AttackLoss, attack_loss, resize
+from ..ops import AttackLoss, attack_loss
 from ..randomness import Draws, derive_seed, seeded, watched_generators
+from .chains import checkpointed, straight_through
 from .contract import accumulated, is_a_chain
+from .losses import chosen, row_sizes, targeted
 from .network import Model, is_copy
-from .passes import Pass, Passes, counter
+from .passes import MOST_ROWS, ROWS, UNMEASURED_ROWS, Pass, Passes, counter, room
 
 GRADIENT_MODES = ("exact", "checkpointed", "bpda", "blind")
-# Networks run on a multiple of this many rows: convolutions and matrix products of a CPU then round each row in the
-# same way whatever the others are, so that results do not depend on how images are batched. A GPU's may not.
-ROWS = 8
-# Bytes that the pass with gradients may save for the backward pass, unless the caller limits its rows; on a GPU a share
-# of its memory, if that is more.
-MEMORY = 1 << 30
-GPU_SHARE = 8
-# Rows of a pass of a model whose memory cannot be measured.
-UNMEASURED_ROWS = 64
-# More rows than this make a pass no faster.
-MOST_ROWS = 1024
 T = TypeVar("T")
 
 
@@ -190,21 +180,13 @@ class GradientEstimator:
     ) -> tuple[Tensor, AttackLoss]:
         """One pass forward and backward: the gradients and losses of its rows."""
         leaf = part.take(x).detach().requires_grad_()
-        with torch.enable_grad(), self._autocast(x):
+        with torch.enable_grad(), lowered(x.device, self.precision):
             logits = self._forward(leaf, part, ids, first_draws).float()
-        rivals = None if targets is None else part.take(targets)
-        if which is None:
-            assert loss is None or isinstance(loss, str)
-            result = attack_loss(logits.detach(), part.take(labels), self._loss(loss, logits, targets), rivals)
-        else:
-            assert loss is not None
-            result = _chosen(logits.detach(), part.take(labels), rivals, loss, part.take(which))
-        if self.targeted:
-            result = _targeted(result)
+        rivals, selected = (None if t is None else part.take(t) for t in (targets, which))
+        result = self._losses(logits.detach(), part.take(labels), rivals, loss, selected)
         # Confident networks have gradients near the smallest numbers, which are slow on CPUs and underflow in float16:
-        # the backward pass gets rows scaled to size 1. Scaling by powers of two is exact.
-        largest = result.gradient.abs().amax(dim=1).nan_to_num(1.0).clamp(2.0**-100, 2.0**100)
-        size = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+        # the backward pass gets rows scaled to size 1.
+        size = row_sizes(result.gradient)
         try:
             gradient = self._gradient(logits, leaf, result.gradient / size[:, None])
         except RuntimeError as error:
@@ -258,12 +240,26 @@ class GradientEstimator:
         logits = self.logits(x, ids, t)
         n = logits.shape[1]
         repeated = None if targets is None else targets.repeat_interleave(n)
-        logits = logits.flatten(0, 1)
-        result = attack_loss(logits, labels.repeat_interleave(n), self._loss(loss, logits, targets), repeated)
-        if self.targeted:
-            result = _targeted(result)
+        result = self._losses(logits.flatten(0, 1), labels.repeat_interleave(n), repeated, loss)
         means = (v.float().view(-1, n).mean(dim=1) for v in (result.losses, result.correct))
         return Estimate(None, *means)
+
+    def _losses(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        loss: str | Sequence[str] | None,
+        which: Tensor | None = None,
+    ) -> AttackLoss:
+        """The losses of rows; see the arguments of a call."""
+        if which is None:
+            assert loss is None or isinstance(loss, str)
+            result = attack_loss(logits, labels, self._loss(loss, logits, targets), targets)
+        else:
+            assert loss is not None
+            result = chosen(logits, labels, targets, loss, which)
+        return targeted(result) if self.targeted else result
 
     def _loss(self, loss: str | None, logits: Tensor, targets: Tensor | None) -> str:
         """The loss of a call: with too few classes for dlr, the margin, its numerator."""
@@ -289,7 +285,7 @@ class GradientEstimator:
             # Copied: a model may return the same memory in every call.
             return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
 
-        with torch.no_grad(), self._autocast(x):
+        with torch.no_grad(), lowered(x.device, self.precision):
             parts = [logits for _, logits in self._passes(x, forward, graph=False)]
         return torch.cat(parts).view(self.eot_iter, len(x), -1).transpose(0, 1)
 
@@ -355,18 +351,10 @@ class GradientEstimator:
             return self.model.classify(x, *key)
         if self.gradient == "exact" or not x.requires_grad:
             return self.model(x, *key)
-        purify, classify = self.model.purify, self.model.classify
         if self.gradient == "checkpointed":
-            # The recomputation must find its inputs unchanged. A CUDA graph cannot save the state of a generator.
-            options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": not self._known}
-            purified = checkpoint(lambda t: purify(t.clone(), *key), x, **options)
-            return checkpoint(lambda t: classify(t.clone(), *key), purified, **options)
-        purified = purify(self._given(x.detach()), *key).detach()
-        stand_in = x if self.substitute is None else self.substitute(x)
-        # A transform may have resized the images; then the "identity" is the resize alone.
-        if stand_in.shape != purified.shape:
-            stand_in = resize(stand_in, (purified.shape[2], purified.shape[3]))
-        return classify(purified + (stand_in - stand_in.detach()), *key)
+            # A CUDA graph cannot save the state of a generator.
+            return checkpointed(self.model, x, key, keeps_generators=not self._known)
+        return straight_through(self.model, x, self._given(x.detach()), key, self.substitute)
 
     def _seeded(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
         """The global generators seeded for one call of a model that may draw from them."""
@@ -388,38 +376,19 @@ class GradientEstimator:
         self._watched, self._random = True, generators.drawn
         return self._random
 
-    def _autocast(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
-        dtype = PRECISIONS[self.precision]
-        if dtype is None:
-            return contextlib.nullcontext()
-        # Casts are not cached: the cache would outlive a captured graph, and frozen weights are cast once a pass.
-        return torch.autocast(x.device.type, dtype, cache_enabled=False)
-
     def _measure(self, x: Tensor) -> None:
-        """Measure, once, how many rows of images like x a pass may have; see _room."""
+        """Measure, once, how many rows of images like x a pass may have; see passes.room."""
         if self._rows:
             return
-        saved: dict[int, Tensor] = {}
-        parameters = self.model.parameters() if isinstance(self.model, nn.Module) else ()
-        shared = {p.untyped_storage().data_ptr() for p in parameters}
-
-        def pack(t: Tensor) -> Tensor:
-            # Detached: a node that holds its own output keeps itself, and the whole graph, alive forever.
-            t = t.detach()
-            if (address := t.untyped_storage().data_ptr()) not in shared:
-                saved[address] = t
-            return t
-
         part = Pass(0, ROWS, 1, ROWS, x.device)
         zero = torch.zeros(1, dtype=torch.int64, device=x.device)
         most = UNMEASURED_ROWS
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
         with torch.inference_mode(False), self._watching() as generators:
             leaf = part.take(x[:1]).detach().requires_grad_()
             try:
-                with torch.enable_grad(), hooks, self._autocast(x):
-                    self._forward(leaf, part, zero, zero)
-                most = _room(x.device) * ROWS // max(1, sum(t.untyped_storage().nbytes() for t in saved.values()))
+                with torch.enable_grad(), lowered(x.device, self.precision):
+                    needed = bytes_saved(lambda: self._forward(leaf, part, zero, zero), self.model)
+                most = room(x.device) * ROWS // max(1, needed)
             except RuntimeError as error:
                 # torch.func does not support these hooks.
                 if "saved tensor hooks" not in str(error):
@@ -428,32 +397,3 @@ class GradientEstimator:
         self._rows = max(ROWS, min(MOST_ROWS, most) // ROWS * ROWS)
         # Without a graph, several times as many rows fit.
         self._forward_rows = min(self.forward_rows, 4 * self._rows)
-
-
-def _room(device: torch.device) -> int:
-    """Bytes that a pass may save.
-
-    It is a share of the total memory of a GPU, so that its passes do not change from run to run, but at most half of
-    the free memory, as the network and other processes need some, too.
-    """
-    if device.type != "cuda":
-        return MEMORY
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(MEMORY, min(total // GPU_SHARE, free // 2))
-
-
-def _chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[str], which: Tensor) -> AttackLoss:
-    """The loss that `which` selects for each row."""
-    results = [attack_loss(z, labels, loss, None if loss in ("ce", "pm-label") else targets) for loss in losses]
-    values, gradient, correct = results[0]
-    for place, other in enumerate(results[1:], 1):
-        is_other = which == place
-        values = torch.where(is_other, other.losses, values)
-        gradient = torch.where(is_other[:, None], other.gradient, gradient)
-    return AttackLoss(values, gradient, correct)
-
-
-def _targeted(result: AttackLoss) -> AttackLoss:
-    """The losses of a targeted attack, whose labels are the targets."""
-    return AttackLoss(-result.losses, -result.gradient, ~result.correct)

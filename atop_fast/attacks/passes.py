@@ -1,4 +1,4 @@
-"""Passes of rows through a model: their count, and the rows of a batch and its draws that one of them has."""
+"""Passes of rows through a model: their count, their size, and the rows of a batch and its draws that one has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Networks run on a multiple of this many rows: convolutions and matrix products of a CPU then round each row in the
+# same way whatever the others are, so that results do not depend on how images are batched. A GPU's may not.
+ROWS = 8
+# Bytes that the pass with gradients may save for the backward pass, unless the caller limits its rows; on a GPU a share
+# of its memory, if that is more.
+MEMORY = 1 << 30
+GPU_SHARE = 8
+# Rows of a pass of a model whose memory cannot be measured.
+UNMEASURED_ROWS = 64
+# More rows than this make a pass no faster.
+MOST_ROWS = 1024
 
 
 @dataclass
@@ -61,3 +73,16 @@ class Pass:
             size = min(self.count - row, self.batch - sample)
             yield slice(row, row + size), slice(sample, sample + size)
             row += size
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a pass may save.
+
+    It is a share of the total memory of a GPU, so that its passes do not change from run to run, but at most half of
+    the free memory, as the network and other processes need some, too.
+    """
+    if device.type != "cuda":
+        return MEMORY
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(MEMORY, min(total // GPU_SHARE, free // 2))

@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .gradient import ROWS, GradientEstimator
+from .gradient import GradientEstimator
+from .passes import ROWS
 from .replay import steps_of
 from .trace import Trace
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .._core.capture import CudaRecorder, Logs, Recorder, Replayed, chosen_graphs
-from .gradient import ROWS, GradientEstimator
+from .gradient import GradientEstimator
 from .network import WORTHWHILE, is_copy
-from .passes import Passes
+from .passes import ROWS, Passes
 
 if TYPE_CHECKING:
     from .queue import Program, State

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._core.memory import bytes_saved
 from ..classifiers.normalized import STATISTICS
 from ..defense import Defense
 from ._order import find_order
@@ -268,7 +269,7 @@ def cost(probe: Probe) -> Finding:
     with torch.no_grad():
         forward = _seconds(lambda: probe.logits(x, ids=ids), x.device) / count
     gradient = _seconds(lambda: probe.gradient(x, count=count), x.device) / count
-    saved = _saved_bytes(lambda: probe.gradient(x, count=count), probe.model) / count
+    saved = bytes_saved(lambda: probe.gradient(x, count=count), probe.model) / count
     protocols = {
         name: probe.total * (gradients * gradient + forwards * forward)
         for name, (gradients, forwards) in PASSES["random" if probe.draws > 1 else "deterministic"].items()
@@ -337,23 +338,6 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[1]
-
-
-def _saved_bytes(call: Callable[[], object], model: object) -> int:
-    """Bytes of the tensors that autograd saves for the backward pass, except parameters, each storage once."""
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    known = {p.untyped_storage().data_ptr() for p in parameters}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(sizes.values())
 
 
 def _duration(seconds: float) -> str:

@@ -22,7 +22,7 @@ from .._core.flags import holding
 from .._core.precision import PRECISIONS, warn_if_slow
 from ..attacks import frozen
 from ..attacks.base import Attack
-from ..attacks.gradient import ROWS
+from ..attacks.passes import ROWS
 from ..attacks.queue import Batch
 from ..defense import restored
 from ..ops import _registry
