@@ -7,10 +7,9 @@ caller's additions.
 
 from __future__ import annotations
 
-import functools
 import importlib.resources
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._core.checks import check_choice, check_integer, check_number, message
-from ._core.files import identify, load_weights, write_atomic
-from .classifiers import CLASSIFIERS, Normalized, Resized
-from .classifiers.programs import ARCHIVES, PYTHON, Archive, build_program, require_consent, restore_archive
+from ._core.files import identify, write_atomic
+from .architectures import KINDS, below, check_class, find_kind, restore, specify
+from .classifiers.programs import require_consent
 from .defense import Defense
-from .defenses import ActivationPruning, SelfEnsemble, WinnersTakeAll
-from .purifiers import DISCRIMINATORS, PURIFIERS
-from .randomness import seeded
 from .transforms import RandomTransform, describe_transform, restore_transform
 
-KINDS: dict[str, Mapping[str, Callable[..., nn.Module]]] = {
-    "classifier": CLASSIFIERS,
-    "purifier": PURIFIERS,
-    "discriminator": DISCRIMINATORS,
-}
-# Classifier wrappers: the class, the attribute that holds the classifier, and a function that returns the options.
-WRAPPERS: dict[str, tuple[type[nn.Module], str, Callable[[Any], dict[str, Any]]]] = {
-    "normalized": (Normalized, "model", lambda m: {"mean": m.mean.flatten().tolist(), "std": m.std.flatten().tolist()}),
-    "resized": (Resized, "classifier", lambda m: {"size": m.size[0]}),
-    "self_ensemble": (SelfEnsemble, "model", lambda m: {"sigma_first": m.sigma_first, "sigma": m.sigma}),
-    "activation_pruning": (ActivationPruning, "model", lambda m: {"ratio": m.ratio}),
-    "winners_take_all": (WinnersTakeAll, "model", lambda m: {"ratio": m.ratio}),
-}
 # Metadata keys that commands read.
 CLASSES, SHAPE, NORM, EPS = "classes", "shape", "norm", "eps"
 
@@ -78,12 +61,12 @@ def save_model(
     if name is None:
         if options:
             raise ValueError(message("save_model", "name", "given with options", f"None with {sorted(options)}"))
-        kind = _find_kind(module) if kind is None else check_choice("save_model", "kind", kind, list(KINDS))
-        header = {"kind": kind, **_specify("save_model", "module", module, KINDS[kind])}
+        kind = find_kind(module) if kind is None else check_choice("save_model", "kind", kind, list(KINDS))
+        header = {"kind": kind, **specify("save_model", "module", module, KINDS[kind])}
     else:
         kind = check_choice("save_model", "kind", kind, list(KINDS))
         factory = KINDS[kind][check_choice("save_model", "name", name, list(KINDS[kind]))]
-        _check_class("save_model", "module", module, name, factory)
+        check_class("save_model", "module", module, name, factory)
         header = {"kind": kind, "name": name, "options": options}
     trained = getattr(module, "trained_under", None) if transform is None else describe_transform(transform)
     if kind == "purifier" and trained is not None:
@@ -118,7 +101,7 @@ def load_model(path: str | Path, kind: str | None = None, *, trust: bool = False
     kind = str(found)
     require_consent("load_model", path, header, trust)
     try:
-        module = _restore(header, KINDS[kind], load_file(str(path)))
+        module = restore(header, KINDS[kind], load_file(str(path)))
         _check_metadata("load_model", header.get("metadata", {}))
         if kind == "purifier" and "transform" in header:
             module.trained_under = _check_description(header["transform"])
@@ -137,8 +120,8 @@ def holds(path: str | Path, module: nn.Module) -> bool:
         header, state = read_header(path), load_file(str(path))
     except ValueError:
         return False
-    kind, own = _find_kind(module), module.state_dict()
-    expected = {"kind": kind, **_specify("save_model", "module", module, KINDS[kind])}
+    kind, own = find_kind(module), module.state_dict()
+    expected = {"kind": kind, **specify("save_model", "module", module, KINDS[kind])}
     same = {key: header.get(key) for key in expected} == expected and own.keys() == state.keys()
     return same and all(torch.equal(value.cpu(), state[name]) for name, value in own.items())
 
@@ -175,7 +158,7 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
     header: dict[str, Any] = {"kind": "defense", "transform": described}
     for kind in ("classifier", "purifier"):
         module: nn.Module | None = getattr(defense, kind)
-        header[kind] = None if module is None else _specify("save_defense", f"defense.{kind}", module, KINDS[kind])
+        header[kind] = None if module is None else specify("save_defense", f"defense.{kind}", module, KINDS[kind])
     header["metadata"] = _check_metadata("save_defense", {**defense.metadata, **metadata})
     state = {name: value for name, value in defense.state_dict().items() if not name.startswith("transform.")}
     for name, value in state.items():
@@ -213,8 +196,8 @@ def load_defense(path_or_name: str | Path, *, trust: bool = False) -> Defense:
             raise ValueError(f"{other[0]} is of neither network")
         networks: dict[str, Any] = {}
         for kind in ("classifier", "purifier"):
-            own, spec = _below(kind, state), header[kind]
-            networks[kind] = None if spec is None and not own else _restore(spec, KINDS[kind], own)
+            own, spec = below(kind, state), header[kind]
+            networks[kind] = None if spec is None and not own else restore(spec, KINDS[kind], own)
         if networks["classifier"] is None:
             raise ValueError("it has no classifier")
         transform = restore_transform(header["transform"])
@@ -280,14 +263,6 @@ def _shipped() -> dict[str, Path]:
     return {file.stem: file for file in folder.glob("*.safetensors")} if folder.is_dir() else {}
 
 
-def _check_class(function: str, argument: str, module: nn.Module, name: str, factory: Callable[..., nn.Module]) -> None:
-    """Raise unless the module is of the class that the architecture builds."""
-    built = factory.func if isinstance(factory, functools.partial) else factory
-    # For a function, the class of the result is unknown before the call.
-    if isinstance(built, type) and type(module) is not built:
-        raise ValueError(message(function, argument, f"a {built.__name__}, which {name!r} is", type(module).__name__))
-
-
 def _check_metadata(function: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata after a round trip through JSON; raises if it is not JSON-ready, or if commands could not use it."""
     if not isinstance(metadata, Mapping):
@@ -317,113 +292,3 @@ def _check_description(description: Any) -> dict[str, Any]:
     if "shown" not in description:
         restore_transform(description)
     return description
-
-
-def _find_kind(module: nn.Module) -> str:
-    """The kind whose registry has the architecture of a module, or of the classifier inside a wrapper."""
-    for wrapper, inside, _ in WRAPPERS.values():
-        if type(module) is wrapper:
-            return _find_kind(getattr(module, inside))
-    name = (getattr(module, "architecture", None) or ("", {}))[0]
-    further = ":" in name or name in (PYTHON, *ARCHIVES)
-    kinds = [kind for kind, registry in KINDS.items() if name in registry or (kind == "classifier" and further)]
-    if len(kinds) != 1:
-        expected = "of build_classifier, build_purifier or load_model, or given with kind, name and options"
-        raise ValueError(message("save_model", "module", expected, type(module).__name__))
-    return kinds[0]
-
-
-def _specify(
-    function: str, argument: str, module: nn.Module, registry: Mapping[str, Callable[..., nn.Module]]
-) -> dict[str, Any]:
-    """The JSON-ready architecture of a module; ValueError unless its weights fit the module that this builds."""
-    # Modules that torch builds for a loaded archive have a forward of their own.
-    archived = {m for part in module.modules() if isinstance(part, Archive) for m in part.network.modules()}
-    modules = ((name, m) for name, m in module.named_modules() if m not in archived)
-    if replaced := [name for name, m in modules if {"forward", "__call__"} & vars(m).keys()]:
-        given = f"{type(module).__name__} in which that of {replaced[0] or 'itself'} was replaced"
-        raise ValueError(message(function, argument, "a module with its class's forward", given))
-    for name, (kind, inside, options) in WRAPPERS.items():
-        if type(module) is kind:
-            below = _specify(function, f"{argument}.{inside}", getattr(module, inside), registry)
-            return {"name": name, "options": options(module), "inside": below}
-    architecture = getattr(module, "architecture", None)
-    if architecture is None:
-        expected = "of build_classifier, build_purifier or load_model, or with architecture=(name, options)"
-        raise ValueError(message(function, argument, expected, type(module).__name__))
-    name, options = architecture
-    if isinstance(module, Archive):
-        return {"name": name, "options": options}
-    try:
-        spec: dict[str, Any] = json.loads(json.dumps({"name": name, "options": dict(options)}))
-        factory = _factory(name, registry)
-        _check_class(function, argument, module, name, factory)
-        _check_fits(functools.partial(factory, **spec["options"]), spec["options"], module.state_dict())
-    except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        given = f"{type(module).__name__} ({' '.join(str(error).split())})"
-        raise ValueError(message(function, argument, f"what {name!r} with {options} builds", given)) from error
-    return spec
-
-
-def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the submodule `prefix`."""
-    return {name.removeprefix(f"{prefix}."): t for name, t in state.items() if name.startswith(f"{prefix}.")}
-
-
-def _restore(
-    spec: Mapping[str, Any], registry: Mapping[str, Callable[..., nn.Module]], state: Mapping[str, Tensor]
-) -> nn.Module:
-    """Build the module that a header specifies, with the weights in `state`."""
-    name, options = spec["name"], spec["options"]
-    if "inside" in spec:
-        kind, inside, _ = WRAPPERS[name]
-        if any(not key.startswith(f"{inside}.") for key in state):
-            raise ValueError(f"weights that {name!r} does not have")
-        if options.get("size", 1) > 2**14:
-            raise ValueError(f"size={options['size']}")
-        return kind(_restore(spec["inside"], registry, _below(inside, state)), **options)
-    if registry is CLASSIFIERS and name in ARCHIVES:
-        return restore_archive(name, state)
-    factory = _factory(name, registry)
-    build = functools.partial(factory, **options)
-    _check_fits(build, options, state)
-    # The initial weights are about to be replaced, and must not consume numbers of the global generator.
-    with seeded(0):
-        module = build()
-    load_weights(module, state)
-    module.architecture = (name, options)
-    return module
-
-
-def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
-    """The constructor of architecture `name`: of the registry or, for classifiers, of a package or of source."""
-    if registry is CLASSIFIERS and name == PYTHON:
-        return build_program
-    if registry is CLASSIFIERS and ":" in name:
-        from .classifiers.packages import package_factory
-
-        return package_factory(name)
-    return registry[name]
-
-
-def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise unless the weights fit the module that the options build, without allocating it: it might be huge."""
-    most = max([len(state), *(8 * size for tensor in state.values() for size in tensor.shape)])
-    if large := [name for name, value in options.items() if _largest(value) > most]:
-        raise ValueError(f"{large[0]}={options[large[0]]!r} is no option of so few weights")
-    try:
-        with torch.device("meta"):
-            module = build()
-    except Exception:
-        # Some modules cannot be built on the meta device; if the options are wrong, the real construction will fail.
-        return
-    module.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
-    if sum(t.numel() for t in module.buffers()) > 2**20 + 16 * sum(t.numel() for t in state.values()):
-        raise ValueError("its options make more constants than it has weights")
-
-
-def _largest(value: object) -> float:
-    """The largest number in an option."""
-    if isinstance(value, (list, dict)):
-        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
-    return abs(value) if isinstance(value, (int, float)) else 0
