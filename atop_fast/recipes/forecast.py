@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from .._core.distributed import Group
+from ..attacks import PGD
+from ..data import Dataset
 from ..training import TrainingConfig
 from .budget import IMAGES, MARGIN, SHARES, evaluation_that_fits
 from .evaluation import EvaluationConfig
@@ -92,3 +96,19 @@ def seconds_per_update(config: TrainingConfig, train: Callable[..., Any], limit:
     start = time.monotonic()
     train(config=replace(config, updates=3, evaluate_every=0))
     return max(1e-6, (time.monotonic() - start) / 3)
+
+
+def seconds_of_passes(
+    systems: Mapping[str, nn.Module], part: Dataset, steps: int = 2, draws: int = 4
+) -> tuple[int, dict[str, float]]:
+    """Passes of images with their gradient through a system, and the seconds that these take in each system."""
+    times: dict[bool, float] = {}
+    for name in ("rt_only", "finetuned"):
+        attack = PGD(systems[name].to(part.images.device), steps=steps, eot_iter=draws)
+        # Warm-up: the first pass allocates memory and compiles kernels.
+        for _ in range(2):
+            start = time.monotonic()
+            attack(part.images, part.labels).cpu()
+            times[name == "finetuned"] = time.monotonic() - start
+    seconds = {name: times[name not in ("classifier", "rt_only")] for name in systems}
+    return len(part) * steps * draws, seconds

@@ -34,7 +34,6 @@ from torch import nn
 from .._core.checks import check_choice, check_device, check_integer
 from .._core.distributed import Group, process_group
 from .._core.files import claim_folder, describe
-from ..attacks import PGD
 from ..checkpoints import load_model, save_defense, save_model
 from ..classifiers.zoo import match_classes, sized
 from ..data import Dataset
@@ -45,7 +44,7 @@ from ..training import TrainingConfig, finetune, pretrain, train_classifier
 from ..training.metrics import summary_writer
 from .budget import TRIAL, Budget
 from .evaluation import EvaluationConfig
-from .forecast import Forecast, seconds_per_update
+from .forecast import Forecast, seconds_of_passes, seconds_per_update
 from .networks import Network, build_networks, check_networks, resized
 from .schema import Recipe
 from .smaller import fitted, halved, spoken_halvings
@@ -278,7 +277,7 @@ class _Pipeline:
         if "evaluate" not in stages:
             return Forecast(found, None, 0, 0.0)
         systems = self._systems(frozen, dict.fromkeys(("pretrained", "finetuned"), others[0]))
-        passes, took = self._measure(systems, images=8, steps=1, draws=1)
+        passes, took = seconds_of_passes(systems, self._first(8), steps=1, draws=1)
         each = sum(took.values()) / passes / self.group.size
         return Forecast(found, recipe.evaluation, len(self.test), each, (passes, took))
 
@@ -359,7 +358,7 @@ class _Pipeline:
         )
 
     def _speed(self, systems: dict[str, nn.Module]) -> tuple[int, Mapping[str, float]]:
-        """See _measure; the forecast's numbers if measuring again would take more than its share of the time."""
+        """See seconds_of_passes; the forecast's numbers if measuring again would take more than a share of the time."""
         assert self.budget is not None
         if self.forecast is not None and self.forecast.measured is not None:
             passes, took = self.forecast.measured
@@ -367,23 +366,11 @@ class _Pipeline:
             # Two systems are measured twice, with 32 images, two steps and four draws.
             if 2 * 32 * 2 * 4 * (took["rt_only"] + took["finetuned"]) / passes > TRIAL * left:
                 return passes, took
-        return self._measure(systems)
+        return seconds_of_passes(systems, self._first(32))
 
-    def _measure(
-        self, systems: dict[str, nn.Module], images: int = 32, steps: int = 2, draws: int = 4
-    ) -> tuple[int, dict[str, float]]:
-        """Passes of images with their gradient through a system, and the seconds that these take in each system."""
-        part = self.test.take(slice(0, min(images, self.recipe.evaluation.batch_size)))
-        times: dict[bool, float] = {}
-        for name in ("rt_only", "finetuned"):
-            attack = PGD(systems[name].to(self.device), steps=steps, eot_iter=draws)
-            # Warm-up: the first pass allocates memory and compiles kernels.
-            for _ in range(2):
-                start = time.monotonic()
-                attack(part.images, part.labels).cpu()
-                times[name == "finetuned"] = time.monotonic() - start
-        seconds = {name: times[name not in ("classifier", "rt_only")] for name in systems}
-        return len(part) * steps * draws, seconds
+    def _first(self, count: int) -> Dataset:
+        """The first images of the evaluation, at most as many as it attacks together."""
+        return self.test.take(slice(0, min(count, self.recipe.evaluation.batch_size)))
 
     def _save(self, file: str, kind: str, module: nn.Module) -> None:
         if self.group.rank == 0:
