@@ -70,69 +70,83 @@ def run_queue(program: Program, estimator: GradientEstimator, batch: Batch, give
     The batch always has a multiple of 8 rows. When the queue is empty it shrinks. On a GPU, steps are replayed as CUDA
     graphs if the estimator allows it (replay.py).
     """
-    images = batch.images
-    kind = images.device.type
-    slots = min(SLOTS.get(kind, SLOTS_ON_GPU), -(-len(images) // ROWS) * ROWS)
-    steps = steps_of(program, estimator, slots, images.device)
-    trace: Trace | None = getattr(program, "trace", None)
+    queue, length = _Queue(program, estimator, batch, given or {}), program.length()
+    if length is not None and (queue.trace is None or queue.count <= queue.slots):
+        return queue.run_together(length)
+    return queue.run_apart()
 
-    def begin(index: Tensor) -> State:
-        state = program.begin(estimator, batch.take(index))
-        return state | {key: value[index] for key, value in (given or {}).items()}
 
-    def step() -> None:
-        if trace is None:
-            steps()
-            return
-        t, alive = steps.state["t"].clone(), ~steps.state["done"]
-        # In a batch that never shrinks, copies pad the last rows.
-        alive[len(images) :] = False
-        steps()
-        trace.take(t, alive, steps.state["t"], steps.state["done"], waiting < len(images))
+class _Queue:
+    """A run of a program: the batch in hand, and the images that wait."""
 
-    def rows_from(first: int) -> Tensor:
-        count = steps.size(min(slots, len(images) - first))
-        return torch.arange(first, first + count, device=images.device).clamp_(max=len(images) - 1)
+    def __init__(self, program: Program, estimator: GradientEstimator, batch: Batch, given: State) -> None:
+        self.program, self.estimator, self.batch, self.given = program, estimator, batch, given
+        self.count, self.device = len(batch.images), batch.images.device
+        self.slots = min(SLOTS.get(self.device.type, SLOTS_ON_GPU), -(-self.count // ROWS) * ROWS)
+        self.steps = steps_of(program, estimator, self.slots, self.device)
+        # The first image that has not entered the batch.
+        self.waiting = self.slots
+        self.trace: Trace | None = getattr(program, "trace", None)
+        if self.trace is not None:
+            self.trace.begin(self.count)
 
-    if trace is not None:
-        trace.begin(len(images))
-    waiting, length = slots, program.length()
-    if length is not None and (trace is None or len(images) <= slots):
-        # All rows of a batch are done at the same time: nothing synchronizes, so that a CUDA graph may hold it all.
+    def run_together(self, length: int) -> Tensor:
+        """All rows of a batch are done at the same time: nothing synchronizes, so that a CUDA graph may hold it all."""
         parts = []
-        for first in range(0, len(images), slots):
-            steps.enter(begin(rows_from(first)))
+        for first in range(0, self.count, self.slots):
+            self.steps.enter(self._begin(self._rows_from(first)))
             for _ in range(length):
-                step()
-            parts.append(steps.best(len(images) - first))
+                self._step()
+            parts.append(self.steps.best(self.count - first))
         return torch.cat(parts)
-    steps.enter(begin(rows_from(0)))
-    results = images.clone()
-    # The image in each slot; a slot without an image holds a copy that is done.
-    owner = [slot if slot < len(images) else -1 for slot in range(slots)]
-    steps.state["done"][len(images) :] = True
-    while any(number >= 0 for number in owner):
-        for _ in range(STEPS.get(kind, STEPS_ON_GPU)):
-            step()
-        done = [slot for slot in steps.state["done"].nonzero()[:, 0].tolist() if owner[slot] >= 0]
-        if not done:
-            continue
-        numbers = torch.tensor([owner[slot] for slot in done], device=images.device)
-        results[numbers] = steps.state["best"][torch.tensor(done, device=images.device)]
-        for slot in done:
-            owner[slot] = -1
-        entering = list(range(waiting, min(waiting + len(done), len(images))))
-        waiting += len(entering)
-        if entering:
-            for slot, number in zip(done, entering, strict=False):
-                owner[slot] = number
-            index = torch.tensor(done[: len(entering)], device=images.device)
-            for key, value in begin(torch.tensor(entering, device=images.device)).items():
-                steps.state[key][index] = value
-        elif (size := steps.size(len(owner) - owner.count(-1))) < len(owner):
-            state, owner = _shrunk(steps.state, owner, size)
-            steps.enter(state)
-    return results
+
+    def run_apart(self) -> Tensor:
+        """Rows are done at different times, and give their slots to images that wait."""
+        self.steps.enter(self._begin(self._rows_from(0)))
+        results = self.batch.images.clone()
+        # The image in each slot; a slot without an image holds a copy that is done.
+        owner = [slot if slot < self.count else -1 for slot in range(self.slots)]
+        self.steps.state["done"][self.count :] = True
+        while any(number >= 0 for number in owner):
+            for _ in range(STEPS.get(self.device.type, STEPS_ON_GPU)):
+                self._step()
+            done = [slot for slot in self.steps.state["done"].nonzero()[:, 0].tolist() if owner[slot] >= 0]
+            if not done:
+                continue
+            numbers = torch.tensor([owner[slot] for slot in done], device=self.device)
+            results[numbers] = self.steps.state["best"][torch.tensor(done, device=self.device)]
+            for slot in done:
+                owner[slot] = -1
+            entering = list(range(self.waiting, min(self.waiting + len(done), self.count)))
+            self.waiting += len(entering)
+            if entering:
+                for slot, number in zip(done, entering, strict=False):
+                    owner[slot] = number
+                index = torch.tensor(done[: len(entering)], device=self.device)
+                for key, value in self._begin(torch.tensor(entering, device=self.device)).items():
+                    self.steps.state[key][index] = value
+            elif (size := self.steps.size(len(owner) - owner.count(-1))) < len(owner):
+                state, owner = _shrunk(self.steps.state, owner, size)
+                self.steps.enter(state)
+        return results
+
+    def _rows_from(self, first: int) -> Tensor:
+        count = self.steps.size(min(self.slots, self.count - first))
+        return torch.arange(first, first + count, device=self.device).clamp_(max=self.count - 1)
+
+    def _begin(self, index: Tensor) -> State:
+        state = self.program.begin(self.estimator, self.batch.take(index))
+        return state | {key: value[index] for key, value in self.given.items()}
+
+    def _step(self) -> None:
+        if self.trace is None:
+            self.steps()
+            return
+        t, alive = self.steps.state["t"].clone(), ~self.steps.state["done"]
+        # In a batch that never shrinks, copies pad the last rows.
+        alive[self.count :] = False
+        self.steps()
+        self.trace.take(t, alive, self.steps.state["t"], self.steps.state["done"], self.waiting < self.count)
 
 
 def _shrunk(state: State, owner: list[int], size: int) -> tuple[State, list[int]]:
