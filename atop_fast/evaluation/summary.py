@@ -144,17 +144,7 @@ def summarize(
 ) -> Report:
     """The Report of a run whose clean images and chosen 8-bit candidates are all judged."""
     names = [CLEAN, *attacks]
-    predictions = [run.tables[CLEAN]["predictions"]]
-    right = [predictions[0] == labels[:, None]]
-    reached: list[Tensor] = []
-    for row, name in enumerate(attacks, start=1):
-        chosen, correct = choice(run, names[:row])
-        known = run.tables.get(name, {"predictions": predictions[0]})["predictions"]
-        done = run.done(name)
-        predictions.append(torch.where(done[:, None], known, _pick(predictions, chosen)))
-        # A missing candidate cannot fail under the emulated rules.
-        right.append((predictions[-1] == labels[:, None]) | ~done[:, None])
-        reached.append(whole_prefix(done, correct == 0) if cascade else done)
+    predictions, right, reached = _judged(run, labels, names, cascade)
     chosen, _ = choice(run, names)
     rounded = torch.zeros_like(predictions[0])
     for row, name in enumerate(names):
@@ -193,6 +183,30 @@ def summarize(
         ],
         versions=versions(),
     )
+
+
+def _judged(
+    run: Run, labels: Tensor, names: Sequence[str], cascade: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What the verdict's draws say of the candidates in `names`, of which the first are the clean images.
+
+    Returns:
+        For each name, predictions (N, K), where an image without the candidate has those of the one chosen among the
+        names before; and whether the draws are right, or there is no candidate (N, K). For each name but the first, the
+        images that its attack has decided (N,).
+    """
+    predictions = [run.tables[names[0]]["predictions"]]
+    right = [predictions[0] == labels[:, None]]
+    reached: list[Tensor] = []
+    for row, name in enumerate(names[1:], start=1):
+        chosen, correct = choice(run, names[:row])
+        known = run.tables.get(name, {"predictions": predictions[0]})["predictions"]
+        done = run.done(name)
+        predictions.append(torch.where(done[:, None], known, _pick(predictions, chosen)))
+        # A missing candidate cannot fail under the emulated rules.
+        right.append((predictions[-1] == labels[:, None]) | ~done[:, None])
+        reached.append(whole_prefix(done, correct == 0) if cascade else done)
+    return predictions, right, reached
 
 
 def whole_prefix(done: Tensor, fooled: Tensor) -> Tensor:
