@@ -37,7 +37,7 @@ from .pictures import gallery_rows
 from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
 from .runs import Run
-from .source import make_source
+from .source import Source, make_source
 from .summary import CLEAN, Report, curve_name, summarize
 from .tracing import TraceFile, write_scalars
 from .verdict import INTERVALS
@@ -157,10 +157,7 @@ def evaluate(
                 judge.collapse()
             elif randomness == "fixed":
                 warnings.warn(NOT_FIXED, stacklevel=2)
-        named = _attacks(attacks, plan, model, threat, seed, judge.deterministic, max_batch)
-        for radius in radii:
-            args = (threat.norm, radius, seed, judge.deterministic, max_batch)
-            named[curve_name(radius)] = build_attack(CURVE, model, *args)
+        named = _attacks(attacks, plan, model, threat, radii, seed, judge.deterministic, max_batch)
         settings = {
             "protocol": protocol if attacks is None else "custom",
             "norm": threat.norm,
@@ -172,20 +169,12 @@ def evaluate(
             "transform": transform,
             "images": len(source),
         }
-        # An entry says what its attack does; the object may also show how much fits into memory.
-        texts = {name: shown(attack if attacks else plan.attacks.get(name, CURVE)) for name, attack in named.items()}
-        header = {**settings, "attacks": texts, "data": source.identity}
-        if out is not None or group.size > 1:
-            header["model"] = model_identity(model, *probe_images(source))
-            own = named if attacks else {}
-            header |= {
-                f"attacks[{name!r}]": attack_identity(attack, model)
-                for name, attack in own.items()
-                if not name.startswith(curve_name(""))
-            }
-        run = Run(len(source), None if out is None else Path(out), header, group)
+        folder = None if out is None else Path(out)
+        header = {**settings, "attacks": _texts(named, None if attacks else plan), "data": source.identity}
+        if folder is not None or group.size > 1:
+            header |= _identities(model, source, named if attacks else {})
+        run = Run(len(source), folder, header, group)
         if diagnostics is None:
-            folder = None if out is None else Path(out)
             # One process looks: others might find other numbers, or read the folder's while they are written.
             found = examined(folder, model, source, threat, seed, progress) if group.rank == 0 else []
             diagnostics = group.gather(found)[0]
@@ -194,14 +183,7 @@ def evaluate(
         tracing = trace is not None or tensorboard is not None
         file = None if trace is None else _trace_file(Path(trace), run, names)
         work = Work(model, source, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
-        with frozen(model), stop_requests(at_once=True) as stop:
-            try:
-                work.all(title, progress and group.rank == 0)
-            except (KeyboardInterrupt, SystemExit):
-                if stop.signal is not None and group.rank == 0:
-                    print(f"evaluate: stopped; {run.saved([CLEAN, *names])}", file=sys.stderr)
-                raise
-        run.share()
+        _attack(work, title, progress)
         if file is not None:
             file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
@@ -212,15 +194,8 @@ def evaluate(
         report = summarize(run, source.labels.cpu(), list(work.attacks), *options)
         if tensorboard is not None and group.rank == 0:
             write_scalars(Path(tensorboard), report.trace)
-        if out is not None and group.rank == 0:
-            ids, candidates = work.shown(report)
-            clean = judged(source.take(ids)[0])
-            with frozen(model):
-                rows = gallery_rows(model, clean, candidates.to(clean), ids, seed, source.classes)
-            facts = {"model": describe_model(model), **({"transform": transform} if transform else {})}
-            facts["images"] = describe_images(len(source), clean.shape[1:], source.classes)
-            facts |= {name: text for name, text in (about or {}).items() if name != "repeat"}
-            write_evaluation(Path(out), title, report.to_dict(), rows, facts, (about or {}).get("repeat"))
+        if folder is not None and group.rank == 0:
+            _write(folder, title, work, report, about or {})
         # A barrier: no rank may close its connections before the report is written.
         group.gather(None)
     return report
@@ -248,10 +223,56 @@ def _attacks(
     protocol: Protocol,
     model: Model,
     threat: Threat,
+    radii: Sequence[float],
     seed: int,
     deterministic: bool,
     max_batch: int | None,
 ) -> dict[str, Attack]:
+    """The caller's attacks or the protocol's, by name, and those of the curve."""
+    options = (seed, deterministic, max_batch)
     if attacks is None:
-        return build_attacks(protocol, model, threat.norm, threat.eps, seed, deterministic, max_batch)
-    return given_attacks(attacks, model)
+        named = build_attacks(protocol, model, threat.norm, threat.eps, *options)
+    else:
+        named = given_attacks(attacks, model)
+    return named | {curve_name(radius): build_attack(CURVE, model, threat.norm, radius, *options) for radius in radii}
+
+
+def _texts(named: Mapping[str, Attack], protocol: Protocol | None) -> dict[str, str]:
+    """What each attack does, for the header of a run; None stands for the caller's attacks."""
+    if protocol is None:
+        return {name: shown(attack) for name, attack in named.items()}
+    # The entry of the protocol says it; the object may also show how much fits into memory.
+    return {name: shown(protocol.attacks.get(name, CURVE)) for name in named}
+
+
+def _identities(model: Model, source: Source, own: Mapping[str, Attack]) -> dict[str, Any]:
+    """What identifies the model and the caller's own attacks, for the header of a run."""
+    given = {name: attack for name, attack in own.items() if not name.startswith(curve_name(""))}
+    attacks = {f"attacks[{name!r}]": attack_identity(attack, model) for name, attack in given.items()}
+    return {"model": model_identity(model, *probe_images(source)), **attacks}
+
+
+def _attack(work: Work, title: str, progress: bool) -> None:
+    """Do this process's work, and share it; a stopped one says what it saved."""
+    run = work.run
+    with frozen(work.model), stop_requests(at_once=True) as stop:
+        try:
+            work.all(title, progress and run.group.rank == 0)
+        except (KeyboardInterrupt, SystemExit):
+            if stop.signal is not None and run.group.rank == 0:
+                print(f"evaluate: stopped; {run.saved([CLEAN, *work.named])}", file=sys.stderr)
+            raise
+    run.share()
+
+
+def _write(folder: Path, title: str, work: Work, report: Report, about: Mapping[str, str]) -> None:
+    """Write the report with a gallery of the first images."""
+    model, source, transform = work.model, work.source, report.settings["transform"]
+    ids, candidates = work.shown(report)
+    clean = judged(source.take(ids)[0])
+    with frozen(model):
+        rows = gallery_rows(model, clean, candidates.to(clean), ids, report.settings["seed"], source.classes)
+    facts = {"model": describe_model(model), **({"transform": transform} if transform else {})}
+    facts["images"] = describe_images(len(source), clean.shape[1:], source.classes)
+    facts |= {name: text for name, text in about.items() if name != "repeat"}
+    write_evaluation(folder, title, report.to_dict(), rows, facts, about.get("repeat"))
