@@ -13,6 +13,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from test_cli import DATA, fail, files  # noqa: F401
 from torch import nn
 
@@ -70,7 +71,7 @@ def numbers(row):
 
 def run(name, classifier, noise, out, batch_size=4, **options):
     options |= {"effort": replace(SMALL, batch_size=batch_size), "progress": False}
-    return judge(DEFENSES[name](classifier).eval(), *noise, out=out, name=name, **options)
+    return judge(DEFENSES[name](classifier, noise[0].shape[1:]).eval(), *noise, out=out, name=name, **options)
 
 
 @pytest.mark.parametrize(("name", "rules"), [("random-jpeg", RULES[:2]), *WHOLE])
@@ -99,7 +100,7 @@ def test_a_row_that_was_stopped_twice_has_the_bits_of_another(name, rules, class
 
 
 def test_single_draws_count_as_autoattack_does(classifier, noise, tmp_path):
-    model = DEFENSES["random-jpeg"](classifier).eval()
+    model = DEFENSES["random-jpeg"](classifier, noise[0].shape[1:]).eval()
     row = judge(model, *noise, out=tmp_path, rules=RULES[:2], effort=SMALL, progress=False)
     for rule, last in (("standard", "square"), ("rand", "apgd-dlr")):
         attack = AutoAttack(model, "Linf", 0.15, version=rule, steps=3, n_queries=10)
@@ -118,7 +119,7 @@ def test_the_sound_verdict_is_that_of_evaluate(classifier, noise, tmp_path):
         ("random-jpeg", ["exact", "bpda", "blind", "square"]),
         ("winners", ["exact", "blind", "square"]),
     ):
-        model = DEFENSES[name](classifier).eval()
+        model = DEFENSES[name](classifier, x.shape[1:]).eval()
         row = run(name, classifier, noise, tmp_path / name, rules=["sound"])
         given = strongest(model, SMALL, random=name == "random-jpeg")
         assert list(given) == [key for key in row if key in given] == attacks
@@ -129,6 +130,28 @@ def test_the_sound_verdict_is_that_of_evaluate(classifier, noise, tmp_path):
         seed, options = derive_seed(0, "attack"), {"steps": 3, "momentum": 0.9, "schedule": "cosine"}
         plain = PGD(classifier, eps=0.15, seed=seed, **options)(x, y, torch.arange(10))
         assert torch.allclose(torch.stack([found[i] for i in range(10)]), plain, atol=1e-6)
+
+
+class Seen(nn.Module):
+    """A classifier that remembers the shape of its images, and needs no other layer than an activation."""
+
+    def forward(self, x):
+        self.shape = tuple(x.shape[1:])
+        return torch.relu(F.conv2d(x, torch.ones(3, x.shape[1], 1, 1))).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 64, 64)])
+def test_the_classifier_sees_images_of_their_own_shape(name, shape):
+    x, classifier = torch.rand(2, *shape), Seen()
+    assert DEFENSES[name](classifier, shape).eval()(x).shape[1:] == (3,)
+    assert classifier.shape == shape
+
+
+def test_resize_pad_needs_squares():
+    assert repr(DEFENSES["resize-pad"](Seen(), (3, 32, 32)).transform) == "RandomResizePad(min_size=26, max_size=32)"
+    with pytest.raises(ValueError, match="judge: images must be square for resize-pad, got 24x32 pixels"):
+        DEFENSES["resize-pad"](Seen(), (3, 24, 32))
 
 
 def test_what_is_an_illusion():

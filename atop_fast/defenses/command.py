@@ -90,6 +90,7 @@ def judge(
     system = System(classifier, None, None, GivenTransform(), architecture, weights, key, normalize, trust)
     model, part = system.load("judge", system.sized("judge", data).load(print)[1])
     model, part = model.eval().to(place), cast(Dataset, part).take(slice(0, images)).to(place)
+    defenses = {name: build(model, part.shape).eval().to(place) for name, build in builds.items()}
     folder = Path(out)
     source = make_source(part.images, part.labels, model)
     settings = {"norm": "Linf", **vars(effort), "images": len(source)}
@@ -98,10 +99,9 @@ def judge(
     claim_folder("judge", folder, {**settings, "data": source.identity, "classifier": identity})
     context = {**metadata(place.type, None), "classifier": Path(classifier).name, "settings": settings}
     unfinished = []
-    for name, build in builds.items():
+    for name, defended in defenses.items():
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         options: dict[str, Any] = {"rules": wanted, "effort": effort, "budget": left}
-        defended = build(model).eval()
         # Each rule's run knows its model, but a row joins rules of several calls.
         claim_folder("judge", folder / name, {"defense": attack_identity(defended, model)})
         row = judge_model(defended, part.images, part.labels, out=folder / name, name=name, **options)

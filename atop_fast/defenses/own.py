@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ from ..checkpoints import load_defense
 from ..classifiers.programs import imported
 from ..defense import Defense
 from ..transforms import RandomTransform
-from .table import DEFENSES
-
-Build = Callable[[nn.Module], nn.Module]
+from .table import DEFENSES, Build
 
 
 def find(text: str) -> tuple[str, Build]:
-    """The row name of a defense, and the function that builds it from a classifier.
+    """The row name of a defense, and the function that builds it from a classifier and the shape of its images.
 
     Args:
         text: a name in DEFENSES; or FILE.py:NAME, where NAME is a subclass of RandomTransform that is built without
@@ -37,7 +35,7 @@ def find(text: str) -> tuple[str, Build]:
     if colon and path.endswith(".py"):
         return name, _from_code(Path(path), name)
     if text.endswith(".safetensors"):
-        return Path(text).stem, lambda model: _from_file(text, model)
+        return Path(text).stem, lambda model, shape: _from_file(text, model)
     expected = f"all, one of {', '.join(map(repr, DEFENSES))}, FILE.py:NAME, or a .safetensors file of save_defense"
     raise ValueError(message("judge", "defense", expected, repr(text)))
 
@@ -50,13 +48,13 @@ def _from_code(path: Path, name: str) -> Build:
     found = getattr(imported(str(path), path.read_text(encoding="utf-8")), name, None)
     if inspect.isclass(found) and issubclass(found, RandomTransform):
         transform: Callable[[], RandomTransform] = found
-        return lambda model: Defense(transform(), None, model)
+        return lambda model, shape: Defense(transform(), None, model)
     if not callable(found):
         expected = f"a subclass of RandomTransform or a function from the classifier to a module in {path}"
         raise ValueError(message("judge", "defense", expected, f"{name}, which is {found!r}"))
     build: Any = found
 
-    def checked(model: nn.Module) -> nn.Module:
+    def checked(model: nn.Module, shape: Sequence[int]) -> nn.Module:
         defense = build(model)
         if not isinstance(defense, nn.Module):
             raise TypeError(message("judge", "defense", "a function that returns a module", f"{given} -> {defense!r}"))

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from .._core.checks import message
 from ..defense import Defense
 from ..doctor import CHECKS
 from ..randomness import seeded
-from ..transforms import RT1, RT2, RT3, RandomResizePad
+from ..transforms import RT1, RT2, RT3, RandomResizePad, RandomTransform
 from .bilateral import NoisyBilateral
 from .filters import FilterDraw, ResidualFilters
 from .jpeg import JPEG
@@ -22,24 +23,51 @@ from .noise import GaussianNoise
 from .series import RandomSeries
 from .smooth import TotalVariation
 
-# The first row is the classifier alone. Sizes suit 32x32 pixels.
+# A defense of a classifier, for images of a shape (C, H, W).
+Build = Callable[[nn.Module, Sequence[int]], nn.Module]
+
+
+def _before(transform: Callable[[Sequence[int]], RandomTransform]) -> Build:
+    """A transform in front of the classifier."""
+    return lambda model, shape: Defense(transform(shape), None, model)
+
+
+def _inside(wrap: Callable[[nn.Module], nn.Module]) -> Build:
+    """A classifier with other layers."""
+    return lambda model, shape: Defense(GaussianNoise(0), None, wrap(model))
+
+
+def _resize_pad(shape: Sequence[int]) -> RandomResizePad:
+    """Frames of the images' size, in which they shrink to 13 / 16 at most: to 26 of 32 pixels."""
+    _, height, width = shape
+    if height != width:
+        raise ValueError(message("judge", "images", "square for resize-pad", f"{height}x{width} pixels"))
+    return RandomResizePad(max(1, round(height * 13 / 16)), height)
+
+
+def _filters(model: nn.Module, shape: Sequence[int]) -> Defense:
+    with seeded(0):
+        return Defense(FilterDraw(4), ResidualFilters(4, shape[0]), model)
+
+
+# The first row is the classifier alone. Patches and filters have sizes that suit 32x32 pixels.
 ALONE = "none"
-DEFENSES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    ALONE: lambda model: model,
-    "noise": lambda model: Defense(GaussianNoise(0.1), None, model),
-    "resize-pad": lambda model: Defense(RandomResizePad(26, 32), None, model),
-    "series": lambda model: Defense(RandomSeries(5), None, model),
-    "bilateral": lambda model: Defense(NoisyBilateral(0.06, repeats=20), None, model),
-    "filters": lambda model: Defense(FilterDraw(4), _filters(), model),
-    "jpeg": lambda model: Defense(JPEG(75), None, model),
-    "random-jpeg": lambda model: Defense(JPEG((30, 90)), None, model),
-    "variation": lambda model: Defense(TotalVariation(), None, model),
-    "rt1": lambda model: Defense(RT1(4), None, model),
-    "rt2": lambda model: Defense(RT2(4, sigma=0.06), None, model),
-    "rt3": lambda model: Defense(RT3(4, sigma=0.06), None, model),
-    "self-ensemble": lambda model: Defense(GaussianNoise(0), None, SelfEnsemble(model, 0.1, 0.05)),
-    "pruning": lambda model: Defense(GaussianNoise(0), None, ActivationPruning(model)),
-    "winners": lambda model: Defense(GaussianNoise(0), None, WinnersTakeAll(model)),
+DEFENSES: dict[str, Build] = {
+    ALONE: lambda model, shape: model,
+    "noise": _before(lambda shape: GaussianNoise(0.1)),
+    "resize-pad": _before(_resize_pad),
+    "series": _before(lambda shape: RandomSeries(5)),
+    "bilateral": _before(lambda shape: NoisyBilateral(0.06, repeats=20)),
+    "filters": _filters,
+    "jpeg": _before(lambda shape: JPEG(75)),
+    "random-jpeg": _before(lambda shape: JPEG((30, 90))),
+    "variation": _before(lambda shape: TotalVariation()),
+    "rt1": _before(lambda shape: RT1(4)),
+    "rt2": _before(lambda shape: RT2(4, sigma=0.06)),
+    "rt3": _before(lambda shape: RT3(4, sigma=0.06)),
+    "self-ensemble": _inside(lambda model: SelfEnsemble(model, 0.1, 0.05)),
+    "pruning": _inside(ActivationPruning),
+    "winners": _inside(WinnersTakeAll),
 }
 # A gain of accuracy that counts: what the doctor demands of a transform, too.
 GAIN = 0.1
@@ -60,11 +88,6 @@ COLUMNS = (
     *(f"{name}{end}" for name in ("sound", "majority") for end in ("", "_low", "_high")),
     *("one_try", "all_tries", "failed", "warned", "truth", "seconds"),
 )
-
-
-def _filters() -> nn.Module:
-    with seeded(0):
-        return ResidualFilters(4)
 
 
 def truth(row: Mapping[str, Any], alone: float) -> str | None:
