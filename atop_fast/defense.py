@@ -103,6 +103,23 @@ class Defense(nn.Module):
         return draw
 
 
+class _Undefended(Defense):
+    """A Defense whose images reach the classifier as they are."""
+
+    def __init__(self, defense: Defense) -> None:
+        super().__init__(defense.transform, None, defense.classifier)
+        self.training = defense.training
+
+    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
+        """The images themselves."""
+        return x
+
+
+def classifier_alone(defense: Defense) -> nn.Module:
+    """The classifier of a Defense as a model; one that draws gets the key that it gets in the Defense."""
+    return _Undefended(defense) if getattr(defense.classifier, "keyed", False) else defense.classifier
+
+
 def restored(function: str, purifier: nn.Module, corrupted: Tensor) -> Tensor:
     """Restore corrupted images; TypeError if the purifier returns anything besides images."""
     images = purifier(corrupted)

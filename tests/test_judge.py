@@ -36,7 +36,7 @@ from atop_fast.defenses import DEFENSES
 from atop_fast.defenses.judge import RULES, Effort, strongest
 from atop_fast.defenses.table import COLUMNS, confusion, to_csv, truth
 from atop_fast.evaluation.runs import Run, read_candidates
-from atop_fast.randomness import derive_seed, seeded
+from atop_fast.randomness import Tag, derive_seed, random_uniform, seeded
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from _judged import section
@@ -146,6 +146,23 @@ def test_the_classifier_sees_images_of_their_own_shape(name, shape):
     x, classifier = torch.rand(2, *shape), Seen()
     assert DEFENSES[name](classifier, shape).eval()(x).shape[1:] == (3,)
     assert classifier.shape == shape
+
+
+class Drawn(Seen):
+    """A classifier with keyed noise on its logits."""
+
+    keyed = True
+
+    def forward(self, x, seed, sample_ids, draw):
+        return super().forward(x) + 0.1 * random_uniform((3,), seed, sample_ids, draw, Tag.NOISE)
+
+
+def test_the_attack_on_a_classifier_that_draws_has_its_key():
+    x, y, ids = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    attack = strongest(Defense(RT2(4, sigma=0.1), None, Drawn()).eval(), SMALL, random=True)["blind"]
+    adversarial = attack(x, y, ids)
+    assert torch.equal(adversarial[:2], attack(x[:2], y[:2], ids[:2]))
+    assert not torch.equal(adversarial, x)
 
 
 def test_resize_pad_needs_squares():

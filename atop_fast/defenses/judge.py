@@ -17,7 +17,7 @@ from .._core.checks import check_choice, check_integer, check_radius
 from .._core.distributed import process_group
 from ..attacks import PGD, AutoAttack, Model, Square
 from ..data import Dataset
-from ..defense import Defense
+from ..defense import Defense, classifier_alone
 from ..evaluation.evaluate import evaluate, parse_budget
 from ..evaluation.identity import model_identity, probe_images
 from ..evaluation.judge import Judge, judged
@@ -155,7 +155,7 @@ def strongest(model: Model, effort: Effort, random: bool) -> dict[str, Attack]:
 
 def undefended(model: Defense) -> nn.Module:
     """The classifier without transform, purifier, and replaced layers."""
-    return model.classifier.model if isinstance(model.classifier, Replaced) else model.classifier
+    return model.classifier.model if isinstance(model.classifier, Replaced) else classifier_alone(model)
 
 
 def described(model: Model) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._core.flags import holding
 from ..attacks import PGD
-from ..defense import Defense
+from ..defense import Defense, classifier_alone
 from ..ops import attack_loss
 from ..randomness import derive_seed, seed_generators, seeded
 
@@ -93,9 +93,8 @@ class Probe:
         """
         if not isinstance(self.model, Defense):
             return self
-        keyed = getattr(self.model.classifier, "keyed", False)
-        model = Undefended(self.model) if keyed else self.model.classifier
         options: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "steps": self.steps}
+        model = classifier_alone(self.model)
         return Probe(model, self.x, self.y, self.ids, **options, eot_iter=self._eot_iter, total=self.total)
 
     def logits(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Tensor:
@@ -209,18 +208,6 @@ class Probe:
             return dict.fromkeys(sizes, 0.0)
         share = {n: n * signal / (n * signal + variance) for n in sizes}
         return {n: float(s[moving].sqrt().mean()) for n, s in share.items()}
-
-
-class Undefended(Defense):
-    """The classifier of a Defense, with the key that it gets there: a Defense whose images reach it as they are."""
-
-    def __init__(self, defense: Defense) -> None:
-        super().__init__(defense.transform, None, defense.classifier)
-        self.training = defense.training
-
-    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
-        """The images themselves."""
-        return x
 
 
 def difference(a: Tensor, b: Tensor) -> float:
