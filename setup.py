@@ -137,7 +137,7 @@ def native_extensions() -> dict:
 setup(
     packages=[*find_packages(include=["atop_fast*"]), "atop_fast.kernels"],
     package_dir={"atop_fast.kernels": "kernels"},
-    package_data={"atop_fast": ["py.typed", "**/*.html", "**/*.yaml", "weights/*.safetensors"]},
+    package_data={"atop_fast": ["py.typed", "ops/owners.json", "**/*.html", "**/*.yaml", "weights/*.safetensors"]},
     include_package_data=False,
     **native_extensions(),
 )

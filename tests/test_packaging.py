@@ -62,7 +62,7 @@ def test_wheel_holds_the_package(wheel):
     for wanted in ("atop_fast/__init__.py", "atop_fast/py.typed", "atop_fast/kernels/gated.py"):
         assert wanted in names
     for path in ROOT.glob("atop_fast/**/*"):
-        if path.suffix in (".html", ".yaml", ".py"):
+        if path.suffix in (".html", ".json", ".yaml", ".py"):
             assert path.relative_to(ROOT).as_posix() in names
     foreign = [name for name in names if not name.startswith(("atop_fast/", "atop_fast-"))]
     assert not foreign, f"top-level names beside atop_fast: {foreign}"

@@ -15,17 +15,18 @@ from atop_fast.ops import _registry
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from _results import OTHERS, RESULTS
+from owners import OPS
 
 FILES = sorted(path for path in RESULTS.glob("*.json") if path.stem not in OTHERS)
-# The ops whose rows have another name: functions over one op, and one op with several functions.
-OPS = {"random_resize_pad": "resample", "gated_elu": "gated", "gated_elu_bias": "gated", "gated_relu": "gated"}
 
 
-def op_rows(document):
+def op_rows(path):
     """The rows of the ops that the owners have, by op and direction."""
+    document, exceptions = read(path), json.loads(_registry.EXCEPTIONS.read_text())
+    device = path.stem.rpartition("--")[2].partition("-")[0]
+    owners = {**document.get("owners", {}), **exceptions[device]["owners"]}
     for row in document["rows"]:
         op, direction = row["case"].split() if row["suite"] == "ops" else ("", "")
-        owners = document.get("owners", {})
         owner = owners.get(op) or owners.get(OPS.get(op, op))
         if row["ours"] and row["variant"] == owner:
             yield op, direction, row
@@ -70,7 +71,7 @@ def test_other_files_are_refused(tmp_path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_owner_is_not_slower_than_eager(path):
     groups = defaultdict(list)
-    for op, direction, row in op_rows(read(path)):
+    for op, direction, row in op_rows(path):
         groups[op, direction].append(row["ratio"])
         groups[op, direction, row["dtype"]].append(row["ratio"])
     for group, ratios in groups.items():
@@ -79,7 +80,7 @@ def test_owner_is_not_slower_than_eager(path):
 
 def test_every_native_owner_is_measured():
     paths = [path for path in FILES if path.stem.endswith("--cpu")]
-    measured = {OPS.get(op, op) for path in paths for op, _, row in op_rows(read(path)) if row["variant"] == "cpp"}
+    measured = {OPS.get(op, op) for path in paths for op, _, row in op_rows(path) if row["variant"] == "cpp"}
     for name in _registry.OPS:
         # A backward op is measured with its forward op, as direction "both".
         if _registry.owner(name, "cpu") == "cpp":

@@ -1,6 +1,6 @@
 """Tensor ops, each with one specification and several implementations; `_registry` describes how they are chosen."""
 
-from . import _registry, random_bits  # noqa: F401  an op without a function here: it must be defined before load
+from . import _registry, random_bits, square  # noqa: F401  ops without functions here: they must be defined before load
 from .apgd_step_l2 import apgd_step_l2
 from .apgd_step_linf import apgd_step_linf
 from .assemble import assemble

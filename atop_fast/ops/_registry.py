@@ -2,7 +2,8 @@
 
 An op is defined once, in Python, so that it exists regardless of what was compiled. Its reference implementation serves
 every device without a kernel and is also the fake. The C++ and CUDA libraries register their kernels when they are
-loaded; Triton takes the CUDA key of ops that still have no kernel there. From then on, the dispatcher chooses.
+loaded; Triton takes the CUDA key of ops that still have no kernel there. `owners.json` holds the exceptions from this
+order, as measured (benchmarks/owners.py). From then on, the dispatcher chooses.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._core.checks import message
+
 NAMESPACE = "atop_fast"
 BACKENDS = ("eager", "cpp", "triton", "cuda")
+# The backends with kernels for each device, in the order in which they own ops.
+KERNELS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+# The exceptions from this order that were measured.
+EXCEPTIONS = Path(__file__).parent / "owners.json"
 
 # The registrations live as long as this object does.
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -40,6 +48,9 @@ class Op:
 OPS: dict[str, Op] = {}
 # Reasons why backends are missing; filled by `load`.
 MISSING: dict[str, str] = {}
+# The backends that were registered over the dispatcher's own kernel, by op and device, and native kernels below them.
+OVERRIDES: dict[tuple[str, str], str] = {}
+_COVERED: dict[tuple[str, str], Any] = {}
 
 
 def define(
@@ -101,6 +112,23 @@ def load() -> None:
         for name, op in OPS.items():
             if op.launcher and not _has_kernel(name, "CUDA"):
                 LIBRARY.impl(name, op.launcher, "CUDA")
+    document = json.loads(EXCEPTIONS.read_text(encoding="utf-8"))
+    prefer({device: part["owners"] for device, part in document.items()}, LIBRARY)
+
+
+def prefer(owners: Mapping[str, Mapping[str, str]], library: torch.library.Library) -> None:
+    """Give ops the owners {device: {op: backend}} as long as `library` lives; backends that are missing are ignored.
+
+    Raises:
+        ValueError: `owners` names an unknown device, op or backend.
+    """
+    for device, chosen in owners.items():
+        for name, backend in chosen.items():
+            if device not in KERNELS or name not in OPS or backend not in ("eager", *KERNELS[device]):
+                given = f"{backend!r} for {name!r} on {device!r}"
+                raise ValueError(message("atop_fast", EXCEPTIONS.name, "backends by device and op", given))
+            if (device == "cpu" or torch.version.cuda) and _implementation(name, backend):
+                _override(name, backend, device, library)
 
 
 def build_info() -> dict[str, Any] | None:
@@ -122,45 +150,68 @@ def impls(name: str) -> dict[str, Callable[..., Any]]:
     They bypass the dispatcher's choice and autograd. "cpp" takes CPU tensors and "cuda" CUDA tensors; "triton" takes
     CUDA tensors, or CPU tensors in the interpreter (TRITON_INTERPRET=1).
     """
-    found = {"eager": OPS[name].reference}
-    if "cpp" not in MISSING and _has_kernel(name, "CPU"):
-        found["cpp"] = _kernel(name, torch._C.DispatchKey.CPU)
-    launcher = OPS[name].launcher
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if launcher and "triton" not in MISSING and (torch.cuda.is_available() or interpreted):
-        found["triton"] = launcher
-    if owner(name, "cuda") == "cuda" and torch.cuda.is_available():
-        found["cuda"] = _kernel(name, torch._C.DispatchKey.CUDA)
-    return found
+    usable = {"triton": torch.cuda.is_available() or interpreted, "cuda": torch.cuda.is_available()}
+    found = {backend: _implementation(name, backend) for backend in BACKENDS if usable.get(backend, True)}
+    return {backend: function for backend, function in found.items() if function is not None}
 
 
 def owner(name: str, device: str) -> str:
     """The backend that the dispatcher calls for op `name` on `device` ("cpu" or "cuda"), as it reports itself."""
-    key = device.upper()
-    if not _has_kernel(name, key):
+    if (name, device) in OVERRIDES:
+        return OVERRIDES[name, device]
+    if not _has_kernel(name, device.upper()):
         return "eager"
-    entries = torch._C._dispatch_dump(f"{NAMESPACE}::{name}")
-    match = re.search(rf"^{key}: registered at (\S+?):\d+", entries, re.MULTILINE)
-    if match is None or not match[1].endswith(".cpp"):
-        return "triton"
-    return "cpp" if device == "cpu" else "cuda"
+    return KERNELS[device][0] if _is_native(name, device) else "triton"
 
 
 @contextlib.contextmanager
 def owned_by(backend: str, names: Sequence[str], device: str) -> Iterator[None]:
     """Make the dispatcher call `backend` for the ops `names` on `device` in the block; for tests and benchmarks."""
-    if all(owner(name, device) == backend for name in names):
-        yield
-        return
-    library = torch.library.Library(NAMESPACE, "IMPL")
+    library, before = torch.library.Library(NAMESPACE, "IMPL"), OVERRIDES.copy()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about replaced kernels, which is the intention here
-            for name in names:
-                library.impl(name, impls(name)[backend], device.upper(), allow_override=True)
+        for name in names:
+            _override(name, backend, device, library)
         yield
     finally:
         library._destroy()
+        OVERRIDES.clear()
+        OVERRIDES.update(before)
+
+
+def _override(name: str, backend: str, device: str, library: torch.library.Library) -> None:
+    """Register a backend over the dispatcher's kernel, unless it owns the op."""
+    if owner(name, device) == backend:
+        return
+    function = _implementation(name, backend)
+    if function is None:
+        raise ValueError(message("atop_fast", "backend", f"one that implements {name}", backend))
+    if _is_native(name, device) and (name, device) not in OVERRIDES:
+        _COVERED[name, device] = torch.library.get_kernel(OPS[name].overload, device.upper())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about replaced kernels, which is the intention here
+        library.impl(name, function, device.upper(), allow_override=True)
+    OVERRIDES[name, device] = backend
+
+
+def _implementation(name: str, backend: str) -> Callable[..., Any] | None:
+    """A backend's implementation of an op, or None if there is none in this installation."""
+    if backend == "eager":
+        return OPS[name].reference
+    if backend in MISSING:
+        return None
+    if backend == "triton":
+        return OPS[name].launcher
+    device = "cpu" if backend == "cpp" else "cuda"
+    return functools.partial(_call_native, name, device) if _is_native(name, device) else None
+
+
+def _call_native(name: str, device: str, *arguments: Any) -> Any:
+    """Call the native kernel, whatever was registered over it."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+    if (name, device) in OVERRIDES:
+        return _COVERED[name, device].call_boxed(keys, *arguments)
+    return OPS[name].overload.redispatch(keys, *arguments)
 
 
 def _load_library(backend: str, file: str, absent: str) -> None:
@@ -178,5 +229,7 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
-def _kernel(name: str, key: Any) -> Callable[..., Any]:
-    return functools.partial(OPS[name].overload.redispatch, torch._C.DispatchKeySet(key))
+def _is_native(name: str, device: str) -> bool:
+    """Whether a native library has registered a kernel, be it the one that the dispatcher calls or one below it."""
+    entries = torch._C._dispatch_dump(f"{NAMESPACE}::{name}")
+    return bool(re.search(rf"^{device.upper()}(?: \(inactive\))?: registered at \S+\.cpp:\d+", entries, re.MULTILINE))
