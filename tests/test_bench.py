@@ -16,6 +16,7 @@ from atop_fast.bench.harness import Case, Options, Roofline, measure, time_in_tu
 from atop_fast.bench.models import defense
 from atop_fast.bench.plot import comparisons, draw_ratios, draw_scaling
 from atop_fast.cli import main
+from atop_fast.ops import _registry
 
 # The peers emit warnings of their own on import and in use.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -165,6 +166,43 @@ def test_op_cases_of_a_quick_run_have_distinct_names_and_no_compile():
     cases = list(islice(ops.cases(Options(quick=True)), 2))
     assert len({case.name for case in cases}) == 2
     assert all("compile" not in case.run and case.ours for case in cases)
+
+
+@pytest.mark.skipif("cpp" in _registry.MISSING, reason="no native build")
+def test_a_variant_of_another_backend_is_timed_with_that_owner():
+    seen = []
+    function = lambda: seen.append(_registry.owner("gated", "cpu"))  # noqa: E731
+    assert harness.by_backend("gated", "cpu", function) == {"cpp": function}
+    with _registry.owned_by("eager", ["gated"], "cpu"):
+        variants = harness.by_backend("gated", "cpu", function)
+        assert list(variants) == ["cpp"]
+        time_in_turns({"ours": function, **variants}, "cpu", 0.0, rounds=2)
+        assert seen == ["eager", "cpp"] * 2
+        variants["cpp"]()
+    assert seen[-1] == "cpp"
+
+
+def test_cases_of_a_gpu_have_no_kernel_of_the_cpu(monkeypatch):
+    """C++ given memory of a GPU would end the process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in _registry.OPS:
+        assert set(ops._impls(name, "cuda")) <= {"cuda", "triton"}
+        assert set(harness.by_backend(name, "cuda", lambda: None)) <= {"cuda", "triton"}
+
+
+def test_a_quick_run_on_a_gpu_has_large_cases_and_replays(monkeypatch):
+    sizes = [("a", 10), ("a", 40), ("a", 160), ("b", 99), ("a", 300), ("b", 100)]
+
+    def all_cases(device, quick):
+        for name, nbytes in sizes:
+            case = Case("ops", name, str(nbytes), "float32", {"eager": int, "triton": int}, ["triton"], nbytes)
+            yield from (case, replace(case, dtype="bfloat16"))
+
+    monkeypatch.setattr(ops, "all_cases", all_cases)
+    for device, expected in (("cuda", ["10", "160", "99"]), ("cpu", ["10", "99"])):
+        found = list(ops.cases(Options(device, quick=True)))
+        assert [case.shape for case in found] == expected
+        assert all(case.replays and case.dtype == "float32" for case in found)
 
 
 def test_command_writes_results_and_pictures(monkeypatch, tmp_path, capsys):

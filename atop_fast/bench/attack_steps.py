@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import ops
-from ..ops import _registry
-from .harness import Case, no_judge, same_as_baseline
+from .harness import Case, by_backend, no_judge, same_as_baseline
 
 SHAPES = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))
 DRAWS = 8
@@ -26,7 +25,7 @@ NUMBERS = {
 
 
 def step_cases(device: str) -> Iterator[Case]:
-    """All cases; ours is the public function, in the backend that the dispatcher calls."""
+    """All cases; ours is the public function, in every backend that has a kernel."""
     for name in NUMBERS:
         if name == "pgd_step_linf":
             # ops.py measures the step of one draw, in every backend.
@@ -49,12 +48,12 @@ def _case(name: str, device: str, shape: tuple[int, ...], draws: int = 0) -> Cas
     # The package exports the function under the name of its module.
     formula = importlib.import_module(f"atop_fast.ops.{name}").formula
     eager, ours = (functools.partial(f, *tensors, *NUMBERS[name]) for f in (formula, getattr(ops, name)))
-    run = {"eager": eager, _registry.owner(name, device): ours, "compile": torch.compile(eager)}
+    mine = by_backend(name, device, ours)
+    run = {"eager": eager, **mine, "compile": torch.compile(eager)}
     nbytes = sum(t.nbytes for t in tensors) + x.nbytes
     text = "x".join(map(str, shape)) + (f", {draws} draws" if draws else "")
-    owner = [_registry.owner(name, device)]
-    judge = same_as_baseline(owner, 1e-6)
-    return Case("ops", f"{name} forward", text, "float32", run, owner, nbytes, judge=judge)
+    judge = same_as_baseline(list(mine), 1e-6)
+    return Case("ops", f"{name} forward", text, "float32", run, list(mine), nbytes, judge=judge)
 
 
 def _in_place_case(name: str, device: str, shape: tuple[int, ...]) -> Case:
@@ -67,11 +66,11 @@ def _in_place_case(name: str, device: str, shape: tuple[int, ...]) -> Case:
         return x.copy_(formula(x, grad, x0, *numbers))
 
     ours = functools.partial(getattr(ops, f"{name}_"), moved, grad, x0, *numbers)
-    run = {"eager": eager, _registry.owner(f"{name}_", device): ours, "compile": torch.compile(eager)}
+    mine = by_backend(f"{name}_", device, ours)
+    run = {"eager": eager, **mine, "compile": torch.compile(eager)}
     # No check, because that would move the images; the tests compare it, and it shares the code of the other variant.
     text = "x".join(map(str, shape))
-    owner = [_registry.owner(f"{name}_", device)]
-    return Case("ops", f"{name}_ forward", text, "float32", run, owner, 4 * x.nbytes, judge=no_judge)
+    return Case("ops", f"{name}_ forward", text, "float32", run, list(mine), 4 * x.nbytes, judge=no_judge)
 
 
 def _images(shape: tuple[int, ...], device: str) -> list[torch.Tensor]:

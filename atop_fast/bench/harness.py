@@ -6,6 +6,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._core.precision import is_fast
 from .._core.waits import watched
+from ..ops import _registry
 
 Function = Callable[[], Any]
 # A judge's result for each variant: "difference", "accuracy" and "agree", as far as they apply.
@@ -97,6 +99,31 @@ class Case:
     replays: bool = False
 
 
+def owned(backend: str, device: str) -> AbstractContextManager[None]:
+    """A block in which a backend owns all ops that it implements."""
+    return _registry.owned_by(backend, [name for name in _registry.OPS if backend in _registry.impls(name)], device)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A function to be run while `backend` owns the ops; the change of owners is not timed."""
+
+    function: Function
+    backend: str
+    device: str
+
+    def __call__(self) -> Any:
+        with owned(self.backend, self.device):
+            return self.function()
+
+
+def by_backend(op: str, device: str, function: Function) -> dict[str, Function]:
+    """A function over an op, in each backend that has a kernel of it for the device."""
+    owner, found = _registry.owner(op, device), _registry.impls(op)
+    backends = [backend for backend in _registry.KERNELS[device] if backend in found]
+    return {backend: function if backend == owner else Owned(function, backend, device) for backend in backends}
+
+
 class Roofline:
     """The maximum rates of a device, measured in the same run."""
 
@@ -170,6 +197,9 @@ def time_in_turns(
 
 
 def _seconds_of(function: Function, calls: int, device: str) -> float:
+    if isinstance(function, Owned):
+        with owned(function.backend, function.device):
+            return _seconds_of(function.function, calls, device)
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -186,6 +216,9 @@ def _seconds_of(function: Function, calls: int, device: str) -> float:
 
 def as_graph(function: Function) -> Function:
     """Capture CALLS calls of a warm function in one CUDA graph; a RuntimeError explains why it cannot be captured."""
+    if isinstance(function, Owned):
+        with owned(function.backend, function.device):
+            return as_graph(function.function)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._core.precision import is_fast
 from ..ops import _registry, gated
 from . import attack_losses, attack_ops, attack_steps, transforms
-from .harness import Case, Function, Options, flops, no_judge, same_as_baseline
+from .harness import Case, Function, Options, by_backend, flops, no_judge, same_as_baseline
 
 # The package exports each function under the name of its module.
 contextual_attention = importlib.import_module("atop_fast.ops.contextual_attention")
@@ -30,6 +30,8 @@ CONVOLUTIONS = ((64, 64, 64, 32), (64, 128, 128, 16), (64, 256, 256, 8), (64, 51
 UPSAMPLINGS = ((8, 96, 64), (8, 48, 128))
 # Cases in which torch.compile is the main peer, or a target of docs/transforms.md: it runs in all shapes and types.
 COMPILED = ("gated_elu forward", "gated_elu both", "corrupt forward", "corrupt both", "random_normal forward")
+# A quick run on a GPU takes a second case of the same name only if it moves as many times the bytes.
+LARGER = 16
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -42,10 +44,10 @@ def pgd_cases(device: str, quick: bool) -> Iterator[Case]:
         x = (x0 + 0.02 * torch.randn_like(x0)).clamp(0, 1)
         nbytes = 4 * x.nbytes
         formula = functools.partial(pgd_step_linf.formula, x, grad, x0, *NUMBERS)
-        run = {name: functools.partial(f, x, grad, x0, *NUMBERS) for name, f in _impls("pgd_step_linf").items()}
+        run = {name: functools.partial(f, x, grad, x0, *NUMBERS) for name, f in _impls("pgd_step_linf", device).items()}
         yield _case("pgd_step_linf", "forward", x, "nchw", nbytes, formula, run, tolerance=0)
         moved = x.clone()
-        in_place = {name: _in_place(f, moved, grad, x0) for name, f in _impls("pgd_step_linf_").items()}
+        in_place = {name: _in_place(f, moved, grad, x0) for name, f in _impls("pgd_step_linf_", device).items()}
 
         def formula_in_place(x: Tensor = moved, grad: Tensor = grad, x0: Tensor = x0) -> Tensor:
             return x.copy_(pgd_step_linf.formula(x, grad, x0, *NUMBERS))
@@ -72,7 +74,7 @@ def _gated_cases(name: str, device: str, shape: Sequence[int], dtype: torch.dtyp
     bias = torch.randn(shape[1], device=device) if name.endswith("bias") else None
     rest = (bias, gated.RELU if "relu" in name else gated.ELU)
     formula = functools.partial(gated.formula, h, *rest)
-    forward = {backend: functools.partial(f, h, *rest) for backend, f in _impls("gated").items()}
+    forward = {backend: functools.partial(f, h, *rest) for backend, f in _impls("gated", device).items()}
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
     yield _case(name, "forward", h, layout, h.nbytes * 3 // 2, formula, forward, tolerance)
     dy = torch.randn_like(formula())
@@ -89,7 +91,9 @@ def conv3x3_cases(device: str, quick: bool) -> Iterator[Case]:
         x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last)
         weight, bias = torch.randn(outputs, channels, 3, 3) / (9 * channels) ** 0.5, torch.randn(outputs)
         prepared = [conv3x3.OP_PREPARE(weight, transposed) for transposed in (False, True)]
-        forward = {name: functools.partial(f, x, weight, bias, *prepared, 1) for name, f in _impls("conv3x3").items()}
+        forward = {
+            name: functools.partial(f, x, weight, bias, *prepared, 1) for name, f in _impls("conv3x3", device).items()
+        }
         formula = functools.partial(conv3x3.formula, x, weight, bias, 1)
         dy = torch.randn_like(formula())
         nbytes = x.nbytes + dy.nbytes + weight.nbytes
@@ -109,7 +113,7 @@ def conv3x3_cases(device: str, quick: bool) -> Iterator[Case]:
         both = {_registry.owner("conv3x3", device): mine}
         yield _case("conv3x3_bwd_weight", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-3, products=True)
         formula = functools.partial(conv3x3.reference_prepare, weight, False)
-        run = {name: functools.partial(f, weight, False) for name, f in _impls("conv3x3_prepare").items()}
+        run = {name: functools.partial(f, weight, False) for name, f in _impls("conv3x3_prepare", device).items()}
         yield _case("conv3x3_prepare", "forward", weight, "nchw", 5 * weight.nbytes, formula, run, tolerance=1e-6)
 
 
@@ -144,7 +148,10 @@ def attention_cases(device: str) -> Iterator[Case]:
         blocks = (torch.rand(8, 1, 8, 8, device=device) < 0.25).float()
         valid = contextual_attention._valid(blocks.repeat_interleave(32, 2).repeat_interleave(32, 3), features)
         name = "contextual_attention"
-        run = {backend: functools.partial(f, features, valid) for backend, f in _impls("contextual_attention").items()}
+        run = {
+            backend: functools.partial(f, features, valid)
+            for backend, f in _impls("contextual_attention", device).items()
+        }
         formula = functools.partial(contextual_attention.formula, features, valid)
         yield _case(name, "forward", features, layout, 2 * features.nbytes, formula, run, tolerance=1e-3, products=True)
         dy = torch.randn_like(features)
@@ -156,7 +163,7 @@ def attention_cases(device: str) -> Iterator[Case]:
             return contextual_attention.OP(leaf, valid)
 
         formula, mine = (functools.partial(_autograd_pass, f, features, dy) for f in (plain, ours))
-        both = {_registry.owner("contextual_attention", device): mine}
+        both = by_backend(name, device, mine)
         yield _case(name, "both", features, layout, 5 * features.nbytes, formula, both, tolerance=1e-3, products=True)
 
 
@@ -166,14 +173,14 @@ def bits_cases(device: str) -> Iterator[Case]:
         x = torch.empty(shape, device=device)
         seed, ids = torch.full((), 5, device=device), torch.arange(len(x), device=device)
         key = (seed, ids, seed, 3, x[0].numel())
-        run = {name: functools.partial(f, *key) for name, f in _impls("random_bits").items()}
+        run = {name: functools.partial(f, *key) for name, f in _impls("random_bits", device).items()}
         formula = functools.partial(random_bits.reference, *key)
         yield _case("random_bits", "forward", x, "nchw", 2 * x.nbytes, formula, run, tolerance=0)
 
 
-def _impls(name: str) -> dict[str, Callable[..., Any]]:
-    """The native implementations; the reference is checked by the tests, the formula is the baseline here."""
-    return {backend: f for backend, f in _registry.impls(name).items() if backend != "eager"}
+def _impls(name: str, device: str) -> dict[str, Callable[..., Any]]:
+    """The kernels of a device; the reference is checked by the tests, the formula is the baseline here."""
+    return {backend: f for backend, f in _registry.impls(name).items() if backend in _registry.KERNELS[device]}
 
 
 def _in_place(function: Callable[..., None], x: Tensor, grad: Tensor, x0: Tensor) -> Callable[[], Tensor]:
@@ -251,7 +258,6 @@ def _case(
         nbytes,
         flops(formula) if products else 0,
         judge=judge,
-        replays=True,
     )
 
 
@@ -272,16 +278,22 @@ def all_cases(device: str, quick: bool) -> Iterator[Case]:
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """All cases, with torch.compile in each name's first one in float32 and in COMPILED; quick: those alone."""
-    seen = set()
-    for case in all_cases(options.device, options.quick):
-        first = case.dtype == "float32" and case.name not in seen
-        if first:
-            seen.add(case.name)
-        if set(case.ours) <= {"eager"} or (options.quick and not first):
+    """All cases, with torch.compile in each name's first one in float32 and in COMPILED.
+
+    quick: each name's first one alone, and on a GPU, where kernels compete, larger ones; no torch.compile.
+    """
+    on_gpu = options.device == "cuda"
+    sizes: dict[str, int] = {}
+    for case in all_cases(options.device, options.quick and not on_gpu):
+        single = case.dtype == "float32"
+        first = single and case.name not in sizes
+        larger = single and on_gpu and case.nbytes >= LARGER * sizes.get(case.name, case.nbytes)
+        if first or larger:
+            sizes[case.name] = case.nbytes
+        if set(case.ours) <= {"eager"} or (options.quick and not (first or larger)):
             continue
         if options.quick or not (first or options.compile_all or case.name in COMPILED):
             case = replace(case, run={name: run for name, run in case.run.items() if name != "compile"})
         # Reset for each case: otherwise a second shape would cause a dynamic graph.
         torch._dynamo.reset()
-        yield case
+        yield replace(case, replays=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import _registry
-from .harness import Case, Quality
+from .harness import Case, Quality, by_backend, owned
 
 # Functions that are not ops, and the op on which they are based.
 OPS = {"random_resize_pad": "resample"}
@@ -81,7 +81,7 @@ def plain_resize_pad(x: Tensor, low: int, high: int) -> Tensor:
 
 
 def transform_cases(device: str) -> Iterator[Case]:
-    """All cases; ours is the public function, in the backend that the dispatcher calls."""
+    """All cases; ours is the public function, in every backend that has a kernel."""
     for make in (_corrupt_cases, _normal_cases, _mask_cases, _assemble_cases, _resize_cases, _place_cases):
         yield from make(device)
 
@@ -177,21 +177,26 @@ def _case(
     both: bool,
 ) -> Case:
     """A case whose functions take `x`; `both` adds the backward pass, by autograd for everyone."""
-    owner = _registry.owner(OPS.get(op, op), x.device.type)
-    functions = {**peers, "compile": torch.compile(peers["eager"]), owner: ours}
+    device = x.device.type
+    functions = {**peers, "compile": torch.compile(peers["eager"]), "ours": ours}
     if both:
         dy = torch.randn_like(ours(x))
         functions = {name: functools.partial(_autograd_pass, f, dy=dy) for name, f in functions.items()}
     shape = "x".join(map(str, x.shape)) + (f" to {size[0]}x{size[1]}" if size else "")
     run = {name: functools.partial(f, x) for name, f in functions.items()}
+    mine = by_backend(OPS.get(op, op), device, run.pop("ours"))
     dtype = str(x.dtype).removeprefix("torch.")
 
     def judge(outputs: dict[str, Any]) -> Quality:
         # The peers draw other random numbers, so their results cannot be compared.
-        return {owner: {"difference": check(x, ours, both)}}
+        found = {}
+        for name in mine:
+            with owned(name, device):
+                found[name] = {"difference": check(x, ours, both)}
+        return found
 
     name = f"{op} {'both' if both else 'forward'}"
-    return Case("ops", name, shape, dtype, run, [owner], nbytes, judge=judge)
+    return Case("ops", name, shape, dtype, {**run, **mine}, list(mine), nbytes, judge=judge)
 
 
 def check(x: Tensor, ours: Function, both: bool) -> float:
