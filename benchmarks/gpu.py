@@ -189,6 +189,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(folder / "results.tar.gz", "w:gz") as archive:
             archive.add(self.state, "parts")
+            for path in self.state.glob("*.rows"):
+                archive.add(path, f"results/{path.stem}--{'cpu' if self.arguments.rehearse else 'cuda'}.json")
             for path in (self.out / "train").glob("*.json*"):
                 archive.add(path, f"train/{path.name}")
         shutil.copy(self.out / "summary.txt", folder)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import types
 from pathlib import Path
@@ -59,9 +60,10 @@ def driver(gpu, monkeypatch, tmp_path):
             needed = (takes or {}).get(name, 1)
             begun.append((name, seconds))
             now[0] += min(needed, seconds)
-            Path(next(w for w in command if w.startswith("--numbers=")).partition("=")[2]).write_text(
-                '{"summary": ["!"]}'
-            )
+            numbers = Path(next(w for w in command if w.startswith("--numbers=")).partition("=")[2])
+            numbers.write_text('{"summary": ["!"]}')
+            if name == "ops":
+                numbers.with_suffix(".rows").write_text("measured")
             return None if needed > seconds else (ends or {}).get(name, 0)
 
         monkeypatch.setattr(gpu, "limited", limited)
@@ -81,7 +83,9 @@ def test_parts_run_in_order_and_once(gpu, driver, tmp_path):
     lines = (tmp_path / "pack" / "summary.txt").read_text().splitlines()
     assert len(lines) <= gpu.SUMMARY_LINES
     assert sum(" ok, 1" in line for line in lines) == len(gpu.PARTS)
-    assert (tmp_path / "pack" / "results.tar.gz").stat().st_size > 100
+    with tarfile.open(tmp_path / "pack" / "results.tar.gz") as archive:
+        assert archive.extractfile("results/ops--cuda.json").read() == b"measured"
+        assert {f"parts/{part.name}.json" for part in gpu.PARTS} < set(archive.getnames())
     assert driver() == (0, [])
 
 
