@@ -30,6 +30,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if HAS_GPU:
     for place in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
         place.fp32_precision = "ieee"
+    # poisoned_memory asks for deterministic algorithms, without which cuBLAS refuses to multiply.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Several workers (pytest -n) share the processors. Tests that depend on threads set their number themselves.
 if (WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
