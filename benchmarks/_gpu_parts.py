@@ -237,8 +237,12 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
                 work()
                 row["eager_ms"] = 1e3 * min(time_in_turns({"": work}, device, 0.3, 3)[""]) / count
                 if device == "cuda":
-                    replay = as_graph(work)
-                    row["replayed_ms"] = 1e3 * min(time_in_turns({"": replay}, device, 0.3, 3)[""]) / count / CALLS
+                    # What cannot be captured must not cost the other rows.
+                    try:
+                        replay = as_graph(work)
+                        row["replayed_ms"] = 1e3 * min(time_in_turns({"": replay}, device, 0.3, 3)[""]) / count / CALLS
+                    except RuntimeError as error:
+                        row["not replayed"] = str(error).partition("\n")[0]
             rows.append(row)
             write(options, {"pgd": rows, "summary": [f"PGD step: {row}" for row in rows[-2:]]})
     if not options.tiny:
@@ -266,9 +270,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, Any] = {"precision": "float32" if options.device == "cpu" else "bfloat16"}
     smoke = options.out / "parts" / "smoke.json"
     failed = json.loads(smoke.read_text()).get("tests", {}).get("names", []) if smoke.exists() else []
-    if any("test_replays" in name for name in failed):
+    if any("test_cuda_graphs_are" in name for name in failed):
         os.environ["ATOP_FAST_GRAPHS"] = "updates"
-    if any("test_capture" in name for name in failed):
+    if any("test_a_cuda_graph_is" in name for name in failed):
         # Without graphs, small batches wait for the host.
         changes |= {"graphs": False, "batch_size": 256}
     recipe = replace(
