@@ -218,6 +218,7 @@ def test_networks_are_halved_until_enough_fits(seconds, faster, halvings):
     assert chosen.trainings["finetune"][1] == 1.0 / faster**halvings
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_with_smaller_networks_resumes_and_is_repeated(tiny, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(budget.Budget, "limit", lambda *_: 600.0)

@@ -136,7 +136,10 @@ CASES = [
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_steps_of_attacks(name, norm, monkeypatch):
     options = {} if name == "StAdv" else {"norm": norm, "eps": 0.5}
-    attack, (x, y) = getattr(attacks, name)(defense(), **options), batch()
+    # The tests of gradients and updates have a purifier.
+    with META:
+        classifier = build_classifier("small_cnn", channels=3, classes=10)
+    attack, (x, y) = getattr(attacks, name)(Defense(RT2(4, sigma=0.1), None, classifier.eval()), **options), batch()
     ids = torch.zeros_like(y)
     for context in (contextlib.nullcontext(), detected(monkeypatch)):
         with attack.prepared() as estimator, context:

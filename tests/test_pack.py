@@ -77,6 +77,7 @@ def test_an_archive_is_evaluated_as_the_run_was(tiny, capsys, tmp_path):  # noqa
     assert not {"norm", "eps"} & kept.keys()
 
 
+@pytest.mark.slow
 def test_a_run_says_how_to_repeat_it(tiny, capsys):  # noqa: F811
     main(["train", "tiny.yaml", "--out=run", *SHORT, "--seed=3"])
     header = json.loads(Path("run/run.json").read_text())

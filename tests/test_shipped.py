@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atop_fast import evaluate, list_defenses, load_defense
+from atop_fast import PGD, evaluate, list_defenses, load_defense
 from atop_fast.checkpoints import find_defense
 
 DATA = Path(__file__).parent / "data"
@@ -45,5 +45,7 @@ def test_images_of_foolbox_are_evaluated_in_three_lines():
     defense = load_defense("cifar10-rt2")
     model = foolbox.PyTorchModel(defense, bounds=(0, 1), device="cpu")
     images, labels = foolbox.utils.samples(model, dataset="cifar10", batchsize=4)
-    report = evaluate(defense, images, labels.long(), draws=2, selection_draws=2, diagnostics=(), progress=False)
+    attacks = {"pgd": PGD(defense, steps=3, eot_iter=2)}
+    options = {"attacks": attacks, "draws": 2, "selection_draws": 2, "diagnostics": (), "progress": False}
+    report = evaluate(defense, images, labels.long(), **options)
     assert report.robust.mean <= report.clean.mean

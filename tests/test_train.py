@@ -202,6 +202,7 @@ def test_a_run_from_images_to_a_report_and_on(tiny, capsys):
     assert Path("run/report.json").read_text() == text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
     """--until ends it after a stage; a later one goes on; the ablation is a fine-tuning that differs in the attack."""
@@ -243,6 +244,7 @@ def test_a_run_in_stages_ends_with_the_report_of_one(tiny, capsys):
     assert all(torch.equal(value, other[key]) for key, value in blind.items())
 
 
+@pytest.mark.slow
 def test_a_given_purifier_is_fine_tuned(tiny, capsys):
     """From the files of another run, to the bits of that; under another transform it is refused."""
     main(["train", "tiny.yaml", "--out=one", "--until=finetune"])
@@ -259,6 +261,7 @@ def test_a_given_purifier_is_fine_tuned(tiny, capsys):
     assert not Path("three").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_adversarially(tiny):
     recipe = brief(load_recipe("tiny.yaml"))
@@ -277,6 +280,7 @@ def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_
     assert losses[1] > losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "key"])
 def test_a_given_classifier_is_taken_as_it_is(tiny, kind):

@@ -144,12 +144,20 @@ def test_every_attack_takes_double_precision(name, norm):
     assert ((found - other).abs() > 1e-3).double().mean() < 0.05
 
 
+transforms = pytest.mark.parametrize("transform", [RT1(2), RT2(2), RT3(2)], ids=["RT1", "RT2", "RT3"])
+
+
 @pytest.mark.parametrize("gradient", ["exact", "checkpointed", "bpda", "blind"])
-@pytest.mark.parametrize("transform", [RT1(2), RT2(2), RT3(2)], ids=["RT1", "RT2", "RT3"])
-def test_a_defense_in_double_precision_is_attacked_and_evaluated(transform, gradient):
+@transforms
+def test_a_defense_in_double_precision_is_attacked(transform, gradient):
     defense = Defense(transform, build_purifier("unet", channels=1, width=4), network()).double()
     found = PGD(defense, steps=2, eot_iter=2, gradient=gradient)(X.double(), labels(network()))
     assert found.dtype == torch.float64
+
+
+@transforms
+def test_a_defense_in_double_precision_is_evaluated(transform):
+    defense = Defense(transform, build_purifier("unet", channels=1, width=4), network()).double()
     report = evaluate(defense, X.double(), labels(network()), draws=2, selection_draws=2, **QUIET)
     assert report.robust.images == COUNT
 

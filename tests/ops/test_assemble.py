@@ -139,6 +139,7 @@ def test_opcheck(backend, layout, requires_grad):
             harness.opcheck(spec_module.OP_BWD, (purified.detach()[:2], blocks, patch, copies), dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", harness.COMPILERS)
 def test_compiles(compiler):
     def call(purified, blocks):

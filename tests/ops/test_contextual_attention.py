@@ -299,6 +299,7 @@ def test_bits_depend_on_nothing_else():
         harness.same_bits(d, results[0][1])
 
 
+@pytest.mark.slow
 def test_compiles():
     # All sizes of the first sample differ: torch.compile takes equal ones for one size.
     samples = [sample((n, 4, 6, 4), torch.float32) for n in (5, 7)]

@@ -315,9 +315,8 @@ def test_opcheck_bwd(backend, layout):
     opcheck(backend, layout == "channels_last", "corrupt_bwd", dy, passes, owners, 1, 2, torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("size", "recompute"), [(None, False), pytest.param((4, 8), True, marks=pytest.mark.slow)], ids=["plain", "resized"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "recompute"), [(None, False), ((4, 8), True)], ids=["plain", "resized"])
 def test_compiles_with_its_gradient(size, recompute):
     def call(x, sigma, seed, ids, draws):
         keys = {"seed": seed, "sample_ids": ids, "draw": draws}

@@ -162,6 +162,7 @@ def test_opcheck_in_place(backend, layout):
         harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS))
 
 
+@pytest.mark.slow
 def test_compiles():
     harness.check_compiled(SPEC, harness.backends(), [STEP.sample((n, 3, 8, 8), torch.float32) for n in (2, 5)])
 

@@ -123,6 +123,7 @@ def test_opcheck_in_place(backend, layout):
         harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS), dynamic=layout == "channels_last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "compiler"), harness.compilers_of(*STEPS))
 def test_compiles(step, compiler):
     def call(x, *rest):

@@ -211,6 +211,7 @@ def test_opcheck(backend, layout, requires_grad):
             harness.opcheck(torch.ops.atop_fast.resize_bwd.default, (x, (3, 7), False), dynamic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["resize", "pad"])
 def test_compiles(call):
     function = {
