@@ -130,7 +130,7 @@ MUTATIONS = [
     ),
     *_of(
         "convolutions", "frozen_conv",
-        ("weights one place off", "atop_fast/ops/frozen_conv.py", "(reach - k) // stride", "(reach - k + 1) // stride"),
+        ("weights one place off", "atop_fast/ops/frozen_conv.py", "(reach - k) // stride", "(reach - k) // stride + 1"),
     ),
     *_of(
         "convolutions", "upsample_conv3x3",
