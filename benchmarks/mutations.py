@@ -64,8 +64,8 @@ MUTATIONS = [
     ),
     *_of(
         "attack losses", "attack_loss",
-        ("ties go to the larger class", "csrc/math/attack_loss.h", "(v == value[i] && j < index[i])",
-         "(v == value[i] && j > index[i])"),
+        ("ties go to the larger class", "csrc/cpu/attack_loss.cpp", "z[l] > value[i][l], above = i > 0 && z[l] > value",
+         "z[l] >= value[i][l], above = i > 0 && z[l] >= value"),
         ("gradient of the label's logit of wrong sign", "atop_fast/ops/attack_loss.py", "-others / total",
          "others / total"),
     ),
