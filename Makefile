@@ -28,7 +28,7 @@ $(VENV)/.python:
 
 $(VENV)/.stack: $(VENV)/.python $(CONSTRAINTS)
 	@echo "==> $(VENV): torch and the build tools (about 3 GB once)"
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools wheel ninja pybind11 torch torchvision
+	$(BIN)/python -m pip install --quiet --no-compile -c $(CONSTRAINTS) setuptools wheel ninja pybind11 torch torchvision
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.stack setup.py $(NATIVE)
@@ -41,7 +41,7 @@ $(VENV)/.native: $(VENV)/.stack setup.py $(NATIVE)
 # It waits for the package index most of the time, so that `make -j2` has it beside the compiler.
 $(VENV)/.packages: $(VENV)/.stack setup.py pyproject.toml
 	@echo "==> $(VENV): atop_fast and what it and its tests need"
-	ATOP_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,track,test,lint,bench]'
+	ATOP_FAST_BUILD=none $(BIN)/python -m pip install --quiet --no-compile --no-build-isolation -c $(CONSTRAINTS) -e '.[vision,demo,track,test,lint,bench]'
 	@touch $@
 
 $(STAMP): $(VENV)/.native $(VENV)/.packages
@@ -99,7 +99,7 @@ docs: $(VENV)-docs/.installed ## the documentation site, every warning an error:
 # neither torch nor the package.
 $(VENV)-docs/.installed: constraints-docs.txt
 	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python -m pip install --quiet -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	$(VENV)-docs/bin/python -m pip install --quiet --no-compile -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 dist: $(VENV)/.stack ## a wheel in dist/, with CUDA for TORCH_CUDA_ARCH_LIST (all architectures if unset)
