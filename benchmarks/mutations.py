@@ -130,7 +130,8 @@ MUTATIONS = [
     ),
     *_of(
         "convolutions", "frozen_conv",
-        ("weights one place off", "atop_fast/ops/frozen_conv.py", "(reach - k) // stride", "(reach - k) // stride + 1"),
+        ("rows and columns change places", "atop_fast/ops/frozen_conv.py", "i - top, j - left] = weight[:, :, k, n]",
+         "i - top, j - left] = weight[:, :, n, k]"),
     ),
     *_of(
         "convolutions", "upsample_conv3x3",
