@@ -339,6 +339,7 @@ def test_equal_seeds_of_the_demo_give_equal_reports(tmp_path):
     assert first == second != other
 
 
+@pytest.mark.slow
 def test_demo_report(tmp_path, capsys):
     """The report has the promised form."""
     report = json.loads(demo(tmp_path / "a", 3))

@@ -173,6 +173,7 @@ def test_checkpointing_and_compiling_change_nothing(build, monkeypatch):
         torch.testing.assert_close(torch.autograd.grad(module(z).square().sum(), list(net.parameters())), expected)
 
 
+@pytest.mark.slow
 def test_autoencoder_learns_to_restore_masked_patches(monkeypatch):
     """Waves of random direction and phase: masked pixels come out better than as gray or as the mean image."""
 

@@ -109,6 +109,7 @@ def test_finds_what_it_is_for_inside_of_the_ball(norm):
     assert int(right(model, adversarial).sum()) < 0.9 * int(right(model, X).sum())
 
 
+@pytest.mark.slow
 def test_leaves_fewer_than_apgd_on_the_cross_entropy_with_as_many_passes():
     """On an adversarially trained network, with the 100 steps that PMA has by default."""
     model, data = models.robust_mnist(), models.mnist()

@@ -81,6 +81,7 @@ def test_loss_never_falls_and_done_rows_do_not_change(norm, digits):
     assert torch.equal(state["best"], attack(x, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_fools_as_many_as_the_original(norm, digits):
     square = pytest.importorskip("pyautoattack.square")

@@ -317,6 +317,7 @@ def test_a_package_builds_the_given_classifier_and_the_run_keeps_its_normalizati
         torch.testing.assert_close(load_model("run/classifier.safetensors")(x), network((x - mean) / std))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
 def test_a_published_recipe_runs_in_small(tiny, monkeypatch):
     """DeepFillV2 with few channels, at 32x32 pixels, to which the defense resizes the images."""
