@@ -85,6 +85,23 @@ def load(document: dict[str, Any]) -> str:
     return _table(memory) + "\n\n" + _table([{key: row.get(key, "") for key in keys} for row in equal])
 
 
+def mutations(document: dict[str, Any]) -> str:
+    """Deliberate mistakes in ops, and the first test that fails because of each."""
+    rows = document["rows"]
+    cells = [
+        {
+            "op family": row["family"],
+            "mistake": row["mistake"],
+            "in": f"`{row['file']}` ({row['layer']})",
+            "fast tier": row["outcome"],
+            "first failure": f"`{row['test'].partition('::')[2] or row['test']}`" if row["test"] else "",
+        }
+        for row in sorted(rows, key=lambda row: row["family"])
+    ]
+    caught = sum(row["outcome"] == "caught" for row in rows)
+    return f"{len(rows)} mutations, {caught} of them caught:\n\n{_table(cells)}\n\n`{document['command']}`"
+
+
 def _table(rows: Rows) -> str:
     lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(map(_cell, row.values())) + " |" for row in rows)])

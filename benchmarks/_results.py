@@ -21,6 +21,7 @@ OTHERS = (
     "judge-standard--cpu-avx2",
     "load--cpu",
     "loaded--cpu-avx2",
+    "mutations--cpu-avx2",
     "numerics--cpu",
     "parity--cpu",
     "pilot--cpu-avx2",

@@ -13,7 +13,7 @@ from typing import Any
 import counted
 from _judged import judged, write_files
 from _passes import eot_curves, parity
-from _reliability import faults, load, numerics
+from _reliability import faults, load, mutations, numerics
 from _results import OTHERS, RESULTS
 from defenses import defenses, shipped
 
@@ -331,9 +331,9 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-def recorded(file: str, table: Callable[[dict[str, Any]], str]) -> str:
+def recorded(file: str, table: Callable[[dict[str, Any]], str], machine: str = "cpu") -> str:
     """A table of one of the files that hold no timings."""
-    document = json.loads((RESULTS / f"{file}--cpu.json").read_text())
+    document = json.loads((RESULTS / f"{file}--{machine}.json").read_text())
     return f"{table(document)}\n\n{_source(document)}"
 
 
@@ -379,6 +379,7 @@ TABLES = {
     "losses": losses, "processes": processes, "finetune": finetune, "speed": speed, "judged": judged,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     "shipped": functools.partial(recorded, "defenses", shipped),
+    "mutations": functools.partial(recorded, "mutations", mutations, AVX2),
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
     **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in AVX2_SUITES},
@@ -394,7 +395,7 @@ PAGES = {
         f"{name} avx2" for name in ("summary", "losses", *(f"all {suite}" for suite in AVX2_SUITES), "processes")
     ),
     **counted.PAGES,
-    "docs/reliability.md": ("faults", "numerics", "load"),
+    "docs/reliability.md": ("faults", "numerics", "load", "mutations"),
     "docs/training.md": ("engine", "cifar"),
     "docs/model-cards.md": ("defenses",),
     "docs/attacks.md": ("parity",),
