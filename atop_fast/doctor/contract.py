@@ -138,12 +138,14 @@ def normalization(probe: Probe) -> Finding:
     # Classes in another order are no fault of the normalization.
     found = find_order(predicted, probe.y, classes)
     order = torch.arange(classes, device=probe.y.device) if found is None else found[0]
-    given = (order[predicted] == probe.y).float()
 
     def right(x: Tensor) -> Tensor:
+        """Share of draws (B,) that are right; with one draw, luck may decide which images are better."""
         with torch.no_grad():
-            return (order[alone.logits(x).argmax(dim=1)] == probe.y).float()
+            predictions = torch.stack([alone.logits(x, draw).argmax(dim=1) for draw in range(alone.draws)])
+        return (order[predictions] == probe.y).float().mean(dim=0)
 
+    given = right(probe.x)
     scores = {name: right(x) for name, x in _variants(probe.x).items()}
     best = max(scores, key=lambda name: float(scores[name].mean()))
     gain, errors = float((scores[best] - given).mean()), excess(scores[best], given)
