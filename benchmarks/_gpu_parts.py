@@ -237,7 +237,7 @@ def steps(options: argparse.Namespace) -> dict[str, Any]:
                 work()
                 row["eager_ms"] = 1e3 * min(time_in_turns({"": work}, device, 0.3, 3)[""]) / count
                 if device == "cuda":
-                    # What cannot be captured must not cost the other rows.
+                    # A step that cannot be captured must not cost the other rows.
                     try:
                         replay = as_graph(work)
                         row["replayed_ms"] = 1e3 * min(time_in_turns({"": replay}, device, 0.3, 3)[""]) / count / CALLS

@@ -27,7 +27,7 @@ def _name(case: Case) -> str:
         pytest.param(case, variant, id=f"{_name(case)}-{variant}")
         for case in CASES
         for variant, function in case.run.items()
-        # What changes owners in every call takes the time of that, too.
+        # Changing owners in every call would be timed, too.
         if not isinstance(function, Owned)
     ],
 )

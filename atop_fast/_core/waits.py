@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 # Part of the warning that torch's synchronization debug mode gives.
 _SYNC_WARNING = "called a synchronizing CUDA operation"
-# What torch says the first time that this mode is set, which is no news for a caller who did not set it.
+# torch says this the first time that the mode is set, which is no news for a caller who did not set it.
 _NOTICE = "Synchronization debug mode is a prototype feature"
 
 

@@ -238,7 +238,7 @@ def _attacks(
 
 
 def _texts(named: Mapping[str, Attack], protocol: Protocol | None) -> dict[str, str]:
-    """What each attack does, for the header of a run; None stands for the caller's attacks."""
+    """The text of each attack for the header of a run; None stands for the caller's attacks."""
     if protocol is None:
         return {name: shown(attack) for name, attack in named.items()}
     # The entry of the protocol says it; the object may also show how much fits into memory.
@@ -246,7 +246,7 @@ def _texts(named: Mapping[str, Attack], protocol: Protocol | None) -> dict[str, 
 
 
 def _identities(model: Model, source: Source, own: Mapping[str, Attack]) -> dict[str, Any]:
-    """What identifies the model and the caller's own attacks, for the header of a run."""
+    """The identities of the model and of the caller's own attacks, for the header of a run."""
     given = {name: attack for name, attack in own.items() if not name.startswith(curve_name(""))}
     attacks = {f"attacks[{name!r}]": attack_identity(attack, model) for name, attack in given.items()}
     return {"model": model_identity(model, *probe_images(source)), **attacks}

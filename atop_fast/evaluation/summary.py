@@ -188,7 +188,7 @@ def summarize(
 def _judged(
     run: Run, labels: Tensor, names: Sequence[str], cascade: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """What the verdict's draws say of the candidates in `names`, of which the first are the clean images.
+    """Verdicts of the draws on the candidates in `names`, of which the first are the clean images.
 
     Returns:
         For each name, predictions (N, K), where an image without the candidate has those of the one chosen among the
