@@ -55,8 +55,8 @@ def steps(log: str) -> list[dict[str, Any]]:
         raise ValueError("suite: --ci must be the log of a run that passed, got one without its last line")
     rows = []
     for name, seconds, last in STEP.findall(log):
-        tests = re.search(r"\d+ passed[^=]*(?= in )", last)
-        rows.append({"run": f"CI, {name}", "seconds": int(seconds), "exit code": 0, "tests": tests[0] if tests else ""})
+        tests = LAST.search(last)
+        rows.append({"run": f"CI, {name}", "seconds": int(seconds), "exit code": 0, "tests": tests[1] if tests else ""})
     return [*rows, {"run": ".ci/run", "seconds": int(total[1]), "exit code": 0, "tests": ""}]
 
 

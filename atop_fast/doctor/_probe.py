@@ -148,10 +148,11 @@ class Probe:
         """The number of draws that judge an image."""
         return 8 if self.random or not self.reproducible else 1
 
-    def correct(self, x: Tensor) -> Tensor:
-        """Share of fresh draws (B,) in which images are classified correctly."""
+    def correct(self, x: Tensor, outputs: Tensor | None = None) -> Tensor:
+        """Share of fresh draws (B,) in which images are classified correctly: by the labels, or as `outputs` (B,)."""
+        expected = self.y if outputs is None else outputs
         with torch.no_grad():
-            hits = [self.logits(x, draw, "verdict").argmax(dim=1) == self.y for draw in range(self.draws)]
+            hits = [self.logits(x, draw, "verdict").argmax(dim=1) == expected for draw in range(self.draws)]
         return torch.stack(hits).float().mean(dim=0)
 
     @cached_property

@@ -135,18 +135,11 @@ def normalization(probe: Probe) -> Finding:
     with torch.no_grad(), _first_layer_input(alone.model) as seen:
         logits = alone.logits(probe.x)
     predicted, classes = logits.argmax(dim=1), logits.shape[1]
-    # Classes in another order are no fault of the normalization.
+    # Classes in another order are no fault of the normalization: each label becomes the output that stands for it.
     found = find_order(predicted, probe.y, classes)
-    order = torch.arange(classes, device=probe.y.device) if found is None else found[0]
-
-    def right(x: Tensor) -> Tensor:
-        """Share of draws (B,) that are right; with one draw, luck may decide which images are better."""
-        with torch.no_grad():
-            predictions = torch.stack([alone.logits(x, draw).argmax(dim=1) for draw in range(alone.draws)])
-        return (order[predictions] == probe.y).float().mean(dim=0)
-
-    given = right(probe.x)
-    scores = {name: right(x) for name, x in _variants(probe.x).items()}
+    outputs = probe.y if found is None else found[0].argsort()[probe.y]
+    given = alone.correct(probe.x, outputs)
+    scores = {name: alone.correct(x, outputs) for name, x in _variants(probe.x).items()}
     best = max(scores, key=lambda name: float(scores[name].mean()))
     gain, errors = float((scores[best] - given).mean()), excess(scores[best], given)
     numbers: dict[str, Any] = {"given": float(given.mean()), **{name: float(s.mean()) for name, s in scores.items()}}
