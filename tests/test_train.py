@@ -21,11 +21,12 @@ from atop_fast.cli import main
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.evaluation.protocols import Entry
 from atop_fast.purifiers import DISCRIMINATORS
-from atop_fast.randomness import seeded
+from atop_fast.randomness import derive_seed, seeded
 from atop_fast.recipes.networks import Resized
 from atop_fast.recipes.run import run_recipe
 from atop_fast.recipes.schema import Recipe, load_recipe, preset_names
 from atop_fast.recipes.verdicts import ABLATION
+from atop_fast.training import train_classifier
 from atop_fast.training.metrics import read_metrics
 
 PUBLISHED = [
@@ -282,15 +283,19 @@ def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "key"])
-def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
+def save_small_classifier(path):
     with seeded(7):
         classifier = build_classifier("small_cnn", channels=3, classes=2, width=8)
-    if kind == "safetensors":
-        save_model("given.safetensors", classifier, "classifier", "small_cnn", channels=3, classes=2, width=8)
-    elif kind == "pt":
+    save_model(path, classifier)
+    return classifier
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "key"])
+def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
+    classifier = save_small_classifier("given.safetensors")
+    if kind == "pt":
         torch.save({"state_dict": classifier.state_dict()}, "given.pt")
-    else:
+    elif kind == "key":
         torch.save({"online": build_classifier("small_cnn").state_dict(), "ema": classifier.state_dict()}, "given.key")
     recipe = brief(load_recipe("tiny.yaml"))
     # The contents of a .safetensors file take precedence over the recipe.
@@ -301,6 +306,22 @@ def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     taken = load_model("run/classifier.safetensors", "classifier").state_dict()
     assert all(torch.equal(value, taken[key]) for key, value in classifier.state_dict().items())
     assert "classifier" not in Path("run/metrics.jsonl").read_text().replace("classifiers", "")
+
+
+def test_a_given_classifier_is_fine_tuned_as_by_hand(tiny):
+    recipe = brief(load_recipe("tiny.yaml"))
+    given = save_small_classifier("given.safetensors")
+    training = replace(recipe.classifier.training, attack="n-fgsm", eps=0.1, epochs=1)
+    source = replace(recipe.classifier, path="given.safetensors", finetune=True, training=training)
+    run_recipe(replace(recipe, classifier=source), "run", until="classifier", progress=False)
+    expected = load_model("given.safetensors").requires_grad_(True)
+    images, _ = recipe.data.load()
+    seed = derive_seed(0, "classifier")
+    transform = recipe.transform.build()
+    train_classifier(expected, *images.training(), transform=transform, config=training, seed=seed, progress=False)
+    found = load_model("run/classifier.safetensors").state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in expected.state_dict().items())
+    assert not all(torch.equal(value, found[key]) for key, value in given.state_dict().items())
 
 
 def test_a_package_builds_the_given_classifier_and_the_run_keeps_its_normalization(tiny):
@@ -452,6 +473,7 @@ def test_a_bad_recipe_names_file_and_key(tmp_path, monkeypatch, capsys, change, 
         (["tiny.yaml", "--discriminator.options.channels=1"], "must be images that the networks take"),
         (["tiny.yaml", "--classifier.options.classes=1"], "classifier must be one of the data's 2 classes, got 1"),
         (["tiny.yaml", "--classifier.path=none.pt"], "got none.pt"),
+        (["tiny.yaml", "--classifier.finetune=true"], "path must be the classifier that `finetune` starts from"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -71,6 +71,9 @@ def build_networks(
             except TypeError as error:
                 expected = f"{name or getattr(recipe, kind).path} with options of it"
                 raise ValueError(message("run_recipe", kind, expected, f"{options} ({error})")) from error
+        if kind == "classifier" and source.trained:
+            # A given one comes frozen.
+            module.requires_grad_(True)
         networks[kind] = Network(module.to(device), None if getattr(recipe, kind).path else name, options)
     return networks
 

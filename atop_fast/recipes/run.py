@@ -151,8 +151,8 @@ class _Pipeline:
         self.budget: Budget | None = None
         self.forecast: Forecast | None = None
         if seconds is not None:
-            paths = {"classifier": recipe.classifier.path, "pretrain": recipe.purifier.path}
-            stages = [stage for stage in STAGES[: STAGES.index(until) + 1] if paths.get(stage) is None]
+            skipped = {"classifier": not recipe.classifier.trained, "pretrain": recipe.purifier.path is not None}
+            stages = [stage for stage in STAGES[: STAGES.index(until) + 1] if not skipped.get(stage)]
             if recipe.ablation and "finetune" in stages:
                 stages.insert(stages.index("finetune") + 1, "ablation")
             self.budget = Budget(seconds, start, out / "plan.json", stages, group)
@@ -173,7 +173,7 @@ class _Pipeline:
         source, module = self.recipe.classifier, self.networks["classifier"].module
 
         def make() -> None:
-            if source.path is None:
+            if source.trained:
                 self._train("classifier", source.training, self._fit_classifier, (module,))
             self._save("classifier", "classifier", module)
 

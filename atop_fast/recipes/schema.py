@@ -36,6 +36,7 @@ class ClassifierSource:
         name: architecture, a name of build_classifier.
         options: of the architecture; channels and classes are those of the data unless given.
         size: side in pixels at which it works; images of another size are resized to it. None does not resize.
+        finetune: train the given classifier further, such as on adversarial images; False takes it as it is.
         training: options of its training.
     """
 
@@ -46,12 +47,20 @@ class ClassifierSource:
     name: str = "resnet18"
     options: dict[str, Any] = field(default_factory=dict)
     size: int | None = None
+    finetune: bool = False
     training: ClassifierConfig = ClassifierConfig(augment=True)
 
     def __post_init__(self) -> None:
         check_choice("ClassifierSource", "name", self.name, list(CLASSIFIERS))
         if self.size is not None:
             check_integer("ClassifierSource", "size", self.size, low=1)
+        if self.finetune and self.path is None:
+            raise ValueError(message("ClassifierSource", "path", "the classifier that `finetune` starts from", None))
+
+    @property
+    def trained(self) -> bool:
+        """Whether the recipe trains it."""
+        return self.path is None or self.finetune
 
 
 @dataclass(frozen=True)
