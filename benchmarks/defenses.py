@@ -2,8 +2,8 @@
 
 RUN is a folder of `atop-fast train`. Four systems of it (the classifier alone, behind the transform, behind the
 purifier as pre-trained and as fine-tuned) meet the same test images under every attack, and are judged by 20 fresh
-draws an image. With --carried, the fine-tuned system of the first run is the defense of that name in the package. Cells
-that are in --out are not computed again.
+draws an image. With --shipped, the fine-tuned system is the package's defense of the run's name. Cells that are in
+--out are not computed again.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 with a part `test`")
     parser.add_argument("--out", type=Path, required=True, help="folder of the evaluations")
-    parser.add_argument(
-        "--carried", help="name of the defense in the package that is the fine-tuned one of the first run"
-    )
+    parser.add_argument("--shipped", action="store_true", help="runs have the names of defenses in the package")
     parser.add_argument("--images", type=int, default=200, help="of the test set, in every cell")
     parser.add_argument("--systems", nargs="+", help="no others")
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=list(COLUMNS), help="no others")
@@ -73,8 +71,8 @@ def main() -> None:
     args = parser.parse_args()
     test = image_folder(args.data / "test").split(args.images, seed=0)[0]
     rows = []
-    for place, run in enumerate(args.runs):
-        for name, system in systems(run, args.carried if place == 0 else None).items():
+    for run in args.runs:
+        for name, system in systems(run, args.shipped).items():
             if args.systems and name not in args.systems:
                 continue
             title = f"{run.name}, {name}"
@@ -101,9 +99,9 @@ def main() -> None:
         print(write("defenses", "cpu", RESULTS, document))
 
 
-def systems(run: Path, carried: str | None) -> dict[str, torch.nn.Module]:
+def systems(run: Path, shipped: bool) -> dict[str, torch.nn.Module]:
     """The systems of a run that are judged, by name."""
-    tuned = load_defense(carried or run / "defense.safetensors")
+    tuned = load_defense(run.name if shipped else run / "defense.safetensors")
     assert tuned.purifier is not None
     pretrained = load_model(run / "pretrained.safetensors", "purifier")
     return {
@@ -116,20 +114,21 @@ def systems(run: Path, carried: str | None) -> dict[str, torch.nn.Module]:
 
 def shipped(document: dict[str, Any]) -> str:
     """A row for each system: mean accuracy of a draw, with its 95 % interval, clean and under exact gradients."""
-    lines = ["| system | clean | PGD, exact gradients |", "|---|---|---|"]
+    lines = ["| defense | system | clean | PGD, exact gradients |", "|---|---|---|---|"]
     for row in document["rows"]:
-        lines.append(f"| {row['system']} | {_cell(row, 'clean')} | {_cell(row, 'exact')} |")
+        lines.append(f"| {row['defense']} | {row['system']} | {_cell(row, 'clean')} | {_cell(row, 'exact')} |")
     return "\n".join(lines)
 
 
 def defenses(document: dict[str, Any]) -> str:
     """A row for each system: mean accuracy of a draw, with its 95 % interval, under every attack."""
     names = list(document["columns"])
-    lines = ["| system | images | clean | " + " | ".join(names) + " | single draw |", "|---" * (len(names) + 4) + "|"]
+    head = ["defense", "system", "images", "clean", *names, "single draw"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in document["rows"]:
         cells = [_cell(row, name) for name in ("clean", *names)]
         single = f"{row['single draw']:.3f}" if "single draw" in row else ""
-        lines.append(f"| {row['system']} | {row['images']} | {' | '.join(cells)} | {single} |")
+        lines.append(f"| {row['defense']} | {row['system']} | {row['images']} | {' | '.join(cells)} | {single} |")
     return "\n".join(lines)
 
 

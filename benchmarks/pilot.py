@@ -154,6 +154,21 @@ def accuracy(classifier: nn.Module, x: Tensor, y: Tensor) -> float:
     return round(torch.cat([classifier(part) for part in x.split(100)]).argmax(1).eq(y).double().mean().item(), 4)
 
 
+def pilot(document: dict[str, Any]) -> str:
+    """A row for each purifier."""
+    lines = [
+        "| purifier | million parameters | sigma | mask ratio | updates | PSNR | accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        first = " | ".join(
+            str(row[key]) for key in ("purifier", "million parameters", "sigma", "mask ratio", "updates")
+        )
+        lines.append(f"| {first} | {row['PSNR']:.2f} dB | {row['accuracy']:.3f} |")
+    alone = document["classifier"]["accuracy"]
+    return "\n".join(lines) + f"\n\nThe classifier alone is right on {alone:.3f} of the images. `{document['command']}`"
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy and PSNR over sigma, a line for each mask ratio; the other forms as single points."""
     import matplotlib.figure

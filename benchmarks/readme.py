@@ -16,6 +16,7 @@ from _passes import eot_curves, parity
 from _reliability import faults, load, mutations, numerics
 from _results import OTHERS, RESULTS
 from defenses import defenses, shipped
+from pilot import pilot
 
 from atop_fast.bench.plot import Comparison, comparisons, draw_ratios, draw_scaling
 from atop_fast.bench.results import format_quality, format_time, read
@@ -380,6 +381,7 @@ TABLES = {
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     "shipped": functools.partial(recorded, "defenses", shipped),
     "mutations": functools.partial(recorded, "mutations", mutations, AVX2),
+    "pilot": functools.partial(recorded, "pilot", pilot, AVX2),
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
     **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in AVX2_SUITES},
@@ -396,7 +398,7 @@ PAGES = {
     ),
     **counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load", "mutations"),
-    "docs/training.md": ("engine", "cifar"),
+    "docs/training.md": ("engine", "cifar", "pilot"),
     "docs/model-cards.md": ("defenses",),
     "docs/attacks.md": ("parity",),
     "docs/judged.md": ("judged",),
