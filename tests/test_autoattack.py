@@ -52,7 +52,7 @@ def test_versions():
     assert settings("custom", attacks_to_run=("square", "apgd-dlr")) == [square, dlr]
     pma = ("PMA", "pm", 1, 1, True)
     assert settings("fast") == [pma, targeted, square]
-    assert settings("fast", complete=True) == [pma, targeted, square, ce, fab, square]
+    assert settings("fast", complete=True) == [pma, targeted, square, ce, targeted, fab, square]
     fast = attack(version="fast", n_queries=500)
     assert [fast.build(name).steps for name in ("probe", "square")] == [200, 500]
 
@@ -61,7 +61,7 @@ def test_defaults_are_those_of_the_original():
     whole = AutoAttack(trained_classifier())
     assert (whole.norm, whole.eps, whole.version) == ("Linf", 8 / 255, "standard")
     assert [whole.build(name).steps for name in VERSIONS["standard"]] == [100, 100, 100, 5000]
-    assert [whole.build(name).target_classes for name in ("apgd-t", "fab-t")] == [9, 9]
+    assert [whole.build(name).target_classes for name in ("apgd-t", "apgd-t3", "fab-t")] == [9, 3, 9]
     assert not whole.build("square").resc_schedule
     assert len({whole.build(name).seed for name in NAMES}) == len(NAMES)
 
@@ -276,21 +276,21 @@ def test_fast_goes_on_where_gradients_mislead():
     options = {"norm": "Linf", "eps": 0.3, "version": "fast", "steps": 20, "n_queries": 300}
     sure = AutoAttack(plain, complete="auto", **options)
     sure(X, Y)
-    fast = ["clean", "pma", "apgd-t", "probe"]
+    fast = ["clean", "pma", "apgd-t3", "probe"]
     assert list(sure.accuracy) == fast
     whole = [AutoAttack(steep, complete=complete, **options) for complete in (False, "auto", True)]
     with pytest.warns(RuntimeWarning, match="AutoAttack: 'fast' may leave too many images"):
         images = [attack(X, Y) for attack in whole]
     assert list(whole[0].accuracy) == fast
-    assert list(whole[1].accuracy) == [*fast, "apgd-ce", "fab-t", "square"]
+    assert list(whole[1].accuracy) == [*fast, "apgd-ce", "apgd-t", "fab-t", "square"]
     assert torch.equal(images[1], images[2])
-    assert whole[1].accuracy["square"] <= whole[0].accuracy["probe"] < whole[0].accuracy["apgd-t"]
+    assert whole[1].accuracy["square"] <= whole[0].accuracy["probe"] < whole[0].accuracy["apgd-t3"]
 
 
 def test_fast_alone_doubts_as_in_sequence():
     """Each attack by itself leaves the same doubt, as it fools the same images."""
     options = {"norm": "Linf", "eps": 0.3, "version": "fast", "steps": 20, "n_queries": 300}
-    fast, rest = ["pma", "apgd-t", "probe"], ["apgd-ce", "fab-t", "square"]
+    fast, rest = ["pma", "apgd-t3", "probe"], ["apgd-ce", "apgd-t", "fab-t", "square"]
     sure, doubted = AutoAttack(trained_classifier(), **options), AutoAttack(Steep(trained_classifier()), **options)
     sure.run_standard_evaluation_individual(X, Y)
     assert sure.in_doubt is False
@@ -314,7 +314,7 @@ def test_fast_alone_doubts_as_in_sequence():
     [(0.5, 0.499, 0.499, False), (0.5, 0.497, 0.497, True), (0.5, 0.5, 0.499, True)],
 )
 def test_what_raises_doubt(pma, apgd, probe, doubted):
-    accuracy = {"clean": 0.9, "pma": pma, "apgd-t": apgd, "probe": probe}
+    accuracy = {"clean": 0.9, "pma": pma, "apgd-t3": apgd, "probe": probe}
     assert attack(version="fast", complete="auto")._leaves_doubt(accuracy) is doubted
 
 

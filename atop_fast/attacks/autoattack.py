@@ -41,13 +41,13 @@ VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab-t", "square", "apgd-t"),
     "rand": ("apgd-ce", "apgd-dlr"),
-    "fast": ("pma", "apgd-t", "probe"),
+    "fast": ("pma", "apgd-t3", "probe"),
     "custom": (),
 }
-NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma", "probe")
+NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "apgd-t3", "fab-t", "square", "pma", "probe")
 # The attacks that complete "fast". Its result is in doubt if APGD-T fools more than this share of the images after PMA,
 # or if a random search of so many queries fools any image after both.
-REST = ("apgd-ce", "fab-t", "square")
+REST = VERSIONS["standard"]
 DOUBT, PROBE = 0.002, 200
 DOUBTED = (
     "AutoAttack: 'fast' may leave too many images: APGD-T fooled some that PMA had missed, or a random search some "
@@ -62,9 +62,10 @@ class AutoAttack:
     - "plus": with APGD-DLR, and five restarts of APGD and FAB-T.
     - "rand": APGD-CE and APGD-DLR with 20 draws a step, for random defenses.
     - "fast": PMA, and APGD-T on what is left (as PMA+ of Xie et al., CVPR 2025), for deterministic models; then
-      "probe", a Square of 200 queries. Far fewer passes than "standard" for a robust network; its result is, like that
-      of every attack, an upper bound on the robust accuracy. It is in doubt if APGD-T fools more than 0.2 % of the
-      images after PMA, a sign that PMA misses some, or if the probe fools any after both, a sign of masked gradients.
+      "probe", a Square of 200 queries. APGD-T has 3 target classes ("apgd-t3") instead of 9. Far fewer passes than
+      "standard" for a robust network; its result is, like that of every attack, an upper bound on the robust
+      accuracy. It is in doubt if APGD-T fools more than 0.2 % of the images after PMA, a sign that PMA misses some,
+      or if the probe fools any after both, a sign of masked gradients.
     - "custom": `attacks_to_run`, each as in "standard".
 
     An image that one draw of the model gets wrong counts as not robust and is attacked no further. For a random
@@ -75,8 +76,9 @@ class AutoAttack:
         norm: "Linf", "L2" or "L1".
         eps: radius of the ball around the image, in units of [0, 1] pixels.
         version: see above.
-        attacks_to_run: for "custom": some of "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "pma", "probe".
-        complete: for "fast": True goes on with "apgd-ce", "fab-t" and "square"; "auto" does so in doubt, so that an
+        attacks_to_run: for "custom": some of "apgd-ce", "apgd-dlr", "apgd-t", "apgd-t3", "fab-t", "square", "pma" and
+            "probe".
+        complete: for "fast": True goes on with the attacks of "standard"; "auto" does so in doubt, so that an
             image's result depends on the others of the call; False, the default, warns in doubt.
         seed: key of all randomness.
         device: device of the attacks, such as "cuda"; a model that is a module must be on it. None: the device of the
@@ -176,8 +178,8 @@ class AutoAttack:
         if attack in ("apgd-ce", "apgd-dlr"):
             loss = attack.removeprefix("apgd-")
             return APGD(self.model, steps=self.steps, loss=loss, n_restarts=restarts, shrink_eps=sparse, **options)
-        if attack == "apgd-t":
-            classes = 5 if sparse else 9
+        if attack in ("apgd-t", "apgd-t3"):
+            classes = 3 if attack == "apgd-t3" else 5 if sparse else 9
             return APGDT(self.model, steps=self.steps, target_classes=classes, shrink_eps=sparse, **options)
         if attack == "pma":
             return PMA(self.model, steps=self.steps, n_restarts=restarts, **options)
@@ -298,9 +300,9 @@ class AutoAttack:
 
     def _leaves_doubt(self, accuracy: Mapping[str, float]) -> bool:
         """Whether "fast" may have left images that "standard" fools, by the accuracies after its attacks."""
-        if self.version != "fast" or not {"pma", "apgd-t", "probe"} <= accuracy.keys():
+        if self.version != "fast" or not {"pma", "apgd-t3", "probe"} <= accuracy.keys():
             return False
-        return leaves_doubt(*(accuracy[name] for name in ("pma", "apgd-t", "probe")))
+        return leaves_doubt(*(accuracy[name] for name in ("pma", "apgd-t3", "probe")))
 
     def _title(self, attack: str, precision: str | None) -> str:
         return attack if precision in (None, self.precision) else f"{attack} ({precision})"

@@ -117,7 +117,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "fast": Protocol(
         {
             "pma": Entry("PMA", {"steps": 100}),
-            "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 9}),
+            "apgd_t": Entry("APGDT", {"steps": 100, "target_classes": 3}),
             # Fools nothing after the others, unless their gradients mislead.
             "square": Entry("Square", {"n_queries": 200, "resc_schedule": False}),
         },
