@@ -125,12 +125,14 @@ def test_long_gradients_are_clipped():
     torch.testing.assert_close(clipped.gradients[0], free.gradients[0] * 0.01 / free.gradients[0].norm())
 
 
-def test_moving_average():
-    step = Line(epochs=2, batch_size=4, average="ema", ema_decay=0.7)
+@pytest.mark.parametrize("limit", [0.2, 0.999])
+def test_moving_average(limit):
+    step = Line(epochs=2, batch_size=4, average="ema", ema_decay=limit)
     run(step)
     expected = step.weights[0]
-    for weights in step.weights[1:]:
-        expected = 0.7 * expected + 0.3 * weights
+    for t, weights in enumerate(step.weights[1:], start=1):
+        decay = min(limit, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * weights
     torch.testing.assert_close(step.now(), expected)
     assert not torch.equal(step.now(), step.weights[-1])
 

@@ -13,7 +13,9 @@ from .config import TrainingConfig
 class Average:
     """Computes the final weights by the rule of TrainingConfig.average; buffers keep their last values.
 
-        ema      w <- decay w + (1 - decay) w_t after every update t, starting from the weights after the first
+        ema      w <- d w + (1 - d) w_t after every update t = 0, 1, ..., starting from w_0, with
+                 d = min(decay, (1 + t) / (10 + t)), so that the first weights do not stay in the average of a short
+                 training, as in TensorFlow's moving average with a number of updates
         median   elementwise median of the weights after each epoch of the second half (MEAT)
 
     Args:
@@ -25,15 +27,18 @@ class Average:
         self.parameters, self.config = list(module.parameters()), config
         # One list of weights for "ema", one for each epoch for "median".
         self.kept: list[list[Tensor]] = []
+        self.updates = 0
 
     def after_update(self) -> None:
         """Account for the weights after an update."""
         if self.config.average != "ema":
             return
         if self.kept:
-            torch._foreach_lerp_(self.kept[0], self._now(), 1 - self.config.ema_decay)
+            decay = min(self.config.ema_decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(self.kept[0], self._now(), 1 - decay)
         else:
             self.kept = [[p.clone() for p in self._now()]]
+        self.updates += 1
 
     def after_epoch(self, epoch: int) -> None:
         """Account for the weights after epoch number `epoch`, counted from 0."""
@@ -51,11 +56,12 @@ class Average:
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""
-        return {"kept": self.kept}
+        return {"kept": self.kept, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from the averages in `state`."""
         self.kept = [[value.to(p) for value, p in zip(values, self._now(), strict=True)] for values in state["kept"]]
+        self.updates = state["updates"]
 
     def _now(self) -> list[Tensor]:
         return [p.detach() for p in self.parameters]

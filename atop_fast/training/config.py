@@ -40,7 +40,7 @@ class TrainingConfig:
         clip: maximum norm of a network's gradient; None does not clip.
         average: final weights: "none" (the last), "ema" (an exponential moving average over the updates) or "median"
             (the elementwise median over the ends of the second half of the epochs: MEAT, Wang et al., 2024).
-        ema_decay: decay of the moving average.
+        ema_decay: decay of the moving average; lower in the first updates, (1 + t) / (10 + t) after update t.
         evaluate_every: number of history entries between evaluations on held-out images; entries are epochs, or
             twentieths of the training if `updates` is given. 0 never evaluates. Training is not affected.
         updates: maximum number of updates; training may then end within an epoch, and the schedule covers this number.
