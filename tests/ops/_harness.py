@@ -63,29 +63,36 @@ def backends(name: str = "gated") -> list[str]:
 
 
 def cases(
-    but: str = "", op: str = "gated", interpreted: dict[str, Sequence[Any]] | None = None, **axes: Sequence[Any]
+    but: str = "",
+    op: str = "gated",
+    interpreted: dict[str, Sequence[Any]] | None = None,
+    traced: dict[str, Sequence[Any]] | None = None,
+    **axes: Sequence[Any],
 ) -> Callable[..., Any]:
     """Parametrize a test over an op's backends, `but` some, and further axes, with ids like triton-fp32-2x3x33x65.
 
     `interpreted` holds axes of Triton's interpreter, which takes 0.1 s for a block: the same edges in smaller shapes.
+    `traced` adds an axis `parts` of `opcheck`, and holds the axes of its part "traced".
     """
 
     def combinations(backend: str) -> list[tuple[Any, ...]]:
         own = (interpreted or {}) if is_interpreted(backend) else {}
-        return list(itertools.product(*{**axes, **own}.values()))
+        return list(itertools.product(*{**axes, **own}.values(), *([["registered"]] if traced is not None else [])))
+
+    def parameter(backend: str, combination: tuple[Any, ...], *marks: pytest.MarkDecorator) -> Any:
+        marks = (pytest.mark.backend(backend), *([pytest.mark.gpu] if DEVICE == "cuda" else []), *marks)
+        return pytest.param(backend, *combination, id="-".join([backend, *map(_text, combination)]), marks=marks)
 
     parameters = [
-        pytest.param(
-            backend,
-            *combination,
-            id="-".join([backend, *map(_text, combination)]),
-            marks=[pytest.mark.backend(backend), *([pytest.mark.gpu] if DEVICE == "cuda" else [])],
-        )
+        parameter(backend, combination)
         for backend in backends(op)
         if backend not in but.split()
         for combination in combinations(backend)
     ]
-    return pytest.mark.parametrize(("backend", *axes), parameters)
+    if traced is not None:
+        chosen = itertools.product(*{**axes, **traced}.values(), ["traced"])
+        parameters += [parameter("eager", combination, pytest.mark.slow) for combination in chosen]
+    return pytest.mark.parametrize(("backend", *axes, *(["parts"] if traced is not None else [])), parameters)
 
 
 def is_interpreted(backend: str) -> bool:
@@ -231,25 +238,25 @@ def gradcheck(backend: str, call: Callable[..., Tensor], leaves: Any) -> None:
     assert torch.autograd.gradcheck(call, leaves, fast_mode=is_interpreted(backend))
 
 
-def check_opcheck(
-    spec: Spec, backend: str, tensors: Sequence[Tensor], requires_grad: bool, dynamic: bool = True
-) -> None:
+def check_opcheck(spec: Spec, backend: str, tensors: Sequence[Tensor], requires_grad: bool, parts: str) -> None:
     """torch's own checks of the op, as in `opcheck`."""
     leaves = [t.detach().requires_grad_(requires_grad and i in spec.differentiable) for i, t in enumerate(tensors)]
     with owned_by(backend, spec.ops or (spec.name,)):
-        opcheck(_registry.OPS[spec.name].overload, (*leaves, *spec.numbers), dynamic)
+        opcheck(_registry.OPS[spec.name].overload, (*leaves, *spec.numbers), parts)
 
 
-def opcheck(op: torch._ops.OpOverload, arguments: Sequence[Any], dynamic: bool = True) -> None:
-    """torch's own checks of schema, autograd registration and fake, and with `dynamic` of AOT dispatch.
+def opcheck(op: torch._ops.OpOverload, arguments: Sequence[Any], parts: str = "registered") -> None:
+    """torch's own checks: "registered" of schema, autograd registration and fake, or "traced" of AOT dispatch.
 
-    The last traces the op with symbolic sizes, which takes 50 times as long as the others. It runs only for the backend
-    eager, as tracing calls no kernel, and on channels_last tensors, as check_compiled uses contiguous ones.
+    The last traces the op with symbolic sizes, which takes 50 times as long as the others, and so runs in the second
+    tier. It runs only for the backend eager, as tracing calls no kernel, and on channels_last tensors, as
+    check_compiled uses contiguous ones.
     """
-    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if dynamic and _registry.owner(op.name().partition("::")[2].partition(".")[0], DEVICE) == "eager":
-        utils.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op, tuple(arguments), test_utils=utils)
+    utils = {
+        "registered": ("test_schema", "test_autograd_registration", "test_faketensor"),
+        "traced": ("test_aot_dispatch_dynamic",),
+    }
+    torch.library.opcheck(op, tuple(arguments), test_utils=utils[parts])
 
 
 def check_compiled(

@@ -132,10 +132,10 @@ def test_nan_in_images_stays_in_its_sample(backend, argument):
     assert actual[::2].isfinite().all()
 
 
-@cases(layout=("contiguous", "permuted"))
-def test_opcheck(backend, layout):
+@cases(layout=("contiguous", "permuted"), traced={"layout": ["permuted"]})
+def test_opcheck(backend, layout, parts):
     tensors = [harness.in_layout(t, layout) for t in STEP.sample((2, 3, 4, 5), torch.float32)]
-    harness.check_opcheck(SPEC, backend, tensors, requires_grad=False, dynamic=layout == "permuted")
+    harness.check_opcheck(SPEC, backend, tensors, False, parts)
 
 
 @cases()
@@ -143,7 +143,7 @@ def test_opcheck_of_draws(backend):
     tensors = STEP.sample((2, 3, 4), torch.float32, 2)
     with harness.owned_by(backend, NAMES):
         arguments = (*tensors, 0.0, 0.0, 0.0, *STEP.per_sample(2, torch.float32))
-        harness.opcheck(spec_module.STEP.op, arguments, dynamic=False)
+        harness.opcheck(spec_module.STEP.op, arguments)
 
 
 def test_compiles_once_for_all_numbers():

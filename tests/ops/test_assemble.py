@@ -128,15 +128,17 @@ def test_double_backward_raises(backend):
             dx.sum().backward()
 
 
-@cases(layout=("contiguous", "channels_last"), requires_grad=(False, True))
-def test_opcheck(backend, layout, requires_grad):
+@cases(
+    layout=("contiguous", "channels_last"), requires_grad=(False, True),
+    traced={"layout": ["channels_last"], "requires_grad": [True]},
+)  # fmt: skip
+def test_opcheck(backend, layout, requires_grad, parts):
     purified, blocks, patch, copies = sample("odd")
     purified = harness.in_layout(purified, layout).detach().requires_grad_(requires_grad)
     with harness.owned_by(backend, NAMES):
-        dynamic = requires_grad and layout == "channels_last"
-        harness.opcheck(spec_module.OP, (purified, blocks, patch), dynamic)
+        harness.opcheck(spec_module.OP, (purified, blocks, patch), parts)
         if requires_grad:
-            harness.opcheck(spec_module.OP_BWD, (purified.detach()[:2], blocks, patch, copies), dynamic)
+            harness.opcheck(spec_module.OP_BWD, (purified.detach()[:2], blocks, patch, copies), parts)
 
 
 @pytest.mark.slow

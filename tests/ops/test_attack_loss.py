@@ -363,13 +363,15 @@ def test_gradient_is_a_constant(backend):
     assert (losses.requires_grad, gradient.requires_grad, correct.requires_grad) == (True, False, False)
 
 
-@cases(name=("ce", "margin", "dlr_targets", "pm"), layout=("contiguous", "sliced"), requires_grad=(False, True))
-def test_opcheck(backend, name, layout, requires_grad):
+@cases(
+    name=("ce", "margin", "dlr_targets", "pm"), layout=("contiguous", "sliced"), requires_grad=(False, True),
+    traced={"name": ["dlr_targets"], "layout": ["sliced"], "requires_grad": [True]},
+)  # fmt: skip
+def test_opcheck(backend, name, layout, requires_grad, parts):
     z, *rest = SPECS[name].sample((4, 5), torch.bfloat16 if layout == "sliced" else torch.float32)
     leaf = harness.in_layout(z, layout).detach().requires_grad_(requires_grad)
-    dynamic = name == "dlr_targets" and layout == "sliced" and requires_grad
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP, arguments(name, (leaf, *rest)), dynamic)
+        harness.opcheck(spec_module.OP, arguments(name, (leaf, *rest)), parts)
 
 
 @pytest.mark.parametrize("name", ["ce", "dlr_targets"])

@@ -262,19 +262,18 @@ def test_double_backward_raises(backend):
             d.sum().backward()
 
 
-@cases(INTERPRETED, op="contextual_attention", layout=("channels_last", "sliced"))
-def test_opcheck(backend, layout):
+@cases(INTERPRETED, "contextual_attention", layout=("channels_last", "sliced"), traced={"layout": ["channels_last"]})
+def test_opcheck(backend, layout, parts):
     features, valid = sample((2, 4, 4, 6), torch.float32)
-    dynamic = layout == "channels_last"
-    harness.check_opcheck(SPEC, backend, (harness.in_layout(features, layout), valid), True, dynamic)
+    harness.check_opcheck(SPEC, backend, (harness.in_layout(features, layout), valid), True, parts)
 
 
-@cases(INTERPRETED, op="contextual_attention", layout=("channels_last", "sliced"))
-def test_opcheck_bwd(backend, layout):
+@cases(INTERPRETED, "contextual_attention", layout=("channels_last", "sliced"), traced={"layout": ["channels_last"]})
+def test_opcheck_bwd(backend, layout, parts):
     features, valid = sample((2, 4, 4, 6), torch.float32)
     with harness.owned_by(backend, NAMES):
         arguments = (torch.randn_like(features), harness.in_layout(features, layout), valid)
-        harness.opcheck(spec_module.OP_BWD, arguments, dynamic=layout == "channels_last")
+        harness.opcheck(spec_module.OP_BWD, arguments, parts)
 
 
 @pytest.mark.backend("cpp")

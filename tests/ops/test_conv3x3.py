@@ -241,17 +241,19 @@ def test_double_backward_raises(backend):
             dw.sum().backward()
 
 
-@cases(layout=harness.LAYOUTS, requires_grad=(False, True))
-def test_opcheck(backend, layout, requires_grad):
+@cases(
+    layout=harness.LAYOUTS, requires_grad=(False, True),
+    traced={"layout": ["channels_last"], "requires_grad": [True]},
+)  # fmt: skip
+def test_opcheck(backend, layout, requires_grad, parts):
     x, weight, bias = sample((2, 4, 6, 4, 5))
     leaves = [t.requires_grad_(requires_grad) for t in (harness.in_layout(x, layout).detach(), weight, bias)]
-    dynamic = layout == "channels_last" and requires_grad
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP, (*leaves, None, None, 2), dynamic)
+        harness.opcheck(spec_module.OP, (*leaves, None, None, 2), parts)
         dy, weight = harness.in_layout(torch.randn(2, 6, 4, 5, device=DEVICE), layout), weight.detach()
-        harness.opcheck(spec_module.OP_BWD, (dy, weight, None, 2), dynamic)
-        harness.opcheck(spec_module.OP_BWD_WEIGHT, (dy, leaves[0].detach(), 2), dynamic)
-        harness.opcheck(spec_module.OP_PREPARE, (weight, requires_grad), dynamic)
+        harness.opcheck(spec_module.OP_BWD, (dy, weight, None, 2), parts)
+        harness.opcheck(spec_module.OP_BWD_WEIGHT, (dy, leaves[0].detach(), 2), parts)
+        harness.opcheck(spec_module.OP_PREPARE, (weight, requires_grad), parts)
 
 
 @cases()

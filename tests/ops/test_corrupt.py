@@ -285,34 +285,37 @@ def test_double_backward_raises(backend, size):
             dx.sum().backward()
 
 
-def opcheck(backend, dynamic, name, *arguments):
+def opcheck(backend, parts, name, *arguments):
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(_registry.OPS[name].overload, arguments, dynamic)
+        harness.opcheck(_registry.OPS[name].overload, arguments, parts)
 
 
-@cases(layout=("contiguous", "channels_last"), requires_grad=(False, True))
-def test_opcheck(backend, layout, requires_grad):
+@cases(
+    layout=("contiguous", "channels_last"), requires_grad=(False, True),
+    traced={"layout": ["channels_last"], "requires_grad": [True]},
+)  # fmt: skip
+def test_opcheck(backend, layout, requires_grad, parts):
     x = harness.in_layout(images((1, 3, 4, 5)), layout).detach().requires_grad_(requires_grad)
-    dynamic = requires_grad and layout == "channels_last"
     owners = random_owners(1, (4, 5), 1, 2)
-    opcheck(backend, dynamic, "corrupt", x, owners, *key(1), 1, 2, (4, 5), torch.float32, requires_grad)
+    opcheck(backend, parts, "corrupt", x, owners, *key(1), 1, 2, (4, 5), torch.float32, requires_grad)
 
 
-@cases(save=(False, True))
-def test_opcheck_resized(backend, save):
+@cases(save=(False, True), traced={"save": [True]})
+def test_opcheck_resized(backend, save, parts):
     """`save` False: where the gradient passes is computed again."""
     size = (6, 4) if save else (4, 5)
     x = images((2, 1, 4, 5), torch.float64).requires_grad_()
-    opcheck(backend, False, "corrupt", x, random_owners(2, size, 1, 1), *key(2), 1, 1, size, torch.float64, save)
-    opcheck(backend, save, "corrupt_passes", x.detach(), random_owners(2, size, 1, 1), *key(2), 1, 1, size)
+    if parts == "registered":
+        opcheck(backend, parts, "corrupt", x, random_owners(2, size, 1, 1), *key(2), 1, 1, size, torch.float64, save)
+    opcheck(backend, parts, "corrupt_passes", x.detach(), random_owners(2, size, 1, 1), *key(2), 1, 1, size)
 
 
-@cases(layout=("contiguous", "channels_last"))
-def test_opcheck_bwd(backend, layout):
+@cases(layout=("contiguous", "channels_last"), traced={"layout": ["channels_last"]})
+def test_opcheck_bwd(backend, layout, parts):
     dy = harness.in_layout(torch.randn(4, 5, 4, 5, device=DEVICE), layout)
     passes = torch.randint(0, 256, (2, 3, 3), device=DEVICE).to(torch.uint8)
     owners = random_owners(2, (4, 5), 1, 2)
-    opcheck(backend, layout == "channels_last", "corrupt_bwd", dy, passes, owners, 1, 2, torch.float32)
+    opcheck(backend, parts, "corrupt_bwd", dy, passes, owners, 1, 2, torch.float32)
 
 
 @pytest.mark.slow

@@ -106,16 +106,16 @@ def test_a_sample_depends_on_nothing_else(backend, shape):
             torch.set_num_threads(threads)
 
 
-@cases(requires_grad=(False, True))
-def test_opcheck(backend, requires_grad):
+@cases(requires_grad=(False, True), traced={"requires_grad": [True]})
+def test_opcheck(backend, requires_grad, parts):
     x, weight, bias, added = sample(SHAPES[1])
     prepared = [spec_module.prepare(weight, 2, 1, transposed) for transposed in (False, True)]
     x, added = (t.requires_grad_(requires_grad) for t in (x, added))
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP, (x, weight, bias, *prepared, 2, 1, added, True), requires_grad)
+        harness.opcheck(spec_module.OP, (x, weight, bias, *prepared, 2, 1, added, True), parts)
         dy = torch.randn_like(added).detach()
         arguments = (dy, weight, prepared[1], 9, 12, 2, 1, True, added.detach())
-        harness.opcheck(spec_module.OP_BWD, arguments, requires_grad)
+        harness.opcheck(spec_module.OP_BWD, arguments, parts)
 
 
 @cases()

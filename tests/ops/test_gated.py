@@ -287,22 +287,24 @@ def test_double_backward_raises(backend, kind):
             dh.sum().backward()
 
 
-@cases(kind=("relu", "bias"), layout=harness.LAYOUTS, requires_grad=(False, True))
-def test_opcheck(backend, kind, layout, requires_grad):
+@cases(
+    kind=("relu", "bias"), layout=harness.LAYOUTS, requires_grad=(False, True),
+    traced={"kind": ["bias"], "layout": ["channels_last"], "requires_grad": [True]},
+)  # fmt: skip
+def test_opcheck(backend, kind, layout, requires_grad, parts):
     h, *bias = SPECS[kind].sample((2, 4, 4, 5), torch.float32)
     leaves = [t.requires_grad_(requires_grad) for t in (harness.in_layout(h, layout).detach(), *bias)]
     with harness.owned_by(backend, NAMES):
-        dynamic = kind == "bias" and layout == "channels_last" and requires_grad
-        harness.opcheck(gated.OP, (leaves[0], leaves[1] if bias else None, int(kind == "relu")), dynamic)
+        harness.opcheck(gated.OP, (leaves[0], leaves[1] if bias else None, int(kind == "relu")), parts)
 
 
-@cases(layout=harness.LAYOUTS, with_db=(False, True))
-def test_opcheck_bwd(backend, layout, with_db):
+@cases(layout=harness.LAYOUTS, with_db=(False, True), traced={"layout": ["channels_last"], "with_db": [True]})
+def test_opcheck_bwd(backend, layout, with_db, parts):
     h, bias = sample((2, 4, 4, 5), torch.float32)
     with harness.owned_by(backend, NAMES):
         dy = torch.randn(2, 2, 4, 5, device=DEVICE)
         arguments = (dy, harness.in_layout(h, layout), bias, gated.RELU, with_db)
-        harness.opcheck(gated.OP_BWD, arguments, dynamic=layout == "channels_last" and with_db)
+        harness.opcheck(gated.OP_BWD, arguments, parts)
 
 
 @pytest.mark.parametrize(("kind", "compiler"), harness.compilers_of("elu", "bias_relu"))

@@ -49,10 +49,10 @@ def test_no_rows(backend):
         assert spec_module.OP(x, x, x[:, 0], True).shape == (0, 5)
 
 
-@cases(op="hyperplane_step", l2=(False, True))
-def test_opcheck(backend, l2):
+@cases(op="hyperplane_step", l2=(False, True), traced={"l2": [True]})
+def test_opcheck(backend, l2, parts):
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.OP, (*sample(3, 6), l2), dynamic=l2)
+        harness.opcheck(spec_module.OP, (*sample(3, 6), l2), parts)
 
 
 @cases(op="hyperplane_step")

@@ -140,11 +140,10 @@ def test_second_backward_same(backend):
     harness.check_second_backward_same(SPEC, backend, STEP.sample((2, 3, 5, 7), torch.float32))
 
 
-@cases(layout=("contiguous", "permuted"))
-def test_opcheck(backend, layout):
+@cases(layout=("contiguous", "permuted"), traced={"layout": ["contiguous"]})
+def test_opcheck(backend, layout, parts):
     tensors = [harness.in_layout(t, layout) for t in STEP.sample((2, 3, 4, 5), torch.float32)]
-    requires_grad = layout == "contiguous"
-    harness.check_opcheck(SPEC, backend, tensors, requires_grad, dynamic=requires_grad)
+    harness.check_opcheck(SPEC, backend, tensors, layout == "contiguous", parts)
 
 
 @cases()
@@ -152,14 +151,14 @@ def test_opcheck_of_draws(backend):
     x, grad, x0 = STEP.sample((2, 3, 4), torch.float32, 2)
     arguments = (x.requires_grad_(), grad, x0, 0.0, 0.0, *STEP.per_sample(2, torch.float32))
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.STEP.op, arguments, dynamic=False)
+        harness.opcheck(spec_module.STEP.op, arguments)
 
 
-@cases(layout=("permuted",))
-def test_opcheck_in_place(backend, layout):
+@cases(layout=("permuted",), traced={})
+def test_opcheck_in_place(backend, layout, parts):
     tensors = [harness.in_layout(t, layout) for t in STEP.sample((2, 3, 4, 5), torch.float32)]
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS))
+        harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS), parts)
 
 
 @pytest.mark.slow

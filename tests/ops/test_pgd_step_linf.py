@@ -110,17 +110,20 @@ def test_second_backward_same(backend):
     harness.check_second_backward_same(SPEC, backend, sample((2, 3, 5, 7), torch.float32))
 
 
-@cases(layout=harness.LAYOUTS, requires_grad=(False, True))
-def test_opcheck(backend, layout, requires_grad):
+@cases(
+    layout=harness.LAYOUTS, requires_grad=(False, True),
+    traced={"layout": ["channels_last"], "requires_grad": [True]},
+)  # fmt: skip
+def test_opcheck(backend, layout, requires_grad, parts):
     tensors = [harness.in_layout(t, layout) for t in sample((2, 3, 4, 5), torch.float32)]
-    harness.check_opcheck(SPEC, backend, tensors, requires_grad, requires_grad and layout == "channels_last")
+    harness.check_opcheck(SPEC, backend, tensors, requires_grad, parts)
 
 
-@cases(layout=harness.LAYOUTS)
-def test_opcheck_in_place(backend, layout):
+@cases(layout=harness.LAYOUTS, traced={"layout": ["channels_last"]})
+def test_opcheck_in_place(backend, layout, parts):
     tensors = [harness.in_layout(t, layout) for t in sample((2, 3, 4, 5), torch.float32)]
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS), dynamic=layout == "channels_last")
+        harness.opcheck(spec_module.STEP_.op, (*tensors, ALPHA, EPS), parts)
 
 
 @pytest.mark.slow

@@ -149,13 +149,13 @@ def test_zero_gradient_and_odd_values(backend):
     torch.testing.assert_close(projected, project_module.formula(x, x0, EPS), rtol=0, atol=1e-6, equal_nan=True)
 
 
-@cases(op="project_l1")
-def test_opcheck(backend):
+@cases(op="project_l1", traced={})
+def test_opcheck(backend, parts):
     x, x0 = sample((2, 3, 4))
     values, k = torch.rand(2, device=DEVICE), torch.tensor(3, device=DEVICE)
     with harness.owned_by(backend, NAMES):
-        harness.opcheck(project_module.STEP.op, (x, x0, 0.0, values))
-        harness.opcheck(step_module.STEP.op, (x, x, x0, 0.0, 0.0, 1, values, values, k))
+        harness.opcheck(project_module.STEP.op, (x, x0, 0.0, values), parts)
+        harness.opcheck(step_module.STEP.op, (x, x, x0, 0.0, 0.0, 1, values, values, k), parts)
 
 
 def test_compiles_once_for_all_numbers():

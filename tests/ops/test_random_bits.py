@@ -29,10 +29,10 @@ def test_batches_and_strides(backend, batch, per_sample):
     harness.check_reference(backend, "random_bits", seed, ids[::2], draws[1::2] if per_sample else draws, 3, 13)
 
 
-@cases(op="random_bits")
-def test_opcheck(backend):
+@cases(op="random_bits", traced={})
+def test_opcheck(backend, parts):
     with harness.owned_by(backend, ["random_bits"]):
-        harness.opcheck(spec_module.OP, (*sample(3), int(Tag.START), 9))
+        harness.opcheck(spec_module.OP, (*sample(3), int(Tag.START), 9), parts)
 
 
 @pytest.mark.gpu

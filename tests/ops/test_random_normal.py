@@ -103,9 +103,9 @@ def test_every_part_of_the_key_matters(backend):
     assert len(set(changed)) == len(changed)
 
 
-@cases()
-def test_opcheck(backend):
-    harness.check_opcheck(SPEC, backend, sample(3), requires_grad=False)
+@cases(traced={})
+def test_opcheck(backend, parts):
+    harness.check_opcheck(SPEC, backend, sample(3), False, parts)
 
 
 @pytest.mark.parametrize("compiler", harness.COMPILERS)

@@ -200,15 +200,17 @@ def test_a_tap_of_weight_0_reads_nothing(backend):
         ]
 
 
-@cases(layout=("contiguous", "channels_last"), requires_grad=(False, True))
-def test_opcheck(backend, layout, requires_grad):
+@cases(
+    layout=("contiguous", "channels_last"), requires_grad=(False, True),
+    traced={"layout": ["channels_last"], "requires_grad": [True]},
+)  # fmt: skip
+def test_opcheck(backend, layout, requires_grad, parts):
     x = harness.in_layout(images((2, 3, 4, 5)), layout).requires_grad_(requires_grad)
     with harness.owned_by(backend, NAMES):
-        dynamic = requires_grad and layout == "channels_last"
-        harness.opcheck(spec_module.OP, (x, *recorded(lambda: random_resize_pad(x))[1:]), dynamic)
+        harness.opcheck(spec_module.OP, (x, *recorded(lambda: random_resize_pad(x))[1:]), parts)
         if requires_grad:
-            harness.opcheck(torch.ops.atop_fast.resize.default, (x, (3, 7), True), dynamic)
-            harness.opcheck(torch.ops.atop_fast.resize_bwd.default, (x, (3, 7), False), dynamic)
+            harness.opcheck(torch.ops.atop_fast.resize.default, (x, (3, 7), True), parts)
+            harness.opcheck(torch.ops.atop_fast.resize_bwd.default, (x, (3, 7), False), parts)
 
 
 @pytest.mark.slow

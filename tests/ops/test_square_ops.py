@@ -56,13 +56,13 @@ def bumps(attack, x):
     return _tables(attack.norm, attack.p_init, *x.shape[2:], x.device)[2]
 
 
-@cases(op="square_linf")
-def test_opcheck(backend):
+@cases(op="square_linf", traced={})
+def test_opcheck(backend, parts):
     with harness.owned_by(backend, NAMES):
         _, x, x0, drawn = next(iter(queries("Linf")))
-        harness.opcheck(square.OP_LINF, (x, x0, drawn.signs, drawn.rows, drawn.columns, 0.25))
+        harness.opcheck(square.OP_LINF, (x, x0, drawn.signs, drawn.rows, drawn.columns, 0.25), parts)
         attack, x, x0, drawn = next(iter(queries("L2")))
-        harness.opcheck(square.OP_BUMP, (x, x0, *drawn, bumps(attack, x), 0.25, True))
+        harness.opcheck(square.OP_BUMP, (x, x0, *drawn, bumps(attack, x), 0.25, True), parts)
 
 
 @cases(op="square_linf", but="eager")
