@@ -8,6 +8,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The reference stack: torch 2.11.0 (CUDA 13.0 build), torchvision 0.26.0, triton 3.6.0.
 CONSTRAINTS ?= constraints.txt
+# Without byte code, each of hundreds of processes would compile torch anew: the set-up leaves that to the first import.
+unexport PYTHONDONTWRITEBYTECODE
 STAMP  := $(VENV)/.installed
 # The CUDA library only where a GPU is visible: it takes minutes, and nothing else loads it. The wheel holds it anyway.
 BUILD  := $(or $(ATOP_FAST_BUILD),local)
