@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from toolkit import PATIENCE, end_itself, ranks
+from toolkit import PATIENCE, SPAWN, end_itself, ranks
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -242,11 +241,6 @@ def train(rank, variables, folder, options):
         progress=False,
     )
     torch.save((history, purifier.state_dict(), discriminator.state_dict()), folder / f"result{rank}.pt")
-
-
-# Children of a process that has only imported the package start quickly, and have no threads of the tests'.
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.training"])
 
 
 def start(folder, size=1, **options):

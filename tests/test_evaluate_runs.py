@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toolkit import PATIENCE, end_itself, ranks
+from toolkit import PATIENCE, SPAWN, end_itself, ranks
 from torch import nn
 
 from atop_fast import RT2, Defense, evaluate
@@ -224,11 +223,6 @@ def rank(number: int, variables: dict[str, str], out: str | None, result: str, o
 
     report = run(None if out is None else Path(out), before=before, **options)
     (Path(result) / f"rank{number}.json").write_text(json.dumps(results(report)))
-
-
-# Children of a process that has only imported the package start quickly, and have no threads of the tests'.
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.evaluation.evaluate"])
 
 
 def start(size: int, out: Path | None, result: Path, **options) -> list:

@@ -20,6 +20,7 @@ import torch
 from small_task import places, trained_classifier
 from test_engine import CPU, Line, X, Y
 from test_evaluate_runs import results
+from toolkit import PRELOADED, SPAWN
 from torch import nn
 
 from atop_fast import RT2, Defense, build_classifier, evaluate, save_model
@@ -193,6 +194,8 @@ def benchmarks(monkeypatch):
 ])  # fmt: skip
 def test_faults_at_random_moments_lose_nothing_that_was_saved(benchmarks, task, kinds):
     faults = importlib.import_module("faults")
+    # The script has a list of its own.
+    SPAWN.set_forkserver_preload(PRELOADED)
     found = faults.inject(len(kinds), 0, {task: kinds})
     assert len(found) == len(kinds)
     assert [fault for fault in found if not fault["right"]] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import signal
 import time
@@ -12,13 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_engine import CPU, Line, X, Y, written
-from toolkit import PATIENCE, ranks
+from toolkit import PATIENCE, SPAWN, ranks
 
 from atop_fast._core.distributed import process_group
 from atop_fast.training import Feed, fit
-
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["atop_fast", "atop_fast.training"])
 
 
 def endless(variables, folder):

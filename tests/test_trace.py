@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import mnist, standard_mnist
-from toolkit import PATIENCE, ranks
+from toolkit import PATIENCE, SPAWN, ranks
 
 from atop_fast import RT2, Defense, evaluate
 from atop_fast.attacks import (
@@ -305,9 +304,7 @@ def one_of_two(number: int, variables: dict[str, str], folder: str) -> None:
 def test_two_processes_tell_what_one_tells(tmp_path):
     whole = run(tmp_path / "whole.jsonl")
     arguments = [(number, variables, str(tmp_path)) for number, variables in enumerate(ranks(2))]
-    # As in test_evaluate_runs.py.
-    spawn = multiprocessing.get_context("forkserver")
-    processes = [spawn.Process(target=one_of_two, args=args, daemon=True) for args in arguments]
+    processes = [SPAWN.Process(target=one_of_two, args=args, daemon=True) for args in arguments]
     for process in processes:
         process.start()
     for process in processes:

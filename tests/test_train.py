@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import multiprocessing
 import os
 import signal
 from collections import Counter
@@ -14,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toolkit import PATIENCE, end_itself, ranks
+from toolkit import PATIENCE, SPAWN, end_itself, ranks
 
 from atop_fast import build_classifier, build_purifier, load_defense, load_model, save_model
 from atop_fast.cli import main
-from atop_fast.evaluation import PROTOCOLS
+from atop_fast.evaluation import PROTOCOLS, pictures
 from atop_fast.evaluation.protocols import Entry
 from atop_fast.purifiers import DISCRIMINATORS
 from atop_fast.randomness import derive_seed, seeded
@@ -377,15 +376,12 @@ def test_a_resized_classifier_sees_its_own_size():
     torch.testing.assert_close(resized(large), classifier(large), rtol=0, atol=0)
 
 
-# Children of a process that has only imported the package start quickly, and have no threads of the tests'.
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["atop_fast.recipes.run", "torchvision.transforms.v2", "jinja2", "matplotlib.figure"])
-
-
 def rank(variables: dict[str, str], recipe: Recipe, out: str, last: str | None) -> None:
     """One process of a run, as torchrun would start it, killed as soon as there is a file `last`."""
     os.environ.update(variables)
     torch.set_num_threads(1)
+    # As the fixture no_pictures, which another process does not have.
+    pictures._png = lambda figure: b"picture"
     if last:
         end_itself(signal.SIGKILL, (Path(out) / last).exists, 0)
     run_recipe(recipe, out, progress=False)
