@@ -24,8 +24,8 @@ run atop-fast check mynet.py:MyNet --weights mynet.pt --normalize mnist --data d
 # The file carries the source of the class: --trust allows it to run.
 run atop-fast evaluate classifier.safetensors --trust --data digits --images 100 --eps 0.2 --out alone
 run atop-fast train demo --classifier classifier.safetensors --trust --data digits --out run \
-    --ablation false --pretrain.epochs 3 --finetune.epochs 3 --finetune.eps 0.2 --evaluation.eps 0.2 --evaluation.images 100
-judge="--protocol eot-fast --images 20 --diagnostics false"
+    --ablation false --pretrain.epochs 2 --finetune.epochs 1 --finetune.eps 0.2 --evaluation.eps 0.2 --evaluation.images 50
+judge="--protocol eot-fast --images 10 --diagnostics false"
 run atop-fast evaluate run --trust $judge --out judged
 run atop-fast report run --pack run.zip
 
