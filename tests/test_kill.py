@@ -14,7 +14,7 @@ from test_evaluate_runs import COUNT, finish, results, run, start, units, writte
 pytestmark = pytest.mark.slow
 
 ARGS = [
-    *("--data.holdout=4744", "--evaluation.images=8", "--classifier.training.epochs=2", "--pretrain.epochs=2"),
+    *("--data.holdout=4936", "--evaluation.images=4", "--classifier.training.epochs=2", "--pretrain.epochs=2"),
     *("--finetune.epochs=2", "--evaluation.steps=2", "--evaluation.draws=2"),
 ]
 
