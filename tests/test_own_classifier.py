@@ -168,7 +168,9 @@ def test_consent_is_for_one_text(own, monkeypatch):
         load_model("b.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["script", "frozen", "export"])
+@pytest.mark.parametrize(
+    "kind", ["script", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("frozen", "export"))]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_archives(own, kind, capsys, monkeypatch):
     network = load_classifier("mynet.py:MyNet", weights="mynet.pt")

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 SHORT = ["--classifier.training.epochs=1", "--pretrain.epochs=1", "--finetune.epochs=1", "--evaluation.images=2"]
 
 
+@pytest.mark.slow
 def test_an_archive_is_evaluated_as_the_run_was(tiny, capsys, tmp_path):  # noqa: F811
     main(["train", "tiny.yaml", "--out=run", *SHORT])
     shown = capsys.readouterr().out
