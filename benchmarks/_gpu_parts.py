@@ -287,7 +287,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         purifier = replace(recipe.purifier, options={"width": 4, "blocks": 1})
         recipe = replace(recipe, classifier=replace(recipe.classifier, name="small_cnn"), purifier=purifier)
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, protocol="quick"))
-    budget = max(5, options.seconds - SLACK) if not options.tiny else 20
+    budget = max(5, options.seconds - SLACK) if not options.tiny else 8
     report = run_recipe(recipe, options.out / "train", device=options.device, budget=float(budget), progress=False)
     verdicts = report["systems"]["finetuned"]
     plan = {stage: {k: v for k, v in found.items() if k != "seconds"} for stage, found in report["budget"].items()}
