@@ -79,7 +79,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Variants of apgd and pgd, of which the first tier has others.
+SECOND = ("apgd-l1", "folded")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SECOND else ()) for name in CASES]
+)
 def test_a_replay_is_what_an_eager_update_is(name):
     """Bit for bit, with new images, ids, epoch, share and learning rate: none may be baked into the graph."""
     eager, replayed = finetuning(**CASES[name]), recorded(finetuning(**CASES[name]))

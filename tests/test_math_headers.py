@@ -165,6 +165,7 @@ def test_every_level_of_simd_returns_the_same_bits(at_level, level):
     assert at_level("simd_levels.cpp", level) == ["0"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.backend("cpp")
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_level_convolves(at_level, level):
