@@ -100,8 +100,9 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Rows with any columns as aligned text, with a line of headings."""
-    lines = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    """Rows with any columns as aligned text, with a line of headings; a row may lack columns of others."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([_text(row.get(name)) for name in names] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
