@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import atop_fast as atop
 from atop_fast.attacks import PGD
 from atop_fast.bench.results import metadata
 from atop_fast.randomness import derive_seed, seeded
-from atop_fast.training import fit
+from atop_fast.training import ClassifierConfig, Feed, fit
+from atop_fast.training.classifier import ClassifierStep
 
 DATA = Path(__file__).parent.parent / "tests" / "data"
 
@@ -58,39 +58,29 @@ MNIST = {
 CIFAR10 = {"robust_cifar": Recipe("small_resnet", {}, 8 / 255, 3, 4e-3, pgd={"8/255": 8 / 255})}
 
 
+class RecipeStep(ClassifierStep):
+    """Minimize the cross-entropy on the images, or on PGD's (Madry et al., ICLR 2018)."""
+
+    def __init__(self, classifier: torch.nn.Module, recipe: Recipe) -> None:
+        sizes = {"epochs": recipe.epochs, "batch_size": recipe.batch_size, "lr": recipe.lr}
+        super().__init__(classifier, ClassifierConfig(**sizes, graphs=False), recipe.seed)
+        self.recipe = recipe
+
+    def prepare(self, epoch: int) -> None:
+        if self.recipe.eps:
+            # The radius grows to its value over the first third of the epochs: an easier start.
+            growth = min(1, (epoch + 1) / (self.recipe.epochs / 3))
+            eps, alpha = growth * self.recipe.eps, growth * self.recipe.alpha
+            self.attacker = PGD(self.pipeline, eps, alpha, self.recipe.steps)
+        super().prepare(epoch)
+
+
 def train(title: str, recipe: Recipe, data: atop.Dataset) -> torch.nn.Module:
-    """Minimize the cross-entropy on the images, or on PGD's (Madry et al., ICLR 2018), with Adam."""
+    """Train the recipe's classifier, with Adam and a learning rate that falls along half a cosine."""
     with seeded(derive_seed(recipe.seed, "init")):
         model = atop.build_classifier(recipe.name, **recipe.options)
-    model.train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr)
-
-    def step(x: Tensor, y: Tensor, ids: Tensor, epoch: int) -> Mapping[str, Tensor]:
-        x = x.contiguous(memory_format=torch.channels_last)
-        if recipe.eps:
-            # The radius grows to its value over the first third of the epochs: an easier start.
-            growth = min(1, (epoch + 1) / (recipe.epochs / 3))
-            eps, alpha = growth * recipe.eps, growth * recipe.alpha
-            seed = derive_seed(recipe.seed, "attack", epoch)
-            x = PGD(model, eps=eps, alpha=alpha, steps=recipe.steps, seed=seed)(x, y, ids)
-        logits = model(x)
-        loss = F.cross_entropy(logits, y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == y).float().mean()}
-
-    fit(
-        title,
-        step,
-        data.images,
-        data.labels,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        modules={"classifier": model},
-        optimizers={"classifier": optimizer},
-    )
+    step = RecipeStep(model, recipe)
+    fit(title, step, Feed("train_models", data.images, data.labels, step.device), seed=recipe.seed)
     return model.eval()
 
 
