@@ -26,11 +26,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 
-def pgd10(cifar: Path) -> Iterator[Case]:
+def pgd10(cifar: Path, most: int) -> Iterator[Case]:
     """Ten steps of PGD on a CIFAR ResNet-18, no image leaves."""
     import models
 
-    model, (x, y) = models.standard_cifar(), images(cifar, 64)
+    model, (x, y) = models.standard_cifar(), images(cifar, min(64, most))
     step = {"eps": EPS, "alpha": ALPHA, "steps": 10}
     run = {
         "torchattacks": lambda: torchattacks_pgd(model, x, y, **step),
@@ -40,11 +40,11 @@ def pgd10(cifar: Path) -> Iterator[Case]:
     yield attack_case("PGD-10, CIFAR ResNet-18, trained", model, x, y, run)
 
 
-def pgd100(cifar: Path) -> Iterator[Case]:
+def pgd100(cifar: Path, most: int) -> Iterator[Case]:
     """A hundred steps to a verdict on an adversarially trained model: fooled images leave."""
     import models
 
-    model, (x, y) = models.robust_cifar(), images(cifar, 512)
+    model, (x, y) = models.robust_cifar(), images(cifar, most)
     step = {"eps": EPS, "alpha": ALPHA, "steps": 100}
 
     def theirs() -> Tensor:
@@ -58,11 +58,11 @@ def pgd100(cifar: Path) -> Iterator[Case]:
     yield attack_case("PGD-100 to a verdict, CIFAR, small ResNet", model, x, y, run)
 
 
-def eot(cifar: Path) -> Iterator[Case]:
+def eot(cifar: Path, most: int) -> Iterator[Case]:
     """PGD-20 with 20 draws a step, through RT2, the 32x32 U-Net and a ResNet-18."""
     import models
 
-    x, y = images(cifar, 8)
+    x, y = images(cifar, min(8, most))
     model = defense(models.standard_cifar(), channels=3, width=24, device="cpu")
     step = {"eps": EPS, "alpha": ALPHA, "steps": 20, "eot_iter": 20}
     run = {
@@ -73,21 +73,22 @@ def eot(cifar: Path) -> Iterator[Case]:
     yield attack_case("PGD-20 x EOT-20, RT2 + U-Net + ResNet-18", model, x, y, run, rounds=1)
 
 
-def autoattack(cifar: Path) -> Iterator[Case]:
+def autoattack(cifar: Path, most: int) -> Iterator[Case]:
     """AutoAttack standard on a small adversarially trained model, with the same numbers of steps and queries."""
     import models
 
-    model, (x, y) = models.robust_cifar(), images(cifar, 512)
+    model, (x, y) = models.robust_cifar(), images(cifar, most)
     yield attack_case(
         "AutoAttack standard, Linf, CIFAR, small ResNet", model, x, y, _contest(model, "Linf", EPS, x, y), rounds=1
     )
 
 
-def autoattack_l2(cifar: Path) -> Iterator[Case]:
+def autoattack_l2(cifar: Path, most: int) -> Iterator[Case]:
     """The same in L2, on digits."""
     import models
 
-    model, (x, y) = models.robust_mnist(), (models.mnist().images[:512], models.mnist().labels[:512])
+    model, digits = models.robust_mnist(), models.mnist().take(slice(0, most))
+    x, y = digits.images, digits.labels
     yield attack_case("AutoAttack standard, L2, digits", model, x, y, _contest(model, "L2", 1.5, x, y), rounds=1)
 
 
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument(
         "--cifar", type=Path, default=os.environ.get("ATOP_FAST_CIFAR10"), help="folder with test/<class>"
     )
+    parser.add_argument("--images", type=int, default=512, help="at most; cases of slow networks have fewer")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
     if args.cifar is None:
@@ -123,7 +125,7 @@ def main() -> None:
     keep_heap()
     rows, roofline = [], Roofline("cpu")
     for name in args.cases or CASES:
-        for case in CASES[name](args.cifar):
+        for case in CASES[name](args.cifar, args.images):
             rows += measure(case, "cpu", 0.0, roofline)
             results.print_rows(rows[-len(case.run) :])
     if args.json:
