@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import counted
+import _counted
 from _judged import judged, write_files
 from _passes import eot_curves, parity
 from _reliability import faults, load, mutations, numerics
@@ -385,7 +385,7 @@ TABLES = {
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
     **{f"all {suite} avx2": functools.partial(suite_table, suite, AVX2) for suite in AVX2_SUITES},
-    **counted.TABLES,
+    **_counted.TABLES,
 }  # fmt: skip
 # The tables of each page.
 PAGES = {
@@ -396,14 +396,14 @@ PAGES = {
     "docs/benchmarks-avx2.md": tuple(
         f"{name} avx2" for name in ("summary", "losses", *(f"all {suite}" for suite in AVX2_SUITES), "processes")
     ),
-    **counted.PAGES,
+    **_counted.PAGES,
     "docs/reliability.md": ("faults", "numerics", "load", "mutations"),
     "docs/training.md": ("engine", "cifar", "pilot"),
     "docs/model-cards.md": ("defenses",),
     "docs/attacks.md": ("parity",),
     "docs/judged.md": ("judged",),
-    "docs/evaluation.md": (*counted.PAGES["docs/evaluation.md"], "eot_curves"),
-    "docs/purifiers.md": (*counted.PAGES["docs/purifiers.md"], "restoration"),
+    "docs/evaluation.md": (*_counted.PAGES["docs/evaluation.md"], "eot_curves"),
+    "docs/purifiers.md": (*_counted.PAGES["docs/purifiers.md"], "restoration"),
 }
 
 
