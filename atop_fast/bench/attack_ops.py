@@ -14,7 +14,7 @@ from ..attacks.base import initial_state
 from ..attacks.queue import Batch
 from ..attacks.square import _tables
 from ..ops import FrozenConv, _registry, square
-from .harness import Case, flops, same_as_baseline
+from .harness import Case, gradient_in, op_case
 
 # The package exports the function under the name of its module.
 hyperplane_step = importlib.import_module("atop_fast.ops.hyperplane_step")
@@ -47,17 +47,12 @@ def _convolutions() -> Iterator[Case]:
         dy = torch.randn_like(functions[0](x))
         shape, nbytes = f"{batch}x{channels}x{size}x{size}, {taps}x{taps} to {outputs}", x.nbytes + dy.nbytes
         yield _case("frozen_conv", "forward", shape, nbytes, [functools.partial(f, x) for f in functions], True)
-        both = [functools.partial(_gradient, f, x, dy) for f in functions]
+        both = [functools.partial(gradient_in, x, f, dy) for f in functions]
         yield _case("frozen_conv", "both", shape, 2 * nbytes, both, True)
 
 
 def _clamped(convolution: nn.Conv2d) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.relu(convolution(x))
-
-
-def _gradient(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
-    leaf = x.detach().requires_grad_()
-    return torch.autograd.grad(function(leaf), leaf, dy)[0]
 
 
 def _square(norm: str, shape: Sequence[int]) -> Case:
@@ -86,8 +81,5 @@ def _case(
     products: bool = False,
 ) -> Case:
     eager, ours = functions
-    owner = _registry.owner(op, "cpu")
-    run = {"eager": eager, owner: ours, "compile": torch.compile(eager)}
-    operations = flops(eager) if products else 0
-    judge = same_as_baseline([owner], 1e-4)
-    return Case("ops", f"{op} {direction}", shape, "float32", run, [owner], nbytes, operations, judge=judge)
+    mine = {_registry.owner(op, "cpu"): ours}
+    return op_case(f"{op} {direction}", shape, "float32", eager, mine, nbytes, 1e-4, products)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import ops
-from .harness import Case, by_backend, no_judge, same_as_baseline
+from .harness import Case, by_backend, op_case
 
 SHAPES = ((64, 3, 32, 32), (8, 3, 224, 224), (64, 3, 256, 256))
 DRAWS = 8
@@ -49,11 +49,9 @@ def _case(name: str, device: str, shape: tuple[int, ...], draws: int = 0) -> Cas
     formula = importlib.import_module(f"atop_fast.ops.{name}").formula
     eager, ours = (functools.partial(f, *tensors, *NUMBERS[name]) for f in (formula, getattr(ops, name)))
     mine = by_backend(name, device, ours)
-    run = {"eager": eager, **mine, "compile": torch.compile(eager)}
     nbytes = sum(t.nbytes for t in tensors) + x.nbytes
     text = "x".join(map(str, shape)) + (f", {draws} draws" if draws else "")
-    judge = same_as_baseline(list(mine), 1e-6)
-    return Case("ops", f"{name} forward", text, "float32", run, list(mine), nbytes, judge=judge)
+    return op_case(f"{name} forward", text, "float32", eager, mine, nbytes, 1e-6)
 
 
 def _in_place_case(name: str, device: str, shape: tuple[int, ...]) -> Case:
@@ -67,10 +65,9 @@ def _in_place_case(name: str, device: str, shape: tuple[int, ...]) -> Case:
 
     ours = functools.partial(getattr(ops, f"{name}_"), moved, grad, x0, *numbers)
     mine = by_backend(f"{name}_", device, ours)
-    run = {"eager": eager, **mine, "compile": torch.compile(eager)}
     # No check, because that would move the images; the tests compare it, and it shares the code of the other variant.
     text = "x".join(map(str, shape))
-    return Case("ops", f"{name}_ forward", text, "float32", run, list(mine), 4 * x.nbytes, judge=no_judge)
+    return op_case(f"{name}_ forward", text, "float32", eager, mine, 4 * x.nbytes, tolerance=None)
 
 
 def _images(shape: tuple[int, ...], device: str) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .._core.precision import is_fast
@@ -122,6 +123,33 @@ def by_backend(op: str, device: str, function: Function) -> dict[str, Function]:
     owner, found = _registry.owner(op, device), _registry.impls(op)
     backends = [backend for backend in _registry.KERNELS[device] if backend in found]
     return {backend: function if backend == owner else Owned(function, backend, device) for backend in backends}
+
+
+def op_case(
+    name: str,
+    shape: str,
+    dtype: str,
+    formula: Function,
+    ours: Mapping[str, Function],
+    nbytes: int,
+    tolerance: float | None,
+    products: bool = False,
+) -> Case:
+    """A case of an op against its formula in eager mode, which is also compiled.
+
+    Without a tolerance, results are not compared. `products`: the op consists of convolutions or matrix products, whose
+    operations bound its time.
+    """
+    run = {"eager": formula, **ours, "compile": torch.compile(formula)}
+    judge = no_judge if tolerance is None else same_as_baseline(list(ours), tolerance)
+    work = flops(formula) if products else 0
+    return Case("ops", name, shape, dtype, run, list(ours), nbytes, work, judge=judge)
+
+
+def gradient_in(x: Tensor, function: Callable[[Tensor], Tensor], dy: Tensor) -> Tensor:
+    """The gradient in `x`, by a forward and a backward pass."""
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(function(leaf), leaf, dy)[0]
 
 
 class Roofline:

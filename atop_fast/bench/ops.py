@@ -15,7 +15,7 @@ from torch import Tensor
 from .._core.precision import is_fast
 from ..ops import _registry, gated
 from . import attack_losses, attack_ops, attack_steps, transforms
-from .harness import Case, Function, Options, by_backend, flops, no_judge, same_as_baseline
+from .harness import Case, Function, Options, by_backend, gradient_in, op_case
 
 # The package exports each function under the name of its module.
 contextual_attention = importlib.import_module("atop_fast.ops.contextual_attention")
@@ -79,7 +79,7 @@ def _gated_cases(name: str, device: str, shape: Sequence[int], dtype: torch.dtyp
     yield _case(name, "forward", h, layout, h.nbytes * 3 // 2, formula, forward, tolerance)
     dy = torch.randn_like(formula())
     both = {backend: functools.partial(_gate_pass, backend, h, dy, *rest) for backend in forward}
-    formula = functools.partial(_autograd_pass, gated.formula, h, dy, *rest)
+    formula = functools.partial(_gate_gradient, gated.formula, h, dy, *rest)
     yield _case(name, "both", h, layout, h.nbytes * 4, formula, both, tolerance)
 
 
@@ -98,18 +98,14 @@ def conv3x3_cases(device: str, quick: bool) -> Iterator[Case]:
         dy = torch.randn_like(formula())
         nbytes = x.nbytes + dy.nbytes + weight.nbytes
         yield _case("conv3x3", "forward", x, "nhwc", nbytes, formula, forward, tolerance=1e-4, products=True)
-
-        def plain(leaf: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-            return conv3x3.formula(leaf, weight, bias, 1)
-
-        def ours(leaf: Tensor, rest: tuple[Any, ...] = (weight, bias, *prepared, 1)) -> Tensor:
-            return conv3x3.OP(leaf, *rest)
-
-        formula, mine = (functools.partial(_autograd_pass, f, x, dy) for f in (plain, ours))
+        fixed = {"weight": weight, "bias": bias, "dilation": 1}
+        ours = functools.partial(conv3x3.OP, **fixed, prepared=prepared[0], prepared_t=prepared[1])
+        functions = (functools.partial(conv3x3.formula, **fixed), ours)
+        formula, mine = (functools.partial(gradient_in, x, f, dy) for f in functions)
         both = {_registry.owner("conv3x3", device): mine}
         yield _case("conv3x3", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-4, products=True)
-        formula = functools.partial(_autograd_pass, _of_weight(conv3x3.formula, x), weight, dy)
-        mine = functools.partial(_autograd_pass, _of_weight(conv3x3.conv3x3, x), weight, dy)
+        of_weight = [functools.partial(f, x, bias=None, dilation=1) for f in (conv3x3.formula, conv3x3.conv3x3)]
+        formula, mine = (functools.partial(gradient_in, weight, f, dy) for f in of_weight)
         both = {_registry.owner("conv3x3", device): mine}
         yield _case("conv3x3_bwd_weight", "both", x, "nhwc", 2 * nbytes, formula, both, tolerance=1e-3, products=True)
         formula = functools.partial(conv3x3.reference_prepare, weight, False)
@@ -155,14 +151,8 @@ def attention_cases(device: str) -> Iterator[Case]:
         formula = functools.partial(contextual_attention.formula, features, valid)
         yield _case(name, "forward", features, layout, 2 * features.nbytes, formula, run, tolerance=1e-3, products=True)
         dy = torch.randn_like(features)
-
-        def plain(leaf: Tensor, valid: Tensor = valid) -> Tensor:
-            return contextual_attention.formula(leaf, valid)
-
-        def ours(leaf: Tensor, valid: Tensor = valid) -> Tensor:
-            return contextual_attention.OP(leaf, valid)
-
-        formula, mine = (functools.partial(_autograd_pass, f, features, dy) for f in (plain, ours))
+        functions = [functools.partial(f, valid=valid) for f in (contextual_attention.formula, contextual_attention.OP)]
+        formula, mine = (functools.partial(gradient_in, features, f, dy) for f in functions)
         both = by_backend(name, device, mine)
         yield _case(name, "both", features, layout, 5 * features.nbytes, formula, both, tolerance=1e-3, products=True)
 
@@ -191,19 +181,13 @@ def _in_place(function: Callable[..., None], x: Tensor, grad: Tensor, x0: Tensor
     return run
 
 
-def _autograd_pass(
-    function: Callable[..., Tensor], h: Tensor, dy: Tensor, bias: Tensor | None = None, *rest: Any
+def _gate_gradient(
+    function: Callable[..., Tensor], h: Tensor, dy: Tensor, bias: Tensor | None, activation: int
 ) -> Tensor:
     """The gradient in `h`; the gradient in `bias` is computed, too."""
-    leaf = h.detach().requires_grad_()
-    if bias is None:
-        return torch.autograd.grad(function(leaf, *((None, *rest) if rest else ())), leaf, dy)[0]
-    shift = bias.detach().requires_grad_()
-    return torch.autograd.grad(function(leaf, shift, *rest), [leaf, shift], dy)[0]
-
-
-def _of_weight(function: Callable[..., Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda weight: function(x, weight, None, 1)
+    leaves = [t.detach().requires_grad_() for t in (h, bias) if t is not None]
+    y = function(leaves[0], None if bias is None else leaves[1], activation)
+    return torch.autograd.grad(y, leaves, dy)[0]
 
 
 def _two_gradients(function: Callable[..., Tensor], x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
@@ -228,7 +212,7 @@ class _Gate(torch.autograd.Function):
 
 
 def _gate_pass(backend: str, h: Tensor, dy: Tensor, bias: Tensor | None, activation: int) -> Tensor:
-    return _autograd_pass(lambda *inputs: _Gate.apply(*inputs, backend), h, dy, bias, activation)
+    return _gate_gradient(lambda *inputs: _Gate.apply(*inputs, backend), h, dy, bias, activation)
 
 
 def _case(
@@ -242,23 +226,11 @@ def _case(
     tolerance: float | None,
     products: bool = False,
 ) -> Case:
-    """A case; `products`: the op consists of convolutions or matrix products, whose operations bound its time."""
-    run = {name: function for name, function in run.items() if name != "eager"}
-    variants = {"eager": formula, **run, "compile": torch.compile(formula)}
-    judge = no_judge if tolerance is None else same_as_baseline(list(run), tolerance)
+    """An op_case of tensors like `like`."""
+    ours = {name: function for name, function in run.items() if name != "eager"}
     shape = "x".join(map(str, like.shape)) + f", {layout}"
     dtype = str(like.dtype).removeprefix("torch.")
-    return Case(
-        "ops",
-        f"{op} {direction}",
-        shape,
-        dtype,
-        variants,
-        list(run),
-        nbytes,
-        flops(formula) if products else 0,
-        judge=judge,
-    )
+    return op_case(f"{op} {direction}", shape, dtype, formula, ours, nbytes, tolerance, products)
 
 
 def all_cases(device: str, quick: bool) -> Iterator[Case]:

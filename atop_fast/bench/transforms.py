@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import _registry
-from .harness import Case, Quality, by_backend, owned
+from .harness import Case, Quality, by_backend, gradient_in, owned
 
 # Functions that are not ops, and the op on which they are based.
 OPS = {"random_resize_pad": "resample"}
@@ -181,7 +181,7 @@ def _case(
     functions = {**peers, "compile": torch.compile(peers["eager"]), "ours": ours}
     if both:
         dy = torch.randn_like(ours(x))
-        functions = {name: functools.partial(_autograd_pass, f, dy=dy) for name, f in functions.items()}
+        functions = {name: functools.partial(gradient_in, function=f, dy=dy) for name, f in functions.items()}
     shape = "x".join(map(str, x.shape)) + (f" to {size[0]}x{size[1]}" if size else "")
     run = {name: functools.partial(f, x) for name, f in functions.items()}
     mine = by_backend(OPS.get(op, op), device, run.pop("ours"))
@@ -202,15 +202,10 @@ def _case(
 def check(x: Tensor, ours: Function, both: bool) -> float:
     """The difference from the specification, which must be 0 in every bit, including gradients."""
     dy = torch.randn_like(ours(x)) if both else None
-    run = functools.partial(_autograd_pass, ours, x, dy) if both else functools.partial(ours, x)
+    run = functools.partial(gradient_in, x, ours, dy) if both else functools.partial(ours, x)
     found = run()
     with _registry.owned_by("eager", list(_registry.OPS), x.device.type):
         expected = run()
     if not torch.equal(found, expected):
         raise AssertionError(f"{ours}: not equal to the specification")
     return 0.0
-
-
-def _autograd_pass(function: Function, x: Tensor, dy: Tensor) -> Tensor:
-    leaf = x.detach().requires_grad_()
-    return torch.autograd.grad(function(leaf), leaf, dy)[0]
