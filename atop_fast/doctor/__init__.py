@@ -75,8 +75,8 @@ def diagnose(
         TypeError, ValueError: naming the argument that is wrong.
     """
     known = CHECKS if training is None else (*CHECKS, *TRAINING_CHECKS)
-    options = (norm, eps, seed, steps, eot_iter, max_images, checks, known, progress)
-    return _run("diagnose", model, images, labels, *options, training)
+    options: dict[str, Any] = {"norm": norm, "eps": eps, "steps": steps, "eot_iter": eot_iter, "progress": progress}
+    return _run("diagnose", model, images, labels, seed, max_images, checks, known, training, **options)
 
 
 def check_contract(
@@ -101,8 +101,7 @@ def check_contract(
     Returns, Raises:
         As diagnose.
     """
-    options = ("Linf", 8 / 255, seed, 1, None, max_images, checks, tuple(contract.CHECKS), False)
-    return _run("check_contract", model, images, labels, *options)
+    return _run("check_contract", model, images, labels, seed, max_images, checks, tuple(contract.CHECKS))
 
 
 def conclude(statuses: Mapping[str, str]) -> tuple[Status, str]:
@@ -139,17 +138,19 @@ def _run(
     model: Model,
     images: Tensor,
     labels: Tensor,
-    norm: str,
-    eps: float,
     seed: int,
-    steps: int,
-    eot_iter: int | None,
     max_images: int,
     checks: Sequence[str] | None,
     known: Sequence[str],
-    progress: bool,
     training: tuple[Tensor, Tensor] | None = None,
+    *,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    steps: int = 1,
+    eot_iter: int | None = None,
+    progress: bool = False,
 ) -> list[Finding]:
+    """Check the arguments of `function`, and examine the chosen images."""
     if not callable(model):
         raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
     refuse_wrapped(function, model)
@@ -167,16 +168,10 @@ def _run(
     for name in checks or ():
         check_choice(function, "checks", name, known)
     ids = sampled(len(images), check_integer(function, "seed", seed), max_images)
-    part = {
-        "images": images.detach()[ids.to(images.device)],
-        "labels": labels[ids.to(labels.device)],
-        "ids": ids,
-        "total": len(images),
-    }
-    options: dict[str, Any] = {"norm": norm, "eps": eps, "seed": seed, "steps": steps, "eot_iter": eot_iter}
-    if training is not None:
-        options["training"] = _training(function, training, part["images"], seed, max_images)
-    return examine(function, model, **part, **options, checks=known if checks is None else checks, progress=progress)
+    x, y = images.detach()[ids.to(images.device)], labels[ids.to(labels.device)]
+    members = None if training is None else _training(function, training, x, seed, max_images)
+    checks = known if checks is None else checks
+    return examine(function, model, x, y, ids, len(images), seed, norm, eps, steps, eot_iter, checks, progress, members)
 
 
 def _training(
