@@ -14,7 +14,7 @@ from ._core.checks import message
 from ._core.files import load_weights
 from .classifiers import CLASSIFIERS, Normalized, Resized
 from .classifiers.programs import ARCHIVES, PYTHON, Archive, build_program, restore_archive
-from .defenses import ActivationPruning, SelfEnsemble, WinnersTakeAll
+from .defenses import CARSO, ActivationPruning, SelfEnsemble, WinnersTakeAll
 from .purifiers import DISCRIMINATORS, PURIFIERS
 from .randomness import seeded
 
@@ -30,6 +30,7 @@ WRAPPERS: dict[str, tuple[type[nn.Module], str, Callable[[Any], dict[str, Any]]]
     "self_ensemble": (SelfEnsemble, "model", lambda m: {"sigma_first": m.sigma_first, "sigma": m.sigma}),
     "activation_pruning": (ActivationPruning, "model", lambda m: {"ratio": m.ratio}),
     "winners_take_all": (WinnersTakeAll, "model", lambda m: {"ratio": m.ratio}),
+    "carso": (CARSO, "model", lambda m: m.options()),
 }
 
 
@@ -98,12 +99,7 @@ def restore(
     """Build the module that a header specifies, with the weights in `state`."""
     name, options = spec["name"], spec["options"]
     if "inside" in spec:
-        kind, inside, _ = WRAPPERS[name]
-        if any(not key.startswith(f"{inside}.") for key in state):
-            raise ValueError(f"weights that {name!r} does not have")
-        if options.get("size", 1) > 2**14:
-            raise ValueError(f"size={options['size']}")
-        return kind(restore(spec["inside"], registry, below(inside, state)), **options)
+        return _wrapped(name, options, spec["inside"], registry, state)
     if registry is CLASSIFIERS and name in ARCHIVES:
         return restore_archive(name, state)
     factory = _factory(name, registry)
@@ -115,6 +111,31 @@ def restore(
     load_weights(module, state)
     module.architecture = (name, options)
     return module
+
+
+def _wrapped(
+    name: str,
+    options: dict[str, Any],
+    spec: Mapping[str, Any],
+    registry: Mapping[str, Callable[..., nn.Module]],
+    state: Mapping[str, Tensor],
+) -> nn.Module:
+    """A wrapper around the classifier that `spec` describes, and its own weights, if it has any."""
+    kind, inside, _ = WRAPPERS[name]
+    own = {key: tensor for key, tensor in state.items() if not key.startswith(f"{inside}.")}
+    if own and kind is not CARSO:
+        raise ValueError(f"weights that {name!r} does not have")
+    if options.get("size", 1) > 2**14:
+        raise ValueError(f"size={options['size']}")
+    if kind is CARSO:
+        # A file names the layers, so that the classifier does not run on images of a size that the file chooses.
+        options = {**options, "layers": list(options["layers"])}
+        _check_fits(functools.partial(CARSO, nn.Identity(), **options), options, own)
+    with seeded(0):
+        wrapper = kind(restore(spec, registry, below(inside, state)), **options)
+    if isinstance(wrapper, CARSO):
+        load_weights(wrapper.purifier, below("purifier", own))
+    return wrapper
 
 
 def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:

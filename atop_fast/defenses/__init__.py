@@ -1,13 +1,14 @@
 """Other random defenses of the literature, as small modules.
 
-Transforms of images go into `Defense(transform, None, classifier)`; SelfEnsemble, ActivationPruning and WinnersTakeAll
-wrap the classifier. RandomResizePad is in atop_fast.transforms.
+Transforms of images go into `Defense(transform, None, classifier)`; SelfEnsemble, ActivationPruning, WinnersTakeAll
+and CARSO wrap the classifier. RandomResizePad is in atop_fast.transforms.
 """
 
 from ..purifiers import PURIFIERS
 from ..transforms import TRANSFORMS
 from .base import ImageTransform
 from .bilateral import NoisyBilateral, bilateral_filter
+from .carso import CARSO
 from .filters import FilterDraw, ResidualFilters, mean_logits
 from .inside import Replaced
 from .jpeg import JPEG
@@ -29,6 +30,7 @@ TRANSFORMS.update(
 PURIFIERS["residual_filters"] = ResidualFilters
 
 __all__ = [
+    "CARSO",
     "DEFENSES",
     "JPEG",
     "ActivationPruning",

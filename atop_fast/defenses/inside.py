@@ -19,6 +19,7 @@ from ..randomness import derive_seed, key_tensors
 
 Key = tuple[Tensor, Tensor, Tensor]
 Compute = Callable[[Tensor], Tensor]
+Replace = Callable[[Compute, Tensor, int, Key], Tensor]
 CONVOLUTIONS = frozenset({torch.conv2d})
 ACTIVATIONS = frozenset(
     {
@@ -60,12 +61,21 @@ class Replaced(nn.Module):
 
         Without a seed, torch's global generator draws one, so that calls differ as with dropout.
         """
-        name = type(self).__name__
+        return self.intercepted(x, self.key(x, seed, sample_ids, draw), self.replace)
+
+    def key(
+        self, x: Tensor, seed: int | Tensor | None, sample_ids: Tensor | None = None, draw: int | Tensor = 0
+    ) -> Key:
+        """The key of a call as tensors."""
         if seed is None:
             # A tensor of x's device: a CUDA graph draws another one in each replay, and would repeat a number.
             seed = torch.randint(2**62, (), device=x.device) if self.keyed else 0
-        key = key_tensors(name, len(x), x.device, seed, sample_ids, draw)
-        with _Calls(self, key) as calls:
+        return key_tensors(type(self).__name__, len(x), x.device, seed, sample_ids, draw)
+
+    def intercepted(self, x: Tensor, key: Key, replace: Replace) -> Tensor:
+        """Logits of the classifier, whose calls of `functions` go to `replace`, see there."""
+        name = type(self).__name__
+        with _Calls(self, key, replace) as calls:
             logits: Tensor = self.model(x)
         if not calls.count:
             some = ", ".join(sorted({getattr(f, "__name__", str(f)) for f in self.functions}))
@@ -80,9 +90,9 @@ class Replaced(nn.Module):
 class _Calls(TorchFunctionMode):
     """Sends the calls of one pass to a Replaced; inside `replace`, the original functions run."""
 
-    def __init__(self, owner: Replaced, key: Key) -> None:
+    def __init__(self, owner: Replaced, key: Key, replace: Replace) -> None:
         super().__init__()
-        self.owner, self.key, self.count = owner, key, 0
+        self.owner, self.key, self.replace, self.count = owner, key, replace, 0
         self.recording = _recording()
 
     def __torch_function__(
@@ -108,7 +118,7 @@ class _Calls(TorchFunctionMode):
 
         seed, place = derive_seed(self.key[0], self.count), self.count
         self.count += 1
-        result = self.owner.replace(compute, x.clone() if writes else x, place, (seed, *self.key[1:]))
+        result = self.replace(compute, x.clone() if writes else x, place, (seed, *self.key[1:]))
         # The caller's code may rely on the in-place write.
         return x.copy_(result) if writes else result
 

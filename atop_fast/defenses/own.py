@@ -15,6 +15,7 @@ from ..checkpoints import load_defense
 from ..classifiers.programs import imported
 from ..defense import Defense
 from ..transforms import RandomTransform
+from .inside import Replaced
 from .table import DEFENSES, Build
 
 
@@ -36,6 +37,9 @@ def find(text: str) -> tuple[str, Build]:
         return name, _from_code(Path(path), name)
     if text.endswith(".safetensors"):
         return Path(text).stem, lambda model, shape: _from_file(text, model)
+    if text == "carso":
+        expected = "a file that train_carso and save_defense made, as no weights of CARSO are in the package"
+        raise ValueError(message("judge", "defense", expected, repr(text)))
     expected = f"all, one of {', '.join(map(repr, DEFENSES))}, FILE.py:NAME, or a .safetensors file of save_defense"
     raise ValueError(message("judge", "defense", expected, repr(text)))
 
@@ -66,9 +70,13 @@ def _from_code(path: Path, name: str) -> Build:
 def _from_file(path: str, model: nn.Module) -> Defense:
     """The defense of a file, if it defends `model`."""
     defense = load_defense(path)
+    inner = defense.classifier
+    # A layer of the defense may be inside the classifier.
+    if isinstance(inner, Replaced) and not isinstance(model, Replaced):
+        inner = inner.model
     # A normalization is in buffers that no state dict has, and layers without weights are known by their classes.
-    given, own = ({**m.state_dict(), **dict(m.named_buffers())} for m in (model, defense.classifier))
-    layers, own_layers = ([type(part).__qualname__ for part in m.modules()] for m in (model, defense.classifier))
+    given, own = ({**m.state_dict(), **dict(m.named_buffers())} for m in (model, inner))
+    layers, own_layers = ([type(part).__qualname__ for part in m.modules()] for m in (model, inner))
     same = given.keys() == own.keys() and all(torch.equal(given[k].cpu(), own[k].to(given[k].dtype)) for k in given)
     if not same or layers != own_layers:
         expected = "a defense of the given classifier, as a table is of one classifier"

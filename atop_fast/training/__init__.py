@@ -1,5 +1,6 @@
-"""Training: a classifier, a purifier on clean images (pretrain) and on adversarial ones (finetune)."""
+"""Training: a classifier, a purifier on clean images (pretrain) and on adversarial ones (finetune), and CARSO's."""
 
+from .carso import CARSOConfig, CARSOStep, train_carso
 from .classifier import ClassifierStep, train_classifier
 from .config import ClassifierConfig, FinetuneConfig, PretrainConfig, TrainingConfig
 from .engine import fit
@@ -9,6 +10,8 @@ from .purifier import finetune, pretrain
 from .step import PretrainStep, Step
 
 __all__ = [
+    "CARSOConfig",
+    "CARSOStep",
     "ClassifierConfig",
     "ClassifierStep",
     "Feed",
@@ -21,5 +24,6 @@ __all__ = [
     "finetune",
     "fit",
     "pretrain",
+    "train_carso",
     "train_classifier",
 ]
