@@ -19,7 +19,7 @@ from atop_fast.attacks import queue, replay, square
 from atop_fast.attacks.passes import counted_passes
 from atop_fast.attacks.queue import Batch
 from atop_fast.defenses import RandomSeries
-from atop_fast.evaluation.judge import FixedRandomness
+from atop_fast.evaluation import FixedRandomness
 from atop_fast.randomness import seeded
 from atop_fast.transforms import RandomTransform
 

@@ -93,9 +93,12 @@ class Probe:
         """
         if not isinstance(self.model, Defense):
             return self
+        return self.of(classifier_alone(self.model), self._eot_iter)
+
+    def of(self, model: Model, eot_iter: int | None) -> Probe:
+        """The same images and threat model for another model."""
         options: dict[str, Any] = {"norm": self.norm, "eps": self.eps, "seed": self.seed, "steps": self.steps}
-        model = classifier_alone(self.model)
-        return Probe(model, self.x, self.y, self.ids, **options, eot_iter=self._eot_iter, total=self.total)
+        return Probe(model, self.x, self.y, self.ids, **options, eot_iter=eot_iter, total=self.total)
 
     def logits(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Tensor:
         """Logits (B, classes), float32, under one draw; equal (purpose, draw) give equal randomness.

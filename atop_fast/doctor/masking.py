@@ -16,6 +16,7 @@ from ..attacks import FGSM, Square
 from ..defense import Defense
 from ..ops import attack_loss
 from ..randomness import derive_seed
+from ..transforms import FixedRandomness
 from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, excess, judged
 
 # Number of queries of the random search, and the noise of float32 logits relative to their size.
@@ -153,16 +154,9 @@ def fixed_randomness(probe: Probe) -> Finding:
     single draw can be the weaker one: pixels clipped by its noise have no gradient, and no other draw provides one.
     """
     assert isinstance(probe.model, Defense)
-    fixed = _FixedDefense(probe.model, derive_seed(probe.seed, "verdict"), 0)
-    run = Probe(
-        *(fixed, probe.x, probe.y, probe.ids),
-        norm=probe.norm,
-        eps=probe.eps,
-        seed=probe.seed,
-        steps=probe.steps,
-        eot_iter=1,
-        total=probe.total,
-    )
+    # The draw that the verdict of `probe` takes first.
+    transform = FixedRandomness(probe.model.transform, derive_seed(probe.seed, "verdict"))
+    run = probe.of(Defense(transform, probe.model.purifier, probe.model.classifier), eot_iter=1)
     known, fresh = run.attacked(probe.eps), probe.attacked(probe.eps)
     transferred = run.correct(probe.adversarial(probe.eps))
     worth, errors = float((fresh - torch.minimum(known, transferred)).mean()), excess(known, transferred)
@@ -227,22 +221,6 @@ CHECKS: dict[str, Callable[[Probe], Finding]] = {
     )
 }
 DEFENSE = ("gradient_modes", "fixed_randomness", "useless_transform")
-
-
-class _FixedDefense(Defense):
-    """A Defense that ignores the requested draw and always takes the same one; it shares the parts of the given one."""
-
-    def __init__(self, defense: Defense, seed: int, draw: int) -> None:
-        super().__init__(defense.transform, defense.purifier, defense.classifier)
-        self.training, self.key = defense.training, (seed, draw)
-
-    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
-        """Purified images under the fixed draw."""
-        return super().purify(x, self.key[0], sample_ids, self.key[1])
-
-    def classify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = 0) -> Tensor:
-        """Logits under the fixed draw."""
-        return super().classify(x, self.key[0], sample_ids, self.key[1])
 
 
 def _not_weaker(name: str, strong: Tensor, weak: Tensor, names: Sequence[str], advice: str) -> Finding:

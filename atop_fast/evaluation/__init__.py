@@ -1,7 +1,7 @@
 """Robust evaluation of random defenses."""
 
+from ..transforms import FixedRandomness
 from .evaluate import evaluate
-from .judge import FixedRandomness
 from .protocols import PROTOCOLS, Protocol, quick_attacks
 from .resubmission import resubmission_curve, survival
 from .summary import Report

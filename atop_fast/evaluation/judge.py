@@ -11,7 +11,7 @@ from .._core.precision import full_precision
 from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, seeded
-from ..transforms import RandomTransform
+from ..transforms import FixedRandomness
 from .source import Source
 
 # Number of images in the trial that distinguishes deterministic from random models.
@@ -104,42 +104,6 @@ class Judge:
 def judged(x: Tensor) -> Tensor:
     """Images in the dtype in which they are judged: float64 for float64, float32 otherwise."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-class FixedRandomness(RandomTransform):
-    """A transform whose every draw is draw 0 of `seed`: each sample keeps its mask and its noise.
-
-    Args:
-        transform: the random transform.
-        seed: key of the only draw.
-    """
-
-    def __init__(self, transform: RandomTransform, seed: int) -> None:
-        super().__init__()
-        self.transform, self.seed, self.copies = transform, seed, transform.copies
-
-    def forward(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
-    ) -> Tensor:
-        """See RandomTransform.forward; seed and draw are not used."""
-        return self.transform(x, self.seed, sample_ids, 0)
-
-    def target(
-        self, x: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
-    ) -> Tensor:
-        """See RandomTransform.target; seed and draw are not used."""
-        return self.transform.target(x, self.seed, sample_ids, 0)
-
-    def assemble(self, purified: Tensor, corrupted: Tensor) -> Tensor:
-        """See RandomTransform.assemble."""
-        return self.transform.assemble(purified, corrupted)
-
-    def key(self, seed: int | Tensor, sample_ids: Tensor, draw: int | Tensor) -> tuple[int | Tensor, Tensor, int]:
-        """See RandomTransform.key; seed and draw are not used."""
-        return self.seed, sample_ids, 0
-
-    def extra_repr(self) -> str:
-        return f"seed={self.seed}"
 
 
 def fixed_randomness(model: Model, seed: int) -> Defense:
