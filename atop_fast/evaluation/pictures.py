@@ -79,13 +79,8 @@ def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> by
             from -10 eps (blue) to 10 eps (red); the others in [0, 1].
         eps: radius of the attack.
     """
-    # Agg needs no display; pyplot would keep global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     count = max(len(images) for _, images, _ in rows)
-    figure = Figure(figsize=(1.25 * count + 1.6, 1.5 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.25 * count + 1.6, 1.5 * len(rows))
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (title, images, captions) in zip(axes, rows, strict=True):
         signed = bool((images < 0).any())
@@ -101,7 +96,7 @@ def gallery(rows: Sequence[tuple[str, Tensor, Sequence[str]]], eps: float) -> by
             axis.set_title(caption, fontsize=9, pad=2, parse_math=False)
         where = {"transform": line[0].transAxes, "ha": "right", "va": "center"}
         line[0].text(-0.12, 0.5, title, fontsize=10, parse_math=False, **where)
-    return _png(figure)
+    return as_png(figure)
 
 
 def picture(image: Tensor) -> bytes:
@@ -116,12 +111,8 @@ def picture(image: Tensor) -> bytes:
 
 def curve_picture(points: Sequence[Mapping[str, Any]]) -> bytes:
     """A PNG of accuracy (mean, with its interval) against eps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     points = sorted((point for point in points if "mean" in point), key=lambda point: point["eps"])
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 3.2)
     axis = figure.subplots()
     radii = [point["eps"] for point in points]
     low, high = ([point["mean_ci"][end] for point in points] for end in (0, 1))
@@ -129,17 +120,14 @@ def curve_picture(points: Sequence[Mapping[str, Any]]) -> bytes:
     axis.plot(radii, [point["mean"] for point in points], "o-", color="#4878a8")
     axis.set(xlabel="eps", ylabel="accuracy of one draw", ylim=(0, 1))
     axis.grid(alpha=0.3)
-    return _png(figure)
+    return as_png(figure)
 
 
 def resubmission_picture(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """A PNG of accuracy, with its interval, against the number of tries; see resubmission_curve."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 3.2)
     axis = figure.subplots()
     for (name, points), color in zip(curves.items(), ("#8aa06b", "#4878a8"), strict=False):
         tries = [point["tries"] for point in points]
@@ -150,14 +138,11 @@ def resubmission_picture(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> b
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend()
     axis.grid(alpha=0.3)
-    return _png(figure)
+    return as_png(figure)
 
 
 def training_picture(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
     """A PNG of all scalars of all trainings against updates, from the lines of a metrics.jsonl; None if it is empty."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     trainings: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         trainings.setdefault(line["training"], []).append(line)
@@ -165,8 +150,7 @@ def training_picture(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
         return None
     scalars = {title: [key for key in part[-1] if key not in NOT_DRAWN] for title, part in trainings.items()}
     columns = max(map(len, scalars.values()))
-    figure = Figure(figsize=(2.1 * columns, 1.9 * len(trainings)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.1 * columns, 1.9 * len(trainings))
     for row, (title, part) in zip(
         figure.subplots(len(trainings), columns, squeeze=False), trainings.items(), strict=True
     ):
@@ -177,10 +161,18 @@ def training_picture(lines: Sequence[Mapping[str, Any]]) -> bytes | None:
             axis.grid(alpha=0.3)
         for axis in row[len(scalars[title]) :]:
             axis.set_axis_off()
-    return _png(figure)
+    return as_png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def new_figure(width: float, height: float) -> Any:
+    """A figure of this size in inches, outside of pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_png(figure: Any) -> bytes:
+    """A PNG that depends only on the figure's contents."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

@@ -153,16 +153,13 @@ def _composite(trace: Sequence[Line], attack: str) -> bool:
 
 def trace_picture(trace: Sequence[Mapping[str, Any]]) -> bytes:
     """A PNG of accuracy and loss of a mean_trace against passes, forward and backward, for an image."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    from .pictures import _png
+    from .pictures import as_png, new_figure
 
     runs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for line in trace:
         runs.setdefault((line["attack"], line["part"], line["restart"]), []).append(line)
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.2)
     colors: dict[str, str] = {}
     left, right = axes = figure.subplots(1, 2)
     for (attack, _, _), lines in runs.items():
@@ -179,4 +176,4 @@ def trace_picture(trace: Sequence[Mapping[str, Any]]) -> bytes:
     for axis in axes:
         axis.set_xlabel("passes for an image")
         axis.grid(alpha=0.3)
-    return _png(figure)
+    return as_png(figure)
