@@ -13,7 +13,7 @@ from torch import Tensor
 from .._core.checks import check_choice, check_integer, check_number
 from ..ops import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1
 from .ball import NORMS, Ball, per_image
-from .base import Attack, better_candidate, initial_state
+from .base import Attack, initial_state, keep_candidate
 from .gradient import Estimate, GradientEstimator
 from .network import Model
 from .queue import Batch, Schedule, State
@@ -132,7 +132,7 @@ class APGD(Attack):
         self._move(state, now)
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], self.targets(state, now))
         self.observe(estimate.loss, estimate.correct)
-        self._keep_candidate(state, estimate, now)
+        keep_candidate(state, state["x"], estimate.correct, estimate.loss, now["counts"] & ~state["done"])
         self._keep_best(state, estimate, now)
         self._adapt(state, now)
         if self.early_stop:
@@ -165,13 +165,6 @@ class APGD(Attack):
             begun = state["start"]
         state["x_previous"] = self.within_mask(state, torch.where(first, begun, x))
         state["x"] = self.within_mask(state, torch.where(first, begun, moved))
-
-    def _keep_candidate(self, state: State, estimate: Estimate, now: State) -> None:
-        better = better_candidate(estimate.correct, estimate.loss, state["candidate_correct"], state["candidate_loss"])
-        better &= now["counts"] & ~state["done"]
-        state["best"] = torch.where(per_image(better), state["x"], state["best"])
-        state["candidate_correct"] = torch.where(better, estimate.correct, state["candidate_correct"])
-        state["candidate_loss"] = torch.where(better, estimate.loss, state["candidate_loss"])
 
     def _keep_best(self, state: State, estimate: Estimate, now: State) -> None:
         """Keep the point of the largest loss, to which the search goes back; the start of a stage resets it."""

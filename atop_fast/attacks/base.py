@@ -15,7 +15,7 @@ from .._core.checks import check_choice, check_images, check_integer, check_labe
 from .._core.precision import PRECISIONS, warn_if_slow
 from ..defense import Defense, refuse_wrapped
 from ..randomness import check_keys, derive_seed
-from .ball import NORMS, Ball
+from .ball import NORMS, Ball, per_image
 from .gradient import GRADIENT_MODES, GradientEstimator
 from .network import WORTHWHILE, Model, Probe, prepared
 from .queue import Batch, State, run_queue
@@ -311,6 +311,14 @@ def initial_state(batch: Batch, x: Tensor) -> State:
 def better_candidate(correct: Tensor, loss: Tensor, than_correct: Tensor, than_loss: Tensor) -> Tensor:
     """Whether a candidate is classified correctly in fewer draws, or in as many with a larger loss."""
     return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
+
+
+def keep_candidate(state: State, x: Tensor, correct: Tensor, loss: Tensor, counts: Tensor) -> None:
+    """Make x (B, C, H, W) the candidates of the rows in which it `counts` (B,) and is better than the present ones."""
+    better = better_candidate(correct, loss, state["candidate_correct"], state["candidate_loss"]) & counts
+    state["best"] = torch.where(per_image(better), x, state["best"])
+    state["candidate_correct"] = torch.where(better, correct, state["candidate_correct"])
+    state["candidate_loss"] = torch.where(better, loss, state["candidate_loss"])
 
 
 def _check_mask(function: str, mask: Tensor, images: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from .._core.checks import check_integer
 from ..ops import pgd_step_l1, pgd_step_l2, pgd_step_linf
 from ..randomness import derive_seed
 from .ball import NORMS, per_image
-from .base import Attack, better_candidate, initial_state
-from .gradient import Estimate, GradientEstimator
+from .base import Attack, initial_state, keep_candidate
+from .gradient import GradientEstimator
 from .network import Model
 from .queue import Batch, Schedule, State, run_queue
 from .trace import Callback
@@ -145,9 +145,13 @@ class PMA(Attack):
         now = tables.at(state["t"])
         begun = torch.where(per_image(now["is_odd"]), state["again"], state["start"])
         x = self.within_mask(state, torch.where(per_image(now["is_first"]), begun, state["x"]))
-        estimate = self._estimate(estimator, state, x, now)
+        targets = state["order"].gather(1, now["round"][:, None])[:, 0] if "order" in state else None
+        keyed = (state["labels"], state["ids"], state["t"])
+        estimate = estimator(x, *keyed, targets, loss=PARTS, which=now["part"], summed=False)
         self.observe(estimate.loss, estimate.correct)
-        self._keep_candidate(state, x, estimate, now)
+        # The first half ascends other losses, which are not comparable.
+        loss = torch.where(now["part"] == MARGIN, estimate.loss, -torch.inf)
+        keep_candidate(state, x, estimate.correct, loss, ~state["done"])
         if self.early_stop:
             state["done"] |= estimate.correct == 0
         assert estimate.gradient is not None
@@ -156,21 +160,6 @@ class PMA(Attack):
         state["done"] |= state["t"] >= tables.length
         # The index must stay inside the tables for rows that are done but not yet fetched.
         state["t"].clamp_(max=tables.length - 1)
-
-    def _estimate(self, estimator: GradientEstimator, state: State, x: Tensor, now: State) -> Estimate:
-        targets = state["order"].gather(1, now["round"][:, None])[:, 0] if "order" in state else None
-        return estimator(
-            x, state["labels"], state["ids"], state["t"], targets, loss=PARTS, which=now["part"], summed=False
-        )
-
-    def _keep_candidate(self, state: State, x: Tensor, estimate: Estimate, now: State) -> None:
-        # The first half ascends other losses, which are not comparable.
-        loss = torch.where(now["part"] == MARGIN, estimate.loss, -torch.inf)
-        better = better_candidate(estimate.correct, loss, state["candidate_correct"], state["candidate_loss"])
-        better &= ~state["done"]
-        state["best"] = torch.where(per_image(better), x, state["best"])
-        state["candidate_correct"] = torch.where(better, estimate.correct, state["candidate_correct"])
-        state["candidate_loss"] = torch.where(better, loss, state["candidate_loss"])
 
     def _moved(self, x: Tensor, gradient: Tensor, x0: Tensor, now: State) -> Tensor:
         alpha = (self.eps * now["alpha"]).to(x.dtype)
