@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._core.checks import message
-from ._core.files import load_weights
+from ._core.files import below, load_weights
 from .classifiers import CLASSIFIERS, Normalized, Resized
 from .classifiers.programs import ARCHIVES, PYTHON, Archive, build_program, restore_archive
 from .defenses import CARSO, ActivationPruning, SelfEnsemble, WinnersTakeAll
@@ -86,11 +86,6 @@ def specify(
         given = f"{type(module).__name__} ({' '.join(str(error).split())})"
         raise ValueError(message(function, argument, f"what {name!r} with {options} builds", given)) from error
     return spec
-
-
-def below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the submodule `prefix`."""
-    return {name.removeprefix(f"{prefix}."): t for name, t in state.items() if name.startswith(f"{prefix}.")}
 
 
 def restore(

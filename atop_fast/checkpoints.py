@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._core.checks import check_choice, check_integer, check_number, message
-from ._core.files import identify, write_atomic
-from .architectures import KINDS, below, check_class, find_kind, restore, specify
+from ._core.files import below, identify, write_atomic
+from .architectures import KINDS, check_class, find_kind, restore, specify
 from .classifiers.programs import require_consent
 from .defense import Defense
 from .transforms import RandomTransform, describe_transform, restore_transform

@@ -24,7 +24,10 @@ def report() -> dict[str, dict[str, str]]:
         "Versions": _versions(),
         "Native build": _build(),
         "Devices": _devices(),
-        "Owner of each op": {name: _owners(name) for name in sorted(_registry.OPS)},
+        "Owner of each op": {
+            name: ", ".join(f"{device}: {_registry.owner(name, device)}" for device in ("cpu", "cuda"))
+            for name in sorted(_registry.OPS)
+        },
         "Missing": dict(_registry.MISSING) or {"nothing": "every backend is here"},
     }
 
@@ -80,7 +83,8 @@ def _build() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
-    devices = {"CPU": cpu_model(), "threads": _threads(), "load": _load()}
+    threads = f"{torch.get_num_threads()}, which {'spin' if spinning() else 'sleep'} while they wait"
+    devices = {"CPU": cpu_model(), "threads": threads, "load": _load()}
     if module := _registry.native_module():
         features: dict[str, Any] = module.cpu_features()
         level = features.pop("level")
@@ -90,16 +94,11 @@ def _devices() -> dict[str, str]:
     devices["networks"] = f"slow on the CPU in {', '.join(slow)}" if slow else "fast on the CPU in 16 bits, too"
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        devices[f"GPU {i}"] = (
-            f"{properties.name}, {properties.major}.{properties.minor}, {_gib(properties.total_memory)}"
-        )
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        devices[f"GPU {i}"] = f"{properties.name}, {properties.major}.{properties.minor}, {memory}"
     if not torch.cuda.is_available():
         devices["GPU"] = "none visible"
     return devices
-
-
-def _threads() -> str:
-    return f"{torch.get_num_threads()}, which {'spin' if spinning() else 'sleep'} while they wait"
 
 
 def _load() -> str:
@@ -108,14 +107,6 @@ def _load() -> str:
         return "unknown"
     text = f"{busy:.1f} of {cores} cores are busy with other work"
     return f"{text}: {cure()}" if 1 < threads > cores - busy + 0.3 and spinning() else text
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.0f} GiB"
-
-
-def _owners(name: str) -> str:
-    return ", ".join(f"{device}: {_registry.owner(name, device)}" for device in ("cpu", "cuda"))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def read_state(
         raise ValueError(message(function, argument, expected, f"{path} ({_reason(path, error)})")) from error
     held = content if isinstance(content, dict) else {}
     if key is not None:
-        state = held[key] if key in held else _part(held, f"{key}.")
+        state = held[key] if key in held else below(key, held)
     else:
         state = next((held[name] for name in keys if _is_state(held.get(name))), content)
     if not _is_state(state):
@@ -202,13 +202,10 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries whose names begin with `prefix`, which is removed."""
-    return {
-        name.removeprefix(prefix): value
-        for name, value in state.items()
-        if isinstance(name, str) and name.startswith(prefix)
-    }
+def below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of the submodule `prefix`, by their names in it."""
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in state.items() if isinstance(k, str) and k.startswith(start)}
 
 
 def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
@@ -221,7 +218,7 @@ def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Te
     own = set(own)
     while not own & state.keys():
         heads = sorted({name.partition(".")[0] for name in state if "." in name})
-        parts = {head: _part(state, f"{head}.") for head in heads}
+        parts = {head: below(head, state) for head in heads}
         whole = [head for head, part in parts.items() if own <= part.keys()]
         if len(whole) > 1:
             raise ValueError(f"it holds several such networks: {', '.join(f'key={head!r}' for head in whole)}")
