@@ -28,6 +28,27 @@ def parity(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def verdicts(eotpgd: dict[str, Any], parity: dict[str, Any]) -> str:
+    """Times to a verdict: the demo's defense, and the robust networks of the table of parity."""
+    lines = ["| verdict on | theirs | ours | faster | accuracy left, theirs and ours |", "|---|---|---|---|---|"]
+    found = eotpgd["summary"]
+    low, high = found["difference"][1:]
+    times = [f"{found[f'{side} seconds']:.0f} s" for side in ("theirs", "ours")]
+    lines.append(
+        f"| the demo's defense, Linf 0.25, {found['images']} digits | torchattacks EOTPGD, 200 steps x 20 draws: "
+        f"{times[0]} | protocol `eot-fast`: {times[1]} | {found['ratio']:.0f}x | "
+        f"{found['theirs accuracy']:.3f}, {found['ours accuracy']:.3f} (difference {low:+.3f} to {high:+.3f}) |"
+    )
+    for row in parity["rows"]:
+        if row["model"] in ("robust CIFAR ResNet", "robust MNIST") and not row["doubt"]:
+            lines.append(
+                f"| {row['model']}, {row['norm']} {row['eps']:.3g}, {row['images']} images | pyautoattack standard: "
+                f"{row['standard s']:.0f} s | AutoAttack `fast`: {row['fast s']:.0f} s | {row['fast x']:.1f}x | "
+                f"{row['standard']:.3f}, {row['fast']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
 def eot_curves(document: dict[str, Any]) -> str:
     """Accuracy against passes, and paired differences from 200 steps x 20 draws."""
     groups: dict[tuple[str, str], dict[int, dict[str, Any]]] = defaultdict(dict)

@@ -16,6 +16,7 @@ OTHERS = (
     "defenses--cpu",
     "demo--cpu",
     "engine--cpu",
+    "eotpgd--cpu-avx2",
     "eot-curves--cpu",
     "judge-nfgsm--cpu-avx2",
     "judge-standard--cpu-avx2",

@@ -100,15 +100,15 @@ def main() -> None:
 
 
 def systems(run: Path, shipped: bool) -> dict[str, torch.nn.Module]:
-    """The systems of a run that are judged, by name."""
-    tuned = load_defense(run.name if shipped else run / "defense.safetensors")
+    """The systems of a run that are judged, by name; only the fine-tuned one may have the package's rounded weights."""
+    tuned = load_defense(run / "defense.safetensors")
     assert tuned.purifier is not None
     pretrained = load_model(run / "pretrained.safetensors", "purifier")
     return {
         "classifier alone": tuned.classifier,
         "transform alone": Defense(tuned.transform, None, tuned.classifier),
         "pre-trained": Defense(tuned.transform, pretrained, tuned.classifier),
-        "fine-tuned": tuned,
+        "fine-tuned": load_defense(run.name) if shipped else tuned,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import _counted
 from _judged import judged, write_files
-from _passes import eot_curves, parity
+from _passes import eot_curves, parity, verdicts
 from _reliability import faults, load, mutations, numerics
 from _results import OTHERS, RESULTS
 from defenses import defenses, shipped
@@ -315,8 +315,8 @@ VERDICTS = {"clean": "no attack", "fgsm": "FGSM, 4 draws", "pgd20_eot": "PGD, 20
 def _verdicts(title: str, systems: dict[str, Any]) -> str:
     columns = {name: text for name, text in VERDICTS.items() if name in next(iter(systems.values()))}
     lines = [f"| {title} | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    for name, verdicts in systems.items():
-        lines.append(f"| {name} | " + " | ".join(_accuracy(verdicts[column]) for column in columns) + " |")
+    for name, found in systems.items():
+        lines.append(f"| {name} | " + " | ".join(_accuracy(found[column]) for column in columns) + " |")
     return "\n".join(lines)
 
 
@@ -336,6 +336,14 @@ def recorded(file: str, table: Callable[[dict[str, Any]], str], machine: str = "
     """A table of one of the files that hold no timings."""
     document = json.loads((RESULTS / f"{file}--{machine}.json").read_text())
     return f"{table(document)}\n\n{_source(document)}"
+
+
+def fast_verdicts() -> str:
+    """Times to a verdict in processor seconds of one thread, against the usual tools."""
+    names = ("eotpgd--cpu-avx2", "parity--cpu")
+    found = [json.loads((RESULTS / f"{name}.json").read_text()) for name in names]
+    files = ", ".join(f"[{name}.json](benchmarks/results/{name}.json)" for name in names)
+    return f"{verdicts(*found)}\n\n{_source(found[0]).partition(', commit')[0]}, processor time. Files: {files}."
 
 
 def engine(document: dict[str, Any]) -> str:
@@ -381,6 +389,7 @@ TABLES = {
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
     "shipped": functools.partial(recorded, "defenses", shipped),
     "mutations": functools.partial(recorded, "mutations", mutations, AVX2),
+    "verdicts": fast_verdicts,
     "pilot": functools.partial(recorded, "pilot", pilot, AVX2),
     **{f"all {suite}": functools.partial(suite_table, suite) for suite in COMPARED},
     **{f"{table.__name__} avx2": functools.partial(table, AVX2) for table in (attacks, summary, losses, processes)},
@@ -389,7 +398,7 @@ TABLES = {
 }  # fmt: skip
 # The tables of each page.
 PAGES = {
-    "README.md": ("headline", "shipped", "speed", "demo"),
+    "README.md": ("headline", "shipped", "verdicts", "speed", "demo"),
     "docs/speed.md": ("attacks", "attacks avx2", "finetune", "ops"),
     "docs/transforms.md": ("transforms", "limits"),
     "docs/benchmarks.md": ("summary", "losses", *(f"all {suite}" for suite in COMPARED), "processes"),
