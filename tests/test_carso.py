@@ -69,7 +69,7 @@ def test_the_vote_orders_classes_as_the_papers():
 
 
 def test_a_confident_vote_has_a_gradient():
-    """Where the doubly exponential one, in float32, has none."""
+    """The doubly exponential vote has none in float32."""
     logits = torch.tensor([[[12.0, 2.0, 1.0], [11.0, 3.0, 0.0]]], requires_grad=True)
     label = torch.tensor([0])
     (saturated,) = torch.autograd.grad(F.cross_entropy(logits.exp().sum(dim=1), label), logits)
