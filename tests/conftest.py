@@ -175,7 +175,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports whose plots are not drawn, which takes as long as all else in a small run."""
-    monkeypatch.setattr("atop_fast.evaluation.pictures._png", lambda figure: b"picture")
+    monkeypatch.setattr("atop_fast.evaluation.pictures.as_png", lambda figure: b"picture")
 
 
 @pytest.fixture

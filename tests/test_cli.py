@@ -154,7 +154,8 @@ def test_files_say_their_transform_and_contradictions_are_refused(files, capsys)
     other = ["--defense=f/defense.safetensors", *DATA]
     assert "that of f/defense.safetensors" in fail(capsys, "evaluate", *other, "--transform.name=rt1")
     assert "left out for a defense" in fail(capsys, "evaluate", *other, "--purifier=purifier.safetensors")
-    assert "a defense in the package (one of 'cifar10-rt2', 'cifar10-rt2-at')" in fail(capsys, "doctor", "--defense=nothing", *DATA)
+    names = "a defense in the package (one of 'cifar10-rt2', 'cifar10-rt2-at')"
+    assert names in fail(capsys, "doctor", "--defense=nothing", *DATA)
     networks[1] = "--purifier=purifier.safetensors"
     assert "does not say under which it was trained" in fail(capsys, "evaluate", *networks, *DATA)
     assert "as no file says which" in fail(capsys, "evaluate", *networks, *DATA, "--transform.sigma=0.2")

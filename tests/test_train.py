@@ -381,7 +381,7 @@ def rank(variables: dict[str, str], recipe: Recipe, out: str, last: str | None) 
     os.environ.update(variables)
     torch.set_num_threads(1)
     # As the fixture no_pictures, which another process does not have.
-    pictures._png = lambda figure: b"picture"
+    pictures.as_png = lambda figure: b"picture"
     if last:
         end_itself(signal.SIGKILL, (Path(out) / last).exists, 0)
     run_recipe(recipe, out, progress=False)
