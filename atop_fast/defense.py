@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ._core.checks import message
 from .randomness import check_keys
-from .transforms import RandomTransform, describe_transform, show_transform
+from .transforms import FixedRandomness, RandomTransform, describe_transform, show_transform
 
 
 def refuse_wrapped(function: str, model: object) -> None:
@@ -52,7 +52,8 @@ class Defense(nn.Module):
             if not isinstance(module, nn.Module) and not (name == "purifier" and module is None):
                 raise TypeError(message("Defense", name, "a torch.nn.Module", type(module).__name__))
         trained = getattr(purifier, "trained_under", None)
-        if trained is not None and trained != describe_transform(transform):
+        inner = transform.transform if isinstance(transform, FixedRandomness) else transform
+        if trained is not None and trained != describe_transform(inner):
             text = f"Defense: the purifier was trained under {show_transform(trained)}, and stands behind {transform}"
             warnings.warn(text, stacklevel=2)
         self.transform, self.purifier, self.classifier = transform, purifier, classifier

@@ -30,7 +30,7 @@ from atop_fast import (
 from atop_fast.checkpoints import read_header
 from atop_fast.classifiers import Normalized, Resized
 from atop_fast.randomness import seeded
-from atop_fast.transforms import describe_transform, restore_transform
+from atop_fast.transforms import FixedRandomness, describe_transform, restore_transform
 
 TRANSFORMS = [
     *(RT1(4), RT1(4, (0.1, 0.4), 16, True), RT2(4, sigma=0.1), RT2(2, 0.5, 0.06, (16, 16)), RT3(4, 3, 0.2)),
@@ -197,6 +197,7 @@ def test_a_purifier_remembers_its_transform(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             Defense(RT2(4, sigma=0.1), each, classifier)
+            Defense(FixedRandomness(RT2(4, sigma=0.1), seed=7), each, classifier)
         with pytest.warns(UserWarning, match=r"trained under RT2\(.*sigma=0.1,.* stands behind RT2\(.*sigma=0.25,"):
             Defense(RT2(4), each, classifier)
     save_model(path, build_purifier("unet", channels=1, width=4), "purifier", "unet", channels=1, width=4)
