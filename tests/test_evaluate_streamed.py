@@ -56,7 +56,7 @@ class Watched(TorchDataset):
         self.alive -= 1
 
 
-@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("folder", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_tensors(folder, digits, tmp_path):
     images, labels = digits.images, digits.labels
     out = {"out": tmp_path / "tensors"} if folder else {"diagnostics": ()}

@@ -47,7 +47,6 @@ SMALL = Effort(eps=0.15, steps=3, n_queries=10, draws=4, batch_size=4)
 # The images of test_cli have two classes, too few for the loss dlr.
 pytestmark = pytest.mark.filterwarnings("ignore:APGD. loss is 'margin':UserWarning")
 # The doctor takes most of the time of the rule sound.
-WHOLE = [pytest.param(name, RULES, marks=pytest.mark.slow) for name in ("none", "random-jpeg", "pruning")]
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +73,12 @@ def run(name, classifier, noise, out, batch_size=4, **options):
     return judge(DEFENSES[name](classifier, noise[0].shape[1:]).eval(), *noise, out=out, name=name, **options)
 
 
-@pytest.mark.parametrize(("name", "rules"), [("random-jpeg", RULES[:2]), *WHOLE])
-def test_a_row_that_was_stopped_twice_has_the_bits_of_another(name, rules, classifier, noise, tmp_path, monkeypatch):
-    whole = run(name, classifier, noise, tmp_path / "whole", rules=rules)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "random-jpeg", "pruning"])
+def test_a_row_that_was_stopped_twice_has_the_bits_of_another(name, classifier, noise, tmp_path, monkeypatch):
+    whole = run(name, classifier, noise, tmp_path / "whole", rules=RULES)
     assert whole["complete"]
-    assert run(name, classifier, noise, tmp_path / "cut", rules=rules, budget=0) == {
+    assert run(name, classifier, noise, tmp_path / "cut", rules=RULES, budget=0) == {
         **{key: whole[key] for key in ("defense", "model", "images")}, "seconds": {}, "complete": False
     }  # fmt: skip
     add = Run.add
@@ -92,11 +92,11 @@ def test_a_row_that_was_stopped_twice_has_the_bits_of_another(name, rules, class
 
         monkeypatch.setattr(Run, "add", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run(name, classifier, noise, tmp_path / "cut", rules=rules, batch_size=units)
+            run(name, classifier, noise, tmp_path / "cut", rules=RULES, batch_size=units)
         monkeypatch.setattr(Run, "add", add)
-    assert numbers(run(name, classifier, noise, tmp_path / "cut", rules=rules, budget="1h")) == numbers(whole)
+    assert numbers(run(name, classifier, noise, tmp_path / "cut", rules=RULES, budget="1h")) == numbers(whole)
     # A finished row needs no time.
-    assert numbers(run(name, classifier, noise, tmp_path / "cut", rules=rules, budget=0)) == numbers(whole)
+    assert numbers(run(name, classifier, noise, tmp_path / "cut", rules=RULES, budget=0)) == numbers(whole)
 
 
 def test_single_draws_count_as_autoattack_does(classifier, noise, tmp_path):
