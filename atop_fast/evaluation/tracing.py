@@ -153,7 +153,6 @@ def _composite(trace: Sequence[Line], attack: str) -> bool:
 
 def trace_picture(trace: Sequence[Mapping[str, Any]]) -> bytes:
     """A PNG of accuracy and loss of a mean_trace against passes, forward and backward, for an image."""
-
     from .pictures import as_png, new_figure
 
     runs: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
