@@ -70,6 +70,8 @@ def check(
     """
     place = check_device("check", "device", pick_device(device))
     check_integer("check", "images", images, low=1)
+    if not Path(out).parent.is_dir():
+        raise ValueError(message("check", "out", "a file in a folder that exists", out))
     if classifier.endswith(".safetensors") and not trust:
         for _, what, source in carried_programs(read_header(classifier)):
             print(f"{classifier} carries {what}:\n{printable(source)}")

@@ -131,6 +131,7 @@ def test_check_replaces_only_its_own_file_of_the_same_classifier(own, capsys):
     # Names of the command's own input are no names for its output.
     for out in ("mynet.pt", "mynet.py", "classifier.safetensors", "images"):
         assert f"got {out}, which exists" in fail(capsys, *other, f"--out={out}")
+    assert "check: out must be a file in a folder that exists" in fail(capsys, *other, "--out=none/new.safetensors")
     main([*other, "--out=new.safetensors"])
     # Metadata of the user's are lost nowhere.
     model = load_classifier("mynet.py:MyNet", weights="mynet.pt", normalize="half")
