@@ -75,6 +75,7 @@ TRAIN = [
 ]
 
 
+@pytest.mark.slow
 def test_the_whole_flow(files, capsys):
     main([*TRAIN, "--out=t", "--until=classifier"])
     out = capsys.readouterr().out

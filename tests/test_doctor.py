@@ -238,6 +238,7 @@ class Drawn(nn.Module):
         return self.model((x - low) / (high - low)) + self.sigma * noise
 
 
+@pytest.mark.slow
 def test_a_classifier_that_draws_is_asked_with_its_key(digits, standard):
     """Under one draw, no normalization matters to it; draws of their own would make one look better by chance."""
     data = digits[1].take(slice(0, 64))

@@ -230,6 +230,7 @@ def test_the_doctor_flags_the_illusion_and_not_the_sound_one(tmp_path):
     assert [row["standard"] for row in table] == [""] * 3
 
 
+@pytest.mark.slow
 def test_command(files, capsys):  # noqa: F811
     small = ["--classifier=classifier.safetensors", *DATA, "--images=3", "--steps=1", "--n_queries=2", "--draws=2"]
     main(["judge", "none,jpeg", *small, "--budget=0", "--out=t"])

@@ -157,10 +157,8 @@ def test_autoencoder_does_not_depend_on_the_batch_nor_see_masked_patches():
         assert not torch.allclose(net(partly)[:4], y[:4])
 
 
-@pytest.mark.parametrize(
-    "build",
-    [pytest.param(lambda: MaskedAutoencoder(1, 16, 4), marks=pytest.mark.slow), lambda: GatedUNet(1, 4, blocks=2)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [lambda: MaskedAutoencoder(1, 16, 4), lambda: GatedUNet(1, 4, blocks=2)])
 def test_checkpointing_and_compiling_change_nothing(build, monkeypatch):
     monkeypatch.setitem(_transformer.SIZES, "tiny", (64, 2, 2))
     monkeypatch.setitem(mae.DECODERS, "tiny", (32, 1, 1))

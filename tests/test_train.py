@@ -280,8 +280,6 @@ def test_without_a_gan_term_there_is_no_discriminator_and_classifiers_may_train_
     assert losses[1] > losses[0]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_pictures")
 def save_small_classifier(path):
     with seeded(7):
         classifier = build_classifier("small_cnn", channels=3, classes=2, width=8)
@@ -289,6 +287,8 @@ def save_small_classifier(path):
     return classifier
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "key"])
 def test_a_given_classifier_is_taken_as_it_is(tiny, kind):
     classifier = save_small_classifier("given.safetensors")
