@@ -1,16 +1,17 @@
-"""Measures the two tiers of the tests, and runs the first in random orders next to a busy loop.
+"""Measures the two tiers of the tests, and runs the first in random orders on a machine that is busy.
 
-python benchmarks/suite.py [--tiers test test-slow] [--shuffles 10] [--ci LOG] [--device cpu-avx2] [--json]
+python benchmarks/suite.py [--tiers test test-slow] [--orders 0 1 2 ...] [--loaded] [--ci LOG] [--json]
 
 Each tier runs by its target in the Makefile, which is set up first. LOG is what `.ci/run` printed on this machine and
-commit; its last lines give the seconds of each step, set-up and tiers included. Each shuffle runs all tests of the
-first tier in a new random order, alternately with one worker and with two, while another process keeps one core busy.
-The exit status is 1 if a test fails.
+commit; its last lines give the seconds of each step, set-up and tiers included. An order is the seed by which all tests
+of the first tier are shuffled; even ones run with one worker, odd ones with two, while another process keeps one core
+busy. --json keeps the file's rows of other runs, each with its commit. The exit status is 1 if a test fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -29,23 +30,32 @@ LAST = re.compile(r"^=* ?(.*\b(?:passed|failed|error).*) in [\d.]+s", re.MULTILI
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiers", nargs="*", default=["test", "test-slow"], help="targets of the Makefile")
-    parser.add_argument("--shuffles", type=int, default=0, help="runs of the first tier in random order")
+    parser.add_argument("--orders", type=int, nargs="*", default=[], help="seeds of random orders of the first tier")
+    parser.add_argument("--loaded", action="store_true", help="a long process already keeps a core busy")
     parser.add_argument("--ci", type=Path, metavar="LOG", help="of a run of .ci/run")
     parser.add_argument("--device", default="cpu-avx2", help="of the result file's name")
     parser.add_argument("--json", action="store_true", help="write results/suite--<device>.json")
     args = parser.parse_args()
     rows = steps(args.ci.read_text()) if args.ci else []
-    if args.tiers or args.shuffles:
+    if args.tiers or args.orders:
         subprocess.run(["make", "setup"], cwd=ROOT, check=True)
     rows += [timed(f"make {tier}", ["make", tier]) for tier in args.tiers]
-    for seed in range(args.shuffles):
-        rows.append(shuffled(seed, workers=1 + seed % 2))
+    rows += [shuffled(seed, 1 + seed % 2, args.loaded) for seed in args.orders]
     print_table(rows)
     if args.json:
-        log = " --ci LOG" if args.ci else ""
-        command = f"python benchmarks/suite.py --tiers {' '.join(args.tiers)} --shuffles {args.shuffles}{log}"
-        print(write("suite", args.device, RESULTS, {**metadata("cpu"), "command": command, "rows": rows}))
+        print(record(rows, args.device))
     return int(any(row["exit code"] for row in rows))
+
+
+def record(rows: list[dict[str, Any]], device: str, folder: Path = RESULTS) -> Path:
+    """Writes the rows in the place of earlier ones of the same runs, and keeps those of others."""
+    document = metadata("cpu")
+    path = folder / f"suite--{device}.json"
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = {row["run"] for row in rows}
+    rows = [row for row in earlier if row["run"] not in new] + [{**row, "commit": document["commit"]} for row in rows]
+    command = "python benchmarks/suite.py --json"
+    return write("suite", device, folder, {**document, "command": command, "rows": rows})
 
 
 def steps(log: str) -> list[dict[str, Any]]:
@@ -78,13 +88,16 @@ def timed(name: str, command: list[str]) -> dict[str, Any]:
     }
 
 
-def shuffled(seed: int, workers: int) -> dict[str, Any]:
-    """The first tier in a random order next to a busy loop."""
+def shuffled(seed: int, workers: int, loaded: bool) -> dict[str, Any]:
+    """The first tier in a random order next to a busy loop, or to the process that loads the machine already."""
     order = ["--random-order-bucket=global", f"--random-order-seed={seed}"]
     command = [sys.executable, "-m", "pytest", "-q", "-n", str(workers), "--dist", "worksteal", *order]
+    run = f"in order {seed}, {workers} worker{'s' * (workers > 1)}, beside a busy process"
+    if loaded:
+        return timed(run, command)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        return timed(f"in order {seed}, {workers} worker{'s' * (workers > 1)}, beside a busy loop", command)
+        return timed(run, command)
     finally:
         busy.kill()
         busy.wait()

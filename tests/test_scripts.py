@@ -94,6 +94,16 @@ def test_the_log_of_ci_is_read(script):
         script("suite").steps(log[:40])
 
 
+def test_runs_of_the_suite_keep_those_of_earlier_calls(script, tmp_path):
+    runs = [[{"run": "make test", "seconds": 3}, {"run": "a", "seconds": 1}], [{"run": "make test", "seconds": 4}]]
+    for rows in runs:
+        path = script("suite").record(rows, "cpu", tmp_path)
+    assert [(row["run"], row["seconds"]) for row in json.loads(path.read_text())["rows"]] == [
+        ("a", 1),
+        ("make test", 4),
+    ]
+
+
 def test_losses_without_cancellation_are_the_losses(script):
     """numerics.exact, against torch's functions where those do not cancel."""
     z = torch.tensor([[3.0, 1.0, 2.0, *[0.5] * 7]], dtype=torch.float64).requires_grad_()
