@@ -14,6 +14,7 @@ from test_train import fail, files, tiny  # noqa: F401
 from atop_fast import RT2, Defense, FinetuneConfig, build_purifier, finetune, pretrain
 from atop_fast.evaluation.pictures import training_picture
 from atop_fast.randomness import seeded
+from atop_fast.training.engine import _Training
 from atop_fast.training.metrics import Metrics, read_metrics
 
 X, Y = places(24, 1)
@@ -44,6 +45,25 @@ def test_held_out_evaluations_leave_the_training_as_it_is(tmp_path):
     assert clean * 10 == pytest.approx(round(clean * 10))
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line.get("held_out_clean") for line in lines] == [None, clean]
+
+
+@pytest.mark.parametrize("average", ["none", "ema", "median"])
+def test_held_out_images_meet_the_weights_that_a_training_ends_with(average, monkeypatch):
+    """Its average so far, not the weights of the last update; these go on."""
+    evaluated, evaluate = [], _Training._evaluate
+
+    def recorded(self, feed):
+        evaluated.append(torch.cat([p.detach().flatten() for p in next(iter(self.step.modules.values())).parameters()]))
+        return evaluate(self, feed)
+
+    monkeypatch.setattr(_Training, "_evaluate", recorded)
+    config = replace(CONFIG, epochs=3, average=average, ema_decay=0.9)
+    _, weights = tuned(config)
+    _, same = tuned(replace(config, evaluate_every=1), held_out=HELD_OUT)
+    assert torch.equal(same, weights)
+    assert len(evaluated) == 3
+    assert torch.equal(evaluated[-1], weights)
+    assert not torch.equal(evaluated[0], weights)
 
 
 def test_tensorboard_shows_the_metrics_and_pictures(tmp_path):

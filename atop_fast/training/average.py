@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +55,17 @@ class Average:
         for parameter, *values in zip(self._now(), *self.kept, strict=True):
             ordered = torch.stack(values).sort(dim=0).values
             parameter.copy_((ordered[(count - 1) // 2] + ordered[count // 2]) / 2)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The network has the average inside of the context, and its own weights again afterwards."""
+        own = [p.clone() for p in self._now()]
+        self.apply()
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self._now(), own, strict=True):
+                parameter.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""

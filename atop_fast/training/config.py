@@ -42,7 +42,8 @@ class TrainingConfig:
             (the elementwise median over the ends of the second half of the epochs: MEAT, Wang et al., 2024).
         ema_decay: decay of the moving average; lower in the first updates, (1 + t) / (10 + t) after update t.
         evaluate_every: number of history entries between evaluations on held-out images; entries are epochs, or
-            twentieths of the training if `updates` is given. 0 never evaluates. Training is not affected.
+            twentieths of the training if `updates` is given. The weights are those of `average` so far. 0 never
+            evaluates. Training is not affected.
         updates: maximum number of updates; training may then end within an epoch, and the schedule covers this number.
             None trains for all of `epochs`.
         graphs: on a GPU, replay updates as CUDA graphs if possible; see atop_fast._core.capture.

@@ -167,12 +167,14 @@ class _Training:
                         tqdm.write(f"{title}: updates run as {self.path}", file=sys.stderr)
                     if progress and (remark := queueing.remark()):
                         tqdm.write(f"{title}: {remark}", file=sys.stderr)
+                    ends = self.batch == self.updates or self.done == self.total
+                    if ends:
+                        self.average.after_epoch(self.epoch)
                     if self.done % self.part == 0 or self.done == self.total:
                         self.check()
                         self._finish_part(record)
                         bar.set_postfix({key: f"{value:.3f}" for key, value in self.history[-1].items()})
-                    if self.batch == self.updates or self.done == self.total:
-                        self.average.after_epoch(self.epoch)
+                    if ends:
                         self.epoch, self.batch = self.epoch + 1, 0
                     yield
 
@@ -207,7 +209,8 @@ class _Training:
         entry = {key: float(value) / self.seen for key, value in self.sums.items()}
         every = self.config.evaluate_every
         if self.held_out is not None and every and (len(self.history) + 1) % every == 0:
-            entry |= self._evaluate(self.held_out)
+            with self.average.applied():
+                entry |= self._evaluate(self.held_out)
         self.history.append(entry)
         record.add(self.epoch, self.done, self.history[-1], self.rate)
         if record.writer is not None:
@@ -216,7 +219,7 @@ class _Training:
         self.sums, self.seen = {}, 0
 
     def _evaluate(self, feed: Feed) -> dict[str, float]:
-        """Means over the held-out images, sharded over the processes."""
+        """Means of the present network over the held-out images, sharded over the processes."""
         for module in self.step.modules.values():
             module.eval()
         batches = torch.arange(len(feed)).split(self.config.batch_size)
