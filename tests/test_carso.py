@@ -164,7 +164,7 @@ def test_the_loss_is_that_of_the_formula():
         assert float(logs["loss"]) == pytest.approx(float(bce + weight * kl), rel=1e-5)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained():
     """A CARSO of the small task, and the history of its training."""
     with seeded(0):

@@ -35,7 +35,7 @@ def compiled(source, folder, *flags):
     return binary
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def program(tmp_path_factory):
     """Calls the compiled program: lines of words in, lines of numbers out."""
     binary = compiled("math_headers.cpp", tmp_path_factory.mktemp("math_headers"))
@@ -139,7 +139,7 @@ def test_key_in_strides(program):
 LEVELS = ("baseline", "x86-64-v3", "x86-64-v4")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def at_level(tmp_path_factory):
     """The words that a program prints whose SIMD believes that the machine has no more than a level."""
     binaries = {}

@@ -33,7 +33,7 @@ def data():
     return Dataset(images, labels, CLASSES, tuple(f"place {int(c)}/{i:02}.png" for i, c in enumerate(labels)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def evaluations(tmp_path_factory):
     """A folder with the evaluations of a defense and of its classifier alone, and their reports."""
     folder, classifier = tmp_path_factory.mktemp("pages"), trained_classifier()
