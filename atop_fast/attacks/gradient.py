@@ -16,6 +16,7 @@ from .._core.memory import bytes_saved, halve_chunk
 from .._core.precision import PRECISIONS, lowered
 from ..defense import Defense
 from ..ops import AttackLoss, attack_loss
+from ..ops._images import widen
 from ..randomness import Draws, derive_seed, seeded, watched_generators
 from .chains import checkpointed, straight_through
 from .contract import accumulated, is_a_chain
@@ -181,7 +182,7 @@ class GradientEstimator:
         """One pass forward and backward: the gradients and losses of its rows."""
         leaf = part.take(x).detach().requires_grad_()
         with torch.enable_grad(), lowered(x.device, self.precision):
-            logits = self._forward(leaf, part, ids, first_draws).float()
+            logits = widen(self._forward(leaf, part, ids, first_draws))
         rivals, selected = (None if t is None else part.take(t) for t in (targets, which))
         result = self._losses(logits.detach(), part.take(labels), rivals, loss, selected)
         # Confident networks have gradients near the smallest numbers, which are slow on CPUs and underflow in float16:
@@ -283,7 +284,7 @@ class GradientEstimator:
         def forward(part: Pass) -> Tensor:
             logits = self._forward(part.take(x), part, ids, first_draws)[: part.count]
             # Copied: a model may return the same memory in every call.
-            return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32, copy=True)
+            return widen(logits.clone())
 
         with torch.no_grad(), lowered(x.device, self.precision):
             parts = [logits for _, logits in self._passes(x, forward, graph=False)]
