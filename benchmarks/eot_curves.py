@@ -19,7 +19,7 @@ import torch
 from _results import RESULTS, metadata, print_table, write
 from torch import Tensor, nn
 
-from atop_fast import RT2, Defense, RandomResizePad, load_defense, mnist5k
+from atop_fast import RT2, Dataset, Defense, RandomResizePad, load_defense
 from atop_fast.attacks import APGD, PGD, GradientEstimator, counted_passes, draw_logits
 from atop_fast.attacks.ball import per_image
 from atop_fast.attacks.queue import State
@@ -34,6 +34,7 @@ import models
 NAME, DRAWS = "eot-curves", 40
 # In the order in which they are measured: those of quick and eot-fast, and those of 200 steps x 20 draws, come first.
 PASSES = (80, 400, 4000, 40, 100, 1000)
+CIFAR = "cifar10-rt2-at"
 PICTURE = Path(__file__).parent.parent / "docs" / f"{NAME}.png"
 
 
@@ -120,8 +121,14 @@ def defenses(files: list[Path]) -> dict[str, tuple[Defense, float]]:
             0.2,
         ),
         "noise 0.25, robust MNIST": (Defense(RT2(4, mask_ratio=0.0, sigma=0.25), None, models.robust_mnist()), 0.1),
+        CIFAR: (load_defense(CIFAR), 8 / 255),
     }
     return found | {file.stem: (load_defense(file), 0.25) for file in files}
+
+
+def images(name: str) -> Dataset:
+    """Images on which the defense of this name was not trained."""
+    return models.cifar() if name == CIFAR else models.mnist()
 
 
 def measured(defense: Defense, attack: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -175,13 +182,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, default=PICTURE)
     args = parser.parse_args()
-    data = mnist5k().split(4000, seed=0)[1].take(slice(0, args.images))
     path = args.out / f"{NAME}--cpu.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     done = {(row["defense"], row["schedule"], row["passes"], row["images"]) for row in rows}
     chosen = {name: found for name, found in defenses(args.files).items() if args.only in name}
     for passes in args.passes:
         for name, (defense, eps) in chosen.items():
+            data = images(name).take(slice(0, args.images))
             for title, schedule in SCHEDULES.items():
                 key = (name, title, passes, len(data.images))
                 if key in done or args.schedule not in title or not schedule.least <= passes <= schedule.most:

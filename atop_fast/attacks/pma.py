@@ -40,8 +40,8 @@ class PMA(Attack):
     The gradients are those of the log-odds of P, p_y and p_k (atop_fast.ops.attack_loss), which have the directions of
     the paper's and do not vanish with confident predictions.
 
-    The candidate of an image is the iterate of the second halves that fewest draws classify correctly, ties broken by
-    the larger loss.
+    The candidate of an image is the iterate that fewest draws classify correctly, ties broken by the larger P; an
+    iterate of a first half loses to one of a second half with as many.
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
@@ -149,7 +149,7 @@ class PMA(Attack):
         keyed = (state["labels"], state["ids"], state["t"])
         estimate = estimator(x, *keyed, targets, loss=PARTS, which=now["part"], summed=False)
         self.observe(estimate.loss, estimate.correct)
-        # The first half ascends other losses, which are not comparable.
+        # The first half ascends other losses, which are not comparable: its iterates lose ties.
         loss = torch.where(now["part"] == MARGIN, estimate.loss, -torch.inf)
         keep_candidate(state, x, estimate.correct, loss, ~state["done"])
         if self.early_stop:
