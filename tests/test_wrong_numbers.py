@@ -157,6 +157,21 @@ def test_an_offset_that_hides_margins_from_single_precision_changes_no_attack(na
     assert ((found - expected).abs() > 1e-3).double().mean() < 0.05
 
 
+INSIDE = [(kind, norm) for kind in (PGD, PMA, APGD, APGDT) for norm in EPS if norm in kind.norms]
+
+
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize(("kind", "norm"), INSIDE)
+def test_a_start_outside_of_the_ball_is_taken_into_it(kind, norm, early_stop):
+    model = network()
+    # The start is fooled, so that it would be a candidate.
+    start = 1 - X
+    y = (labels(model).where(labels(model) != model(start).argmax(dim=1), labels(model) + 1)) % 10
+    found = kind(model, norm=norm, eps=EPS[norm], steps=4, early_stop=early_stop)(X, y, start=start)
+    distance = torch.linalg.vector_norm((found - X).flatten(1), {"Linf": torch.inf, "L2": 2, "L1": 1}[norm], dim=1)
+    assert distance.max() <= EPS[norm] * (1 + 1e-5)
+
+
 transforms = pytest.mark.parametrize("transform", [RT1(2), RT2(2), RT3(2)], ids=["RT1", "RT2", "RT3"])
 
 

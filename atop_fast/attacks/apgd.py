@@ -114,9 +114,9 @@ class APGD(Attack):
 
     def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
         images, labels, ids, start = batch
-        if start is None:
-            radius, _ = _stages(self.eps, self.steps, self.shrink_eps)[0]
-            start = Ball(self.norm, radius).surface_point(images, estimator.seed, ids)
+        radius, _ = _stages(self.eps, self.steps, self.shrink_eps)[0]
+        ball = Ball(self.norm, radius)
+        start = ball.surface_point(images, estimator.seed, ids) if start is None else ball.nearest(start, images)
         state = initial_state(batch, start.clone())
         numbers = torch.zeros_like(labels, dtype=torch.float32)
         state |= {name: torch.zeros_like(images) for name in ("x_previous", "gradient", "x_best", "gradient_best")}

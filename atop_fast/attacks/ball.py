@@ -43,6 +43,13 @@ class Ball:
         scale = (self.eps / per_image(self.length(delta)).clamp_min(1e-12)).clamp_max(1)
         return (center + delta * scale).clamp_(0, 1)
 
+    def nearest(self, x: Tensor, center: Tensor) -> Tensor:
+        """x (B, C, H, W), where it lies in the ball around `center`; elsewhere its projection."""
+        projected = self.project(x, center)
+        if self.norm == "Linf":
+            return projected
+        return torch.where(per_image(self.length(x - center) <= self.eps), x, projected)
+
     def random_point(self, images: Tensor, seed: int | Tensor, ids: Tensor) -> Tensor:
         """A uniformly random point of the ball around each image; for L1 the projection of Gaussian noise."""
         if self.norm == "L1":

@@ -111,7 +111,8 @@ class Attack(ABC):
             labels: int64 (B,), the true classes.
             sample_ids: int64 (B,), the identity of every image; default 0..B-1. With it, an image's result depends
                 neither on the other images of the batch nor on their order.
-            start: images (B, C, H, W) to start from, instead of the attack's own start.
+            start: images (B, C, H, W) to start from, instead of the attack's own start; the attacks inside a ball take
+                one outside of it to the nearest image inside.
             targets: int64 (B,), other classes than the labels, to be reached: the attack descends the loss of these
                 instead of ascending that of the labels, and an image counts as fooled when it is classified as its
                 target. FAB, APGDT and PMA choose their targets themselves.

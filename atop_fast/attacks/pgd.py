@@ -124,7 +124,7 @@ class PGD(Attack):
     def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
         images, _, ids, start = batch
         if start is not None:
-            x = start.clone()
+            x = self.ball.nearest(start, images)
         elif self.random_start:
             x = self.ball.random_point(images, estimator.seed, ids)
         else:

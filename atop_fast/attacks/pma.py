@@ -127,8 +127,8 @@ class PMA(Attack):
 
     def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
         images, labels, ids, start = batch
-        if start is None:
-            start = self.ball.random_point(images, estimator.seed, ids)
+        ball = self.ball
+        start = ball.random_point(images, estimator.seed, ids) if start is None else ball.nearest(start, images)
         again = self.ball.random_point(images, derive_seed(estimator.seed, "round"), ids)
         state = initial_state(batch, start.clone())
         loss = torch.full(labels.shape, -torch.inf, device=labels.device)

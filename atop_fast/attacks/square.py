@@ -127,7 +127,7 @@ class Square(Attack):
 
     def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
         images, labels, ids, start = batch
-        x = self._start(estimator.seed, images, ids) if start is None else self._nearest(start, images)
+        x = self._start(estimator.seed, images, ids) if start is None else self.ball.nearest(start, images)
         state = initial_state(batch, x)
         # NaN counts as the lowest loss.
         state["loss"] = self._loss(estimator, x, labels, ids, state["t"]).nan_to_num(nan=-torch.inf)
@@ -209,14 +209,6 @@ class Square(Attack):
         _, _, bumps = _tables(self.norm, self.p_init, x.shape[2], x.shape[3], x.device)
         moved = OP_BUMP(x, x0, *square, bumps.to(x.dtype), self.eps, self.norm == "L2")
         return moved if self.norm == "L2" else project_l1(moved, x0, self.eps * (1 - 1e-6))
-
-    def _nearest(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The nearest image in the ball around x0."""
-        nearest = self.ball.project(x, x0)
-        if self.norm == "Linf":
-            return nearest
-        # Points inside keep their bits.
-        return torch.where(per_image(self.ball.length(x - x0) <= self.eps), x, nearest)
 
     def _onto_ball(self, delta: Tensor, x0: Tensor) -> Tensor:
         """x0 + delta scaled to the norm eps and clipped (L2), or the nearest image in the ball (L1)."""
