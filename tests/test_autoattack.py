@@ -52,7 +52,8 @@ def test_versions():
     assert settings("custom", attacks_to_run=("square", "apgd-dlr")) == [square, dlr]
     pma = ("PMA", "pm", 1, 1, True)
     assert settings("fast") == [pma, targeted, square]
-    assert settings("fast", complete=True) == [pma, targeted, square, ce, targeted, fab, square]
+    for complete in (True, 1):
+        assert settings("fast", complete=complete) == [pma, targeted, square, ce, targeted, fab, square]
     fast = attack(version="fast", n_queries=500)
     assert [fast.build(name).steps for name in ("probe", "square")] == [200, 500]
 

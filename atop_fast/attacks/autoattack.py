@@ -136,10 +136,11 @@ class AutoAttack:
             )
         if complete not in (False, True, "auto"):
             raise ValueError(message(name, "complete", "True, False or 'auto'", complete))
-        self.complete = complete
+        # Others may equal a bool, such as 1.
+        self.complete = complete if complete == "auto" else bool(complete)
         if complete and version != "fast":
             raise ValueError(message(name, "complete", "False for all versions but 'fast'", complete))
-        self.attacks_to_run = tuple(attacks_to_run or VERSIONS[version]) + (REST if complete is True else ())
+        self.attacks_to_run = tuple(attacks_to_run or VERSIONS[version]) + (REST if self.complete is True else ())
         for argument, attacks in (("attacks_to_run", self.attacks_to_run), ("finish", finish)):
             for attack in attacks:
                 check_choice(name, argument, attack, NAMES)
