@@ -129,6 +129,17 @@ def test_targets_are_reached_more_often_than_by_chance(name, digits):
     assert loss(attack(images, labels, targets=targets)) < loss(images)
 
 
+def test_a_class_that_ranks_third_is_reached(digits):
+    """Its difference-of-logits ratio is 1 wherever it ranks third."""
+    images, labels, _ = digits
+    model = standard_mnist()
+    targets = model(images).argsort(dim=1, descending=True)[:, 2]
+    hits = [(model(APGD(model, eps=0.2, steps=10, loss=loss)(images, labels, targets=targets)).argmax(dim=1) == targets)
+            for loss in ("margin", "dlr")]  # fmt: skip
+    assert hits[0].sum() > COUNT / 2
+    assert torch.equal(*hits)
+
+
 def test_restarts_and_early_stop_look_for_the_target(digits):
     images, labels, targets = digits
     model, options = standard_mnist(), {"steps": 4, "early_stop": True}

@@ -42,7 +42,8 @@ class APGD(Attack):
         steps: iterations; there is one evaluation more.
         n_restarts: number of runs; further ones start at random points, for images that some draw still gets right.
         seed: key of the attack's randomness and draws.
-        loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss for their formulas.
+        loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss for their formulas. With `targets`, the
+            margin replaces dlr, which has no gradient for a class that ranks third.
         eot_iter: draws of the model in each gradient, which is their mean.
         rho: share of the steps since the last checkpoint in which the loss must rise.
         shrink_eps: for L1, spend 3/10 of the steps in the ball of radius 3 eps, 3/10 in 2 eps and the rest in eps, as

@@ -60,7 +60,8 @@ class GradientEstimator:
             halved, and so are those after it, with a warning; this changes only the draws of a model with its own
             randomness.
         loss: "ce", "margin", "dlr" or "pm", see atop_fast.ops.attack_loss. If the model has too few classes for dlr
-            (it needs 3, or 4 with targets), the margin replaces it, with a warning if there are no targets.
+            (it needs 3, or 4 with targets), the margin replaces it, with a warning if there are no targets; and also if
+            `targeted`, as the dlr of a class that ranks third is 1, and has no gradient.
         precision: "float32", or "bfloat16" or "float16" for the networks alone; images, losses and gradients stay
             float32.
         substitute: differentiable map from images to an approximation of the purified images; the identity by default.
@@ -263,11 +264,11 @@ class GradientEstimator:
         return targeted(result) if self.targeted else result
 
     def _loss(self, loss: str | None, logits: Tensor, targets: Tensor | None) -> str:
-        """The loss of a call: with too few classes for dlr, the margin, its numerator."""
+        """The loss of a call: for classes to be reached, or too few classes, the margin in the place of dlr."""
         loss, needed, classes = loss or self.loss, 3 if targets is None else 4, logits.shape[1]
-        if loss != "dlr" or classes >= needed:
+        if loss != "dlr" or (classes >= needed and not self.targeted):
             return loss
-        if targets is None and not self._warned:
+        if targets is None and not self.targeted and not self._warned:
             warnings.warn(f"{self.function}: loss is 'margin', as 'dlr' needs 3 classes, got {classes}", stacklevel=2)
             self._warned = True
         return "margin"
