@@ -40,7 +40,7 @@ def main() -> None:
     attacks = {"fgsm": atop.FGSM(model, eps=0.1)} if args.quick else None
     report = atop.evaluate(
         model, test.images, test.labels, protocol="quick", eps=0.1, attacks=attacks,
-        diagnostics=(), out=FOLDER / ("quick_evaluate" if args.quick else "evaluate"),
+        diagnostics=False, out=FOLDER / ("quick_evaluate" if args.quick else "evaluate"),
     )  # fmt: skip
     for name, verdict in {"clean": report.clean, "robust": report.robust}.items():
         low, high = verdict.mean_ci

@@ -6,12 +6,15 @@ import json
 import re
 import threading
 import time
+import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import nn
 
 from atop_fast import RT1, RT2, Defense, build_classifier, evaluate
+from atop_fast.doctor import Finding
 from atop_fast.evaluation import FixedRandomness, quick_attacks
 from atop_fast.evaluation.evaluate import parse_budget
 from atop_fast.evaluation.judge import Judge, eight_bit, fixed_randomness, full_precision
@@ -402,6 +405,8 @@ def test_verdicts_are_computed_in_float32():
             r"attacks\['far'\] must be in \[0, 1\], got values",
         ),
         ({"attacks": {"few": lambda x, y, ids: x[1:]}}, ValueError, r"attacks\['few'\] must be an attack that returns"),
+        ({"diagnostics": None}, TypeError, "diagnostics must be True, False, or findings .*, got NoneType"),
+        ({"diagnostics": [{"name": "mine"}]}, TypeError, 'or findings with "name", "status" and "reason", got list'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -409,3 +414,17 @@ def test_wrong_input_is_named(arguments, error, pattern):
     call = {"model": nn.Flatten(), "images": X, "labels": Y, "progress": False, **arguments}
     with pytest.raises(error, match=pattern):
         evaluate(call.pop("model"), **call)
+
+
+def test_diagnostics_are_switched_off_or_given():
+    attacks, finding = {"none": lambda x, y: x}, Finding("mine", "warn", "because", {"n": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reports = [
+            evaluate(nn.Flatten(), X, Y, attacks=attacks, progress=False, diagnostics=given)
+            for given in (False, (), [finding], [asdict(finding)])
+        ]
+    names = [[found["name"] for found in report.diagnostics] for report in reports]
+    assert [name.count("mine") for name in names] == [0, 0, 1, 1]
+    assert names[0] == names[1] == [name for name in names[2] if name != "mine"]
+    assert reports[2].diagnostics == reports[3].diagnostics

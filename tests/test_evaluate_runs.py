@@ -278,7 +278,7 @@ def test_ranks_with_different_settings_are_refused(tmp_path):
 
 
 def test_a_report_holds_the_diagnostics_of_its_model(tmp_path):
-    report = run(tmp_path / "whole", diagnostics=None)
+    report = run(tmp_path / "whole", diagnostics=True)
     names = [finding["name"] for finding in report.diagnostics]
     assert {"logits", "determinism", "eps_sweep", "useless_transform"} <= set(names)
     assert json.loads((tmp_path / "whole" / "report.json").read_text())["diagnostics"] == report.diagnostics
@@ -291,4 +291,4 @@ def test_a_report_holds_the_diagnostics_of_its_model(tmp_path):
     # A call that goes on with the run does not examine the model again.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("atop_fast.evaluation.findings"), "examine", fail)
-        assert results(run(tmp_path / "whole", diagnostics=None)) == results(report)
+        assert results(run(tmp_path / "whole", diagnostics=True)) == results(report)

@@ -28,7 +28,7 @@ from ..attacks import NORMS, Model, counted_passes, frozen
 from ..data import Dataset
 from ..defense import Defense
 from ..training.metrics import summary_writer
-from .findings import Threat, draws_finding, examined, outside_finding
+from .findings import Threat, check_findings, draws_finding, examined, outside_finding
 from .given import given_attacks
 from .identity import attack_identity, model_identity, probe_images, shown
 from .judge import Judge, fixed_randomness, judged
@@ -68,7 +68,7 @@ def evaluate(
     randomness: str = "fresh",
     interval: str = "wilson",
     curve: Sequence[float] = (),
-    diagnostics: Sequence[Mapping[str, Any]] | None = None,
+    diagnostics: bool | Sequence[Mapping[str, Any]] = True,
     title: str = "evaluate",
     progress: bool = True,
     trace: str | Path | None = None,
@@ -112,9 +112,10 @@ def evaluate(
             known to the attacker; requires a Defense.
         interval: interval of the means: "wilson", which is conservative, or "bootstrap" over images.
         curve: radii at which PGD of the protocol quick is repeated for the curve of accuracy against eps.
-        diagnostics: findings to show in the report: {"name", "status": "pass" | "warn" | "fail", "reason"}. By default,
-            atop_fast.doctor finds them, with a warning for each that does not pass: with `out`, all checks run on at
-            most 64 of the images; without it, the cheap checks of the contract on at most 32. () disables them.
+        diagnostics: True: atop_fast.doctor examines the model for the report, with a warning for each check that does
+            not pass: with `out`, all checks run on at most 64 of the images; without it, the cheap checks of the
+            contract on at most 32. False disables them; findings {"name", "status": "pass" | "warn" | "fail",
+            "reason"}, such as those of atop_fast.doctor.diagnose, replace them.
         title, progress: name of the model in the report and on the progress bar; whether to show a progress bar with
             the ETA.
         trace: file of JSON lines with loss, accuracy and passes after each step of every attack of this library, as in
@@ -140,6 +141,7 @@ def evaluate(
     norm = check_choice("evaluate", "norm", plan.norm if norm is None else norm, NORMS)
     threat = Threat(norm, check_radius("evaluate", norm, plan.eps if eps is None else eps))
     radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
+    findings = check_findings(diagnostics)
     deadline = None if budget is None else start + parse_budget(budget)
     transform = repr(model.transform) if isinstance(model, Defense) else None
     if tensorboard is not None:
@@ -174,10 +176,10 @@ def evaluate(
         if folder is not None or group.size > 1:
             header |= _identities(model, source, named if attacks else {})
         run = Run(len(source), folder, header, group)
-        if diagnostics is None:
+        if diagnostics is True:
             # One process looks: others might find other numbers, or read the folder's while they are written.
             found = examined(folder, model, source, threat, seed, progress) if group.rank == 0 else []
-            diagnostics = group.gather(found)[0]
+            findings = group.gather(found)[0]
         cascade = attacks is None and plan.cascade and judge.deterministic
         names = list(named)
         tracing = trace is not None or tensorboard is not None
@@ -187,10 +189,10 @@ def evaluate(
         if file is not None:
             file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
-        diagnostics = [*diagnostics, *outside_finding(run, work.attacks, source.sample, threat)]
+        findings = [*findings, *outside_finding(run, work.attacks, source.sample, threat)]
         if not judge.deterministic:
-            diagnostics += draws_finding(diagnostics, work.attacks)
-        options = (radii, settings, interval, cascade, headline, diagnostics, source.classes, source.files)
+            findings += draws_finding(findings, work.attacks)
+        options = (radii, settings, interval, cascade, headline, findings, source.classes, source.files)
         report = summarize(run, source.labels.cpu(), list(work.attacks), *options)
         if tensorboard is not None and group.rank == 0:
             write_scalars(Path(tensorboard), report.trace)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._core.checks import message
 from .._core.files import write_text
 from ..attacks import NORMS, Ball, GradientEstimator, Model, Square, frozen
 from ..attacks import Attack as KeyedAttack
@@ -45,6 +46,19 @@ class Threat(Ball):
         size = x[0].numel()
         rounded = {"Linf": 1, "L2": size**0.5, "L1": size}[self.norm] * max(torch.finfo(x.dtype).eps, 2.0**-23)
         return distance > self.eps * (1 + 1e-4) + rounded
+
+
+def check_findings(diagnostics: Any) -> list[dict[str, Any]]:
+    """The caller's findings, of which True and False have none; raises unless each has name, status and reason."""
+    if isinstance(diagnostics, bool):
+        return []
+    found: list[Any] = [None]
+    if isinstance(diagnostics, Sequence):
+        found = [asdict(finding) if isinstance(finding, Finding) else finding for finding in diagnostics]
+    if not all(isinstance(finding, Mapping) and {"name", "status", "reason"} <= finding.keys() for finding in found):
+        expected = 'True, False, or findings with "name", "status" and "reason"'
+        raise TypeError(message("evaluate", "diagnostics", expected, type(diagnostics).__name__))
+    return [dict(finding) for finding in found]
 
 
 def examined(

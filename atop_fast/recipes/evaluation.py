@@ -79,9 +79,8 @@ class EvaluationConfig:
         """Evaluate a model on all images of `data`; `options` are further ones of atop_fast.evaluate."""
         norm, eps = self.threat
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in (*QUICK, "images", "norm", "eps", "diagnostics"):
+        for name in (*QUICK, "images"):
             del own[name]
         if self.quick:
             own["attacks"] = lambda attacked: quick_attacks(attacked, norm, eps, seed, **self.quick)
-        own |= {"norm": norm, "eps": eps, "seed": seed, "diagnostics": None if self.diagnostics else ()}
-        return evaluate(model, data, **own, **options)
+        return evaluate(model, data, **{**own, "norm": norm, "eps": eps}, seed=seed, **options)
