@@ -126,7 +126,13 @@ def holds(path: str | Path, module: nn.Module) -> bool:
     return same and all(torch.equal(value.cpu(), state[name]) for name, value in own.items())
 
 
-def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | None = None, **metadata: object) -> None:
+def save_defense(
+    path: str | Path,
+    defense: Defense,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
     """Atomically write a defense to one safetensors file: weights and architecture of both networks, and the transform.
 
     Args:
@@ -136,9 +142,9 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
             attribute `architecture` = (name, options).
         dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense returns float32 with
             the rounded values, so evaluate the loaded defense. Default: the type of the weights.
-        metadata: further JSON-ready contents. Commands read `classes`, the ordered names of the classes, `shape`,
-            (C, H, W) of the images, and `norm` and `eps` of the training attack. Add anything that users should know:
-            recipe, commit, data, license.
+        metadata: further JSON-ready contents, added to those of `defense.metadata`. Commands read `classes`, the
+            ordered names of the classes, `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack.
+            Add anything that users should know: recipe, commit, data, license.
 
     Raises:
         TypeError, ValueError: naming the part that load_defense could not restore; or weights too large for `dtype`.
@@ -159,7 +165,8 @@ def save_defense(path: str | Path, defense: Defense, *, dtype: torch.dtype | Non
     for kind in ("classifier", "purifier"):
         module: nn.Module | None = getattr(defense, kind)
         header[kind] = None if module is None else specify("save_defense", f"defense.{kind}", module, KINDS[kind])
-    header["metadata"] = _check_metadata("save_defense", {**defense.metadata, **metadata})
+    further = _check_metadata("save_defense", {} if metadata is None else metadata)
+    header["metadata"] = _check_metadata("save_defense", {**defense.metadata, **further})
     state = {name: value for name, value in defense.state_dict().items() if not name.startswith("transform.")}
     for name, value in state.items():
         if value.is_floating_point():

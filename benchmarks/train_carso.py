@@ -57,7 +57,7 @@ def main() -> None:
     found = {"classifier": accuracy(model, test), "carso": accuracy(defense, test)}
     print(json.dumps({"seconds": seconds, "last": history[-1], "clean accuracy": found}, indent=1))
     metadata = {"classes": images.classes, "shape": images.shape, "norm": "Linf", "eps": config.eps}
-    save_defense(args.out, defense, **metadata, recipe=asdict(config), seed=args.seed)
+    save_defense(args.out, defense, metadata={**metadata, "recipe": asdict(config), "seed": args.seed})
 
 
 @torch.no_grad()

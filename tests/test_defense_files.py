@@ -79,7 +79,9 @@ def test_a_file_gives_the_defense_back(transform, tmp_path):
     purifier, classifier = networks()
     defense = Defense(transform, purifier, Resized(Normalized(classifier, [0.4], [0.2]), 12)).eval()
     path, second = str(tmp_path / "d.safetensors"), tmp_path / "e.safetensors"
-    save_defense(path, defense, classes=("a", "b", "c"), shape=(1, 16, 16), norm="L2", eps=0.5, license="Apache-2.0")
+    threat = {"norm": "L2", "eps": 0.5}
+    metadata = {"classes": ("a", "b", "c"), "shape": (1, 16, 16), **threat, "license": "Apache-2.0"}
+    save_defense(path, defense, metadata=metadata)
     before = torch.get_rng_state()
     loaded = load_defense(path)
     assert torch.equal(torch.get_rng_state(), before)
@@ -133,7 +135,9 @@ def test_what_a_file_could_not_give_back_is_refused(tmp_path):
     defense = Defense(RT1(4), *networks())
     for metadata, error in (({"classes": "ab"}, ValueError), ({"shape": (1, 2)}, ValueError), ({"x": {1j}}, TypeError)):
         with pytest.raises(error, match=f"save_defense: ({next(iter(metadata))}|metadata) must be"):
-            save_defense(tmp_path / "d.safetensors", defense, **metadata)
+            save_defense(tmp_path / "d.safetensors", defense, metadata=metadata)
+    with pytest.raises(TypeError, match="save_defense: metadata must be names and values, got list"):
+        save_defense(tmp_path / "d.safetensors", defense, metadata=["a"])
     with pytest.raises(TypeError, match="save_defense: defense must be a Defense, got SmallCNN"):
         save_defense(tmp_path / "d.safetensors", defense.classifier)
 

@@ -391,7 +391,7 @@ class _Pipeline:
             about = {"classes": self.train.classes, "shape": self.train.shape, "images": self.train.description()}
             threat = {"norm": self.recipe.finetune.norm, "eps": self.recipe.finetune.eps}
             defense = Defense(self.transform, self._load("finetuned", "purifier"), classifier)
-            save_defense(path, defense, **about, **threat, recipe=asdict(self.recipe), seed=self.seed)
+            save_defense(path, defense, metadata=about | threat | {"recipe": asdict(self.recipe), "seed": self.seed})
         self.group.gather(None)
 
     def _load(self, file: str, kind: str) -> nn.Module:
