@@ -62,7 +62,7 @@ def numerics(document: dict[str, Any]) -> str:
             _table(_worst(parts["losses"])),
             "Attacks whose networks run in lower precision, judged in float32; 95 % intervals:",
             _table(parts["strength"]),
-            f"Determinism: {len(matrix)} settings ({varied}). Of {total} flags, {others} are other than the first "
+            f"Determinism: {len(matrix)} settings ({varied}). {others} of {total} flags are other than the first "
             f"setting's; {bits} adversarial images differ from it in some bit.",
         )
     )

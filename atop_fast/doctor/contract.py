@@ -71,7 +71,7 @@ def finite(probe: Probe) -> Finding:
         return Finding("finite", "pass", f"Logits and gradients of all {len(probe.x)} images are finite.", numbers)
     if any(bad):
         text = (
-            f"Of {len(probe.x)} images, {bad[0]} have NaN or infinite logits and {bad[1]} such gradients: an attack "
+            f"{bad[0]} of {len(probe.x)} images have NaN or infinite logits, and {bad[1]} such gradients: an attack "
             "stands still on them; look for overflow in half precision, division by 0, log or sqrt of 0."
         )
     else:
