@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._core.checks import check_device, check_fits, check_integer, check_logits, message, pick_device
+from ._core.checks import check_device, check_fits, check_integer, check_logits, message
 from .checkpoints import CLASSES, SHAPE, holds, read_header, read_metadata, save_model
 from .classifiers import Normalized
 from .classifiers.programs import carried_programs, printable
@@ -68,7 +68,7 @@ def check(
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    place = check_device("check", "device", pick_device(device))
+    chosen = check_device("check", "device", device)
     check_integer("check", "images", images, low=1)
     if not Path(out).parent.is_dir():
         raise ValueError(message("check", "out", "a file in a folder that exists", out))
@@ -77,9 +77,9 @@ def check(
             print(f"{classifier} carries {what}:\n{printable(source)}")
     part: Any = sized("check", classifier, data).load(print)[1]
     names = tuple(read_metadata(classifier).get(CLASSES, ())) if classifier.endswith(".safetensors") else ()
-    part = _in_order(part, classes, names).take(slice(0, images)).to(place)
+    part = _in_order(part, classes, names).take(slice(0, images)).to(chosen)
     system = System(classifier, None, None, GivenTransform(), architecture, weights, key, normalize, trust)
-    model = system.alone(part, **(options or {})).to(place)
+    model = system.alone(part, **(options or {})).to(chosen)
     itself = Path(out).resolve() == Path(classifier).resolve()
     if not itself and not _may_replace(Path(out), model):
         expected = "a new file, or one that check wrote for this classifier; give another name by --out"

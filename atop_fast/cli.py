@@ -54,7 +54,7 @@ def demo(
         tensorboard: see train.
     """
     options: dict[str, Any] = {"seed": seed, "budget": budget, "tensorboard": tensorboard}
-    _show(run_recipe(load_recipe("demo"), out, device=_place("demo", device), **options), out)
+    _show(run_recipe(load_recipe("demo"), out, device=_device("demo", device), **options), out)
 
 
 def train(
@@ -105,7 +105,7 @@ def train(
     recipe = Recipe(data, transform, *networks, pretrain, finetune, evaluation, ablation, notes)
     options: dict[str, Any] = {"seed": seed, "budget": budget, "tensorboard": tensorboard, "until": until}
     options["trust"] = trust
-    _show(run_recipe(recipe, out, device=_place("train", device), **options), out)
+    _show(run_recipe(recipe, out, device=_device("train", device), **options), out)
 
 
 def evaluate(
@@ -157,12 +157,12 @@ def evaluate(
         seed: key of all randomness.
     """
     config = EvaluationConfig(**evaluation)
-    place = _place("evaluate", device)
+    chosen = _device("evaluate", device)
     system = System(classifier, purifier, defense, transform, architecture, weights, key, normalize, trust)
     part: Dataset | Files = config.part(system.sized("evaluate", data).load(_say)[1])
     model, part = system.load("evaluate", part)
     assert isinstance(part, Dataset)
-    model, part = model.to(place), part.to(place)
+    model, part = model.to(chosen), part.to(chosen)
     name = "defense" if isinstance(model, Defense) else "classifier"
     _say(f"Evaluating {_named(model)}")
     logs = Path(out) / "tensorboard" if tensorboard else None
@@ -339,7 +339,7 @@ def _say(text: str) -> None:
         print(text)
 
 
-def _place(function: str, device: str) -> torch.device:
+def _device(function: str, device: str) -> torch.device:
     """The device; under torchrun, every process has a GPU of its own."""
     device = pick_device(device)
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and launched() else device

@@ -116,6 +116,11 @@ class _Undefended(Defense):
         return x
 
 
+def with_fixed_randomness(defense: Defense, seed: int) -> Defense:
+    """A Defense over the same networks whose only draw is draw 0 of `seed`, which an attacker then knows."""
+    return Defense(FixedRandomness(defense.transform, seed), defense.purifier, defense.classifier)
+
+
 def classifier_alone(defense: Defense) -> nn.Module:
     """The classifier of a Defense as a model; one that draws gets the key that it gets in the Defense."""
     return _Undefended(defense) if getattr(defense.classifier, "keyed", False) else defense.classifier

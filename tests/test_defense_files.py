@@ -125,13 +125,13 @@ def test_what_a_file_could_not_give_back_is_refused(tmp_path):
     changed.add_module("more", nn.Linear(1, 1))
     patched = networks()[1]
     patched.forward = lambda x: -x
-    spoilt = networks()[0]
-    next(spoilt.parameters()).data.view(-1)[0] = torch.nan
+    broken = networks()[0]
+    next(broken.parameters()).data.view(-1)[0] = torch.nan
     refused(tmp_path, "defense.transform must be one of transforms.TRANSFORMS", transform=Own(4))
     refused(tmp_path, "defense.purifier must be of build_classifier, .* got Conv2d", purifier=nn.Conv2d(3, 1, 1))
     refused(tmp_path, "defense.classifier must be what 'small_cnn' .* builds", classifier=changed)
     refused(tmp_path, "its class's forward, got SmallCNN", classifier=patched)
-    refused(tmp_path, "of finite weights, got NaN or infinity in purifier", purifier=spoilt)
+    refused(tmp_path, "of finite weights, got NaN or infinity in purifier", purifier=broken)
     defense = Defense(RT1(4), *networks())
     for metadata, error in (({"classes": "ab"}, ValueError), ({"shape": (1, 2)}, ValueError), ({"x": {1j}}, TypeError)):
         with pytest.raises(error, match=f"save_defense: ({next(iter(metadata))}|metadata) must be"):

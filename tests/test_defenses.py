@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from atop_fast import Defense, build_classifier, build_purifier, evaluate, load_defense, save_defense
 from atop_fast.attacks import GradientEstimator, frozen
 from atop_fast.classifiers import Normalized, Resized
+from atop_fast.defense import with_fixed_randomness
 from atop_fast.defenses import (
     JPEG,
     ActivationPruning,
@@ -39,7 +40,6 @@ from atop_fast.defenses import (
 from atop_fast.defenses.noise import p_value
 from atop_fast.defenses.smooth import smoothed, variation_gradient
 from atop_fast.evaluation import quick_attacks
-from atop_fast.evaluation.judge import fixed_randomness
 from atop_fast.ops import random_normal
 from atop_fast.randomness import derive_seed, seeded, watched_generators
 from atop_fast.transforms import TRANSFORMS
@@ -378,7 +378,7 @@ def test_draws_of_layers_belong_to_the_sample(name, classifier, filters):
         shuffled = whole(X[order], 7, IDS[order], DRAWS[order])
         other = whole(X, 7, IDS, DRAWS + 1)
         counted = [whole(X), whole(X)]
-        fixed = fixed_randomness(whole, 3)
+        fixed = with_fixed_randomness(whole, 3)
         known = [fixed(X, 7, IDS, draw) for draw in range(2)]
     assert not generators.drawn
     torch.testing.assert_close(alone, logits, rtol=0, atol=1e-5)

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from atop_fast import RT1, RT2, Defense, build_classifier, evaluate
+from atop_fast.defense import with_fixed_randomness
 from atop_fast.doctor import Finding
 from atop_fast.evaluation import FixedRandomness, quick_attacks
 from atop_fast.evaluation.evaluate import parse_budget
-from atop_fast.evaluation.judge import Judge, eight_bit, fixed_randomness, full_precision
+from atop_fast.evaluation.judge import Judge, eight_bit, full_precision
 from atop_fast.evaluation.report import format_table
 from atop_fast.randomness import derive_seed
 
@@ -94,7 +95,7 @@ def test_fixed_randomness_uses_one_draw_of_every_sample(spy):
     assert report.clean.draws == report.robust.draws == 1
     assert report.settings["randomness"] == "fixed"
     # Third-party attacks also call the fixed model.
-    fixed = fixed_randomness(DEFENSE, 0)
+    fixed = with_fixed_randomness(DEFENSE, 0)
     assert torch.equal(fixed(X), fixed(X))
     assert isinstance(fixed.transform, FixedRandomness)
     assert not torch.equal(DEFENSE(X), DEFENSE(X))

@@ -134,7 +134,7 @@ def test_an_evaluation_says_for_which_image_a_model_returns_nan():
         evaluate(Sometimes(), x, LABELS, attacks=attacks, batch_size=10, progress=False)
 
 
-class Spoilt(Line):
+class Broken(Line):
     """A network whose loss or gradient is NaN from some update on."""
 
     def __init__(self, at, what, **options):
@@ -169,7 +169,7 @@ def test_a_training_stops_at_nan_and_keeps_the_last_good_checkpoint(tmp_path, wh
         # The next loss shows it before the epoch ends.
         pattern = "fit: loss must be finite, got NaN or infinity in update 2 of epoch 1"
     with pytest.raises(ValueError, match=pattern):
-        train(Spoilt(4, what, **options))
+        train(Broken(4, what, **options))
     if minutes == 0:
         state = torch.load(path, weights_only=True)
         assert (state["epoch"], state["batch"]) == (1, 1)

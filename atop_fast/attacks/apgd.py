@@ -133,11 +133,11 @@ class APGD(Attack):
         self._move(state, now)
         estimate = estimator(state["x"], state["labels"], state["ids"], state["t"], self.targets(state, now))
         self.observe(estimate.loss, estimate.correct)
-        keep_candidate(state, state["x"], estimate.correct, estimate.loss, now["counts"] & ~state["done"])
+        keep_candidate(state, state["x"], estimate.correct, estimate.loss, now["is_candidate"] & ~state["done"])
         self._keep_best(state, estimate, now)
         self._adapt(state, now)
         if self.early_stop:
-            state["done"] |= (estimate.correct == 0) & now["counts"]
+            state["done"] |= (estimate.correct == 0) & now["is_candidate"]
         state["t"] += ~state["done"]
         state["done"] |= state["t"] >= tables.length
         # The index must stay inside the tables for rows that are done but not yet fetched.
@@ -153,14 +153,14 @@ class APGD(Attack):
     def _move(self, state: State, now: State) -> None:
         """The next iterate; at the first evaluation of a stage, its start."""
         x, x0, gradient, eps = state["x"], state["x0"], state["gradient"], now["eps"]
-        first = per_image(now["first"])
+        first = per_image(now["is_first"])
         if self.norm == "L1":
             count = (state["share"] * x[0].numel()).long().clamp(1, x[0].numel())
             moved = pgd_step_l1(x, gradient, x0, state["eta"], eps, count)
-            begun = torch.where(per_image(now["anew"]), state["start"], project_l1(state["x_best"], x0, eps))
+            begun = torch.where(per_image(now["begins_round"]), state["start"], project_l1(state["x_best"], x0, eps))
         else:
             # The step from a stage's start has no momentum.
-            momentum = torch.where(now["second"], 1.0, MOMENTUM).to(x.dtype)
+            momentum = torch.where(now["is_second"], 1.0, MOMENTUM).to(x.dtype)
             step = apgd_step_linf if self.norm == "Linf" else apgd_step_l2
             moved = step(x, state["x_previous"], gradient, x0, state["eta"], self.eps, momentum)
             begun = state["start"]
@@ -169,7 +169,7 @@ class APGD(Attack):
 
     def _keep_best(self, state: State, estimate: Estimate, now: State) -> None:
         """Keep the point of the largest loss, to which the search goes back; the start of a stage resets it."""
-        first, loss = now["first"], estimate.loss
+        first, loss = now["is_first"], estimate.loss
         assert estimate.gradient is not None
         state["gradient"] = self.masked(state, torch.nan_to_num(estimate.gradient))
         better = first | (loss > state["loss_best"])
@@ -184,15 +184,15 @@ class APGD(Attack):
         state["eta"] = torch.where(first, (1.0 if self.norm == "L1" else 2.0) * now["eps"], state["eta"])
         if self.norm == "L1":
             sparsity = _nonzero(state["x_best"] - state["x0"])
-            given = now["given"] & first
+            starts_sparse = now["starts_sparse"] & first
             all_of_it = float(state["x"][0].numel())
-            state["sparsity"] = torch.where(first, torch.where(given, sparsity, all_of_it), state["sparsity"])
-            share = torch.where(given, sparsity / all_of_it / 1.5, 0.2)
+            state["sparsity"] = torch.where(first, torch.where(starts_sparse, sparsity, all_of_it), state["sparsity"])
+            share = torch.where(starts_sparse, sparsity / all_of_it / 1.5, 0.2)
             state["share"] = torch.where(first, share, state["share"])
 
     def _adapt(self, state: State, now: State) -> None:
         """At checkpoints: new step sizes, and back to the best point."""
-        check = now["check"]
+        check = now["is_check"]
         if self.norm == "L1":
             back = self._adapt_l1(state, now)
         else:
@@ -207,7 +207,7 @@ class APGD(Attack):
 
     def _adapt_l1(self, state: State, now: State) -> Tensor:
         """The number of entries follows the sparsity of the best point; eta falls while that is stable."""
-        check, eps = now["check"], now["eps"]
+        check, eps = now["is_check"], now["eps"]
         sparsity = _nonzero(state["x_best"] - state["x0"])
         back = check & (sparsity < 0.95 * state["sparsity"])
         eta = torch.where(back, eps, state["eta"] / 1.5).clamp(eps / 10, eps)
@@ -222,12 +222,12 @@ class _Tables(Schedule):
     """The schedule of all rounds and stages: one entry for each evaluation of a row, (length,)."""
 
     eps: Tensor  # radius of the stage
-    first: Tensor  # the evaluation of the stage's start
-    second: Tensor  # the one after it
-    anew: Tensor  # first of its round
-    given: Tensor  # the stage's start is sparse (L1): its sparsity sets the number of entries
-    counts: Tensor  # the stage's ball is the attack's, so that its iterates are candidates
-    check: Tensor  # checkpoint
+    is_first: Tensor  # the evaluation of the stage's start
+    is_second: Tensor  # the one after it
+    begins_round: Tensor  # first of its round
+    starts_sparse: Tensor  # the stage's start is sparse (L1): its sparsity sets the number of entries
+    is_candidate: Tensor  # the stage's ball is the attack's, so that its iterates are candidates
+    is_check: Tensor  # checkpoint
     window: Tensor  # steps since the checkpoint before
     round: Tensor
 

@@ -314,9 +314,9 @@ def better_candidate(correct: Tensor, loss: Tensor, than_correct: Tensor, than_l
     return (correct < than_correct) | ((correct == than_correct) & (loss > than_loss))
 
 
-def keep_candidate(state: State, x: Tensor, correct: Tensor, loss: Tensor, counts: Tensor) -> None:
-    """Make x (B, C, H, W) the candidates of the rows in which it `counts` (B,) and is better than the present ones."""
-    better = better_candidate(correct, loss, state["candidate_correct"], state["candidate_loss"]) & counts
+def keep_candidate(state: State, x: Tensor, correct: Tensor, loss: Tensor, allowed: Tensor) -> None:
+    """Make x (B, C, H, W) the candidates of the `allowed` rows, bool (B,), in which it is better than theirs."""
+    better = better_candidate(correct, loss, state["candidate_correct"], state["candidate_loss"]) & allowed
     state["best"] = torch.where(per_image(better), x, state["best"])
     state["candidate_correct"] = torch.where(better, correct, state["candidate_correct"])
     state["candidate_loss"] = torch.where(better, loss, state["candidate_loss"])

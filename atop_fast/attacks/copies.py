@@ -95,7 +95,7 @@ def _form(model: nn.Module) -> tuple[list[Any], list[Tensor]] | None:
     seen: dict[int, int] = {}
     tensors: list[Tensor] = []
 
-    def place(thing: object) -> int:
+    def number(thing: object) -> int:
         return seen.setdefault(id(thing), len(seen))
 
     def described(value: Any) -> Any:
@@ -103,7 +103,7 @@ def _form(model: nn.Module) -> tuple[list[Any], list[Tensor]] | None:
             if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
                 raise _UnknownError
             tensors.append(value)
-            return place(value), value.shape, value.stride(), value.dtype, value.device
+            return number(value), value.shape, value.stride(), value.dtype, value.device
         if isinstance(value, dict):
             return type(value), [(described(key), described(entry)) for key, entry in value.items()]
         if isinstance(value, (set, frozenset)):
@@ -123,10 +123,10 @@ def _form(model: nn.Module) -> tuple[list[Any], list[Tensor]] | None:
 
     try:
         for name, module in model.named_modules(remove_duplicate=False):
-            form.append((name, place(module), type(module), type(module).forward.__code__))
+            form.append((name, number(module), type(module), type(module).forward.__code__))
             form += [(key, described(value)) for key, value in vars(module).items() if key not in _TABLES]
             form += [described(dict(vars(module)[table])) for table in _TABLES[:2]]
-            form.append([(key, None if m is None else place(m)) for key, m in module._modules.items()])
+            form.append([(key, None if m is None else number(m)) for key, m in module._modules.items()])
     except _UnknownError:
         return None
     return form, tensors

@@ -14,8 +14,8 @@ def chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[s
     """The loss that `which` selects for each row."""
     results = [attack_loss(z, labels, loss, None if loss in ("ce", "pm-label") else targets) for loss in losses]
     values, gradient, correct = results[0]
-    for place, other in enumerate(results[1:], 1):
-        is_other = which == place
+    for index, other in enumerate(results[1:], 1):
+        is_other = which == index
         values = torch.where(is_other, other.losses, values)
         gradient = torch.where(is_other[:, None], other.gradient, gradient)
     return AttackLoss(values, gradient, correct)

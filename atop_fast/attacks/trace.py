@@ -78,8 +78,8 @@ class Trace:
 
     def _add(self, step: int, values: tuple[float, ...], sign: int) -> None:
         sums = self.changes.setdefault(step, [0.0, 0.0, 0.0])
-        for place, value in enumerate(values):
-            sums[place] += sign * value
+        for index, value in enumerate(values):
+            sums[index] += sign * value
 
     def _call(self, limit: float) -> None:
         """Call back for the steps before `limit`."""

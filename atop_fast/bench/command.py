@@ -51,13 +51,13 @@ def bench(
         RuntimeError: some cases failed; it is raised after the others are measured and written.
     """
     check_choice("bench", "suite", suite, [*SUITES, "all"])
-    place = check_device("bench", "device", check_choice("bench", "device", device, ["auto", "cpu", "cuda"])).type
+    kind = check_device("bench", "device", check_choice("bench", "device", device, ["auto", "cpu", "cuda"])).type
     paths = [Path(path) for path in (json, plot) if path]
     for path in paths:
         # Refuse it now instead of after twenty minutes.
         writable_folder("bench", "json" if str(path) == json else "plot", path.parent)
     document: dict[str, Any] = {}
-    for document in run(SUITES if suite == "all" else (suite,), Options(place, quick, compile_all), commit, match):
+    for document in run(SUITES if suite == "all" else (suite,), Options(kind, quick, compile_all), commit, match):
         if json:
             # Write after every case, so that an interrupted run keeps its measurements.
             results.write(Path(json), document)

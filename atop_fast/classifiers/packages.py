@@ -14,7 +14,7 @@ from torch import nn
 from .._core.checks import check_choice, message
 
 # A network, and the mean and standard deviation by which its input is normalized.
-Model = tuple[nn.Module, Sequence[float], Sequence[float]]
+Loaded = tuple[nn.Module, Sequence[float], Sequence[float]]
 
 # Models ported from elsewhere that convert torchvision's normalization to their own; published files require this.
 PORTED = ("googlenet", "inception_v3")
@@ -39,7 +39,7 @@ def package_factory(name: str) -> Callable[..., nn.Module]:
     return build
 
 
-def _torchvision(name: str, download: bool, options: dict[str, Any]) -> Model:
+def _torchvision(name: str, download: bool, options: dict[str, Any]) -> Loaded:
     """torchvision's classifier `name`."""
     from torchvision import models
 
@@ -53,7 +53,7 @@ def _torchvision(name: str, download: bool, options: dict[str, Any]) -> Model:
     return model, statistics.mean, statistics.std
 
 
-def _timm(name: str, download: bool, options: dict[str, Any]) -> Model:
+def _timm(name: str, download: bool, options: dict[str, Any]) -> Loaded:
     """timm's classifier `name`."""
     import timm
 

@@ -105,7 +105,7 @@ class CARSO(Replaced):
     def _outputs(self, x: Tensor) -> list[Tensor]:
         outputs: list[Tensor] = []
 
-        def record(compute: Compute, t: Tensor, place: int, key: Key) -> Tensor:
+        def record(compute: Compute, t: Tensor, index: int, key: Key) -> Tensor:
             outputs.append(compute(t))
             return outputs[-1]
 

@@ -78,7 +78,7 @@ def judge(
     """
     if launched():
         raise ValueError(message("judge", "processes", "one, as a table has one writer", "those of torchrun"))
-    place = check_device("judge", "device", device)
+    chosen = check_device("judge", "device", device)
     deadline = None if budget is None else time.monotonic() + parse_budget(budget, "judge")
     found = [find(name) for name in (DEFENSES if defense == "all" else defense.split(","))]
     builds = dict(found)
@@ -89,15 +89,15 @@ def judge(
     check_integer("judge", "images", images, low=1)
     system = System(classifier, None, None, GivenTransform(), architecture, weights, key, normalize, trust)
     model, part = system.load("judge", system.sized("judge", data).load(print)[1])
-    model, part = model.eval().to(place), cast(Dataset, part).take(slice(0, images)).to(place)
-    defenses = {name: build(model, part.shape).eval().to(place) for name, build in builds.items()}
+    model, part = model.eval().to(chosen), cast(Dataset, part).take(slice(0, images)).to(chosen)
+    defenses = {name: build(model, part.shape).eval().to(chosen) for name, build in builds.items()}
     folder = Path(out)
     source = make_source(part.images, part.labels, model)
     settings = {"norm": "Linf", **vars(effort), "images": len(source)}
     del settings["batch_size"]
     identity = model_identity(model, *probe_images(source))["weights"]
     claim_folder("judge", folder, {**settings, "data": source.identity, "classifier": identity})
-    context = {**metadata(place.type, None), "classifier": Path(classifier).name, "settings": settings}
+    context = {**metadata(chosen.type, None), "classifier": Path(classifier).name, "settings": settings}
     unfinished = []
     for name, defended in defenses.items():
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -122,7 +122,7 @@ def _add(folder: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
     # "complete" describes the call, not the row.
     del new["complete"]
     write_text(path, json.dumps(new) + "\n")
-    order = {name: place for place, name in enumerate(DEFENSES)}
+    order = {name: rank for rank, name in enumerate(DEFENSES)}
     rows = [json.loads(found.read_text(encoding="utf-8")) for found in folder.glob("*/row.json")]
     return sorted(rows, key=lambda row: (order.get(row["defense"], len(order)), row["defense"]))
 

@@ -82,8 +82,8 @@ class Replaced(nn.Module):
             raise ValueError(message(name, "model", f"a network that calls one of {some}", "no such call"))
         return logits
 
-    def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
-        """The replacement of compute(x), x (B, ...), for call number `place` of the pass; `key` is its key."""
+    def replace(self, compute: Compute, x: Tensor, index: int, key: Key) -> Tensor:
+        """The replacement of compute(x), x (B, ...), for call number `index` of the pass; `key` is its key."""
         raise NotImplementedError
 
 
@@ -116,9 +116,9 @@ class _Calls(TorchFunctionMode):
             result: Tensor = func(t.clone() if writes else t, *rest, **options)
             return result
 
-        seed, place = derive_seed(self.key[0], self.count), self.count
+        seed, index = derive_seed(self.key[0], self.count), self.count
         self.count += 1
-        result = self.replace(compute, x.clone() if writes else x, place, (seed, *self.key[1:]))
+        result = self.replace(compute, x.clone() if writes else x, index, (seed, *self.key[1:]))
         # The caller's code may rely on the in-place write.
         return x.copy_(result) if writes else result
 

@@ -21,7 +21,7 @@ from ..defense import Defense, classifier_alone
 from ..evaluation.evaluate import evaluate, parse_budget
 from ..evaluation.identity import model_identity, probe_images
 from ..evaluation.judge import Judge, judged
-from ..evaluation.protocols import PROTOCOLS, Attack
+from ..evaluation.protocols import PROTOCOLS, AnyAttack
 from ..evaluation.runs import Run, Unit
 from ..evaluation.source import Source, make_source
 from ..evaluation.summary import Report
@@ -137,13 +137,13 @@ def judge(
     return {**row, "seconds": seconds, "complete": all(rule in row for rule in rules)}
 
 
-def strongest(model: Model, effort: Effort, random: bool) -> dict[str, Attack]:
+def strongest(model: Model, effort: Effort, random: bool) -> dict[str, AnyAttack]:
     """PGD of the protocol eot-fast by every gradient that the model has, and Square, which needs none."""
     options: dict[str, Any] = {"norm": "Linf", "eps": effort.eps, "seed": derive_seed(effort.seed, "attack")}
     steps = {**options, **EOT_FAST.options, "steps": effort.steps}
     if not random:
         steps["eot_iter"] = 1
-    attacks: dict[str, Attack] = {"exact": PGD(model, **steps)}
+    attacks: dict[str, AnyAttack] = {"exact": PGD(model, **steps)}
     if isinstance(model, Defense):
         # BPDA replaces derivatives in front of the classifier, where a defense inside it has nothing.
         if not isinstance(model.classifier, Replaced):
@@ -169,7 +169,7 @@ def described(model: Model) -> str:
 
 
 def is_random(model: Model, source: Source, seed: int) -> bool:
-    """Whether the logits of images differ in three draws, by the same trial as in evaluate."""
+    """Whether the logits of images differ in three draws, by the same check as in evaluate."""
     return not Judge(model, seed, 1, 1).is_repeatable(source)
 
 

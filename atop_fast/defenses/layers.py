@@ -32,9 +32,9 @@ class SelfEnsemble(Replaced):
         self.sigma_first = check_number("SelfEnsemble", "sigma_first", sigma_first, low=0)
         self.sigma = check_number("SelfEnsemble", "sigma", sigma, low=0)
 
-    def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
+    def replace(self, compute: Compute, x: Tensor, index: int, key: Key) -> Tensor:
         """See Replaced.replace."""
-        sigma = self.sigma if place else self.sigma_first
+        sigma = self.sigma if index else self.sigma_first
         return compute(x + sigma * random_normal(x.shape[1:], *key).to(x.dtype))
 
     def extra_repr(self) -> str:
@@ -60,7 +60,7 @@ class ActivationPruning(Replaced):
         super().__init__(model)
         self.ratio = check_number("ActivationPruning", "ratio", ratio, low=1e-6, high=100)
 
-    def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
+    def replace(self, compute: Compute, x: Tensor, index: int, key: Key) -> Tensor:
         """See Replaced.replace."""
         h = compute(x)
         flat = h.flatten(1).to(torch.promote_types(h.dtype, torch.float32))
@@ -103,7 +103,7 @@ class WinnersTakeAll(Replaced):
         super().__init__(model)
         self.ratio = check_number("WinnersTakeAll", "ratio", ratio, low=0, high=1)
 
-    def replace(self, compute: Compute, x: Tensor, place: int, key: Key) -> Tensor:
+    def replace(self, compute: Compute, x: Tensor, index: int, key: Key) -> Tensor:
         """See Replaced.replace."""
         flat = x.flatten(1)
         count = max(1, round(self.ratio * flat.shape[1]))

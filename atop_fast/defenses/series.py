@@ -40,9 +40,9 @@ class RandomSeries(ImageTransform):
         ranks = random_ranks(len(STEPS), *key, Tag.ORDER)
         parameters = random_uniform((len(STEPS) + 1, 4), *key, Tag.RATIO)
         count = (parameters[:, -1, 0] * (self.most + 1)).long()
-        for place in range(self.most):
+        for position in range(self.most):
             for number, step in enumerate(STEPS):
-                rows = ((ranks[:, number] == place) & (place < count)).nonzero()[:, 0]
+                rows = ((ranks[:, number] == position) & (position < count)).nonzero()[:, 0]
                 if len(rows):
                     part = (seed, sample_ids[rows], draw.expand(len(x))[rows])
                     changed = step(x[rows], parameters[rows, number].to(x.dtype), part)
@@ -67,7 +67,7 @@ def swirl(x: Tensor, u: Tensor, key: Key) -> Tensor:
     """
     rows, columns = _grid(x)
     strength, radius = 0.01 + 1.99 * u[:, 0], (0.05 + 0.85 * u[:, 1]) * max(x.shape[2:]) * math.log(2) / 5
-    down, right = (place - column(u[:, k], x)[:, 0] * place.numel() for k, place in ((2, rows), (3, columns)))
+    down, right = (axis - column(u[:, k], x)[:, 0] * axis.numel() for k, axis in ((2, rows), (3, columns)))
     angle = column(strength, x)[:, 0] * torch.exp(-(down**2 + right**2).sqrt() / column(radius, x)[:, 0])
     cosine, sine = angle.cos(), angle.sin()
     return _sampled(x, rows + (cosine - 1) * down + sine * right, columns + (cosine - 1) * right - sine * down)

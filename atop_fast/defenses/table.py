@@ -153,13 +153,13 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib.figure
 
     rows = [row for row in rows if "sound" in row]
-    heights = [-place for place in range(len(rows))]
+    heights = [-rank for rank in range(len(rows))]
     figure = matplotlib.figure.Figure(figsize=(7.5, 1.4 + 0.3 * len(rows)), layout="constrained")
     axes: Any = figure.subplots()
     for name, (mark, color, label) in MARKS.items():
-        places = [(row[name], height) for row, height in zip(rows, heights, strict=True) if name in row]
-        if places:
-            axes.scatter(*zip(*places, strict=True), marker=mark, s=36, color=color, label=label)
+        points = [(row[name], height) for row, height in zip(rows, heights, strict=True) if name in row]
+        if points:
+            axes.scatter(*zip(*points, strict=True), marker=mark, s=36, color=color, label=label)
     sound = [row["sound"] for row in rows]
     ends = [[abs(row["sound_ci"][end] - row["sound"]) for row in rows] for end in (0, 1)]
     label = "fresh draws, strongest attacks, 95 %"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .._core.flags import holding
-from ..attacks import PGD
+from ..attacks import PGD, Model
 from ..defense import Defense, classifier_alone
 from ..ops import attack_loss
 from ..randomness import derive_seed, seed_generators, seeded
 
 Status = Literal["pass", "warn", "fail"]
-Model = Callable[..., Tensor]
 # Standard errors of a comparison beyond which a check warns or fails.
 WARN, FAIL = 2.0, 3.0
 # Required expected cosine of an n-draw gradient with the true mean, and the maximum number of draws tried.

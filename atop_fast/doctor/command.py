@@ -65,20 +65,20 @@ def doctor(
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
     """
-    target = check_device("doctor", "device", device)
+    chosen = check_device("doctor", "device", device)
     check_integer("doctor", "images", images, low=1)
     system = System(classifier, purifier, defense, transform, architecture, weights, key, normalize, trust)
     train, held_out = system.sized("doctor", data).load(print)
     model, part = system.load("doctor", held_out)
     assert isinstance(part, Dataset)
-    part = part.to(target)
+    part = part.to(chosen)
     members = None
     if training:
         known = train.take(sampled(len(train), seed, images)).floats()
         known = known if known.classes == part.classes else known.relabeled(part.classes)
-        members = known.to(target).training()
+        members = known.to(chosen).training()
     findings = diagnose(
-        model.eval().to(target),
+        model.eval().to(chosen),
         part.images,
         part.labels,
         norm=norm,

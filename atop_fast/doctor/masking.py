@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..attacks import FGSM, Square
-from ..defense import Defense
+from ..defense import Defense, with_fixed_randomness
 from ..ops import attack_loss
 from ..randomness import derive_seed
-from ..transforms import FixedRandomness
 from ._probe import COSINE, FAIL, MOST_DRAWS, WARN, Finding, Probe, excess, judged
 
 # Number of queries of the random search, and the noise of float32 logits relative to their size.
@@ -155,8 +154,7 @@ def fixed_randomness(probe: Probe) -> Finding:
     """
     assert isinstance(probe.model, Defense)
     # The draw that the verdict of `probe` takes first.
-    transform = FixedRandomness(probe.model.transform, derive_seed(probe.seed, "verdict"))
-    run = probe.of(Defense(transform, probe.model.purifier, probe.model.classifier), eot_iter=1)
+    run = probe.of(with_fixed_randomness(probe.model, derive_seed(probe.seed, "verdict")), eot_iter=1)
     known, fresh = run.attacked(probe.eps), probe.attacked(probe.eps)
     transferred = run.correct(probe.adversarial(probe.eps))
     worth, errors = float((fresh - torch.minimum(known, transferred)).mean()), excess(known, transferred)

@@ -26,15 +26,16 @@ from .._core.distributed import process_group
 from .._core.signals import stop_requests
 from ..attacks import NORMS, Model, counted_passes, frozen
 from ..data import Dataset
-from ..defense import Defense
+from ..defense import Defense, with_fixed_randomness
+from ..randomness import derive_seed
 from ..training.metrics import summary_writer
 from .findings import Threat, check_findings, draws_finding, examined, outside_finding
 from .given import given_attacks
 from .identity import attack_identity, model_identity, probe_images, shown
-from .judge import Judge, fixed_randomness, judged
+from .judge import Judge, judged
 from .page import describe_images, describe_model
 from .pictures import gallery_rows
-from .protocols import CURVE, PROTOCOLS, Attack, Protocol, build_attack, build_attacks
+from .protocols import CURVE, PROTOCOLS, AnyAttack, Protocol, build_attack, build_attacks
 from .report import write_evaluation
 from .runs import Run
 from .source import Source, make_source
@@ -58,7 +59,7 @@ def evaluate(
     norm: str | None = None,
     eps: float | None = None,
     seed: int = 0,
-    attacks: Mapping[str, Attack] | Callable[[Model], Mapping[str, Attack]] | None = None,
+    attacks: Mapping[str, AnyAttack] | Callable[[Model], Mapping[str, AnyAttack]] | None = None,
     draws: int | None = None,
     selection_draws: int = 20,
     batch_size: int = 100,
@@ -151,7 +152,9 @@ def evaluate(
         if attacks is not None and not callable(attacks):
             expected = "a function from the model to its attacks for randomness='fixed'"
             raise TypeError(message("evaluate", "attacks", expected, type(attacks).__name__))
-        model = fixed_randomness(model, seed)
+        if not isinstance(model, Defense):
+            raise TypeError(message("evaluate", "model", "a Defense for randomness='fixed'", type(model).__name__))
+        model = with_fixed_randomness(model, derive_seed(seed, "fixed"))
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
     with process_group() as group, counted_passes() as passes:
         with frozen(model):
@@ -221,7 +224,7 @@ def _trace_file(path: Path, run: Run, names: Sequence[str]) -> TraceFile | None:
 
 
 def _attacks(
-    attacks: Mapping[str, Attack] | Callable[[Model], Mapping[str, Attack]] | None,
+    attacks: Mapping[str, AnyAttack] | Callable[[Model], Mapping[str, AnyAttack]] | None,
     protocol: Protocol,
     model: Model,
     threat: Threat,
@@ -229,7 +232,7 @@ def _attacks(
     seed: int,
     deterministic: bool,
     max_batch: int | None,
-) -> dict[str, Attack]:
+) -> dict[str, AnyAttack]:
     """The caller's attacks or the protocol's, by name, and those of the curve."""
     options = (seed, deterministic, max_batch)
     if attacks is None:
@@ -239,7 +242,7 @@ def _attacks(
     return named | {curve_name(radius): build_attack(CURVE, model, threat.norm, radius, *options) for radius in radii}
 
 
-def _texts(named: Mapping[str, Attack], protocol: Protocol | None) -> dict[str, str]:
+def _texts(named: Mapping[str, AnyAttack], protocol: Protocol | None) -> dict[str, str]:
     """The text of each attack for the header of a run; None stands for the caller's attacks."""
     if protocol is None:
         return {name: shown(attack) for name, attack in named.items()}
@@ -247,7 +250,7 @@ def _texts(named: Mapping[str, Attack], protocol: Protocol | None) -> dict[str, 
     return {name: shown(protocol.attacks.get(name, CURVE)) for name in named}
 
 
-def _identities(model: Model, source: Source, own: Mapping[str, Attack]) -> dict[str, Any]:
+def _identities(model: Model, source: Source, own: Mapping[str, AnyAttack]) -> dict[str, Any]:
     """The identities of the model and of the caller's own attacks, for the header of a run."""
     given = {name: attack for name, attack in own.items() if not name.startswith(curve_name(""))}
     attacks = {f"attacks[{name!r}]": attack_identity(attack, model) for name, attack in given.items()}

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from .._core.checks import message
 from .._core.files import write_text
-from ..attacks import NORMS, Ball, GradientEstimator, Model, Square, frozen
-from ..attacks import Attack as KeyedAttack
+from ..attacks import NORMS, Attack, Ball, GradientEstimator, Model, Square, frozen
 from ..attacks.autoattack import leaves_doubt
 from ..data import chance_level
 from ..doctor import Finding, examine, sampled
 from ..doctor._probe import MOST_DRAWS
 from ..doctor.contract import CHECKS as CONTRACT
 from .judge import full_precision, judged
-from .protocols import Attack
+from .protocols import AnyAttack
 from .runs import Run
 from .source import Source
 from .verdict import Verdict
@@ -110,13 +109,13 @@ def _checked(model: Model, source: Source, threat: Threat, seed: int, whole: boo
         return examine("check_contract", model, **part(most), checks=CHEAP)
 
 
-def is_bound(attack: Attack) -> bool:
+def is_bound(attack: AnyAttack) -> bool:
     """Whether candidates must lie in the ball; an attack with another `norm`, such as StAdv's "flow", opts out."""
     norm = getattr(attack, "norm", None)
     return not isinstance(norm, str) or norm in NORMS
 
 
-def outside_finding(run: Run, attacks: Mapping[str, Attack], x: Tensor, threat: Threat) -> list[dict[str, Any]]:
+def outside_finding(run: Run, attacks: Mapping[str, AnyAttack], x: Tensor, threat: Threat) -> list[dict[str, Any]]:
     """A finding that names the attacks with candidates outside of the ball, if there are any."""
     texts, numbers = [], {}
     for name, attack in attacks.items():
@@ -146,13 +145,13 @@ def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, An
     return [_finding("budget", "warn", text, dict(reached))] if cut else []
 
 
-def draws_finding(findings: Sequence[Mapping[str, Any]], attacks: Mapping[str, Attack]) -> list[dict[str, Any]]:
+def draws_finding(findings: Sequence[Mapping[str, Any]], attacks: Mapping[str, AnyAttack]) -> list[dict[str, Any]]:
     """A finding if no attack averages its gradient over as many draws as the check gradient_noise recommends.
 
     Momentum m averages over about 1 / (1 - m) steps, whose draws count.
     """
     noise = next((f["numbers"] for f in findings if f["name"] == "gradient_noise" and f.get("numbers")), None)
-    own = {name: attack for name, attack in attacks.items() if isinstance(attack, KeyedAttack)}
+    own = {name: attack for name, attack in attacks.items() if isinstance(attack, Attack)}
     taken = {name: _averaged(attack) for name, attack in own.items() if not isinstance(attack, Square)}
     if noise is None or not taken:
         return []
@@ -166,7 +165,7 @@ def draws_finding(findings: Sequence[Mapping[str, Any]], attacks: Mapping[str, A
     return [_finding("draws", "warn", text, {"recommended": recommended, **taken})]
 
 
-def _averaged(attack: KeyedAttack) -> float:
+def _averaged(attack: Attack) -> float:
     """About how many draws the gradient of a step averages over."""
     momentum = min(getattr(attack, "momentum", 0.0), 1.0)
     return attack.eot_iter * (attack.steps if momentum == 1 else min(attack.steps, 1 / (1 - momentum)))

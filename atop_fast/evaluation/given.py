@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from .._core.checks import check_images, message
-from ..attacks import Attack as KeyedAttack
-from ..attacks import AutoAttack, Model
-from .protocols import Attack
+from ..attacks import Attack, AutoAttack, Model
+from .protocols import AnyAttack
 from .summary import CLEAN, EIGHT_BIT, curve_name
 
 CALL = "attack(images, labels, sample_ids)"
 
 
-def given_attacks(attacks: Any, model: Model) -> dict[str, Attack]:
+def given_attacks(attacks: Any, model: Model) -> dict[str, AnyAttack]:
     """The attacks by name, each called as attack(images, labels, sample_ids).
 
     Args:
@@ -32,7 +31,7 @@ def given_attacks(attacks: Any, model: Model) -> dict[str, Attack]:
         ValueError: a name that evaluate needs itself.
     """
     expected = "a mapping from names to attacks, such as {'pgd': PGD(model)}, or a function from the model to that"
-    an_attack = isinstance(attacks, (KeyedAttack, AutoAttack, torch.nn.Module, type)) or _package(attacks) != ""
+    an_attack = isinstance(attacks, (Attack, AutoAttack, torch.nn.Module, type)) or _package(attacks) != ""
     if callable(attacks) and not an_attack:
         attacks = attacks(model)
     if not isinstance(attacks, Mapping):
@@ -59,7 +58,7 @@ def checked_candidates(name: str, candidates: Any, x: Tensor) -> Tensor:
     return check_images("evaluate", argument, candidates.detach()).to(x)
 
 
-def _given(argument: str, name: str, attack: Any) -> Attack:
+def _given(argument: str, name: str, attack: Any) -> AnyAttack:
     """Adapt one attack to the call attack(images, labels, sample_ids)."""
     package = _package(attack)
     if isinstance(attack, type):

@@ -11,11 +11,10 @@ from .._core.precision import full_precision
 from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense, refuse_wrapped
 from ..randomness import derive_seed, seeded
-from ..transforms import FixedRandomness
 from .source import Source
 
-# Number of images in the trial that distinguishes deterministic from random models.
-TRIAL_IMAGES = 256
+# Number of images in the check that distinguishes deterministic from random models.
+REPEATED_IMAGES = 256
 
 
 class Judge:
@@ -45,7 +44,7 @@ class Judge:
 
     def is_repeatable(self, source: Source) -> bool:
         """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
-        x = source.take(torch.arange(min(len(source), TRIAL_IMAGES)))[0]
+        x = source.take(torch.arange(min(len(source), REPEATED_IMAGES)))[0]
         ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")
         key = (seed, ids[:1], 0) if isinstance(self.model, Defense) else ()
         # A model that does not fit its images should fail here, not after an hour.
@@ -60,7 +59,7 @@ class Judge:
                 estimator.logits(first, ids[:1], ids[:1])
                 self.max_batch = estimator.forward_rows
             # A few images suffice to detect most random models.
-            for begin, end in ((0, 8), (8, TRIAL_IMAGES)):
+            for begin, end in ((0, 8), (8, REPEATED_IMAGES)):
                 if len(part := ids[begin:end]):
                     logits = self.logits(x[part], part, seed, 3)
                     _check_finite(logits, "clean", part)
@@ -104,18 +103,6 @@ class Judge:
 def judged(x: Tensor) -> Tensor:
     """Images in the dtype in which they are judged: float64 for float64, float32 otherwise."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def fixed_randomness(model: Model, seed: int) -> Defense:
-    """The Defense whose mask and noise are fixed for every sample and known to the attacker; it shares the networks.
-
-    Raises:
-        TypeError: `model` is no Defense: the randomness of another callable cannot be fixed for each sample.
-    """
-    if not isinstance(model, Defense):
-        raise TypeError(message("evaluate", "model", "a Defense for randomness='fixed'", type(model).__name__))
-    transform = FixedRandomness(model.transform, derive_seed(seed, "fixed"))
-    return Defense(transform, model.purifier, model.classifier)
 
 
 def eight_bit(images: Tensor, clean: Tensor, radius: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from ..attacks import FGSM, PGD, Model
 from ..defense import Defense
 from ..randomness import derive_seed
 
-Attack = Callable[[Tensor, Tensor, Tensor], Tensor]
+AnyAttack = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def build_attack(
     seed: int,
     deterministic: bool = False,
     max_batch: int | None = None,
-) -> Attack:
+) -> AnyAttack:
     """The attack of an entry on a model.
 
     For a deterministic model, it takes a single draw and stops at an image as soon as it is fooled.
@@ -166,7 +166,7 @@ def build_attacks(
     seed: int,
     deterministic: bool = False,
     max_batch: int | None = None,
-) -> dict[str, Attack]:
+) -> dict[str, AnyAttack]:
     """The attacks of a protocol by name; see build_attack."""
     return {
         name: build_attack(entry, model, norm, eps, seed, deterministic, max_batch)
@@ -183,7 +183,7 @@ def quick_attacks(
     steps: int = 80,
     eot_iter: int = 1,
     max_batch: int | None = None,
-) -> dict[str, Attack]:
+) -> dict[str, AnyAttack]:
     """The attacks of the protocol quick for random models, through the whole model: {"fgsm", "pgd_eot"}.
 
     Args:

@@ -15,13 +15,12 @@ from tqdm import tqdm
 
 from .._core.memory import halve_chunk
 from .._core.threads import Queueing
-from ..attacks import Attack as KeyedAttack
-from ..attacks import Model, Passes
+from ..attacks import Attack, Model, Passes
 from ..randomness import derive_seed, seeded
 from .findings import Threat, is_bound, outside_text
 from .given import checked_candidates
 from .judge import Judge, eight_bit, judged
-from .protocols import Attack
+from .protocols import AnyAttack
 from .runs import Run, Unit
 from .source import Source
 from .summary import CLEAN, EIGHT_BIT, Report, choice, curve_name
@@ -39,7 +38,7 @@ class Work:
     source: Source
     judge: Judge
     run: Run
-    named: dict[str, Attack]
+    named: dict[str, AnyAttack]
     threat: Threat
     batch_size: int
     cascade: bool
@@ -161,7 +160,7 @@ class Work:
         if self.tracing:
             attack = traced(attack, lambda step: steps.append(trace_line(name, first, step)))
         # Attacks of this library have keyed randomness, so they need not lock the global generators.
-        own = isinstance(attack, KeyedAttack)
+        own = isinstance(attack, Attack)
         seed = derive_seed(self.judge.seed, "attack", name, first)
         with contextlib.nullcontext() if own else seeded(seed, x.device):
             return checked_candidates(name, attack(x, labels, ids), x)

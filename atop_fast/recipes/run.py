@@ -95,13 +95,13 @@ def run_recipe(
     """
     check_integer("run_recipe", "seed", seed, low=0, high=2**63 - 1)
     check_choice("run_recipe", "until", until, STAGES)
-    place = check_device("run_recipe", "device", str(device))
+    chosen = check_device("run_recipe", "device", str(device))
     seconds = None if budget is None else parse_budget(budget, "run_recipe")
     if tensorboard:
         summary_writer()
     with process_group() as group:
         options: dict[str, Any] = {"seconds": seconds, "tensorboard": tensorboard, "progress": progress, "trust": trust}
-        return _Pipeline(recipe, Path(out), place, seed, group, until, **options).run()
+        return _Pipeline(recipe, Path(out), chosen, seed, group, until, **options).run()
 
 
 class _Pipeline:

@@ -116,7 +116,7 @@ def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 @st.composite
-def spoilt(draw: st.DrawFn, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def damaged(draw: st.DrawFn, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with one of them changed: mostly to what the op must refuse."""
     i = draw(st.integers(0, len(arguments) - 1))
     old = arguments[i]

@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 from _ops import GENERATORS
-from _strategies import T, made, spoilt
+from _strategies import T, damaged, made
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -134,7 +134,7 @@ def test_agrees_with_the_specification(backend, name, count):
 def test_refuses_what_the_specification_refuses(backend, name, count):
     @hypothesis.given(st.data())
     def property_of(data):
-        arguments = data.draw(GENERATORS[name].flatmap(spoilt))
+        arguments = data.draw(GENERATORS[name].flatmap(damaged))
         if count():
             agree(backend, name, arguments)
 
