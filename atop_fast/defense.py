@@ -62,7 +62,7 @@ class Defense(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        images: Tensor,
         seed: int | Tensor = 0,
         sample_ids: Tensor | None = None,
         draw: int | Tensor | None = None,
@@ -72,7 +72,7 @@ class Defense(nn.Module):
         draw=None takes the next draw from the module's counter.
         """
         draw = self._next_draw() if draw is None else draw
-        return self.classify(self.purify(x, seed, sample_ids, draw), seed, sample_ids, draw)
+        return self.classify(self.purify(images, seed, sample_ids, draw), seed, sample_ids, draw)
 
     def classify(
         self, images: Tensor, seed: int | Tensor = 0, sample_ids: Tensor | None = None, draw: int | Tensor = 0
@@ -85,15 +85,15 @@ class Defense(nn.Module):
 
     def purify(
         self,
-        x: Tensor,
+        images: Tensor,
         seed: int | Tensor = 0,
         sample_ids: Tensor | None = None,
         draw: int | Tensor | None = None,
     ) -> Tensor:
         """Purified images (B, C, H, W) in [0, 1], as the classifier sees them."""
         draw = self._next_draw() if draw is None else draw
-        sample_ids, draw = check_keys("Defense", len(x), x.device, seed, sample_ids, draw)
-        corrupted = self.transform(x, seed, sample_ids, draw)
+        sample_ids, draw = check_keys("Defense", len(images), images.device, seed, sample_ids, draw)
+        corrupted = self.transform(images, seed, sample_ids, draw)
         purified = corrupted[:, :-2] if self.purifier is None else restored("Defense", self.purifier, corrupted)
         return (self.transform.assemble(purified, corrupted) + 1) / 2
 
@@ -111,9 +111,9 @@ class _Undefended(Defense):
         super().__init__(defense.transform, None, defense.classifier)
         self.training = defense.training
 
-    def purify(self, x: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
+    def purify(self, images: Tensor, seed: object = 0, sample_ids: Tensor | None = None, draw: object = None) -> Tensor:
         """The images themselves."""
-        return x
+        return images
 
 
 def with_fixed_randomness(defense: Defense, seed: int) -> Defense:

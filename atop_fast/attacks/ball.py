@@ -50,27 +50,27 @@ class Ball:
             return projected
         return torch.where(per_image(self.length(x - center) <= self.eps), x, projected)
 
-    def random_point(self, images: Tensor, seed: int | Tensor, ids: Tensor) -> Tensor:
+    def random_point(self, images: Tensor, seed: int | Tensor, sample_ids: Tensor) -> Tensor:
         """A uniformly random point of the ball around each image; for L1 the projection of Gaussian noise."""
         if self.norm == "L1":
-            return self.project(images + _noise(images, seed, ids), images)
-        uniform = _uniform(images, seed, ids)
+            return self.project(images + _noise(images, seed, sample_ids), images)
+        uniform = _uniform(images, seed, sample_ids)
         if self.norm == "Linf":
             return (images + self.eps * (2 * uniform - 1)).clamp_(0, 1)
-        direction = _noise(images, derive_seed(seed, "direction"), ids)
+        direction = _noise(images, derive_seed(seed, "direction"), sample_ids)
         radius = self.eps * uniform[:, :1, :1, :1] ** (1 / max(1, images.shape[1:].numel()))
         length = per_image(self.length(direction)).clamp_min(1e-12)
         return self.project(images + radius * direction / length, images)
 
-    def surface_point(self, images: Tensor, seed: int | Tensor, ids: Tensor) -> Tensor:
+    def surface_point(self, images: Tensor, seed: int | Tensor, sample_ids: Tensor) -> Tensor:
         """A random point of the ball's surface around each image; for L1 as `random_point`."""
         if self.norm == "L1":
-            return self.random_point(images, seed, ids)
+            return self.random_point(images, seed, sample_ids)
         if self.norm == "Linf":
-            direction = 2 * _uniform(images, seed, ids) - 1
+            direction = 2 * _uniform(images, seed, sample_ids) - 1
             direction /= per_image(self.length(direction)).clamp_min(1e-12)
             return (images + self.eps * direction).clamp_(0, 1)
-        direction = _noise(images, seed, ids)
+        direction = _noise(images, seed, sample_ids)
         return (images + self.eps * direction / per_image(self.length(direction)).clamp_min(1e-12)).clamp_(0, 1)
 
 

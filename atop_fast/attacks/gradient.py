@@ -118,9 +118,9 @@ class GradientEstimator:
 
     def __call__(
         self,
-        x: Tensor,
+        images: Tensor,
         labels: Tensor,
-        ids: Tensor,
+        sample_ids: Tensor,
         t: Tensor,
         targets: Tensor | None = None,
         loss: str | Sequence[str] | None = None,
@@ -130,8 +130,8 @@ class GradientEstimator:
         """Loss and gradient.
 
         Args:
-            x: images (B, C, H, W).
-            labels, ids: classes and sample ids, int64 (B,).
+            images: (B, C, H, W).
+            labels, sample_ids: int64 (B,).
             t: int64 (B,); row b uses the draws t[b] * eot_iter .. t[b] * eot_iter + eot_iter - 1.
             targets: int64 (B,), the other class of a targeted loss.
             loss: overrides the estimator's loss; or several losses, from which `which` selects one for each row.
@@ -139,16 +139,16 @@ class GradientEstimator:
                 holds all draws, the gradients of all (eot_iter, B, C, H, W), which the step ops add up.
             which: int64 (B,), indices into `loss`.
         """
-        self._measure(x)
+        self._measure(images)
         first_draws = t * self.eot_iter
         total: Tensor | None = None
-        sums = x.new_zeros((2, len(x)), dtype=torch.float32)
+        sums = images.new_zeros((2, len(images)), dtype=torch.float32)
 
         def differentiated(part: Pass) -> tuple[Tensor, AttackLoss]:
-            return self._differentiated(part, x, labels, ids, first_draws, targets, loss, which)
+            return self._differentiated(part, images, labels, sample_ids, first_draws, targets, loss, which)
 
-        for part, (gradient, result) in self._passes(x, differentiated, graph=True):
-            if not summed and self.eot_iter > 1 and part.count == self.eot_iter * len(x):
+        for part, (gradient, result) in self._passes(images, differentiated, graph=True):
+            if not summed and self.eot_iter > 1 and part.count == self.eot_iter * len(images):
                 return self._draw_by_draw(part, gradient, result)
             for rows, samples in part.pieces():
                 sums[0, samples] += result.losses[rows]
@@ -157,7 +157,7 @@ class GradientEstimator:
                 # A single pass over single draws leaves nothing to add up.
                 total = gradient
                 continue
-            total = torch.zeros_like(x) if total is None else total
+            total = torch.zeros_like(images) if total is None else total
             for rows, samples in part.pieces():
                 total[samples] += gradient[rows]
         if summed and self.eot_iter > 1 and total is not None:
@@ -231,15 +231,15 @@ class GradientEstimator:
 
     def evaluate(
         self,
-        x: Tensor,
+        images: Tensor,
         labels: Tensor,
-        ids: Tensor,
+        sample_ids: Tensor,
         t: Tensor,
         targets: Tensor | None = None,
         loss: str | None = None,
     ) -> Estimate:
         """Like a call, without the gradient and its pass."""
-        logits = self.logits(x, ids, t)
+        logits = self.logits(images, sample_ids, t)
         n = logits.shape[1]
         repeated = None if targets is None else targets.repeat_interleave(n)
         result = self._losses(logits.flatten(0, 1), labels.repeat_interleave(n), repeated, loss)
@@ -273,9 +273,9 @@ class GradientEstimator:
             self._warned = True
         return "margin"
 
-    def logits(self, x: Tensor, ids: Tensor, t: Tensor) -> Tensor:
+    def logits(self, images: Tensor, sample_ids: Tensor, t: Tensor) -> Tensor:
         """Logits (B, eot_iter, classes) of the draws that a call with t uses, float32 or float64; no gradients."""
-        return self._logits(x, ids, t * self.eot_iter)
+        return self._logits(images, sample_ids, t * self.eot_iter)
 
     def _logits(self, x: Tensor, ids: Tensor, first_draws: Tensor) -> Tensor:
         # A callable that is no module may not be differentiable, and its memory cannot be measured.

@@ -80,12 +80,12 @@ class ResidualFilters(nn.Module):
         return result
 
 
-def mean_logits(defense: Defense, x: Tensor) -> Tensor:
+def mean_logits(defense: Defense, images: Tensor) -> Tensor:
     """The exact mean of the logits (B, classes) over all filters, which EOT estimates from draws.
 
     Args:
         defense: Defense(FilterDraw(n), ResidualFilters(n), classifier).
-        x: images (B, C, H, W), floats in [0, 1].
+        images: (B, C, H, W), floats in [0, 1].
 
     `lambda x: mean_logits(defense, x)` is a deterministic model for attacks, whose candidates the Defense is judged on.
 
@@ -98,7 +98,7 @@ def mean_logits(defense: Defense, x: Tensor) -> Tensor:
         raise TypeError(message("mean_logits", "defense", expected, repr(defense)))
     assert isinstance(defense.transform, FilterDraw)
     assert defense.purifier is not None
-    corrupted, total = defense.transform(x), 0
+    corrupted, total = defense.transform(images), 0
     for k in range(defense.transform.count):
         chosen = torch.cat((corrupted[:, :-1], torch.full_like(corrupted[:, -1:], k)), dim=1)
         total = total + defense.classifier((defense.purifier(chosen) + 1) / 2)

@@ -39,7 +39,7 @@ class GaussianNoise(ImageTransform):
 
 def majority_vote(
     defense: Defense,
-    x: Tensor,
+    images: Tensor,
     draws: int = 1000,
     alpha: float = 0.001,
     seed: int = 0,
@@ -52,7 +52,7 @@ def majority_vote(
 
     Args:
         defense: a Defense; with a transform other than GaussianNoise, the vote is over its draws.
-        x: images (B, C, H, W), floats in [0, 1].
+        images: (B, C, H, W), floats in [0, 1].
         draws: number n of draws; draw 0 .. n - 1 of `seed`.
         alpha: probability that the class is not the most probable one over all draws; 1 never abstains, except in ties.
         seed: key of the draws, which no attack should have used.
@@ -70,19 +70,19 @@ def majority_vote(
     name = "majority_vote"
     if not isinstance(defense, Defense):
         raise TypeError(message(name, "defense", "a Defense", type(defense).__name__))
-    x = check_images(name, "x", x)
+    images = check_images(name, "images", images)
     check_integer(name, "draws", draws, low=1)
     check_integer(name, "max_batch", max_batch, low=1)
     alpha = check_number(name, "alpha", alpha, low=0, high=1)
-    ids = torch.arange(len(x), device=x.device) if sample_ids is None else sample_ids
-    if not len(x):
+    ids = torch.arange(len(images), device=images.device) if sample_ids is None else sample_ids
+    if not len(images):
         return ids.new_zeros(0)
     with frozen(defense):
-        logits = draw_logits(defense, x, seed, ids, range(draws), max_batch, name)
+        logits = draw_logits(defense, images, seed, ids, range(draws), max_batch, name)
     votes = F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=1)
     most, classes = votes.topk(2, dim=1)
     decided = [a > b and p_value(a, a + b) <= alpha for a, b in most.tolist()]
-    return torch.where(torch.tensor(decided, device=x.device), classes[:, 0], -1)
+    return torch.where(torch.tensor(decided, device=images.device), classes[:, 0], -1)
 
 
 def p_value(votes: int, of: int) -> float:
