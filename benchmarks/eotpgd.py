@@ -8,6 +8,7 @@ of 20 draws that papers report, whose candidate is judged by the same draws. A s
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +21,6 @@ from torch import Tensor
 from atop_fast import Defense, evaluate, load_defense, mnist5k
 from atop_fast.attacks import draw_logits
 from atop_fast.bench.evaluate import torchattacks_eotpgd
-from atop_fast.bench.results import read
 from atop_fast.randomness import derive_seed
 
 NAME, EPS, STEPS, EOT, DRAWS = "eotpgd", 0.25, 200, 20, 20
@@ -52,7 +52,7 @@ def main() -> None:
     defense = load_defense(args.file).eval()
     data = mnist5k().split(4000, seed=0)[1].take(slice(0, args.images))
     path = args.out / f"{NAME}--cpu-avx2.json"
-    rows: list[dict[str, Any]] = read(path)["rows"] if path.exists() else []
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     for start in range(len(rows) * args.block, args.images, args.block):
         x, y = (part[start : start + args.block] for part in (data.images, data.labels))
         row: dict[str, Any] = {"first image": start, "images": len(x)}
