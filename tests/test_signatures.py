@@ -52,6 +52,8 @@ def test_positional_order_is_that_of_torchattacks(name):
 def test_autoattack_has_the_originals_arguments():
     assert parameters(AutoAttack, inspect.Parameter.POSITIONAL_OR_KEYWORD) == list(AUTOATTACK[:3])
     assert {*AUTOATTACK, "device", "log_path"} - {"is_tf_model"} <= set(parameters(AutoAttack))
+    # An empty list is the original's default.
+    assert repr(AutoAttack(standard_mnist(), attacks_to_run=[])) == repr(AutoAttack(standard_mnist()))
     for run in (AutoAttack.run_standard_evaluation, AutoAttack.run_standard_evaluation_individual):
         assert parameters(run) == ["self", "images", "labels", "bs", "return_labels"]
 

@@ -130,7 +130,7 @@ class AutoAttack:
         self.model = model
         self.norm, self.eps = check_choice(name, "norm", norm, NORMS), check_radius(name, norm, eps)
         self.version = check_choice(name, "version", version, list(VERSIONS))
-        if (attacks_to_run is not None) != (version == "custom"):
+        if bool(attacks_to_run) != (version == "custom"):
             raise ValueError(
                 message(name, "attacks_to_run", "given with version 'custom', and only then", attacks_to_run)
             )
