@@ -181,7 +181,8 @@ def load_defense(path_or_name: str | Path, *, trust: bool = False) -> Defense:
 
     Args:
         path_or_name: a path that ends in .safetensors, or a name in list_defenses().
-        trust: see load_model.
+        trust: run the program in the file, if it carries one: the source of a classifier's class, or an archive of
+            TorchScript or torch.export.
 
     Returns:
         The Defense, with the file's metadata in its attribute `metadata`.

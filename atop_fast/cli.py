@@ -48,10 +48,10 @@ def demo(
 
     Args:
         out: folder of the models, the report and the state from which a stopped run resumes.
-        budget: see train.
+        budget: time such as 45m or 2h that the run must fit into: with fewer updates and images, as reported.
         device: where to compute: auto (a GPU, if there is one), cpu, cuda, cuda:1, ...
         seed: key of all randomness.
-        tensorboard: see train.
+        tensorboard: write logs for TensorBoard to `out`/tensorboard; needs the extra atop-fast[track].
     """
     options: dict[str, Any] = {"seed": seed, "budget": budget, "tensorboard": tensorboard}
     _show(run_recipe(load_recipe("demo"), out, device=_device("demo", device), **options), out)

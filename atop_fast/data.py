@@ -127,7 +127,7 @@ class Files(TorchDataset[tuple[Tensor, int]]):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """See Dataset."""
+        """The name of each image's file, relative to the folder."""
         return tuple(os.path.relpath(self.folder.samples[i][0], self.folder.root) for i in self.index.tolist())
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
@@ -139,7 +139,7 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         return image.as_subclass(Tensor), int(self.labels[i])
 
     def split(self, first: int, seed: int) -> tuple[Files, Files]:
-        """See Dataset.split."""
+        """Split into `first` and the remaining images, shuffled by `seed`."""
         a, b = _split(self, first, seed)
         return self.take(a), self.take(b)
 
@@ -156,7 +156,7 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         return _read(self).floats()
 
     def relabeled(self, classes: tuple[str, ...]) -> Files:
-        """See Dataset.relabeled."""
+        """The same images with labels that index `classes`, which must contain all names of the present classes."""
         return Files(self.folder, self.index, self.shape, _class_indices(self, classes)[self.labels], classes)
 
     def training(self) -> tuple[Files, None]:

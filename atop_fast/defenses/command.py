@@ -63,7 +63,9 @@ def judge(
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
         weights: file of the weights of FILE.py:Class or of a model of torchvision or timm.
         key: of a checkpoint that holds several networks: the dictionary, or the prefix of the names.
-        normalize: mean and standard deviation by which the network expects its input to be normalized; see evaluate.
+        normalize: mean and standard deviation by which the network expects its input to be normalized: imagenet,
+            cifar10, cifar100, mnist, half or MEAN/STD, such as 0.5,0.5,0.5/0.2,0.2,0.2; by default those of its
+            package, or none.
         trust: run the program in a file: an archive, or the source of a class.
         rules: some of standard, rand and sound, such as [standard, sound]. A later call with others adds their numbers.
         images: how many held-out images.

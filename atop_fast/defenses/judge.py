@@ -86,11 +86,13 @@ def judge(
 
     Args:
         model: a Defense, or any callable from images (B, C, H, W) in [0, 1] to logits.
-        images, labels: as in evaluate: tensors, or a dataset and None.
+        images: float images (N, C, H, W) in [0, 1]; or a Dataset of this library, a map-style torch Dataset of (image,
+            label), or a DataLoader over one.
+        labels: int64 labels (N,); None for a dataset, which has labels.
         out: folder of the runs, one for each rule; a stopped call resumes, and finished attacks are not repeated.
         name: name of the row.
         rules: some of RULES.
-        effort: see Effort.
+        effort: radius, steps, queries and draws, which all rows of a table share.
         budget: seconds, or text such as "90s", "10m", "2h", after which no further block of images starts. The same
             call resumes.
         progress: whether to show progress bars.

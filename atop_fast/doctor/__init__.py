@@ -98,8 +98,11 @@ def check_contract(
         max_images: images that are examined, chosen at random by `seed`.
         checks: names of checks of the contract; all by default.
 
-    Returns, Raises:
-        As diagnose.
+    Returns:
+        A Finding for each check, in the order of the contract's.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
     """
     return _run("check_contract", model, images, labels, seed, max_images, checks, tuple(contract.CHECKS))
 
