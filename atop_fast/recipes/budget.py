@@ -185,7 +185,7 @@ class Budget:
 
 
 def shorten(config: Config, updates: int, epoch: int) -> Config:
-    """The options of a training of fewer updates, `epoch` of which pass over the data.
+    """The options of a training of fewer updates, `epoch` of which make an epoch.
 
     Options that count epochs or updates scale with the training: the end of the classification loss's warm-up, and the
     span of a moving average.

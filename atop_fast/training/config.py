@@ -24,7 +24,7 @@ class TrainingConfig:
     """Options common to all trainings.
 
     Attributes:
-        epochs: passes over the data.
+        epochs: how often every image is seen.
         batch_size: images per update, summed over all processes.
         lr: initial learning rate (peak learning rate for "onecycle") of the optimizer, Adam unless a subclass says
             otherwise.
