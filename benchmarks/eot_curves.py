@@ -23,7 +23,6 @@ from atop_fast import RT2, Dataset, Defense, RandomResizePad, load_defense
 from atop_fast.attacks import APGD, PGD, GradientEstimator, counted_passes, draw_logits
 from atop_fast.attacks.ball import per_image
 from atop_fast.attacks.queue import State
-from atop_fast.bench.evaluate import torchattacks_eotpgd
 from atop_fast.bench.plot import COLORS
 from atop_fast.ops import pgd_step_linf
 from atop_fast.randomness import derive_seed
@@ -79,12 +78,8 @@ def _literature(defense: Defense, eps: float, passes: int) -> PGD:
     return PGD(defense, eps=eps, steps=passes // 20, eot_iter=20, alpha=0.22 * eps, random_start=False)
 
 
-def _apgd(defense: Defense, eps: float, passes: int) -> APGD:
-    return APGD(defense, eps=eps, steps=passes // 20 - 1, eot_iter=20)
-
-
-def _torchattacks(defense: Defense, eps: float, passes: int) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: torchattacks_eotpgd(defense, x, y, eps, 0.22 * eps, passes // 20, 20)
+def _apgd(draws: int) -> Callable[[Defense, float, int], APGD]:
+    return lambda defense, eps, passes: APGD(defense, eps=eps, steps=passes // draws - 1, eot_iter=draws)
 
 
 STRONG = {"momentum": 0.9, "schedule": "cosine"}
@@ -97,8 +92,8 @@ SCHEDULES = {
     "weighted by p_y, 1 draw": Schedule(lambda d, eps, n: Weighted(d, eps, n, 1)),
     "weighted by p_y, 4 draws": Schedule(lambda d, eps, n: Weighted(d, eps, n, 4)),
     "constant, 4 draws": Schedule(_pgd(4)),
-    "autoattack-rand: APGD-CE, 20 draws": Schedule(_apgd, least=100),
-    "torchattacks.EOTPGD: constant 0.22 eps, 20 draws": Schedule(_torchattacks, least=400),
+    "autoattack-rand: APGD-CE, 20 draws": Schedule(_apgd(20), least=100),
+    "APGD-CE, 4 draws": Schedule(_apgd(4), least=400),
 }
 
 
@@ -143,8 +138,7 @@ def measured(defense: Defense, attack: Any, x: Tensor, y: Tensor) -> dict[str, A
     return {
         "accuracy": round(float(right.double().mean()) / DRAWS, 4),
         "standard error": round(float(right.double().std()) / DRAWS / math.sqrt(len(x)), 4),
-        # Those of other libraries are not counted.
-        "backward passes an image": passes.backward // len(x) or None,
+        "backward passes an image": passes.backward // len(x),
         "processor seconds": round(seconds, 1),
         f"right of {DRAWS} draws": right.tolist(),
     }
@@ -193,7 +187,9 @@ def main() -> None:
                 key = (name, title, passes, len(data.images))
                 if key in done or args.schedule not in title or not schedule.least <= passes <= schedule.most:
                     continue
-                rows.append(dict(zip(("defense", "schedule", "passes", "images"), key, strict=True)) | {"eps": eps})
+                rows.append(
+                    dict(zip(("defense", "schedule", "passes", "images"), key, strict=True)) | {"eps": round(eps, 4)}
+                )
                 attack = schedule.build(defense.eval(), eps, passes)
                 rows[-1] |= measured(defense, attack, data.images, data.labels)
                 print(*list(rows[-1].values())[:-1], sep="  ", flush=True)
