@@ -9,9 +9,9 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import jsonargparse
 import torch
@@ -281,7 +281,8 @@ def _with_numbers(args: list[str]) -> list[str]:
 
 
 def _written_out(command: str, args: list[str]) -> Iterator[str]:
-    """Short forms of options in full: --data FOLDER, `train --classifier FILE` and --trust without a value."""
+    """Short forms of options in full: --data FOLDER, `train --classifier FILE`, and switches without a value."""
+    switches = set(_switches(COMMANDS[command], "--")) if command in COMMANDS else set()
     short = {"--data": "source", **({"--classifier": "path"} if command == "train" else {})}
     for arg, value in zip(args, [*args[1:], ""], strict=False):
         option, equals, given = arg.partition("=")
@@ -289,10 +290,19 @@ def _written_out(command: str, args: list[str]) -> Iterator[str]:
         # A dictionary or a file of options stays what it is.
         if option in short and not given.startswith("{") and not given.endswith((".yaml", ".yml")):
             yield f"{option}.{short[option]}{equals}{given if equals else ''}"
-        elif arg == "--trust" and value.lower() not in ("true", "false"):
-            yield "--trust=true"
+        elif arg in switches and value.lower() not in ("true", "false", "null"):
+            yield f"{arg}=true"
         else:
             yield arg
+
+
+def _switches(parameters: Any, prefix: str) -> Iterator[str]:
+    """The options of a command, or of a dataclass among its options, that are true or false."""
+    for name, kind in get_type_hints(parameters).items():
+        if is_dataclass(kind):
+            yield from _switches(kind, f"{prefix}{name}.")
+        elif kind in (bool, bool | None):
+            yield prefix + name
 
 
 def _with_positional(args: list[str], folder: Path) -> list[str]:

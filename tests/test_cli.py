@@ -20,7 +20,7 @@ from toolkit import PATIENCE
 
 from atop_fast import RT1, RT2, build_classifier, build_purifier, load_model, save_model
 from atop_fast._core.help import PACKAGE, find_definition, options_of
-from atop_fast.cli import COMMANDS, main
+from atop_fast.cli import COMMANDS, _written_out, main
 from atop_fast.randomness import seeded
 from atop_fast.recipes.schema import preset_names
 
@@ -96,6 +96,20 @@ def test_the_whole_flow(files, capsys):
     assert report["systems"]["defense"].keys() == {"clean", "fgsm", "pgd_eot"}
     assert report["systems"]["defense"]["clean"]["images"] == 6
     assert "<table>" in (files / "e/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "given"),
+    [
+        ("bench ops --quick --device=cpu", "bench ops --quick=true --device=cpu"),
+        ("train p --ablation --finetune.graphs false", "train p --ablation=true --finetune.graphs false"),
+        ("evaluate c --data.download", "evaluate c --data.download=true"),
+        ("doctor --out", "doctor --out"),
+    ],
+)
+def test_switches_need_no_value(args, given):
+    command, *rest = args.split()
+    assert [command, *_written_out(command, rest)] == given.split()
 
 
 @pytest.mark.parametrize("command", ["evaluate", "doctor"])
@@ -458,7 +472,7 @@ def test_a_console_without_utf_8_gets_its_table(files):
 # The command, which reports soon that it waits.
 IMPATIENT = """
 from atop_fast._core import distributed
-from atop_fast.cli import main
+from atop_fast.cli import _written_out, main
 
 assert distributed.PATIENCE == 20
 distributed.PATIENCE = 0.5
