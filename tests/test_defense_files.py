@@ -240,3 +240,8 @@ def test_save_model_says_what_it_lacks(tmp_path):
     save_defense(path, Defense(RT2(4), *networks()))
     with pytest.raises(ValueError, match=r"load_model: path must be a model written by save_model, got .*defense"):
         load_model(path)
+
+
+def test_a_folder_is_named_as_such(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a readable safetensors file, got .* \(is a folder\)"):
+        load_defense(tmp_path)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from atop_fast import PGD, evaluate, list_defenses, load_defense
 from atop_fast.checkpoints import find_defense
+from atop_fast.recipes.pack import system_of
 
 DATA = Path(__file__).parent / "data"
 NAMES = list_defenses()
@@ -52,3 +53,12 @@ def test_images_of_foolbox_are_evaluated_in_three_lines():
     options = {"attacks": attacks, "draws": 2, "selection_draws": 2, "diagnostics": (), "progress": False}
     report = evaluate(defense, images, labels.long(), **options)
     assert report.robust.mean <= report.clean.mean
+
+
+def test_the_command_evaluate_takes_their_names(tmp_path, monkeypatch):
+    assert system_of(Path("cifar10-rt2-at"), tmp_path) == {"defense": "cifar10-rt2-at"}
+    assert system_of(Path("resnet50"), tmp_path) == {"classifier": "resnet50"}
+    # A file of that name comes first, as in load_defense.
+    monkeypatch.chdir(tmp_path)
+    Path("cifar10-rt2-at").write_bytes(b"weights")
+    assert system_of(Path("cifar10-rt2-at"), tmp_path) == {"classifier": "cifar10-rt2-at"}

@@ -107,7 +107,9 @@ def _sync_names(folder: Path) -> None:
 
 
 def identify(path: Path) -> str | None:
-    """Describe a file that is empty, a Git LFS pointer or text instead of binary data; None for any other content."""
+    """Describe a folder, or a file that is empty, a Git LFS pointer or text instead of binary data; None for others."""
+    if path.is_dir():
+        return "is a folder"
     try:
         with open(path, "rb") as file:
             start = file.read(512)

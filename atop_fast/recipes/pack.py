@@ -24,7 +24,7 @@ import yaml
 
 from .._core.checks import message
 from .._core.files import write_atomic, write_text
-from ..checkpoints import read_header
+from ..checkpoints import list_defenses, read_header
 from ..classifiers.kinds import PACKAGE, ZOO, kind_of
 from ..classifiers.programs import carried_programs
 from ..classifiers.zoo import match_classes
@@ -236,7 +236,7 @@ def _value(given: Sequence[str], option: str) -> str | None:
 
 
 def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, Any]:
-    """Options of the command evaluate for a run, an archive of one (unpacked into `folder`), or a model's file.
+    """Options of the command evaluate for a run, an archive of one (unpacked into `folder`), or a model's file or name.
 
     The options of the protocol quick are inherited, too, unless a protocol is among the `given` arguments; norm and eps
     are inherited unless that protocol has another norm, in which the run's radius has no meaning.
@@ -250,7 +250,8 @@ def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, 
         header = read_run(path)
         data = header["data"]
     elif path.suffix != ".safetensors":
-        return {"classifier": str(path)}
+        shipped = not path.exists() and str(path) in list_defenses()
+        return {"defense" if shipped else "classifier": str(path)}
     else:
         kind = "defense" if read_header(path).get("kind") == "defense" else "classifier"
         return {kind: str(path)}
