@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -137,6 +139,60 @@ def test_norms_in_training_mode_keep_their_statistics():
     with pytest.warns(RuntimeWarning, match="stay so: 1;"):
         PGD(model, steps=2)(X, Y)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Holder:
+    """A class around a network, such as foolbox.PyTorchModel."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        return self.net(x)
+
+    def logits(self, x):
+        return self.net(x)
+
+
+def default(m):
+    def function(x, net=m):
+        return net(x)
+
+    return function
+
+
+HIDDEN = {
+    "closure": lambda m: lambda x: m(x),
+    "nested": lambda m: (lambda f: lambda x: 2 * f(x))(lambda x: m(x)),
+    "ensemble": lambda m: (lambda nets: lambda x: sum(net(x) for net in nets))([m, network()]),
+    "default": default,
+    "partial": lambda m: partial(torch.func.functional_call, m, {}),
+    "callable object": Holder,
+    "bound method": lambda m: Holder(m).logits,
+    "attribute": lambda m: (lambda holder: lambda x: holder.net(x))(Holder(m)),
+}
+
+
+@pytest.mark.parametrize("wrap", HIDDEN.values(), ids=HIDDEN)
+def test_networks_that_a_function_calls_in_training_mode_are_named_and_keep_their_statistics(wrap):
+    model = network()
+    function = wrap(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(function, steps=2)(X, Y)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(RuntimeWarning, match="a function that calls Sequential, of which .* and stay so: 1, 3;"):
+        PGD(function, steps=2)(X, Y)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_function_that_calls_layers_without_a_mode_causes_no_warning():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.0), nn.Linear(768, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PGD(lambda x: model(x), steps=2)(X, Y)
 
 
 class InPlace(nn.Module):

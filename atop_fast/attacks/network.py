@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.flags import holding
+from .._core.hidden import hidden_modules
 from .._core.plain import is_plain
 from ..defense import Defense
 from ..randomness import watched_generators
@@ -192,8 +193,8 @@ def frozen(*models: object) -> Iterator[None]:
     """Evaluation mode and no parameter gradients inside the block; both restored afterwards, also after an error.
 
     A module in training mode below one in evaluation mode was left so on purpose, such as dropout that is meant to
-    draw: it keeps its mode, with a warning, and its buffers are restored. If several blocks share a network, nested or
-    in threads, the last one restores it.
+    draw: it keeps its mode, with a warning, and its buffers are restored. So does a module in training mode that a
+    plain function calls. If several blocks share a network, nested or in threads, the last one restores it.
     """
     found = [model for model in models if isinstance(model, nn.Module)]
     flags: list[tuple[object, str, object]] = []
@@ -210,6 +211,9 @@ def frozen(*models: object) -> Iterator[None]:
         flags += [(module, "training", False) for module in evaluated]
         flags += [(p, "requires_grad", False) for p in model.parameters() if p.is_leaf]
         buffers += [(b, b.clone()) for module in training.values() for b in module.buffers(recurse=False)]
+    for model in models:
+        if not isinstance(model, nn.Module):
+            buffers += [(b, b.clone()) for module in _hidden_in_training(model) for b in module.buffers(recurse=False)]
     try:
         with holding(flags):
             yield
@@ -241,6 +245,33 @@ def _modes(model: nn.Module) -> tuple[list[nn.Module], dict[str, nn.Module]]:
 
     visit("", model, False)
     return evaluated, training
+
+
+def _hidden_in_training(function: object) -> list[nn.Module]:
+    """Modules in training mode, by which they compute otherwise, that a plain function calls; a warning names them."""
+    found: list[nn.Module] = []
+    for network in hidden_modules(function):
+        names = (
+            {name: m for name, m in network.named_modules() if _depends_on_mode(m)}
+            if getattr(network, "training", False)
+            else {}
+        )
+        if names:
+            some = ", ".join(name or "itself" for name in list(names)[:5]) + (" ..." if len(names) > 5 else "")
+            _say_once(
+                network,
+                f"the model is a function that calls {type(network).__name__}, of which these modules are in training "
+                f"mode, and stay so: {some}; call eval() on it if that is not intended",
+            )
+        found += names.values()
+    return found
+
+
+def _depends_on_mode(module: nn.Module) -> bool:
+    """Whether a module is in training mode, and its forward asks for the mode; a dropout of p = 0 does not count."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    reads = code is not None and "training" in code.co_names
+    return reads and getattr(module, "training", False) and getattr(module, "p", 1) != 0
 
 
 def _say_once(model: nn.Module, text: str) -> None:
