@@ -595,3 +595,22 @@ def test_progress_names_the_checks(digits, standard, capsys):
     shown = capsys.readouterr().err
     assert "2/2" in shown
     assert "determinism" in shown
+
+
+def test_a_model_that_normalizes_in_place_gets_the_findings_of_one_that_does_not(digits, standard):
+    images, labels = digits[1].images[:32].clone(), digits[1].labels[:32]
+    names = ["finite", "logits", "determinism", "batch_coupling", "accuracy", "normalization", "zero_gradient"]
+    expected = check_contract(lambda x: standard((x - 0.1) * 2), images, labels, checks=names)
+    given = check_contract(lambda x: standard(x.sub_(0.1).mul_(2)), images, labels, checks=names)
+    assert given == expected
+    assert torch.equal(images, digits[1].images[:32])
+
+
+def test_statistics_of_a_network_in_training_mode_inside_a_function_are_kept():
+    images, labels = torch.rand(16, 1, 8, 8), torch.arange(16) % 2
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    findings = check_contract(lambda x: model(x), images, labels, checks=["batch_coupling"])
+    assert findings[0].status == "fail"
+    assert "evaluation mode" not in findings[0].reason
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

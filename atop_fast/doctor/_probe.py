@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.flags import holding
+from .._core.hidden import hidden_modules
 from ..attacks import PGD, Model
 from ..defense import Defense, classifier_alone
 from ..ops import attack_loss
@@ -109,6 +110,8 @@ class Probe:
     def output(self, x: Tensor, draw: int = 0, purpose: str = "probe", ids: Tensor | None = None) -> Any:
         """The model's raw output; logits, if it keeps the contract. See `logits`."""
         seed = derive_seed(self.seed, purpose)
+        # A model may write into its input.
+        x = x.clone()
         if isinstance(self.model, Defense):
             return self.model(x, seed, self.ids if ids is None else ids, draw)
         seed_generators(derive_seed(seed, draw), x.device)
@@ -244,7 +247,8 @@ def untouched(model: object, device: torch.device, evaluation: bool = True) -> I
 
     Inside, parameters ask for no gradient, and with `evaluation` every module is in evaluation mode. Modes,
     requires_grad, the buffers with their contents, and the generators of Python, of numpy, and of torch for the CPU and
-    `device` are restored; threads take turns for the generators.
+    `device` are restored; threads take turns for the generators. Of the networks that a plain function calls, only the
+    buffers are restored.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
@@ -254,14 +258,17 @@ def untouched(model: object, device: torch.device, evaluation: bool = True) -> I
     flags += [
         (m, "training", False) for m, mode in zip(modules, training, strict=True) if evaluation and mode is not None
     ]
-    buffers = [{k: (b, None if b is None else b.clone()) for k, b in m._buffers.items()} for m in modules]
+    networks = [] if isinstance(model, nn.Module) else hidden_modules(model)
+    owners = [*modules, *(m for network in networks for m in network.modules())]
+    buffers = [{k: (b, None if b is None else b.clone()) for k, b in m._buffers.items()} for m in owners]
     try:
         with holding(flags), seeded(0, device):
             yield
     finally:
-        for m, mode, kept in zip(modules, training, buffers, strict=True):
+        for m, mode in zip(modules, training, strict=True):
             if not evaluation and mode is not None:
                 m.training = mode
+        for m, kept in zip(owners, buffers, strict=True):
             # A module may have modified or replaced a buffer.
             for k, (b, contents) in kept.items():
                 m._buffers[k] = b

@@ -230,8 +230,10 @@ def batch_coupling(probe: Probe) -> Finding:
     if evaluated <= 1e-4:
         text += ", in training mode only: call model.eval()."
     else:
+        # The modules in a function stay in the mode in which they are.
+        text += ", in evaluation mode too" if isinstance(probe.model, nn.Module) else ""
         text += (
-            ", in evaluation mode too: statistics of the batch (batch norm without running statistics?) let one image "
+            ": statistics of the batch (batch norm in training mode, or without running statistics?) let one image "
             "attack another; make every image's logits its own."
         )
     return Finding("batch_coupling", "fail", text, numbers)
