@@ -1,4 +1,4 @@
-"""Findings on an evaluation: whether its attacks take the draws that the doctor recommends."""
+"""Findings on an evaluation: draws that its attacks take, and the radius within which they search."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from atop_fast import APGD, FGSM, PGD, RT2, Defense, Square, evaluate
+from atop_fast import APGD, FGSM, PGD, RT2, Defense, Square, StAdv, evaluate
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.evaluation.findings import draws_finding
 from atop_fast.evaluation.protocols import build_attacks
@@ -54,3 +54,26 @@ def test_the_finding_stands_beside_the_verdict():
     attacks = {"pgd": PGD(nn.Flatten(), 0.1, steps=2)}
     names = [f["name"] for f in evaluate(nn.Flatten(), x, y, attacks=attacks, **options).diagnostics]
     assert "draws" not in names
+
+
+def test_attacks_of_a_smaller_radius_than_the_threat_model_are_a_finding():
+    x, y = torch.rand(4, 1, 2, 2), torch.arange(4)
+    model = nn.Flatten()
+    options = {"progress": False, "diagnostics": False, "eps": 0.3}
+    small = {"one": PGD(model, steps=2), "two": FGSM(model, 0.2)}
+    with pytest.warns(UserWarning, match=r"evaluate: .* within eps 0\.0313725 \(one\), 0\.2 \(two\), and"):
+        (finding,) = evaluate(model, x, y, attacks=small, **options).diagnostics
+    assert (finding["name"], finding["status"], finding["numbers"]["two"]) == ("radius", "fail", 0.2)
+    # One that reaches the radius, or whose radius is unknown, may be the one that counts.
+    for further in (FGSM(model, 0.3), lambda x, y: x, StAdv(model, steps=1), PGD(model, 0.1, norm="L2", steps=1)):
+        assert evaluate(model, x, y, attacks={**small, "further": further}, **options).diagnostics == []
+    for protocol in ("quick", "fast"):
+        assert evaluate(model, x, y, protocol=protocol, curve=(0.1,), **options).diagnostics == []
+
+
+def test_the_radius_of_an_attack_of_torchattacks_counts():
+    torchattacks = pytest.importorskip("torchattacks")
+    x, y, model = torch.rand(4, 1, 2, 2), torch.arange(4), nn.Flatten()
+    attacks = {"pgd": torchattacks.PGD(model, eps=8 / 255, steps=1)}
+    with pytest.warns(UserWarning, match=r"within eps 0\.0313725 \(pgd\)"):
+        evaluate(model, x, y, attacks=attacks, eps=0.3, progress=False, diagnostics=False)

@@ -1,4 +1,4 @@
-"""Findings on the evaluation itself: the contract, candidates outside the ball, an exhausted budget."""
+"""Findings on the evaluation itself: the contract, candidates outside the ball, other radii, an exhausted budget."""
 
 from __future__ import annotations
 
@@ -135,6 +135,23 @@ def outside_text(name: str, count: int, distance: Tensor, threat: Threat) -> str
         f"{threat.eps:.6g}, the farthest at {float(distance.max()):.6g}, so that accuracies are not those of this "
         "threat model: give attack and evaluate the same norm and eps, or the attack another attribute `norm`."
     )
+
+
+def radius_finding(attacks: Mapping[str, AnyAttack], threat: Threat) -> list[dict[str, Any]]:
+    """A finding, with a warning, if every attack states its radius and all of them are below the threat model's."""
+    radii: dict[str, float] = {}
+    for name, attack in attacks.items():
+        norm, eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
+        if norm not in (None, threat.norm) or isinstance(eps, bool) or not isinstance(eps, (int, float)):
+            return []
+        radii[name] = float(eps)
+    if not radii or max(radii.values()) >= threat.eps * (1 - 1e-6):
+        return []
+    shown = ", ".join(f"{eps:.6g} ({name})" for name, eps in radii.items())
+    text = f"The attacks search within eps {shown}, and the threat model is the {threat.norm} ball of radius "
+    text += f"{threat.eps:.6g}: the robust accuracy is that of the smaller one; give attacks and evaluate the same eps."
+    warnings.warn(f"evaluate: {text}", stacklevel=3)
+    return [_finding("radius", "fail", text, radii)]
 
 
 def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, Any]]:

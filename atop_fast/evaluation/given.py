@@ -90,11 +90,11 @@ def _given(argument: str, name: str, attack: Any) -> AnyAttack:
 
 
 class _Wrapped:
-    """An attack that takes only images and labels, with the `norm` of the wrapped attack."""
+    """An attack that takes only images and labels, with the `norm` and `eps` of the wrapped attack."""
 
     def __init__(self, attack: Any, call: Callable[[Tensor, Tensor], Any]) -> None:
         self.attack, self.call = attack, call
-        self.norm = getattr(attack, "norm", None)
+        self.norm, self.eps = getattr(attack, "norm", None), getattr(attack, "eps", None)
 
     def __call__(self, images: Tensor, labels: Tensor, sample_ids: Tensor) -> Any:
         return self.call(images, labels)
