@@ -13,8 +13,16 @@ from .randomness import check_keys
 from .transforms import FixedRandomness, RandomTransform, describe_transform, show_transform
 
 
-def refuse_wrapped(function: str, model: object) -> None:
-    """Raise TypeError for a Defense inside DataParallel, DDP or torch.compile, which would drop its draws' keys."""
+def check_model(function: str, model: object) -> None:
+    """Raise TypeError unless `model` can be called.
+
+    A Defense inside DataParallel, DDP or torch.compile, which would drop its draws' keys, is refused, too.
+    """
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        name = model.__name__
+        raise TypeError(message(function, "model", f"an instance, {name}(...)", f"the class {name}"))
+    if not callable(model):
+        raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
     inner = getattr(model, "module", getattr(model, "_orig_mod", None))
     if isinstance(inner, Defense) and not isinstance(model, Defense):
         expected = "a Defense itself (give model.module, or compile its networks; torchrun shares out the images)"

@@ -300,6 +300,37 @@ def test_a_wrapped_defense_is_refused(wrapper):
             call()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_16_bits_is_refused_with_the_way_to_judge_it(dtype):
+    model, y = network().to(dtype), labels(network())
+    way = {torch.bfloat16: "bfloat16", torch.float16: "half"}[dtype]
+    for images in (X, X.to(dtype)):
+        with pytest.raises(TypeError, match=rf"\(take model\.float\(\), or lambda x: model\(x\.{way}\(\)\)\)"):
+            evaluate(model, images, y, **QUIET)
+    assert evaluate(lambda x: model(x.to(dtype)), X, y, **QUIET).clean.mean > 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [
+        (None, "model must be a callable from images to logits, got NoneType"),
+        ("resnet18", "model must be a callable from images to logits, got str"),
+        (nn.Flatten, r"model must be an instance, Flatten\(...\), got the class Flatten"),
+    ],
+    ids=["none", "name", "class"],
+)
+def test_what_is_no_model_is_refused(given, pattern):
+    y = labels(network())
+    for call in (
+        lambda: PGD(given),
+        lambda: AutoAttack(given),
+        lambda: evaluate(given, X, y, **QUIET),
+        lambda: diagnose(given, X, y),
+    ):
+        with pytest.raises(TypeError, match=pattern):
+            call()
+
+
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_contract_that_cannot_be_checked_is_said_and_the_evaluation_goes_on(tmp_path, kept):
     class Undifferentiable(torch.autograd.Function):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 # Images this far outside [0, 1] come from rounding, not from a wrong range.
 ROUNDING = 1e-6
+HALVES = {torch.float16: "half", torch.bfloat16: "bfloat16"}
 
 
 def message(function: str, argument: str, expected: str, given: object) -> str:
@@ -183,7 +184,11 @@ def check_same_dtype(function: str, argument: str, images: Tensor, model: Any, e
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     own = {p.dtype for p in parameters if p.is_floating_point()}
     if len(found) > 1 and own != {images.dtype}:
-        expected = "of the dtype in which the model computes (convert one of them: x.float(), model.float())"
+        ways = "convert one of them: x.float(), model.float()"
+        halves = [HALVES[dtype] for dtype in own if dtype in HALVES]
+        if images.dtype == torch.float32 and halves:
+            ways = f"take model.float(), or lambda x: model(x.{halves[0]}())"
+        expected = f"of the dtype in which the model computes ({ways})"
         reason = str(error).partition("\n")[0]
         raise TypeError(message(function, argument, expected, f"{images.dtype} ({reason})")) from error
 

@@ -24,7 +24,7 @@ from .._core.checks import (
 )
 from .._core.files import writable_folder
 from .._core.precision import PRECISIONS, full_precision
-from ..defense import Defense, refuse_wrapped
+from ..defense import Defense, check_model
 from ..randomness import check_keys, derive_seed
 from .apgd import APGD
 from .apgdt import APGDT
@@ -126,7 +126,7 @@ class AutoAttack:
         callback: Callback | None = None,
     ) -> None:
         name = "AutoAttack"
-        refuse_wrapped(name, model)
+        check_model(name, model)
         self.model = model
         self.norm, self.eps = check_choice(name, "norm", norm, NORMS), check_radius(name, norm, eps)
         self.version = check_choice(name, "version", version, list(VERSIONS))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._core.checks import check_choice, check_images, check_integer, check_labels, check_radius, check_tensor, message
 from .._core.precision import PRECISIONS, warn_if_slow
-from ..defense import Defense, refuse_wrapped
+from ..defense import Defense, check_model
 from ..randomness import check_keys, derive_seed
 from .ball import NORMS, Ball, per_image
 from .gradient import GRADIENT_MODES, GradientEstimator
@@ -76,7 +76,7 @@ class Attack(ABC):
         callback: Callback | None = None,
     ) -> None:
         name = type(self).__name__
-        refuse_wrapped(name, model)
+        check_model(name, model)
         self.model = model
         self.norm = check_choice(name, "norm", norm, self.norms)
         self.eps = check_radius(name, norm, eps, high=MAX_LENGTH)

@@ -22,7 +22,7 @@ from .._core.checks import (
     check_radius,
     message,
 )
-from ..defense import Defense, refuse_wrapped
+from ..defense import Defense, check_model
 from ..randomness import derive_seed, permutation
 from . import contract, masking, overfitting
 from ._probe import Finding, Model, Probe, Status, untouched
@@ -154,9 +154,7 @@ def _run(
     progress: bool = False,
 ) -> list[Finding]:
     """Check the arguments of `function`, and examine the chosen images."""
-    if not callable(model):
-        raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
-    refuse_wrapped(function, model)
+    check_model(function, model)
     check_not_empty(function, "images", check_images(function, "images", images, finite=False))
     if images.numel() and images.min() >= -ROUNDING and images.max() <= 1 + ROUNDING:
         images = images.clamp(0, 1)

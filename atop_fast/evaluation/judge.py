@@ -9,7 +9,7 @@ from torch import Tensor
 from .._core.checks import check_fits, check_integer, check_logits, message
 from .._core.precision import full_precision
 from ..attacks import GradientEstimator, Model, draw_logits
-from ..defense import Defense, refuse_wrapped
+from ..defense import Defense, check_model
 from ..randomness import derive_seed, seeded
 from .source import Source
 
@@ -35,7 +35,7 @@ class Judge:
     """
 
     def __init__(self, model: Model, seed: int, draws: int, selection_draws: int, max_batch: int | None = None) -> None:
-        refuse_wrapped("evaluate", model)
+        check_model("evaluate", model)
         self.model, self.seed = model, check_integer("evaluate", "seed", seed)
         self.draws = check_integer("evaluate", "draws", draws, low=1)
         self.selection_draws = check_integer("evaluate", "selection_draws", selection_draws, low=1)
