@@ -37,7 +37,8 @@ def _gradient(
 
 def _moved(x: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
     g, length, least = with_norm(torch.nan_to_num(sum_of_draws(grad, x)))
-    return x + alpha * g / torch.maximum(length, least)
+    # In this order nothing overflows: alpha times the largest number is infinite, and so is the norm.
+    return x + alpha * (g / torch.maximum(length, least))
 
 
 def _project(v: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:

@@ -54,10 +54,11 @@ class NFGSM(PGD):
         self.noise = check_number("NFGSM", "noise", noise, low=0, high=MAX_LENGTH)
 
     def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
-        if batch.start is None:
-            ball = Ball("Linf", self.noise * self.eps)
-            batch = batch._replace(start=ball.random_point(batch.images, estimator.seed, batch.ids))
-        return super().begin(estimator, batch)
+        start = batch.start
+        if start is None:
+            start = Ball("Linf", self.noise * self.eps).random_point(batch.images, estimator.seed, batch.ids)
+        # PGD would take a start outside of the ball into it.
+        return super().begin(estimator, batch) | {"x": start.clone()}
 
     def _moved(self, state: State, gradient: Tensor) -> Tensor:
         direction = torch.nan_to_num(sum_of_draws(gradient, state["x"])).sign()
