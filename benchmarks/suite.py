@@ -51,7 +51,8 @@ def record(rows: list[dict[str, Any]], device: str, folder: Path = RESULTS) -> P
     """Writes the rows in the place of earlier ones of the same runs, and keeps those of others."""
     document = metadata("cpu")
     path = folder / f"suite--{device}.json"
-    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "commit": ""}
+    earlier = [{"commit": before["commit"], **row} for row in before["rows"]]
     new = {row["run"] for row in rows}
     rows = [row for row in earlier if row["run"] not in new] + [{**row, "commit": document["commit"]} for row in rows]
     command = "python benchmarks/suite.py --json"
