@@ -178,6 +178,7 @@ def trained():
     return carso, history
 
 
+@pytest.mark.slow
 def test_training_learns_to_recall(trained):
     carso, history = trained
     assert history[-1]["bce"] < 0.9 * history[0]["bce"]
@@ -248,6 +249,7 @@ def test_a_file_gives_the_defense_back(tmp_path):
             load_defense(path)
 
 
+@pytest.mark.slow
 def test_a_trained_file_is_a_row_of_the_table(trained, tmp_path):
     model = classifier()
     save_defense(tmp_path / "carso.safetensors", Defense(GaussianNoise(0), None, untrained(model)))

@@ -188,6 +188,7 @@ def test_options_come_from_yaml_and_flags(files):
     assert report["systems"]["defense"]["clean"]["draws"] == 2
 
 
+@pytest.mark.slow
 def test_an_evaluation_by_protocol_with_a_budget_goes_on(files, capsys):
     args = [
         *("evaluate", "--classifier=classifier.safetensors", "--purifier=purifier.safetensors", "--out=e", *DATA),

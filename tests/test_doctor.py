@@ -516,6 +516,7 @@ def test_training_images_must_be_others(memory):
         diagnose(fresh, x, y, checks=["membership"])
 
 
+@pytest.mark.slow
 def test_command(digits, standard, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
     pytest.importorskip("torchvision")

@@ -201,6 +201,7 @@ def test_faults_at_random_moments_lose_nothing_that_was_saved(benchmarks, task, 
     assert [fault for fault in found if not fault["right"]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FGSM", "APGDT", "CW", "Square"])
 def test_attacks_leave_no_memory_behind(benchmarks, name):
     row = importlib.import_module("load").leak(name, 100)
@@ -220,6 +221,7 @@ def test_folded_networks_leave_no_source_behind():
     assert [name for name in linecache.cache.keys() - before if not Path(name).exists()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 def test_evaluations_in_threads_are_those_of_each_alone(benchmarks, shared):
     row = importlib.import_module("load").concurrent(4, shared)

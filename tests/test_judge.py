@@ -300,6 +300,7 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
         assert expected in fail(capsys, "judge", name, *given)
 
 
+@pytest.mark.slow
 def test_a_saved_defense_of_the_same_classifier(files, capsys):  # noqa: F811
     classifier = load_model("classifier.safetensors", "classifier")
     save_defense("mine.safetensors", Defense(RT1(2), load_model("purifier.safetensors", "purifier"), classifier))

@@ -120,6 +120,7 @@ def test_check_writes_a_file_that_other_commands_take(own, capsys, monkeypatch):
     assert SOURCE in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_check_replaces_only_its_own_file_of_the_same_classifier(own, capsys):
     main(CHECK)
     main(CHECK)
