@@ -68,7 +68,7 @@ def _function(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _attributes(value: Any, names: set[str]) -> Iterator[Any]:
-    """What an object, as `self` in `lambda x: self.net(x)`, holds under the names that the code reads."""
+    """Values that an object, as `self` in `lambda x: self.net(x)`, holds under the names that the code reads."""
     if not isinstance(value, (type, types.ModuleType, nn.Module)):
         own = getattr(value, "__dict__", {})
         yield from (own[name] for name in names if name in own)
