@@ -122,19 +122,20 @@ class PGD(Attack):
         return None if self.early_stop else self.steps
 
     def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
-        images, _, ids, start = batch
-        if start is not None:
-            x = self.ball.nearest(start, images)
-        elif self.random_start:
-            x = self.ball.random_point(images, estimator.seed, ids)
-        else:
-            x = images.clone()
+        x = self._start(estimator, batch)
         state = initial_state(batch, x)
         if self.momentum:
-            state["momentum"] = torch.zeros_like(images)
+            state["momentum"] = torch.zeros_like(batch.images)
         elif self.early_stop and self.norm == "Linf" and self.schedule == "constant":
             state["earlier"] = x.clone()
         return state
+
+    def _start(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
+        """The first iterate (B, C, H, W)."""
+        images, _, ids, start = batch
+        if start is not None:
+            return self.ball.nearest(start, images)
+        return self.ball.random_point(images, estimator.seed, ids) if self.random_start else images.clone()
 
     def step(self, estimator: GradientEstimator, state: State) -> None:
         state["x"] = self.within_mask(state, state["x"])

@@ -53,12 +53,11 @@ class NFGSM(PGD):
         super().__init__(model, eps, eps if alpha is None else alpha, 1, eot_iter=eot_iter, **options)
         self.noise = check_number("NFGSM", "noise", noise, low=0, high=MAX_LENGTH)
 
-    def begin(self, estimator: GradientEstimator, batch: Batch) -> State:
-        start = batch.start
-        if start is None:
-            start = Ball("Linf", self.noise * self.eps).random_point(batch.images, estimator.seed, batch.ids)
-        # PGD would take a start outside of the ball into it.
-        return super().begin(estimator, batch) | {"x": start.clone()}
+    def _start(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
+        images, _, ids, start = batch
+        if start is not None:
+            return start.clone()
+        return Ball("Linf", self.noise * self.eps).random_point(images, estimator.seed, ids)
 
     def _moved(self, state: State, gradient: Tensor) -> Tensor:
         direction = torch.nan_to_num(sum_of_draws(gradient, state["x"])).sign()
