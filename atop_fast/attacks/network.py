@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -196,24 +196,23 @@ def frozen(*models: object) -> Iterator[None]:
     draw: it keeps its mode, with a warning, and its buffers are restored. So does a module in training mode that a
     plain function calls. If several blocks share a network, nested or in threads, the last one restores it.
     """
-    found = [model for model in models if isinstance(model, nn.Module)]
     flags: list[tuple[object, str, object]] = []
-    buffers: list[tuple[Tensor, Tensor]] = []
-    for model in found:
+    kept: list[nn.Module] = []
+    for model in models:
+        if not isinstance(model, nn.Module):
+            kept += _hidden_in_training(model)
+            continue
         evaluated, training = _modes(model)
         if training:
-            some = ", ".join(list(training)[:5]) + (" ..." if len(training) > 5 else "")
             _say_once(
                 model,
                 f"{type(model).__name__} is in evaluation mode, but these of its modules are in training mode, and "
-                f"stay so: {some}; call eval() on the model if that is not intended",
+                f"stay so: {_some(training)}; call eval() on the model if that is not intended",
             )
         flags += [(module, "training", False) for module in evaluated]
         flags += [(p, "requires_grad", False) for p in model.parameters() if p.is_leaf]
-        buffers += [(b, b.clone()) for module in training.values() for b in module.buffers(recurse=False)]
-    for model in models:
-        if not isinstance(model, nn.Module):
-            buffers += [(b, b.clone()) for module in _hidden_in_training(model) for b in module.buffers(recurse=False)]
+        kept += training.values()
+    buffers = [(b, b.clone()) for module in kept for b in module.buffers(recurse=False)]
     try:
         with holding(flags):
             yield
@@ -251,20 +250,23 @@ def _hidden_in_training(function: object) -> list[nn.Module]:
     """Modules in training mode, by which they compute otherwise, that a plain function calls; a warning names them."""
     found: list[nn.Module] = []
     for network in hidden_modules(function):
-        names = (
-            {name: m for name, m in network.named_modules() if _depends_on_mode(m)}
-            if getattr(network, "training", False)
-            else {}
-        )
-        if names:
-            some = ", ".join(name or "itself" for name in list(names)[:5]) + (" ..." if len(names) > 5 else "")
+        if not getattr(network, "training", False):
+            continue
+        training = {name: m for name, m in network.named_modules() if _depends_on_mode(m)}
+        if training:
             _say_once(
                 network,
                 f"the model is a function that calls {type(network).__name__}, of which these modules are in training "
-                f"mode, and stay so: {some}; call eval() on it if that is not intended",
+                f"mode, and stay so: {_some(training)}; call eval() on it if that is not intended",
             )
-        found += names.values()
+        found += training.values()
     return found
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first five of the names of modules."""
+    found = [name or "itself" for name in names]
+    return ", ".join(found[:5]) + (" ..." if len(found) > 5 else "")
 
 
 def _depends_on_mode(module: nn.Module) -> bool:
