@@ -72,5 +72,11 @@ def _difference(row: dict[str, Any], other: dict[str, Any]) -> str:
     (key,) = (key for key in row if key.startswith("right of"))
     draws = int(key.split()[2])
     found = [(a - b) / draws for a, b in zip(row[key], other[key], strict=True)]
-    half = 1.96 * statistics.stdev(found) / len(found) ** 0.5
-    return f"{statistics.mean(found):+.3f} [{statistics.mean(found) - half:+.3f}, {statistics.mean(found) + half:+.3f}]"
+    mean, low, high = with_interval(found)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def with_interval(differences: list[float]) -> tuple[float, float, float]:
+    """The mean of paired differences, and the ends of its 95 % interval."""
+    mean, half = statistics.fmean(differences), 1.96 * statistics.stdev(differences) / len(differences) ** 0.5
+    return mean, mean - half, mean + half

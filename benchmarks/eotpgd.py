@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _passes import with_interval
 from _results import RESULTS, metadata, write
 from torch import Tensor
 
@@ -77,9 +78,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name, each in shares.items():
         found[f"{name} accuracy"] = round(statistics.fmean(each), 4)
         found[f"{name} seconds"] = round(sum(row[f"{name} seconds"] for row in rows), 1)
-    error = statistics.stdev(difference) / len(difference) ** 0.5
-    mean = statistics.fmean(difference)
-    found["difference"] = [round(value, 4) for value in (mean, mean - 1.96 * error, mean + 1.96 * error)]
+    found["difference"] = [round(value, 4) for value in with_interval(difference)]
     found["ratio"] = round(statistics.median(row["theirs seconds"] / row["ours seconds"] for row in rows), 2)
     return found
 

@@ -289,14 +289,19 @@ def test_the_contract_is_checked_without_a_folder_and_can_be_left_out():
 )
 def test_a_wrapped_defense_is_refused(wrapper):
     wrapped = wrapper(Defense(RT2(4), None, network()))
+    refused(wrapped, r"model must be a Defense itself .*, got a (DataParallel|OptimizedModule)")
+
+
+def refused(model, pattern):
+    """Attacks, evaluation and doctor do not take the model."""
     y = labels(network())
     for call in (
-        lambda: PGD(wrapped),
-        lambda: AutoAttack(wrapped),
-        lambda: evaluate(wrapped, X, y, **QUIET),
-        lambda: diagnose(wrapped, X, y),
+        lambda: PGD(model),
+        lambda: AutoAttack(model),
+        lambda: evaluate(model, X, y, **QUIET),
+        lambda: diagnose(model, X, y),
     ):
-        with pytest.raises(TypeError, match=r"model must be a Defense itself .*, got a (DataParallel|OptimizedModule)"):
+        with pytest.raises(TypeError, match=pattern):
             call()
 
 
@@ -320,15 +325,7 @@ def test_a_network_in_16_bits_is_refused_with_the_way_to_judge_it(dtype):
     ids=["none", "name", "class"],
 )
 def test_what_is_no_model_is_refused(given, pattern):
-    y = labels(network())
-    for call in (
-        lambda: PGD(given),
-        lambda: AutoAttack(given),
-        lambda: evaluate(given, X, y, **QUIET),
-        lambda: diagnose(given, X, y),
-    ):
-        with pytest.raises(TypeError, match=pattern):
-            call()
+    refused(given, pattern)
 
 
 @pytest.mark.parametrize("kept", [False, True])
