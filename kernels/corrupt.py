@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from atop_fast.ops._images import memory_format
-from atop_fast.ops.corrupt import reference, reference_bwd, reference_passes
+from atop_fast.ops.corrupt import reference, reference_bwd, reference_live
 from atop_fast.randomness import Tag
 
 from ._blocks import offsets, place, read_owners, unit_of
@@ -66,7 +66,7 @@ def corrupt_fwd_kernel(
     sample_ids,  # [B]
     draws,  # [B] or []
     y,  # [B, COPIES, C + 2, H, W], or None
-    passes,  # [B, C, ceil(H W / 8)], or None
+    live,  # [B, C, ceil(H W / 8)], or None
     SIGMA_STRIDE,
     DRAW_STRIDE,
     TAG,
@@ -100,11 +100,11 @@ def corrupt_fwd_kernel(
         else:
             b_noise = normals_of_elements(c * HW + o_pixel, b_seed, c1, c2, c3)
         b_v = b_x + b_sigma.to(b_x.dtype) * b_noise.to(b_x.dtype)
-        if passes is not None:
+        if live is not None:
             is_inside = (b_v >= 0.0) & (b_v <= 1.0) & mask
             if COPIES == 1:
                 is_inside = is_inside & (b_owner != 0)
-            _store_bits(passes, i_sample * C + c, i_first, HW, is_inside, BLOCK)
+            _store_bits(live, i_sample * C + c, i_first, HW, is_inside, BLOCK)
         if y is not None:
             # Comparisons instead of tl.clamp, so that NaN passes as in torch.clamp.
             b_v = tl.where(b_v < 0.0, 0.0, b_v)
@@ -122,23 +122,23 @@ def corrupt_fwd_kernel(
 
 
 @triton.jit
-def _store_bits(passes, i_plane, i_first, HW, is_inside, BLOCK: tl.constexpr):
+def _store_bits(live, i_plane, i_first, HW, is_inside, BLOCK: tl.constexpr):
     b_bits = is_inside.to(tl.int32).reshape(BLOCK // 8, 8) << tl.arange(0, 8)[None, :]
     o_byte, n_bytes = i_first // 8 + tl.arange(0, BLOCK // 8), tl.cdiv(HW, 8)
-    tl.store(passes + i_plane * n_bytes + o_byte, tl.sum(b_bits, axis=1).to(tl.uint8), o_byte < n_bytes)
+    tl.store(live + i_plane * n_bytes + o_byte, tl.sum(b_bits, axis=1).to(tl.uint8), o_byte < n_bytes)
 
 
 @triton.jit
-def _load_bits(passes, i_plane, i_first, HW, BLOCK: tl.constexpr):
+def _load_bits(live, i_plane, i_first, HW, BLOCK: tl.constexpr):
     o_byte, n_bytes = i_first // 8 + tl.arange(0, BLOCK // 8), tl.cdiv(HW, 8)
-    b_byte = tl.load(passes + i_plane * n_bytes + o_byte, o_byte < n_bytes).to(tl.int32)
+    b_byte = tl.load(live + i_plane * n_bytes + o_byte, o_byte < n_bytes).to(tl.int32)
     return ((b_byte[:, None] >> tl.arange(0, 8)[None, :]) & 1).reshape(BLOCK) != 0
 
 
 @triton.jit
 def corrupt_bwd_kernel(
     dy,  # [B, COPIES, C + 2, H, W]
-    passes,  # [B, C, ceil(H W / 8)]
+    live,  # [B, C, ceil(H W / 8)]
     blocks,  # [B, H / PATCH * W / PATCH]
     dx,  # [B, C, H, W]
     PATCH,
@@ -158,7 +158,7 @@ def corrupt_bwd_kernel(
         b_sum = _unmasked(dy, i_sample * COPIES, 0, c, o_pixel, mask, b_owner, C, HW, IS_LAST)
         for n in range(1, COPIES):
             b_sum += _unmasked(dy, i_sample * COPIES, n, c, o_pixel, mask, b_owner, C, HW, IS_LAST)
-        is_inside = _load_bits(passes, i_sample * C + c, i_first, HW, BLOCK)
+        is_inside = _load_bits(live, i_sample * C + c, i_first, HW, BLOCK)
         b_dx = tl.where(is_inside, b_sum * 2.0, 0.0).to(dx.dtype.element_ty)
         tl.store(dx + offsets(i_sample, c, o_pixel, C, HW, IS_LAST), b_dx, mask)
 
@@ -188,12 +188,12 @@ def launch_corrupt(
         return reference(x, blocks, *key, patch, copies, size, dtype, save)
     (B, C), (H, W) = x.shape[:2], size
     y = torch.empty((B * copies, C + 2, H, W), dtype=dtype, device=x.device, memory_format=memory_format(x))
-    passes = blocks.new_empty((B, C, -(-H * W // 8) if save else 0))
-    _launch(x, blocks, key, y, passes if save else None, patch, copies, size)
-    return y, passes
+    live = blocks.new_empty((B, C, -(-H * W // 8) if save else 0))
+    _launch(x, blocks, key, y, live if save else None, patch, copies, size)
+    return y, live
 
 
-def launch_corrupt_passes(
+def launch_corrupt_live(
     x: Tensor,
     blocks: Tensor,
     sigma: Tensor,
@@ -204,25 +204,23 @@ def launch_corrupt_passes(
     copies: int,
     size: Sequence[int],
 ) -> Tensor:
-    """The Triton implementation of atop_fast::corrupt_passes."""
+    """The Triton implementation of atop_fast::corrupt_live."""
     key = (sigma, seed, sample_ids, draws)
     if _is_large(x, size):
-        return reference_passes(x, blocks, *key, patch, copies, size)
-    passes = blocks.new_empty((*x.shape[:2], -(-size[0] * size[1] // 8)))
-    _launch(x, blocks, key, None, passes, patch, copies, size)
-    return passes
+        return reference_live(x, blocks, *key, patch, copies, size)
+    live = blocks.new_empty((*x.shape[:2], -(-size[0] * size[1] // 8)))
+    _launch(x, blocks, key, None, live, patch, copies, size)
+    return live
 
 
-def launch_corrupt_bwd(
-    dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
-) -> Tensor:
+def launch_corrupt_bwd(dy: Tensor, live: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype) -> Tensor:
     """The Triton implementation of atop_fast::corrupt_bwd."""
     (_, planes, H, W), layout, B = dy.shape, memory_format(dy), len(blocks)
     if planes * H * W > MAX_ROW:
-        return reference_bwd(dy, passes, blocks, patch, copies, dtype)
+        return reference_bwd(dy, live, blocks, patch, copies, dtype)
     dx = torch.empty((B, planes - 2, H, W), dtype=dtype, device=dy.device, memory_format=layout)
     if dx.numel():
-        dense = (dy.contiguous(memory_format=layout), passes.contiguous(), blocks.contiguous())
+        dense = (dy.contiguous(memory_format=layout), live.contiguous(), blocks.contiguous())
         numbers = (patch, H, W, planes - 2, copies, unit_of((H, W), patch), _alignment(H * W))
         args = (*dense, dx, *numbers, layout is torch.channels_last)
         launch(corrupt_bwd_kernel, H * W, dy.device, *args, rows=B, **EXACT)
@@ -234,7 +232,7 @@ def _launch(
     blocks: Tensor,
     key: tuple[Tensor, Tensor, Tensor, Tensor],
     y: Tensor | None,
-    passes: Tensor | None,
+    live: Tensor | None,
     patch: int,
     copies: int,
     size: Sequence[int],
@@ -246,7 +244,7 @@ def _launch(
         strides = (stride_of(sigma), stride_of(draws))
         is_resized = given != [H, W]
         tiles = (C, copies, unit_of(size, patch), _alignment(H * W), is_resized, layout is torch.channels_last)
-        args = (*tensors, y, passes, *strides, int(Tag.NOISE), patch, *given, H, W, *tiles)
+        args = (*tensors, y, live, *strides, int(Tag.NOISE), patch, *given, H, W, *tiles)
         block = GATHER_BLOCK if is_resized else MAX_BLOCK
         launch(corrupt_fwd_kernel, H * W, x.device, *args, rows=B, block=block, **EXACT)
 

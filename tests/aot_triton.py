@@ -161,7 +161,7 @@ CASES = {
         GATHER_BLOCK,
         ("fp32",),
     ),
-    "corrupt_passes": (
+    "corrupt_live": (
         "corrupt.corrupt_fwd_kernel",
         f"*T {CORRUPT} =None *u8 i32 i32 i32 i32 i i i i =3 =1 =8 =8 =False =False",
         BLOCK,

@@ -56,30 +56,30 @@ bool bit(const uint8_t* bits, int64_t i) {
   return (bits[i / 8] >> (i % 8)) & 1;
 }
 
-// Also that bits beyond n are 0, and that without `passes` t is the same.
+// Also that bits beyond n are 0, and that without `live` t is the same.
 int64_t wrong_corrupt(const Pixels& p, int64_t n) {
-  uint8_t kept[kMost / 8 + 1], passes[kMost / 8 + 1];
+  uint8_t kept[kMost / 8 + 1], live[kMost / 8 + 1];
   float t[kMost], alone[kMost];
-  memset(passes, 0xFF, sizeof(passes));
+  memset(live, 0xFF, sizeof(live));
   simd::nonzero_bits(p.owners, kept, n);
-  simd::corrupt(p.x, p.noise, 0.1f, kept, t, passes, n);
+  simd::corrupt(p.x, p.noise, 0.1f, kept, t, live, n);
   simd::corrupt(p.x, p.noise, 0.1f, kept, alone, nullptr, n);
   int64_t wrong = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float v = p.x[i] + p.noise[i] * 0.1f, expected = p.owners[i] ? math::clip_and_scale(v) : 0.0f;
     wrong += bit(kept, i) != (p.owners[i] != 0);
     wrong += !same(t[i], expected) + !same(alone[i], expected);
-    wrong += bit(passes, i) != (math::passes(v) && p.owners[i] != 0);
+    wrong += bit(live, i) != (math::inside(v) && p.owners[i] != 0);
   }
-  for (int64_t i = n; i % 8; ++i) wrong += bit(passes, i) + bit(kept, i);
+  for (int64_t i = n; i % 8; ++i) wrong += bit(live, i) + bit(kept, i);
   return wrong;
 }
 
 int64_t wrong_gradients(const Pixels& p, int64_t n) {
-  uint8_t passes[kMost / 8 + 1];
+  uint8_t live[kMost / 8 + 1];
   float dx[kMost];
-  simd::nonzero_bits(p.owners, passes, n);
-  simd::corrupt_bwd(p.x, passes, dx, n);
+  simd::nonzero_bits(p.owners, live, n);
+  simd::corrupt_bwd(p.x, live, dx, n);
   int64_t wrong = 0;
   for (int64_t i = 0; i < n; ++i) wrong += !same(dx[i], p.owners[i] ? 2.0f * p.x[i] : 0.0f);
   return wrong;

@@ -176,12 +176,12 @@ def test_corrupt(cuda, shape, size, patch, layout):
             k = key(batch)
             owners = check(cuda, "mask_blocks", *k, torch.tensor(blocks // 2 + 1), blocks, copies)
             call = (images(shape, given, layout), owners, sigma, *k, patch, copies, size)
-            _, passes = check(cuda, "corrupt", *call, wanted, True)
+            _, live = check(cuda, "corrupt", *call, wanted, True)
             check(cuda, "corrupt", *call, wanted, False)
-            check(cuda, "corrupt_passes", *call)
+            check(cuda, "corrupt_live", *call)
             if given != torch.uint8:
                 dy = images((batch * copies, shape[1] + 2, *size), given, layout)
-                check(cuda, "corrupt_bwd", dy, passes, owners, patch, copies, wanted)
+                check(cuda, "corrupt_bwd", dy, live, owners, patch, copies, wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

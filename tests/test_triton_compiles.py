@@ -57,7 +57,7 @@ MAX_REGISTERS = {
     "corrupt any": 104,
     "corrupt channels_last": 80,
     "corrupt resized": 64,
-    "corrupt_passes": 48,
+    "corrupt_live": 48,
     "corrupt_bwd": 64,
     "resample": 56,
     "resample rows first": 64,
@@ -77,7 +77,7 @@ NARROW_ANY = {
 }
 NARROW_LOADS = {*NARROW_ANY, "random_bits", "random_normal", "corrupt resized"}
 # A block's sum is one number.
-NARROW_STORES = {*NARROW_ANY, "corrupt_passes", "pgd_step_l2 first", "gated_bwd db", "gated_bwd db channels_last"}
+NARROW_STORES = {*NARROW_ANY, "corrupt_live", "pgd_step_l2 first", "gated_bwd db", "gated_bwd db channels_last"}
 # All others have the same bits in every backend, hence contract no multiplication with an addition.
 CONTRACTED = {*LOSSES, *ATTENTION, *(case for case in MAX_REGISTERS if case.startswith("gated"))}
 

@@ -108,7 +108,7 @@ def _corrupt_cases(device: str) -> Iterator[Case]:
             if dtype == torch.float32:
                 # Recompute the noise instead of saving one bit per element.
                 again = functools.partial(ours, recompute=True)
-                yield _case("corrupt_passes", x, size, 3 * x.nbytes + 8 * pixels, again, peers, both=True)
+                yield _case("corrupt_live", x, size, 3 * x.nbytes + 8 * pixels, again, peers, both=True)
 
 
 def _normal_cases(device: str) -> Iterator[Case]:

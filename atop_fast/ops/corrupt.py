@@ -45,11 +45,11 @@ def reference(
     image = torch.where(masks[:, :, None], v.new_zeros(()), (v.clamp(0, 1) * 2 - 1)[:, None])
     mask = masks[:, :, None].to(v.dtype)
     y = torch.cat((image, torch.ones_like(mask), mask), dim=2).flatten(0, 1).to(dtype)
-    passes = _pack(_passes(v, masks)) if save else blocks.new_empty((x.shape[0], x.shape[1], 0))
-    return y.contiguous(memory_format=memory_format(x)), passes
+    live = _pack(_live(v, masks)) if save else blocks.new_empty((x.shape[0], x.shape[1], 0))
+    return y.contiguous(memory_format=memory_format(x)), live
 
 
-def reference_passes(
+def reference_live(
     x: Tensor,
     blocks: Tensor,
     sigma: Tensor,
@@ -65,10 +65,10 @@ def reference_passes(
     uint8 (B, C, ceil(H W / 8)): bit i of byte j belongs to pixel 8 j + i of the plane. A bit is 0 where the value was
     clipped or is NaN, and, if there is one copy only, where it was masked.
     """
-    return _pack(_passes(_noisy(x, sigma, seed, sample_ids, draw, size), _masks(blocks, patch, copies, size)))
+    return _pack(_live(_noisy(x, sigma, seed, sample_ids, draw, size), _masks(blocks, patch, copies, size)))
 
 
-def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype) -> Tensor:
+def reference_bwd(dy: Tensor, live: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype) -> Tensor:
     """dx = 2 * the sum of dy over the copies, except where masked or clipped; (B, C, H, W) in `dtype`."""
     channels, (height, width) = dy.shape[1] - 2, dy.shape[2:]
     wide = dy if dy.dtype == torch.float64 else dy.float()
@@ -77,7 +77,7 @@ def reference_bwd(dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies
     total = torch.where(masks[:, 0], 0, stacked[:, 0])
     for n in range(1, copies):
         total = total + torch.where(masks[:, n], 0, stacked[:, n])
-    inside = _unpack(passes, height, width)
+    inside = _unpack(live, height, width)
     return torch.where(inside, total * 2, 0).to(dtype).contiguous(memory_format=memory_format(dy))
 
 
@@ -104,7 +104,7 @@ def check_arguments(
     dtype: torch.dtype | None = None,
     save: bool = True,
 ) -> None:
-    """Raise unless the arguments of the op, or of `corrupt_passes`, which has no `dtype`, are as described."""
+    """Raise unless the arguments of the op, or of `corrupt_live`, which has no `dtype`, are as described."""
     check_x(function, x)
     check_key(function, seed, sample_ids, draw)
     check_shape(function, "sample_ids", sample_ids, x.shape[:1])
@@ -120,7 +120,7 @@ def check_arguments(
 
 
 def check_bwd(
-    function: str, dy: Tensor, passes: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
+    function: str, dy: Tensor, live: Tensor, blocks: Tensor, patch: int, copies: int, dtype: torch.dtype
 ) -> None:
     """Raise unless the arguments of the backward op match each other."""
     check_dtype(function, "dy", dy, *FLOATS)
@@ -132,9 +132,9 @@ def check_bwd(
     _check_counts(function, dy.shape[0] // copies, blocks, copies)
     if dy.shape[0] != blocks.shape[0] * copies:
         raise ValueError(message(function, "dy", f"{blocks.shape[0] * copies} images", dy.shape[0]))
-    check_dtype(function, "passes", passes, torch.uint8)
-    check_shape(function, "passes", passes, (blocks.shape[0], dy.shape[1] - 2, -(-dy.shape[2] * dy.shape[3] // 8)))
-    check_same_device(function, "passes", passes, "dy", dy)
+    check_dtype(function, "live", live, torch.uint8)
+    check_shape(function, "live", live, (blocks.shape[0], dy.shape[1] - 2, -(-dy.shape[2] * dy.shape[3] // 8)))
+    check_same_device(function, "live", live, "dy", dy)
 
 
 def _check_counts(function: str, batch: int, blocks: Tensor, copies: int) -> None:
@@ -157,34 +157,34 @@ OP = define(
     check=check_arguments,
     kernels="corrupt",
 )
-OP_PASSES = define(
-    f"corrupt_passes(Tensor x, Tensor blocks, {_KEY}, {_SIZES}) -> Tensor",
-    reference_passes,
+OP_LIVE = define(
+    f"corrupt_live(Tensor x, Tensor blocks, {_KEY}, {_SIZES}) -> Tensor",
+    reference_live,
     check=check_arguments,
     kernels="corrupt",
 )
 OP_BWD = define(
-    "corrupt_bwd(Tensor dy, Tensor passes, Tensor blocks, int patch, int copies, ScalarType dtype) -> Tensor",
+    "corrupt_bwd(Tensor dy, Tensor live, Tensor blocks, int patch, int copies, ScalarType dtype) -> Tensor",
     reference_bwd,
     check=check_bwd,
     kernels="corrupt",
 )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], passes: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], live: Tensor) -> None:
     """Save either one bit per element, or the inputs from which the bits can be recomputed."""
     x, blocks, *key, ctx.patch, ctx.copies, ctx.size, _, ctx.saved = inputs
     ctx.dtype, ctx.shape = x.dtype, x.shape
-    ctx.save_for_backward(blocks, *((passes,) if ctx.saved else (x, *key)))
+    ctx.save_for_backward(blocks, *((live,) if ctx.saved else (x, *key)))
 
 
 def _gradient(ctx: Any, dy: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
     blocks, *kept = saved
-    passes = kept[0] if ctx.saved else OP_PASSES(kept[0], blocks, *kept[1:], ctx.patch, ctx.copies, ctx.size)
+    live = kept[0] if ctx.saved else OP_LIVE(kept[0], blocks, *kept[1:], ctx.patch, ctx.copies, ctx.size)
     if tuple(ctx.size) == tuple(ctx.shape[2:]):
-        return OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, ctx.dtype)
+        return OP_BWD(dy, live, blocks, ctx.patch, ctx.copies, ctx.dtype)
     dtype = torch.float64 if ctx.dtype == torch.float64 else torch.float32
-    resized = OP_BWD(dy, passes, blocks, ctx.patch, ctx.copies, dtype)
+    resized = OP_BWD(dy, live, blocks, ctx.patch, ctx.copies, dtype)
     return RESIZE_BWD(resized, ctx.shape[2:], False).to(ctx.dtype)
 
 
@@ -207,8 +207,8 @@ class _Corrupt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            y, passes = OP(x, *arguments)
-        _keep(ctx, (x, *arguments), passes)
+            y, live = OP(x, *arguments)
+        _keep(ctx, (x, *arguments), live)
         return y
 
     @staticmethod
@@ -348,7 +348,7 @@ def _masks(blocks: Tensor, patch: int, copies: int, size: Sequence[int]) -> Tens
     return owners[:, None] == torch.arange(copies, device=blocks.device)[:, None, None]
 
 
-def _passes(v: Tensor, masks: Tensor) -> Tensor:
+def _live(v: Tensor, masks: Tensor) -> Tensor:
     inside = (v >= 0) & (v <= 1)
     return inside & ~masks if masks.shape[1] == 1 else inside
 
@@ -360,6 +360,6 @@ def _pack(bits: Tensor) -> Tensor:
     return (flat.view(*flat.shape[:2], flat.shape[2] // 8, 8) * weights).sum(dim=3).to(torch.uint8)
 
 
-def _unpack(passes: Tensor, height: int, width: int) -> Tensor:
-    bits = (passes[..., None] >> torch.arange(8, device=passes.device)) & 1
+def _unpack(live: Tensor, height: int, width: int) -> Tensor:
+    bits = (live[..., None] >> torch.arange(8, device=live.device)) & 1
     return bits.flatten(2)[..., : height * width].unflatten(2, (height, width)).bool()

@@ -169,13 +169,13 @@ const char* launch_corrupt(const In* x,            // [batch, channels, x_height
                            const uint8_t* owners,  // [batch, blocks]
                            const float* sigma,     // [batch], or [1] with stride 0
                            int64_t sigma_stride, Key key, Images images, int64_t x_height, int64_t x_width,
-                           Out* y,           // [batch, copies, channels + 2, height, width] or null
-                           uint8_t* passes,  // [batch, channels, packed] or null
+                           Out* y,         // [batch, copies, channels + 2, height, width] or null
+                           uint8_t* live,  // [batch, channels, packed] or null
                            void* stream);
 
 template <typename Dy, typename Dx>
 const char* launch_corrupt_bwd(const Dy* dy,           // [batch, copies, channels + 2, height, width]
-                               const uint8_t* passes,  // [batch, channels, packed]
+                               const uint8_t* live,    // [batch, channels, packed]
                                const uint8_t* owners,  // [batch, blocks]
                                Images images,
                                Dx* dx,  // [batch, channels, height, width]

@@ -39,19 +39,18 @@ ATOP_CLONES void blend(const C* above, const C* below, C weight, C* __restrict__
 }
 
 // float64 is only for gradient checks, so plain loops suffice.
-void clip(const double* x, const float* noise, float sigma, const uint8_t* kept, double* t, uint8_t* passes,
-          int64_t n) {
-  if (passes) memset(passes, 0, static_cast<size_t>((n + 7) / 8));
+void clip(const double* x, const float* noise, float sigma, const uint8_t* kept, double* t, uint8_t* live, int64_t n) {
+  if (live) memset(live, 0, static_cast<size_t>((n + 7) / 8));
   for (int64_t i = 0; i < n; ++i) {
     const double v = x[i] + static_cast<double>(noise[i]) * static_cast<double>(sigma);
     const bool keep = (kept[i / 8] >> (i % 8)) & 1;
     t[i] = keep ? math::clip_and_scale(v) : 0.0;
-    if (passes) passes[i / 8] |= static_cast<uint8_t>((math::passes(v) && keep) << (i % 8));
+    if (live) live[i / 8] |= static_cast<uint8_t>((math::inside(v) && keep) << (i % 8));
   }
 }
 
-void clip(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* passes, int64_t n) {
-  simd::corrupt(x, noise, sigma, kept, t, passes, n);
+void clip(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* live, int64_t n) {
+  simd::corrupt(x, noise, sigma, kept, t, live, n);
 }
 
 // Images in the type of the computation, either unchanged or with all rows already resized.
@@ -200,7 +199,7 @@ struct Call {
   Source<In> source;
   Images im;
   Out* y;
-  uint8_t* passes;
+  uint8_t* live;
   bool around_cache;
 
   Place<Out> place(int64_t sample, int64_t copy, int64_t channel, int64_t first) const {
@@ -225,7 +224,7 @@ struct Call {
     // Prefetch the images while the noise is generated.
     for (int64_t i = 0; i < n; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(x + i);
     const float* noise = sigma == 0.0f ? b.silence : b.noise.fill(stream, c, first, n);
-    uint8_t* bits = passes ? passes + (sample * im.channels + c) * im.packed() + first / 8 : nullptr;
+    uint8_t* bits = live ? live + (sample * im.channels + c) * im.packed() + first / 8 : nullptr;
     if constexpr (std::is_same_v<C, Out>) {
       if (im.copies == 1 && y) {
         const Place<Out> to = place(sample, 0, c, first);
@@ -259,12 +258,12 @@ ATOP_CLONES void add_unmasked(const Dy* dy, int64_t stride, const int32_t* owner
   }
 }
 
-void clip_bwd(const double* dy, const uint8_t* passes, double* dx, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dx[i] = (passes[i / 8] >> (i % 8)) & 1 ? 2.0 * dy[i] : 0.0;
+void clip_bwd(const double* dy, const uint8_t* live, double* dx, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dx[i] = (live[i / 8] >> (i % 8)) & 1 ? 2.0 * dy[i] : 0.0;
 }
 
-void clip_bwd(const float* dy, const uint8_t* passes, float* dx, int64_t n) {
-  simd::corrupt_bwd(dy, passes, dx, n);
+void clip_bwd(const float* dy, const uint8_t* live, float* dx, int64_t n) {
+  simd::corrupt_bwd(dy, live, dx, n);
 }
 
 template <typename C, typename Dx>
@@ -281,7 +280,7 @@ struct BwdBuffers {
 
 template <typename In, typename Out>
 const char* launch_corrupt(const In* x, const uint8_t* owners, const float* sigma, int64_t sigma_stride, Key key,
-                           Images im, int64_t x_height, int64_t x_width, Out* y, uint8_t* passes, void*) {
+                           Images im, int64_t x_height, int64_t x_width, Out* y, uint8_t* live, void*) {
   using C = typename Compute<Out>::type;
   std::unique_ptr<C[]> resized;
   if (x_height != im.height || x_width != im.width) {
@@ -289,7 +288,7 @@ const char* launch_corrupt(const In* x, const uint8_t* owners, const float* sigm
     resize_rows(x, im, x_height, x_width, resized.get());
   }
   const int64_t bytes = im.batch * im.copies * (im.channels + 2) * im.pixels() * int64_t(sizeof(Out));
-  const Call<In, Out> call{{x, resized.get(), x_height, x_width}, im, y, passes, bytes > kStreamBytes};
+  const Call<In, Out> call{{x, resized.get(), x_height, x_width}, im, y, live, bytes > kStreamBytes};
   for_each_strip<Buffers<C, Out>>(im, [&](Buffers<C, Out>& b, int64_t sample, int64_t first, int64_t n) {
     b.start(owners + sample * im.blocks(), im, first, n);
     call.strip(key.stream(sample, math::kTagNoise), sigma[sample * sigma_stride], b, sample, first, n);
@@ -298,14 +297,14 @@ const char* launch_corrupt(const In* x, const uint8_t* owners, const float* sigm
 }
 
 template <typename Dy, typename Dx>
-const char* launch_corrupt_bwd(const Dy* dy, const uint8_t* passes, const uint8_t* owners, Images im, Dx* dx, void*) {
+const char* launch_corrupt_bwd(const Dy* dy, const uint8_t* live, const uint8_t* owners, Images im, Dx* dx, void*) {
   using C = typename Compute<Dx>::type;
   using Local = BwdBuffers<C, Dx>;
   const bool around_cache = im.batch * im.channels * im.pixels() * int64_t(sizeof(Dx)) > kStreamBytes;
   for_each_strip<Local>(im, [&](Local& b, int64_t sample, int64_t first, int64_t n) {
     if (im.copies > 1) expand_owners(owners + sample * im.blocks(), im, first, n, b.owners);
     for (int64_t c = 0; c < im.channels; ++c) {
-      const uint8_t* bits = passes + (sample * im.channels + c) * im.packed() + first / 8;
+      const uint8_t* bits = live + (sample * im.channels + c) * im.packed() + first / 8;
       const C* total = b.total;
       for (int32_t copy = 0; copy < im.copies; ++copy) {
         const Place<const Dy> from(dy, im, im.channels + 2, sample * im.copies + copy, c, first, false);

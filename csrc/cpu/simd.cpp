@@ -70,15 +70,15 @@ namespace atop::simd {
 namespace {
 
 // The remainder of a plane that does not fill a vector, and everything on machines without these levels.
-void corrupt_rest(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* passes,
+void corrupt_rest(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* live,
                   int64_t begin, int64_t n) {
   for (int64_t i = begin; i < n; ++i) {
     const float v = x[i] + noise[i] * sigma;
     const bool keep = (kept[i / 8] >> (i % 8)) & 1;
     t[i] = keep ? math::clip_and_scale(v) : 0.0f;
-    if (!passes) continue;
-    if (i % 8 == 0) passes[i / 8] = 0;
-    passes[i / 8] |= static_cast<uint8_t>((math::passes(v) && keep) << (i % 8));
+    if (!live) continue;
+    if (i % 8 == 0) live[i / 8] = 0;
+    live[i / 8] |= static_cast<uint8_t>((math::inside(v) && keep) << (i % 8));
   }
 }
 
@@ -130,15 +130,14 @@ void spread_normals(const math::Stream& stream, uint32_t first_group, const uint
   ATOP_CALL(spread_normals(stream, first_group, offsets, count, out));
 }
 
-void corrupt(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* passes,
-             int64_t n) {
-  const int64_t done = ATOP_CALL(corrupt(x, noise, sigma, kept, t, passes, n));
-  corrupt_rest(x, noise, sigma, kept, t, passes, done, n);
+void corrupt(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* live, int64_t n) {
+  const int64_t done = ATOP_CALL(corrupt(x, noise, sigma, kept, t, live, n));
+  corrupt_rest(x, noise, sigma, kept, t, live, done, n);
 }
 
-void corrupt_bwd(const float* dy, const uint8_t* passes, float* dx, int64_t n) {
-  for (int64_t i = ATOP_CALL(corrupt_bwd(dy, passes, dx, n)); i < n; ++i) {
-    dx[i] = (passes[i / 8] >> (i % 8)) & 1 ? 2.0f * dy[i] : 0.0f;
+void corrupt_bwd(const float* dy, const uint8_t* live, float* dx, int64_t n) {
+  for (int64_t i = ATOP_CALL(corrupt_bwd(dy, live, dx, n)); i < n; ++i) {
+    dx[i] = (live[i / 8] >> (i % 8)) & 1 ? 2.0f * dy[i] : 0.0f;
   }
 }
 

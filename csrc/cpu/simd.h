@@ -19,13 +19,12 @@ void fill_normals(const math::Stream& stream, uint32_t first_group, const uint32
 void spread_normals(const math::Stream& stream, uint32_t first_group, const uint32_t* offsets, int64_t count,
                     float* out);
 
-// t = 2 clip(x + sigma noise, 0, 1) - 1 where the bit of `kept` is set, 0 elsewhere. Bit i of `passes`, which may be
+// t = 2 clip(x + sigma noise, 0, 1) - 1 where the bit of `kept` is set, 0 elsewhere. Bit i of `live`, which may be
 // null, is set where the gradient passes; bits beyond n in the last byte are 0.
-void corrupt(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* passes,
-             int64_t n);
+void corrupt(const float* x, const float* noise, float sigma, const uint8_t* kept, float* t, uint8_t* live, int64_t n);
 
 // dx = 2 dy where the bit is set, 0 elsewhere.
-void corrupt_bwd(const float* dy, const uint8_t* passes, float* dx, int64_t n);
+void corrupt_bwd(const float* dy, const uint8_t* live, float* dx, int64_t n);
 
 // Bit i: v[i] is not 0. Bits beyond n in the last byte are 0.
 void nonzero_bits(const int32_t* v, uint8_t* bits, int64_t n);

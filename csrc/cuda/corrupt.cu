@@ -21,7 +21,7 @@ struct Arguments {
   Images images;
   int64_t x_height, x_width;
   Out* __restrict__ y;
-  uint8_t* __restrict__ passes;
+  uint8_t* __restrict__ live;
 
   __host__ __device__ bool resized() const { return x_height != images.height || x_width != images.width; }
   // Threads per octet: one per channel and, with y, one more for the ones and the masks.
@@ -170,23 +170,23 @@ __global__ void __launch_bounds__(kThreads) launch_corrupt_kernel(Arguments<In, 
     for (int i = 0; i < 8; ++i) store(math::clip_and_scale(v[i]), &octet.v[i]);
     write(a, at, at.channel, octet, Out{});
   }
-  if (a.passes != nullptr) {
+  if (a.live != nullptr) {
     unsigned bits = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) bits |= unsigned(i < at.count && !hidden[i] && math::passes(v[i])) << i;
-    a.passes[(at.sample * a.images.channels + at.channel) * a.images.packed() + at.number] = uint8_t(bits);
+    for (int i = 0; i < 8; ++i) bits |= unsigned(i < at.count && !hidden[i] && math::inside(v[i])) << i;
+    a.live[(at.sample * a.images.channels + at.channel) * a.images.packed() + at.number] = uint8_t(bits);
   }
 }
 
 // dx = 2 * the sum of dy over the copies, in order, where the gradient passes.
 template <typename Dy, typename Dx, bool Packed>
 __global__ void __launch_bounds__(kThreads)
-    launch_corrupt_bwd_kernel(const Dy* __restrict__ dy, const uint8_t* __restrict__ passes,
+    launch_corrupt_bwd_kernel(const Dy* __restrict__ dy, const uint8_t* __restrict__ live,
                               const uint8_t* __restrict__ owners, Images images, Dx* __restrict__ dx) {
   using C = typename Compute<Dy>::type;
   const Octet<Packed> at(owners, images, images.channels);
   if (!at.exists) return;
-  const unsigned bits = passes[(at.sample * images.channels + at.channel) * images.packed() + at.number];
+  const unsigned bits = live[(at.sample * images.channels + at.channel) * images.packed() + at.number];
   const int64_t channels = images.channels + 2;
   const Dy* copy = dy + at.offset(images, at.sample * images.copies, channels, at.channel);
   Pack<Dx, 8> result = {};
@@ -211,9 +211,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename In, typename Out>
 const char* launch_corrupt(const In* x, const uint8_t* owners, const float* sigma, int64_t sigma_stride, Key key,
-                           Images images, int64_t x_height, int64_t x_width, Out* y, uint8_t* passes, void* stream) {
+                           Images images, int64_t x_height, int64_t x_width, Out* y, uint8_t* live, void* stream) {
   if (const char* error = too_large(images)) return error;
-  const Arguments<In, Out> a{x, owners, sigma, sigma_stride, key, images, x_height, x_width, y, passes};
+  const Arguments<In, Out> a{x, owners, sigma, sigma_stride, key, images, x_height, x_width, y, live};
   const int64_t threads = images.batch * a.channels() * images.packed();
   if (threads == 0) return nullptr;
   const unsigned blocks = blocks_for(threads);
@@ -229,15 +229,15 @@ const char* launch_corrupt(const In* x, const uint8_t* owners, const float* sigm
 }
 
 template <typename Dy, typename Dx>
-const char* launch_corrupt_bwd(const Dy* dy, const uint8_t* passes, const uint8_t* owners, Images images, Dx* dx,
+const char* launch_corrupt_bwd(const Dy* dy, const uint8_t* live, const uint8_t* owners, Images images, Dx* dx,
                                void* stream) {
   if (const char* error = too_large(images)) return error;
   const unsigned blocks = blocks_for(images.batch * images.channels * images.packed());
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (packable(images, dy, dx)) {
-    launch_corrupt_bwd_kernel<Dy, Dx, true><<<blocks, kThreads, 0, cuda_stream>>>(dy, passes, owners, images, dx);
+    launch_corrupt_bwd_kernel<Dy, Dx, true><<<blocks, kThreads, 0, cuda_stream>>>(dy, live, owners, images, dx);
   } else {
-    launch_corrupt_bwd_kernel<Dy, Dx, false><<<blocks, kThreads, 0, cuda_stream>>>(dy, passes, owners, images, dx);
+    launch_corrupt_bwd_kernel<Dy, Dx, false><<<blocks, kThreads, 0, cuda_stream>>>(dy, live, owners, images, dx);
   }
   return launch_error();
 }

@@ -1,5 +1,5 @@
 #pragma once
-// Eight pixels of a plane: the work of one thread of corrupt, and the pixels of one byte of `passes`.
+// Eight pixels of a plane: the work of one thread of corrupt, and the pixels of one byte of `live`.
 
 #include "common/launchers.h"
 #include "images.cuh"

@@ -15,7 +15,7 @@ ATOP_HD T clip_and_scale(T v) {
 }
 
 template <typename T>
-ATOP_HD bool passes(T v) {
+ATOP_HD bool inside(T v) {
   return v >= T(0) && v <= T(1);
 }
 

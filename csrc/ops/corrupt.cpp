@@ -20,12 +20,12 @@ void with_image_types(ScalarType in, ScalarType out, const Body& body) {
 }
 
 struct Outputs {
-  Tensor y, passes;
+  Tensor y, live;
 };
 
 Outputs run(const char* function, const Tensor& x, const Tensor& blocks, const Tensor& sigma, const Tensor& seed,
             const Tensor& sample_ids, const Tensor& draws, int64_t patch, int64_t copies,
-            const std::vector<int64_t>& size, ScalarType dtype, bool with_y, bool with_passes) {
+            const std::vector<int64_t>& size, ScalarType dtype, bool with_y, bool with_live) {
   const ScalarType given = x.scalar_type();
   ATOP_CHECK(is_float(given) || given == ScalarType::Byte, function, "x",
              "a uint8, float32, float64, bfloat16 or float16 tensor", dtype_text(given));
@@ -45,10 +45,10 @@ Outputs run(const char* function, const Tensor& x, const Tensor& blocks, const T
       checked_images(function, "x", x, blocks, batch, channels, size[0], size[1], patch, copies, last);
   ATOP_CHECK(is_float(dtype) && (dtype == ScalarType::Double) == (given == ScalarType::Double), function, "dtype",
              text("a floating-point type that goes with ", dtype_text(given), " images"), dtype_text(dtype));
-  const int64_t sizes[3] = {batch, channels, with_passes ? images.packed() : 0};
-  Tensor passes = torch::stable::empty({sizes, 3}, ScalarType::Byte, std::nullopt, x.device());
-  Tensor y = with_y ? empty_images(x, batch * copies, channels + 2, size[0], size[1], dtype, last) : passes;
-  if (batch == 0) return {y, passes};
+  const int64_t sizes[3] = {batch, channels, with_live ? images.packed() : 0};
+  Tensor live = torch::stable::empty({sizes, 3}, ScalarType::Byte, std::nullopt, x.device());
+  Tensor y = with_y ? empty_images(x, batch * copies, channels + 2, size[0], size[1], dtype, last) : live;
+  if (batch == 0) return {y, live};
   const Tensor dense_x = dense_images(x, last), owners = dense(blocks);
   with_image_types(given, dtype, [&](auto* in, auto* out) {
     using In = std::remove_pointer_t<decltype(in)>;
@@ -56,10 +56,10 @@ Outputs run(const char* function, const Tensor& x, const Tensor& blocks, const T
     run_on_device_of(x, function, [&](void* stream) {
       return launch_corrupt(input<In>(dense_x), input<uint8_t>(owners), input<float>(sigma), per_sample_stride(sigma),
                             key, images, x.size(2), x.size(3), with_y ? output<Out>(y) : static_cast<Out*>(nullptr),
-                            with_passes ? output<uint8_t>(passes) : nullptr, stream);
+                            with_live ? output<uint8_t>(live) : nullptr, stream);
     });
   });
-  return {y, passes};
+  return {y, live};
 }
 
 std::tuple<Tensor, Tensor> corrupt(const Tensor& x, const Tensor& blocks, const Tensor& sigma, const Tensor& seed,
@@ -67,18 +67,17 @@ std::tuple<Tensor, Tensor> corrupt(const Tensor& x, const Tensor& blocks, const 
                                    std::vector<int64_t> size, ScalarType dtype, bool save) {
   const Outputs outputs =
       run("corrupt", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype, true, save);
-  return {outputs.y, outputs.passes};
+  return {outputs.y, outputs.live};
 }
 
-Tensor corrupt_passes(const Tensor& x, const Tensor& blocks, const Tensor& sigma, const Tensor& seed,
-                      const Tensor& sample_ids, const Tensor& draws, int64_t patch, int64_t copies,
-                      std::vector<int64_t> size) {
+Tensor corrupt_live(const Tensor& x, const Tensor& blocks, const Tensor& sigma, const Tensor& seed,
+                    const Tensor& sample_ids, const Tensor& draws, int64_t patch, int64_t copies,
+                    std::vector<int64_t> size) {
   const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  return run("corrupt_passes", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype, false, true)
-      .passes;
+  return run("corrupt_live", x, blocks, sigma, seed, sample_ids, draws, patch, copies, size, dtype, false, true).live;
 }
 
-Tensor corrupt_bwd(const Tensor& dy, const Tensor& passes, const Tensor& blocks, int64_t patch, int64_t copies,
+Tensor corrupt_bwd(const Tensor& dy, const Tensor& live, const Tensor& blocks, int64_t patch, int64_t copies,
                    ScalarType dtype) {
   const char* const function = "corrupt_bwd";
   check_float_images(function, "dy", dy);
@@ -91,21 +90,20 @@ Tensor corrupt_bwd(const Tensor& dy, const Tensor& passes, const Tensor& blocks,
   const Images images =
       checked_images(function, "dy", dy, blocks, batch, channels, dy.size(2), dy.size(3), patch, copies, last);
   ATOP_CHECK(dy.size(0) == batch * copies, function, "dy", text(batch * copies, " images"), text(dy.size(0)));
-  ATOP_CHECK(passes.scalar_type() == ScalarType::Byte, function, "passes", "a uint8 tensor",
-             dtype_text(passes.scalar_type()));
-  ATOP_CHECK(
-      passes.dim() == 3 && passes.size(0) == batch && passes.size(1) == channels && passes.size(2) == images.packed(),
-      function, "passes", text("of shape (", batch, ", ", channels, ", ", images.packed(), ")"), shape_text(passes));
-  check_on_device_of(function, "passes", passes, "dy", dy);
+  ATOP_CHECK(live.scalar_type() == ScalarType::Byte, function, "live", "a uint8 tensor",
+             dtype_text(live.scalar_type()));
+  ATOP_CHECK(live.dim() == 3 && live.size(0) == batch && live.size(1) == channels && live.size(2) == images.packed(),
+             function, "live", text("of shape (", batch, ", ", channels, ", ", images.packed(), ")"), shape_text(live));
+  check_on_device_of(function, "live", live, "dy", dy);
   Tensor dx = empty_images(dy, batch, channels, dy.size(2), dy.size(3), dtype, last);
   if (dx.numel() == 0) return dx;
-  const Tensor dense_dy = dense_images(dy, last), dense_passes = dense(passes), owners = dense(blocks);
+  const Tensor dense_dy = dense_images(dy, last), dense_live = dense(live), owners = dense(blocks);
   with_image_types(dy.scalar_type(), dtype, [&](auto* in, auto* out) {
     using Dy = std::remove_pointer_t<decltype(in)>;
     using Dx = std::remove_pointer_t<decltype(out)>;
     if constexpr (!std::is_same_v<Dy, uint8_t>) {
       run_on_device_of(dy, function, [&](void* stream) {
-        return launch_corrupt_bwd(input<Dy>(dense_dy), input<uint8_t>(dense_passes), input<uint8_t>(owners), images,
+        return launch_corrupt_bwd(input<Dy>(dense_dy), input<uint8_t>(dense_live), input<uint8_t>(owners), images,
                                   output<Dx>(dx), stream);
       });
     }
@@ -118,6 +116,6 @@ Tensor corrupt_bwd(const Tensor& dy, const Tensor& passes, const Tensor& blocks,
 
 STABLE_TORCH_LIBRARY_IMPL(atop_fast, ATOP_KEY, m) {
   m.impl("corrupt", TORCH_BOX(&atop::corrupt));
-  m.impl("corrupt_passes", TORCH_BOX(&atop::corrupt_passes));
+  m.impl("corrupt_live", TORCH_BOX(&atop::corrupt_live));
   m.impl("corrupt_bwd", TORCH_BOX(&atop::corrupt_bwd));
 }

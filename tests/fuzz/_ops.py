@@ -116,7 +116,7 @@ def blocks_of(draw: st.DrawFn) -> tuple[int, int, int, int, T]:
     return batch, patch, rows * patch, columns * patch, draw(integers((batch, rows * columns), 0, 5, torch.uint8))
 
 
-@of("corrupt", "corrupt_passes", "corrupt_bwd")
+@of("corrupt", "corrupt_live", "corrupt_bwd")
 def corrupt(draw, name):
     batch, patch, height, width, blocks = blocks_of(draw)
     channels, copies = draw(st.sampled_from((0, 1, 2, 3, 4, 9))), draw(st.sampled_from((1, 2, 3, 4)))
@@ -125,9 +125,9 @@ def corrupt(draw, name):
         narrow = dtype if dtype == torch.float64 else dtype_of(draw, (torch.float32, torch.bfloat16, torch.float16))
         # With one copy, the bits are 0 where it was masked; the op relies on this.
         blocks = replace(blocks, low=1) if copies == 1 else blocks
-        passes = draw(integers((batch, channels, -(-height * width // 8)), 0, 255, torch.uint8))
+        live = draw(integers((batch, channels, -(-height * width // 8)), 0, 255, torch.uint8))
         dy = draw(tensors((batch * copies, channels + 2, height, width), dtype))
-        return dy, passes, blocks, patch, copies, narrow
+        return dy, live, blocks, patch, copies, narrow
     kind = dtype_of(draw, (torch.uint8, *FLOATS))
     given = (draw(some), draw(some)) if draw(st.booleans()) else (height, width)
     shape = (batch, channels, *given)
@@ -136,7 +136,7 @@ def corrupt(draw, name):
     arguments = (x, blocks, sigma, *key(draw, batch), patch, copies, [height, width])
     wide = kind == torch.float64
     dtype = kind if wide else dtype_of(draw, (torch.float32, torch.bfloat16, torch.float16))
-    return arguments if name == "corrupt_passes" else (*arguments, dtype, draw(st.booleans()))
+    return arguments if name == "corrupt_live" else (*arguments, dtype, draw(st.booleans()))
 
 
 @of("assemble", "assemble_bwd")

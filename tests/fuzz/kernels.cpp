@@ -154,14 +154,14 @@ void corrupt(Bytes& in) {
   const Images im = images(in);
   const int64_t height = in.next() % 2 ? im.height : in.upto(30), width = in.next() % 2 ? im.width : in.upto(30);
   const int64_t planes = im.batch * im.copies * (im.channels + 2) * im.pixels(),
-                passes = im.batch * im.channels * im.packed();
+                live = im.batch * im.channels * im.packed();
   const Keys keys(in, im.batch);
   const auto x = values<float>(in, im.batch * im.channels * height * width), sigma = values<float>(in, 1, 2);
   const auto owners = values<uint8_t>(in, im.batch * im.blocks(), im.copies + 1);
   const auto dy = values<float>(in, planes),
              stacked = values<float>(in, im.batch * im.copies * im.channels * im.pixels());
   Buffer<float> y(planes), dx(im.batch * im.channels * im.pixels()), joined(dx.count), parted(stacked.count);
-  Buffer<uint8_t> bits(passes);
+  Buffer<uint8_t> bits(live);
   check(
       "corrupt",
       [&] {

@@ -17,7 +17,7 @@ from atop_fast.randomness import Tag, philox4x32
 
 # The package exports the function under the name of its module.
 spec_module = importlib.import_module("atop_fast.ops.corrupt")
-NAMES = ("random_normal", "mask_blocks", "corrupt", "corrupt_passes", "corrupt_bwd", "resample")
+NAMES = ("random_normal", "mask_blocks", "corrupt", "corrupt_live", "corrupt_bwd", "resample")
 # Shape of the images, size, patch, copies: no multiples of 4 or 8, more pixels than a strip of 1024, up and down.
 GEOMETRY = {
     "empty": ((0, 3, 8, 8), (8, 8), 4, 2),
@@ -65,11 +65,11 @@ def formula(x, blocks, sigma, seed, ids, draws, patch, copies, size, dtype):
 def check_all(backend, x, blocks, keys, patch, copies, size, dtype):
     """The three ops against their references."""
     harness.check_reference(backend, "corrupt", x, blocks, *keys, patch, copies, size, dtype, True)
-    harness.check_reference(backend, "corrupt_passes", x, blocks, *keys, patch, copies, size)
-    passes = spec_module.reference_passes(x, blocks, *keys, patch, copies, size)
+    harness.check_reference(backend, "corrupt_live", x, blocks, *keys, patch, copies, size)
+    live = spec_module.reference_live(x, blocks, *keys, patch, copies, size)
     dy = torch.randn(len(x) * copies, x.shape[1] + 2, *size, device=DEVICE).to(dtype)
     narrow = torch.float32 if x.dtype == torch.uint8 else x.dtype
-    harness.check_reference(backend, "corrupt_bwd", dy, passes, blocks, patch, copies, narrow)
+    harness.check_reference(backend, "corrupt_bwd", dy, live, blocks, patch, copies, narrow)
 
 
 def run(backend, x, **options):
@@ -112,10 +112,10 @@ def test_layouts(backend, layout, size):
 def test_upstream_gradient_in_another_layout(backend, layout, copies):
     """Also one of a sum, whose elements share their memory."""
     blocks = random_owners(2, (9, 7), 1, copies)
-    passes = spec_module.reference_passes(images((2, 3, 9, 7)), blocks, *key(2), 1, copies, (9, 7))
+    live = spec_module.reference_live(images((2, 3, 9, 7)), blocks, *key(2), 1, copies, (9, 7))
     dy = harness.in_layout(torch.randn(2 * copies, 5, 9, 7, device=DEVICE), layout)
     for upstream in (dy, dy[:1, :1, :1, :1].expand_as(dy)):
-        harness.check_reference(backend, "corrupt_bwd", upstream, passes, blocks, 1, copies, torch.float32)
+        harness.check_reference(backend, "corrupt_bwd", upstream, live, blocks, 1, copies, torch.float32)
 
 
 @cases(case=("odd-fp32", "strips-fp32", "up-fp32", "down-fp32", "down-fp64", "odd-bf16"))
@@ -307,15 +307,15 @@ def test_opcheck_resized(backend, save, parts):
     x = images((2, 1, 4, 5), torch.float64).requires_grad_()
     if parts == "registered":
         opcheck(backend, parts, "corrupt", x, random_owners(2, size, 1, 1), *key(2), 1, 1, size, torch.float64, save)
-    opcheck(backend, parts, "corrupt_passes", x.detach(), random_owners(2, size, 1, 1), *key(2), 1, 1, size)
+    opcheck(backend, parts, "corrupt_live", x.detach(), random_owners(2, size, 1, 1), *key(2), 1, 1, size)
 
 
 @cases(layout=("contiguous", "channels_last"), traced={"layout": ["channels_last"]})
 def test_opcheck_bwd(backend, layout, parts):
     dy = harness.in_layout(torch.randn(4, 5, 4, 5, device=DEVICE), layout)
-    passes = torch.randint(0, 256, (2, 3, 3), device=DEVICE).to(torch.uint8)
+    live = torch.randint(0, 256, (2, 3, 3), device=DEVICE).to(torch.uint8)
     owners = random_owners(2, (4, 5), 1, 2)
-    opcheck(backend, parts, "corrupt_bwd", dy, passes, owners, 1, 2, torch.float32)
+    opcheck(backend, parts, "corrupt_bwd", dy, live, owners, 1, 2, torch.float32)
 
 
 @pytest.mark.slow

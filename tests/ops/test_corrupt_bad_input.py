@@ -9,7 +9,7 @@ from _harness import DEVICE, cases
 
 from atop_fast import ops
 
-NAMES = ("random_normal", "mask_blocks", "corrupt", "corrupt_passes", "corrupt_bwd", "resample")
+NAMES = ("random_normal", "mask_blocks", "corrupt", "corrupt_live", "corrupt_bwd", "resample")
 BAD = [
     ({"x": torch.rand(2, 3, 4, 4).int()}, TypeError, "x must be a uint8, float32, .* tensor, got torch.int32"),
     ({"x": torch.rand(3, 4, 4)}, ValueError, r"x must be images of shape \(B, C, H, W\), got \(3, 4, 4\)"),
@@ -73,8 +73,8 @@ BAD_BWD = [
     ({"dy": torch.zeros(2, 5, 4, 4).int()}, TypeError, "dy must be a float32, .* tensor, got torch.int32"),
     ({"dy": torch.zeros(3, 5, 4, 4)}, ValueError, "dy must be 2 images, got 3|blocks must be of 3 samples, got 2"),
     ({"dy": torch.zeros(2, 1, 4, 4)}, ValueError, r"dy must be of shape \(B \* copies, C \+ 2, H, W\), got \(2, 1,"),
-    ({"passes": torch.zeros(2, 3, 2)}, TypeError, "passes must be a uint8 tensor, got torch.float32"),
-    ({"passes": torch.zeros(2, 3, 1).byte()}, ValueError, r"passes must be of shape \(2, 3, 2\), got \(2, 3, 1\)"),
+    ({"live": torch.zeros(2, 3, 2)}, TypeError, "live must be a uint8 tensor, got torch.float32"),
+    ({"live": torch.zeros(2, 3, 1).byte()}, ValueError, r"live must be of shape \(2, 3, 2\), got \(2, 3, 1\)"),
     ({"blocks": torch.zeros(2, 3).byte()}, ValueError, r"blocks must be of shape \(B, 4\), got \(2, 3\)"),
     ({"blocks": torch.zeros(2, 4)}, TypeError, "blocks must be a uint8 tensor, got torch.float32"),
     ({"dtype": torch.float64}, TypeError, "dtype must be a floating-point type that goes with torch.float32, got"),
@@ -85,7 +85,7 @@ BAD_BWD = [
 @pytest.mark.skipif(DEVICE != "cpu", reason="the same words on every device")
 def test_bad_backward(backend, bad):
     change, error, words = BAD_BWD[bad]
-    tensors = {"dy": torch.zeros(2, 5, 4, 4), "passes": torch.zeros(2, 3, 2).byte(), "blocks": torch.zeros(2, 4).byte()}
+    tensors = {"dy": torch.zeros(2, 5, 4, 4), "live": torch.zeros(2, 3, 2).byte(), "blocks": torch.zeros(2, 4).byte()}
     arguments = {**tensors, "patch": 2, "copies": 1, "dtype": torch.float32, **change}
     raised = RuntimeError if backend == "cpp" else error
     with harness.owned_by(backend, NAMES), pytest.raises(raised, match=f"corrupt_bwd: ({words})"):
