@@ -1,12 +1,14 @@
-"""Findings on an evaluation: draws that its attacks take, and the radius within which they search."""
+"""Findings on an evaluation: draws, radius and model of its attacks."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import nn
 
-from atop_fast import APGD, FGSM, PGD, RT2, Defense, Square, StAdv, evaluate
+from atop_fast import APGD, BPDA, FGSM, PGD, RT2, Defense, Square, StAdv, evaluate
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.evaluation.findings import draws_finding
 from atop_fast.evaluation.protocols import build_attacks
@@ -77,3 +79,33 @@ def test_the_radius_of_an_attack_of_torchattacks_counts():
     attacks = {"pgd": torchattacks.PGD(model, eps=8 / 255, steps=1)}
     with pytest.warns(UserWarning, match=r"within eps 0\.0313725 \(pgd\)"):
         evaluate(model, x, y, attacks=attacks, eps=0.3, progress=False, diagnostics=False)
+
+
+def test_attacks_on_another_model_are_a_finding():
+    x, y = torch.rand(4, 1, 4, 4), torch.arange(4)
+    options = {"progress": False, "diagnostics": False, "eps": 0.1, "draws": 2, "selection_draws": 2}
+    classifier, surrogate = (nn.Sequential(nn.Flatten(), nn.Linear(16, 4)).eval() for _ in range(2))
+    defense = Defense(RT2(4, sigma=0.1), None, classifier)
+
+    def names(model, *attacked):
+        attacks = {str(i): PGD(other, 0.1, steps=1) for i, other in enumerate(attacked)}
+        found = evaluate(model, x, y, attacks=attacks, **options).diagnostics
+        return [f["name"] for f in found if f["name"] != "constant"]
+
+    for model, other in ((defense, classifier), (classifier, nn.Flatten()), (classifier, surrogate)):
+        with pytest.warns(UserWarning, match=r"evaluate: The attacks \(0\) were built for another model"):
+            assert names(model, other) == ["transfer"]
+        assert names(model, model) == names(model, other, model) == []
+    # The same function in another form, and a substitute whose forward pass is the evaluated model's.
+    noisy = lambda z: classifier(z + 0.1 * torch.randn_like(z))  # noqa: E731
+    for model, other in (
+        (classifier, lambda z: classifier(z)),
+        (classifier, copy.deepcopy(classifier)),
+        (lambda z: classifier(z), classifier),
+        (defense, copy.deepcopy(defense)),
+        (noisy, lambda z: noisy(z)),
+        (classifier, BPDA(classifier, torch.round)),
+    ):
+        assert names(model, other) == []
+    with pytest.warns(UserWarning, match="another model"):
+        evaluate(defense, x, y, attacks=lambda _: {"pgd": PGD(defense, 0.1, steps=1)}, randomness="fixed", **options)

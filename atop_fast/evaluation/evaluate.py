@@ -29,7 +29,7 @@ from ..data import Dataset
 from ..defense import Defense, with_fixed_randomness
 from ..randomness import derive_seed
 from ..training.metrics import summary_writer
-from .findings import Threat, check_findings, draws_finding, examined, outside_finding, radius_finding
+from .findings import Threat, check_findings, draws_finding, examined, outside_finding, radius_finding, transfer_finding
 from .given import given_attacks
 from .identity import attack_identity, model_identity, probe_images, shown
 from .judge import Judge, judged
@@ -188,12 +188,12 @@ def evaluate(
         tracing = trace is not None or tensorboard is not None
         file = None if trace is None else _trace_file(Path(trace), run, names)
         work = Work(model, source, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
-        narrow = radius_finding(work.attacks, threat)
+        stated = radius_finding(work.attacks, threat) + transfer_finding(work.attacks, judge, source)
         _attack(work, title, progress)
         if file is not None:
             file.write(run.trace(names))
         headline = plan.headline if attacks is None else None
-        findings = [*findings, *narrow, *outside_finding(run, work.attacks, source.sample, threat)]
+        findings = [*findings, *stated, *outside_finding(run, work.attacks, source.sample, threat)]
         if not judge.deterministic:
             findings += draws_finding(findings, work.attacks)
         options = (radii, settings, interval, cascade, headline, findings, source.classes, source.files)

@@ -1,4 +1,4 @@
-"""Findings on the evaluation itself: the contract, candidates outside the ball, other radii, an exhausted budget."""
+"""Findings on the evaluation itself: the contract, candidates outside the ball, other radii or models, the budget."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from .._core.checks import message
 from .._core.files import write_text
-from ..attacks import NORMS, Attack, Ball, GradientEstimator, Model, Square, frozen
+from .._core.hidden import hidden_modules
+from ..attacks import NORMS, Attack, Ball, GradientEstimator, Model, Square, draw_logits, frozen
 from ..attacks.autoattack import leaves_doubt
 from ..data import chance_level
 from ..doctor import Finding, examine, sampled
 from ..doctor._probe import MOST_DRAWS
 from ..doctor.contract import CHECKS as CONTRACT
-from .judge import full_precision, judged
+from ..randomness import derive_seed
+from .judge import Judge, full_precision, judged
 from .protocols import AnyAttack
 from .runs import Run
 from .source import Source
@@ -152,6 +154,39 @@ def radius_finding(attacks: Mapping[str, AnyAttack], threat: Threat) -> list[dic
     text += f"{threat.eps:.6g}: the robust accuracy is that of the smaller one; give attacks and evaluate the same eps."
     warnings.warn(f"evaluate: {text}", stacklevel=3)
     return [_finding("radius", "fail", text, radii)]
+
+
+def transfer_finding(attacks: Mapping[str, AnyAttack], judge: Judge, source: Source) -> list[dict[str, Any]]:
+    """A finding, with a warning, if every attack states its model, and none of them attacks the judged one.
+
+    A model is the judged one if it calls it, as BPDA does, or gives the same logits on a few images.
+    """
+    x = judged(source.take(torch.arange(min(len(source), 8)))[0])
+    for attack in attacks.values():
+        model = getattr(attack, "model", None)
+        if not callable(model) or judge.model in (model, *_networks(model)) or _same_logits(judge, model, x):
+            return []
+    if not attacks:
+        return []
+    text = f"The attacks ({', '.join(attacks)}) were built for another model than the evaluated one: their candidates "
+    text += "transfer from it, and attacks on the evaluated model itself may leave far less accuracy."
+    warnings.warn(f"evaluate: {text}", stacklevel=3)
+    return [_finding("transfer", "warn", text, {})]
+
+
+def _networks(model: object) -> list[torch.nn.Module]:
+    return [part for module in hidden_modules(model) for part in module.modules()]
+
+
+def _same_logits(judge: Judge, model: Model, x: Tensor) -> bool:
+    """Whether the models agree on x under the same draws."""
+    key, ids = derive_seed(judge.seed, "transfer"), torch.arange(len(x), device=x.device)
+    try:
+        with full_precision(x.device), frozen(model):
+            a, b = (draw_logits(m, x, key, ids, range(2), len(x), "evaluate") for m in (judge.model, model))
+    except Exception:  # a model of other images, devices or outputs is another one
+        return False
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, Any]]:
