@@ -149,12 +149,7 @@ def evaluate(
         # A missing package must be reported now, not after an hour.
         summary_writer()
     if randomness == "fixed":
-        if attacks is not None and not callable(attacks):
-            expected = "a function from the model to its attacks for randomness='fixed'"
-            raise TypeError(message("evaluate", "attacks", expected, type(attacks).__name__))
-        if not isinstance(model, Defense):
-            raise TypeError(message("evaluate", "model", "a Defense for randomness='fixed'", type(model).__name__))
-        model = with_fixed_randomness(model, derive_seed(seed, "fixed"))
+        model = _fixed(model, attacks, seed)
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
     with process_group() as group, counted_passes() as passes:
         with frozen(model):
@@ -184,14 +179,13 @@ def evaluate(
             found = examined(folder, model, source, threat, seed, progress) if group.rank == 0 else []
             findings = group.gather(found)[0]
         cascade = attacks is None and plan.cascade and judge.deterministic
-        names = list(named)
         tracing = trace is not None or tensorboard is not None
-        file = None if trace is None else _trace_file(Path(trace), run, names)
+        file = None if trace is None else _trace_file(Path(trace), run, list(named))
         work = Work(model, source, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
         stated = radius_finding(work.attacks, threat) + transfer_finding(work.attacks, judge, source)
         _attack(work, title, progress)
         if file is not None:
-            file.write(run.trace(names))
+            file.write(run.trace(list(named)))
         headline = plan.headline if attacks is None else None
         findings = [*findings, *stated, *outside_finding(run, work.attacks, source.sample, threat)]
         if not judge.deterministic:
@@ -205,6 +199,16 @@ def evaluate(
         # A barrier: no rank may close its connections before the report is written.
         group.gather(None)
     return report
+
+
+def _fixed(model: Model, attacks: object, seed: int) -> Defense:
+    """The model under a fixed draw of each image; raises unless it and the attacks allow that."""
+    if attacks is not None and not callable(attacks):
+        expected = "a function from the model to its attacks for randomness='fixed'"
+        raise TypeError(message("evaluate", "attacks", expected, type(attacks).__name__))
+    if not isinstance(model, Defense):
+        raise TypeError(message("evaluate", "model", "a Defense for randomness='fixed'", type(model).__name__))
+    return with_fixed_randomness(model, derive_seed(seed, "fixed"))
 
 
 def parse_budget(budget: float | str, function: str = "evaluate") -> float:
