@@ -3,7 +3,7 @@
 RUN is a folder of `atop-fast train`. Four systems of it (the classifier alone, behind the transform, behind the
 purifier as pre-trained and as fine-tuned) meet the same test images under every attack, and are judged by 20 fresh
 draws an image. With --shipped, the fine-tuned system is the package's defense of the run's name. Cells that are in
---out are not computed again.
+--out are not computed again. --json also draws docs/gallery-RUN.png for the fine-tuned system of the first run.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import torch
 from _results import RESULTS, metadata, print_table, write
 from torch import Tensor
 
-from atop_fast import PGD, AutoAttack, Defense, StAdv, evaluate, image_folder, load_defense, load_model
+from atop_fast import PGD, AutoAttack, Dataset, Defense, StAdv, evaluate, image_folder, load_defense, load_model
 from atop_fast.attacks import Model
 from atop_fast.evaluation import PROTOCOLS
+from atop_fast.evaluation.pictures import gallery, gallery_rows
 
+PICTURES = Path(__file__).parent.parent / "docs"
 LINF, L2, FLOW = 8 / 255, 0.5, 0.05
 # Momentum and schedule are those of the protocol eot-fast, whose only attack is PGD; here a step sees one draw.
 (EOT_FAST,) = PROTOCOLS["eot-fast"].attacks.values()
@@ -97,6 +99,7 @@ def main() -> None:
             "rows": rows,
         }
         print(write("defenses", "cpu", RESULTS, document))
+        draw_gallery(args.runs[0], args.shipped, test)
 
 
 def systems(run: Path, shipped: bool) -> dict[str, torch.nn.Module]:
@@ -110,6 +113,18 @@ def systems(run: Path, shipped: bool) -> dict[str, torch.nn.Module]:
         "pre-trained": Defense(tuned.transform, pretrained, tuned.classifier),
         "fine-tuned": load_defense(run.name) if shipped else tuned,
     }
+
+
+def draw_gallery(run: Path, shipped: bool, test: Dataset) -> None:
+    """The first ten test images, their candidates under exact gradients, and what the defense makes of these."""
+    system = systems(run, shipped)["fine-tuned"]
+    part = test.take(slice(0, 10))
+    ids, labels = torch.arange(10), [part.classes[label] for label in part.labels.tolist()]
+    adversarial = pgd(system, COLUMNS["exact"])(part.images, part.labels, sample_ids=ids)
+    rows = gallery_rows(system, part.images, adversarial, ids, 0, part.classes)
+    path = PICTURES / f"gallery-{run.name}.png"
+    path.write_bytes(gallery([("label", part.images, labels), *rows], LINF))
+    print(path)
 
 
 def shipped(document: dict[str, Any]) -> str:
