@@ -187,6 +187,29 @@ def test_wrong_images_are_named(images, labels, error, pattern):
         Feed("test", images, labels, CPU)
 
 
+@pytest.mark.parametrize(
+    ("items", "error", "pattern"),
+    [
+        (lambda i: (2 * X[i] - 1, 0), ValueError, r"test: images must be in \[0, 1\], got values in \[-0.9"),
+        (lambda i: (255 * X[i], 0), ValueError, r"test: images must be in \[0, 1\], got values in \[0"),
+        (lambda i: ((255 * X[i]).long(), 0), TypeError, "images must be a floating-point tensor, got torch.int64"),
+        (lambda i: (X[i], 0.7), TypeError, "test: labels must be one integer for each image, got torch.float64"),
+        (lambda i: (X[i], torch.ones(3).long()), TypeError, "labels must be one integer for each image"),
+        (lambda i: X[i], TypeError, r"test: images must be a dataset of \(image, label\).*, got batches of Tensor"),
+        (lambda i: {"image": X[i], "label": 0}, TypeError, "images must be a dataset of .*, got batches of dict"),
+    ],
+)
+def test_wrong_items_of_a_dataset_are_named_when_they_are_read(items, error, pattern):
+    """Normalized images trained a purifier on another range than the one that it meets in a Defense."""
+
+    class Items(Pairs):
+        def __getitem__(self, i):
+            return items(i)
+
+    with pytest.raises(error, match=pattern):
+        Feed("test", Items(X), None, CPU).first()
+
+
 def test_shift_and_mirror():
     """Each image is one of the 162 that it may be, whatever the batch; most of these occur."""
     x, ids = torch.rand(1, 2, 6, 5).expand(600, -1, -1, -1), torch.arange(600)

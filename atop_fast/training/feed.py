@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .._core.checks import check_images, check_labels, check_not_empty, check_tensor, message
+from .._core.checks import check_images, check_labels, check_not_empty, message
 from .._core.files import describe
 
 Images: TypeAlias = Tensor | Dataset[Any]
@@ -30,7 +30,7 @@ class Feed:
         workers: number of processes that read a dataset.
 
     Raises:
-        TypeError, ValueError: `images` or `labels` are anything else.
+        TypeError, ValueError: `images` or `labels` are anything else; for a dataset, when they are read.
     """
 
     def __init__(
@@ -41,11 +41,7 @@ class Feed:
         self.classes: int | None = None
         self.labeled = labels is not None or not isinstance(images, Tensor)
         if isinstance(images, Tensor):
-            if check_tensor(function, "images", images).dtype == torch.uint8 and images.dim() != 4:
-                raise ValueError(message(function, "images", "of shape (N, C, H, W)", tuple(images.shape)))
-            if images.dtype != torch.uint8:
-                check_images(function, "images", images)
-            check_not_empty(function, "images", images)
+            images = check_not_empty(function, "images", _check_pixels(function, images))
             self.images = images.to(device)
             self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
             self.labels = check_labels(function, "labels", self.labels, images).to(device)
@@ -109,14 +105,37 @@ class Feed:
             # Seeding the workers must not consume random numbers of the caller.
             generator=torch.Generator().manual_seed(0),
         )
-        for each, (images, labels) in zip(ids, loader, strict=True):
-            if self.classes is not None:
-                self._check(labels)
+        for each, batch in zip(ids, loader, strict=True):
+            images, labels = self._checked(batch)
             yield (
                 _as_float(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, torch.int64, non_blocking=True),
                 each.to(self.device),
             )
+
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and labels of a batch of the dataset's items; its normalized images would train without an error."""
+        images, labels, *_ = batch if isinstance(batch, (tuple, list)) and len(batch) > 1 else (None, None)
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+            expected = "a dataset of (image, label), a tensor and an integer"
+            parts = map(type, batch if isinstance(batch, (tuple, list)) else [batch])
+            given = ", ".join(part.__name__ for part in parts)
+            raise TypeError(message(self.function, "images", expected, f"batches of {given}"))
+        if labels.is_floating_point() or labels.shape != (len(images),):
+            expected = "one integer for each image"
+            raise TypeError(message(self.function, "labels", expected, f"{labels.dtype} {tuple(labels.shape)}"))
+        if self.classes is not None:
+            self._check(labels)
+        return _check_pixels(self.function, images), labels
+
+
+def _check_pixels(function: str, images: Tensor) -> Tensor:
+    """Raise unless images are uint8 (N, C, H, W), or as check_images has them."""
+    if images.dtype != torch.uint8:
+        return check_images(function, "images", images)
+    if images.dim() != 4:
+        raise ValueError(message(function, "images", "of shape (N, C, H, W)", tuple(images.shape)))
+    return images
 
 
 def _as_float(images: Tensor) -> Tensor:
