@@ -8,6 +8,7 @@ import random
 import signal
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,6 +209,55 @@ def test_wrong_items_of_a_dataset_are_named_when_they_are_read(items, error, pat
 
     with pytest.raises(error, match=pattern):
         Feed("test", Items(X), None, CPU).first()
+
+
+class Augmented(Pairs):
+    """Draws from all global generators."""
+
+    def __getitem__(self, i):
+        return self.images[i] * torch.rand(()) * random.random() * float(np.random.rand()), 0
+
+
+def test_random_augmentations_are_a_function_of_seed_epoch_and_item():
+    """They were the same in every epoch, and a resumed training, whose data seemed to be others, was refused."""
+    ids = [torch.tensor([3, 1]), torch.tensor([7])]
+    torch.manual_seed(5)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    here, elsewhere = (Feed("test", Augmented(X), None, CPU, workers) for workers in (0, 2))
+    read = [[x for x, _, _ in feed.batches(ids, seed=1)] for feed in (here, elsewhere)]
+    assert all(map(torch.equal, *read))
+    other = next(here.batches([torch.tensor([1, 7, 3])], seed=1))[0]
+    assert torch.equal(other, torch.cat(read[0])[[1, 2, 0]])
+    assert not torch.equal(next(here.batches(ids, seed=2))[0], read[0][0])
+    descriptions = {feed.description() for feed in (here, elsewhere)}
+    torch.rand(3), random.random()
+    assert descriptions == {here.description()}
+    torch.set_rng_state(states[0]), random.setstate(states[1])
+    here.first(), here.description()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+
+
+def test_a_training_on_augmented_items_resumes_to_the_same_bits(tmp_path):
+    options = {"images": Augmented(X), "labels": None, "checkpoint": tmp_path / "run.pt", "checkpoint_minutes": 0}
+    whole, resumed = Line(epochs=2, batch_size=5), Line(epochs=2, batch_size=5)
+    history = run(whole, **options | {"checkpoint": None})
+    losses, seen = Line.losses, []
+
+    def stopping(self, *args):
+        seen.append(1)
+        if len(seen) > 4:
+            raise KeyboardInterrupt
+        return losses(self, *args)
+
+    cut = Line(epochs=2, batch_size=5)
+    cut.losses = stopping.__get__(cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, **options)
+    torch.rand(3)
+    assert run(resumed, **options) == history
+    assert torch.equal(resumed.now(), whole.now())
 
 
 def test_shift_and_mirror():

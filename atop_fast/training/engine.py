@@ -158,7 +158,8 @@ class _Training:
             while self.done < self.total:
                 order = permutation(len(self.feed), derive_seed(self.seed, "order"), self.epoch)
                 batches = order.split(self.config.batch_size)[self.batch :][: self.total - self.done]
-                for whole, (x, y, ids) in zip(batches, self.feed.batches(self._mine(batches)), strict=True):
+                read = self.feed.batches(self._mine(batches), seed=derive_seed(self.seed, "items", self.epoch))
+                for whole, (x, y, ids) in zip(batches, read, strict=True):
                     self._update(x, y, ids, len(whole))
                     bar.update(len(whole))
                     record.images += len(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -11,15 +12,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._core.checks import check_images, check_labels, check_not_empty, message
 from .._core.files import describe
+from ..randomness import derive_seed, seed_generators, seeded
 
 Images: TypeAlias = Tensor | Dataset[Any]
+
+
+class _Keyed(Dataset[Any]):
+    """A dataset whose random numbers are a function of seed and item, instead of the process that reads it."""
+
+    def __init__(self, data: Dataset[Any], seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, i: int) -> Any:
+        seed_generators(derive_seed(self.seed, i))
+        return self.data[i]
 
 
 class Feed:
     """The images of a training.
 
     Tensors are held on the networks' device, and uint8 tensors stay uint8. A torch dataset of (image, label) is read in
-    every epoch by `workers` processes, which prepare pinned batches for a GPU, in the order of the training.
+    every epoch by `workers` processes, which prepare pinned batches for a GPU, in the order of the training. Random
+    augmentations by the global generators of torch, Python and NumPy are functions of seed, epoch and item, so that a
+    training resumes to the same result with any number of workers.
 
     Args:
         function: name for error messages.
@@ -87,25 +102,33 @@ class Feed:
             labels = torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError):
             ids = torch.linspace(0, len(self) - 1, min(16, len(self))).long().tolist()
-            labels = torch.tensor([int(self.images[i][1]) for i in ids])
+            with seeded(0):
+                labels = torch.tensor([int(self.images[i][1]) for i in ids])
         return f"{type(self.images).__name__} {len(self)} {describe(self.first(), labels)}"
 
-    def batches(self, ids: Sequence[Tensor], workers: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(images, labels, ids) for each of the index tensors `ids`."""
+    def batches(
+        self, ids: Sequence[Tensor], workers: int | None = None, seed: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(images, labels, ids) for each of the index tensors `ids`; `seed` is the key of a dataset's augmentations."""
         if isinstance(self.images, Tensor):
             # A single copy to the device instead of one per batch.
             for each in torch.cat(list(ids)).to(self.device).split([len(each) for each in ids]):
                 yield _as_float(self.images[each]), self.labels[each], each
             return
+        workers = self.workers if workers is None else workers
         loader = DataLoader(
-            self.images,
+            _Keyed(self.images, seed),
             batch_sampler=[each.tolist() for each in ids],
-            num_workers=self.workers if workers is None else workers,
+            num_workers=workers,
             pin_memory=self.device.type == "cuda",
             # Seeding the workers must not consume random numbers of the caller.
             generator=torch.Generator().manual_seed(0),
         )
-        for each, batch in zip(ids, loader, strict=True):
+        batches = iter(loader)
+        for each in ids:
+            # Without workers, this process reads, and its generators continue afterwards as before.
+            with contextlib.nullcontext() if workers else seeded(seed):
+                batch = next(batches)
             images, labels = self._checked(batch)
             yield (
                 _as_float(images.to(self.device, non_blocking=True)),
