@@ -161,10 +161,9 @@ def transfer_finding(attacks: Mapping[str, AnyAttack], judge: Judge, source: Sou
 
     A model is the judged one if it calls it, as BPDA does, or gives the same logits on a few images.
     """
-    x = judged(source.take(torch.arange(min(len(source), 8)))[0])
     for attack in attacks.values():
         model = getattr(attack, "model", None)
-        if not callable(model) or judge.model in (model, *_networks(model)) or _same_logits(judge, model, x):
+        if not callable(model) or judge.model in (model, *_networks(model)) or _same_logits(judge, model, source):
             return []
     if not attacks:
         return []
@@ -178,8 +177,9 @@ def _networks(model: object) -> list[torch.nn.Module]:
     return [part for module in hidden_modules(model) for part in module.modules()]
 
 
-def _same_logits(judge: Judge, model: Model, x: Tensor) -> bool:
-    """Whether the models agree on x under the same draws."""
+def _same_logits(judge: Judge, model: Model, source: Source) -> bool:
+    """Whether the models agree on a few images under the same draws."""
+    x = judged(source.take(torch.arange(min(len(source), 8)))[0])
     key, ids = derive_seed(judge.seed, "transfer"), torch.arange(len(x), device=x.device)
     try:
         with full_precision(x.device), frozen(model):
