@@ -97,7 +97,7 @@ def test_without_attacked_images_there_is_no_answer():
 
 def test_constant_predictions_are_flagged():
     x, y = torch.rand(20, 1, 4, 4), torch.arange(20) % 4
-    options = {"attacks": {"none": lambda x, y: x}, "diagnostics": (), "progress": False, "eps": 0.1}
+    options = {"attacks": {"none": lambda x, y: x}, "diagnostics": (), "progress": False, "eps": 0}
 
     def model(share):
         """Class 2 for the first of the images, the brightest, and the label for the others."""

@@ -324,7 +324,7 @@ def test_budgets_are_read():
 def test_the_report_escapes_what_it_is_given(tmp_path):
     evil = "<script>alert(1)</script>"
     diagnostics = [{"name": evil, "status": "warn", "reason": f"a < b {evil}"}]
-    attacks = {evil: lambda x, y, ids: x}
+    attacks = {evil: lambda x, y, ids: (x + 0.01).clamp(0, 1)}
     options = {**QUIET, "curve": (0.0, 0.1), "diagnostics": diagnostics, "title": evil, "out": tmp_path / "run"}
     report = evaluate(DEFENSE, X[:12], Y[:12], attacks=attacks, **options)
     html = (tmp_path / "run/report.html").read_text()

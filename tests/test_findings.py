@@ -109,3 +109,37 @@ def test_attacks_on_another_model_are_a_finding():
         assert names(model, other) == []
     with pytest.warns(UserWarning, match="another model"):
         evaluate(defense, x, y, attacks=lambda _: {"pgd": PGD(defense, 0.1, steps=1)}, randomness="fixed", **options)
+
+
+def test_an_attack_that_writes_into_its_images_is_measured_from_the_originals():
+    x, y = torch.rand(4, 1, 2, 2), torch.arange(4)
+
+    def erase(images, labels):
+        labels.zero_()
+        return images.zero_()
+
+    options = {"progress": False, "diagnostics": False, "eps": 0.01}
+    with pytest.warns(UserWarning, match=r"attacks\['own'\]: 4 of 4 candidates lie outside of the Linf ball"):
+        report = evaluate(nn.Flatten(), x, y, attacks={"own": erase}, **options)
+    assert report.samples[1]["distance"] == pytest.approx(float(x[1].max()))
+    copies = {"own": lambda images, labels: torch.zeros_like(images)}
+    with pytest.warns(UserWarning, match="outside"):
+        assert evaluate(nn.Flatten(), x, y, attacks=copies, **options).samples == report.samples
+
+
+def test_attacks_that_change_nothing_are_a_finding():
+    x, y = torch.rand(4, 1, 2, 2), torch.arange(4)
+    model, nothing = nn.Flatten(), {"own": lambda images, labels: images}
+    options = {"progress": False, "diagnostics": False}
+    report = evaluate(model, x, y, attacks=nothing, **options)
+    (finding,) = report.diagnostics
+    assert (finding["name"], finding["status"], finding["numbers"]) == ("unchanged", "warn", {"own": 4})
+    assert repr(report).endswith("\nwarn  unchanged: " + finding["reason"])
+    moving = {**nothing, "fgsm": FGSM(model)}
+    assert evaluate(model, x, y, attacks=moving, **options).diagnostics == []
+    # A ball of one point has no other candidates, and an attack that met no image changed none.
+    assert evaluate(model, x, y, attacks=nothing, eps=0, **options).diagnostics == []
+    names = [f["name"] for f in evaluate(model, x, y, attacks=moving, budget=0, **options).diagnostics]
+    assert names == ["budget"]
+    with pytest.raises(ValueError, match=r"evaluate: attacks must be a mapping .*, got none, and so no accuracy"):
+        evaluate(model, x, y, attacks={}, **options)

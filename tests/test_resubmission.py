@@ -107,7 +107,7 @@ def test_report_has_the_curve(tmp_path):
         model = Defense(RT2(4, sigma=0.3), None, build_classifier("small_cnn", channels=1).eval())
     x, y = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     options = {"draws": 5, "selection_draws": 2, "diagnostics": (), "progress": False}
-    report = evaluate(model, x, y, attacks={}, out=tmp_path / "random", **options)
+    report = evaluate(model, x, y, attacks={"none": lambda x, y: x}, out=tmp_path / "random", **options)
     curve = report.to_dict()["resubmission"]
     assert list(curve) == ["clean", "robust"]
     for name, points in curve.items():
@@ -116,5 +116,5 @@ def test_report_has_the_curve(tmp_path):
         assert points[-1]["accuracy"] == verdict.worst
     assert "accuracy against tries" in (tmp_path / "random/report.html").read_text()
     # A deterministic model has no curve.
-    evaluate(model.classifier, x, y, attacks={}, out=tmp_path / "plain", **options)
+    evaluate(model.classifier, x, y, attacks={"none": lambda x, y: x}, out=tmp_path / "plain", **options)
     assert "accuracy against tries" not in (tmp_path / "plain/report.html").read_text()

@@ -197,6 +197,16 @@ def budget_finding(reached: Mapping[str, int], images: int) -> list[dict[str, An
     return [_finding("budget", "warn", text, dict(reached))] if cut else []
 
 
+def unchanged_finding(run: Run, attacks: Sequence[str], eps: float) -> list[dict[str, Any]]:
+    """A finding if no attack changed an image although the ball has other points."""
+    met = {name: run.tables[name]["distance"][run.done(name)] for name in attacks if name in run.tables}
+    if eps == 0 or not met or any(bool(distance.any()) for distance in met.values()):
+        return []
+    text = f"The attacks ({', '.join(met)}) returned every image unchanged: they found nothing, or do not attack, and "
+    text += "the robust accuracy is that without an attack."
+    return [_finding("unchanged", "warn", text, {name: len(distance) for name, distance in met.items()})]
+
+
 def draws_finding(findings: Sequence[Mapping[str, Any]], attacks: Mapping[str, AnyAttack]) -> list[dict[str, Any]]:
     """A finding if no attack averages its gradient over as many draws as the check gradient_noise recommends.
 

@@ -36,6 +36,8 @@ def given_attacks(attacks: Any, model: Model) -> dict[str, AnyAttack]:
         attacks = attacks(model)
     if not isinstance(attacks, Mapping):
         raise TypeError(message("evaluate", "attacks", expected, _shown(attacks)))
+    if not attacks:
+        raise ValueError(message("evaluate", "attacks", expected, "none, and so no accuracy under attack"))
     for name in attacks:
         if not isinstance(name, str):
             raise TypeError(message("evaluate", "attacks", expected, f"the name {name!r}"))

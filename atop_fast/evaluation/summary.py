@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import chance_level
 from .export import format_latex, write_csv
-from .findings import budget_finding, constant_finding, doubt_finding
+from .findings import budget_finding, constant_finding, doubt_finding, unchanged_finding
 from .report import format_table, versions
 from .resubmission import resubmission_curve
 from .runs import Run
@@ -81,12 +81,14 @@ class Report:
     versions: dict[str, str]
 
     def __repr__(self) -> str:
-        """The table of the report, and whether a budget cut it."""
+        """The table of the report, whether a budget cut it, and the findings that do not pass."""
         columns = {name: getattr(self, name).to_dict() for name in ("clean", "robust", "eight_bit")}
         columns |= {name: verdict and verdict.to_dict() for name, verdict in self.attacks.items()}
         heading = f"Report by the protocol {self.settings['protocol']}, {self.settings['norm']}, eps"
         cut = "" if self.complete else "\nThe budget cut attacks: robust and eight_bit are upper bounds."
-        return f"{heading} {self.settings['eps']:.4g}\n{format_table({'model': columns}, self.chance)}{cut}"
+        lines = [f"{f['status']}  {f['name']}: {f['reason']}" for f in self.diagnostics if f["status"] != "pass"]
+        table = format_table({"model": columns}, self.chance)
+        return "\n".join([f"{heading} {self.settings['eps']:.4g}", table + cut, *lines])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; the settings are next to the results."""
@@ -179,6 +181,7 @@ def summarize(
         diagnostics=[
             *map(dict, diagnostics),
             *constant_finding(predictions[0], labels),
+            *unchanged_finding(run, attacks, settings["eps"]),
             *budget_finding(counts, run.count),
         ],
         versions=versions(),

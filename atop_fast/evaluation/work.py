@@ -163,7 +163,8 @@ class Work:
         own = isinstance(attack, Attack)
         seed = derive_seed(self.judge.seed, "attack", name, first)
         with contextlib.nullcontext() if own else seeded(seed, x.device):
-            return checked_candidates(name, attack(x, labels, ids), x)
+            # An attack that writes into its arguments must not move the images from which distances are measured.
+            return checked_candidates(name, attack(x.clone(), labels.clone(), ids.clone()), x)
 
     def _round(self) -> None:
         """Judge the chosen candidates, rounded to 8 bits, by the same draws as their verdicts."""
