@@ -11,9 +11,20 @@ import torch
 from small_task import places, trained_classifier
 from test_train import fail, files, tiny  # noqa: F401
 
-from atop_fast import RT2, Defense, FinetuneConfig, build_purifier, finetune, pretrain
+from atop_fast import (
+    RT2,
+    RT3,
+    Defense,
+    FinetuneConfig,
+    PretrainConfig,
+    RandomResizePad,
+    build_purifier,
+    finetune,
+    pretrain,
+)
 from atop_fast.evaluation.pictures import training_picture
 from atop_fast.randomness import seeded
+from atop_fast.training import PretrainStep
 from atop_fast.training.engine import _Training
 from atop_fast.training.metrics import Metrics, read_metrics
 
@@ -64,6 +75,24 @@ def test_held_out_images_meet_the_weights_that_a_training_ends_with(average, mon
     assert len(evaluated) == 3
     assert torch.equal(evaluated[-1], weights)
     assert not torch.equal(evaluated[0], weights)
+
+
+@pytest.mark.parametrize("transform", [RT2(4, sigma=0.1), RT3(4, copies=3, sigma=0.1), RandomResizePad(12, 20)])
+@pytest.mark.parametrize("count", [9, 10])
+def test_the_held_out_l1_is_that_of_the_whole_restoration(transform, count):
+    """Also with several copies of an image, where numbers of other images were subtracted."""
+    with seeded(0):
+        purifier = build_purifier("unet", channels=1, width=4).eval()
+    step, x, ids = (
+        PretrainStep(transform, purifier, None, PretrainConfig(), 3),
+        places(count, 2)[0],
+        torch.arange(count),
+    )
+    wanted = (transform.target(x, step.seed, ids, 0)[:: transform.copies] + 1) / 2
+    with torch.no_grad():
+        restored = Defense(transform, purifier, torch.nn.Identity()).purify(x, step.seed, ids, 0)
+    torch.testing.assert_close(step.evaluate(x, Y, ids)["l1"], (restored - wanted).abs().mean())
+    torch.testing.assert_close(step.pictures(x, Y, ids), torch.cat((wanted, restored)))
 
 
 def test_tensorboard_shows_the_metrics_and_pictures(tmp_path):

@@ -259,7 +259,9 @@ class PretrainStep(Step):
         with self.autocast():
             purified = self.purifier(corrupted)
         assembled = self.transform.assemble(purified.float(), corrupted)
-        return (torch.cat((self.transform.target(x, self.seed, ids, 0), assembled)) + 1) / 2
+        # Equal for all copies of a sample, which lie next to one another.
+        wanted = self.transform.target(x, self.seed, ids, 0)[:: self.transform.copies]
+        return (torch.cat((wanted, assembled)) + 1) / 2
 
     def check(self, images: Tensor) -> int | None:
         """Raise before the first step if the networks do not accept the images (N, C, H, W) in [0, 1]."""
