@@ -145,6 +145,15 @@ def test_median_of_the_epochs_of_the_second_half(epochs):
     torch.testing.assert_close(step.now(), torch.quantile(kept, 0.5, dim=0))
 
 
+def test_the_median_is_over_the_epochs_that_a_limit_of_updates_leaves():
+    """Five epochs of three updates, and one more update; the configured epochs have no second half."""
+    step = Line(epochs=100, updates=16, batch_size=4, average="median", schedule="constant")
+    run(step)
+    kept = torch.stack([step.weights[i] for i in (11, 14, 15)])
+    torch.testing.assert_close(step.now(), torch.quantile(kept, 0.5, dim=0))
+    assert not torch.equal(step.now(), step.weights[-1])
+
+
 class Pairs(Dataset):
     """Images of bytes with their labels."""
 

@@ -23,10 +23,11 @@ class Average:
     Args:
         module: the network.
         config: TrainingConfig.
+        epochs: number of epochs of the training, with one that is cut; `config.updates` may leave few of its epochs.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig) -> None:
-        self.parameters, self.config = list(module.parameters()), config
+    def __init__(self, module: nn.Module, config: TrainingConfig, epochs: int) -> None:
+        self.parameters, self.config, self.epochs = list(module.parameters()), config, epochs
         # One list of weights for "ema", one for each epoch for "median".
         self.kept: list[list[Tensor]] = []
         self.updates = 0
@@ -44,7 +45,7 @@ class Average:
 
     def after_epoch(self, epoch: int) -> None:
         """Account for the weights after epoch number `epoch`, counted from 0."""
-        if self.config.average == "median" and epoch >= self.config.epochs // 2:
+        if self.config.average == "median" and epoch >= self.epochs // 2:
             self.kept.append([p.clone() for p in self._now()])
 
     def apply(self) -> None:

@@ -39,7 +39,8 @@ class TrainingConfig:
             term of all chunks but the last sees the discriminator before its update.
         clip: maximum norm of a network's gradient; None does not clip.
         average: final weights: "none" (the last), "ema" (an exponential moving average over the updates) or "median"
-            (the elementwise median over the ends of the second half of the epochs: MEAT, Wang et al., 2024).
+            (the elementwise median over the ends of the second half of the epochs, of which the last may be cut by
+            `updates`: MEAT, Wang et al., 2024).
         ema_decay: decay of the moving average; lower in the first updates, (1 + t) / (10 + t) after update t.
         evaluate_every: number of history entries between evaluations on held-out images; entries are epochs, or
             twentieths of the training if `updates` is given. The weights are those of `average` so far. 0 never
@@ -77,6 +78,11 @@ class TrainingConfig:
         check_choice(name, "average", self.average, list(AVERAGES))
         check_number(name, "ema_decay", self.ema_decay, low=0, high=1)
         check_integer(name, "evaluate_every", self.evaluate_every, low=0)
+
+    def total(self, images: int) -> int:
+        """The number of updates of a training on so many images."""
+        whole = self.epochs * -(-images // self.batch_size)
+        return whole if self.updates is None else min(whole, self.updates)
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,10 @@ class _Training:
         if any(other != self.fingerprint for other in group.gather(self.fingerprint)):
             expected = "the same networks, data and options in every process"
             raise ValueError(message("fit", "step, feed", expected, "differences between the ranks"))
-        self.average = Average(next(iter(step.modules.values())), self.config)
         self.updates = -(-len(feed) // self.config.batch_size)
-        self.total = self.config.epochs * self.updates
-        self.part = self.updates
-        if self.config.updates is not None:
-            self.total = min(self.total, self.config.updates)
-            self.part = -(-self.total // PARTS)
+        self.total = self.config.total(len(feed))
+        self.part = self.updates if self.config.updates is None else -(-self.total // PARTS)
+        self.average = Average(next(iter(step.modules.values())), self.config, -(-self.total // self.updates))
         self.epoch = self.batch = self.done = 0
         # Sums of the scalars, and number of images, since the last history entry.
         self.sums: dict[str, Tensor] = {}
