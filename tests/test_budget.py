@@ -77,9 +77,24 @@ def test_a_short_time_is_not_spent_on_measuring(tmp_path, clock):
 
 def test_a_shorter_training_keeps_its_phases():
     config = FinetuneConfig(epochs=20, ce_from_epoch=4, ema_decay=0.99)
-    short = budget.shorten(config, 500, 50)
+    short = budget.shorten(config, 500, 50 * config.batch_size)
     assert (short.updates, short.epochs, short.ce_from_epoch, short.ema_decay) == (500, 10, 2, 0.99**2)
-    assert budget.shorten(PretrainConfig(epochs=2), 100, 50) == PretrainConfig(epochs=2, updates=100)
+    assert budget.shorten(PretrainConfig(epochs=2), 100, 50 * 64) == PretrainConfig(epochs=2, updates=100)
+
+
+def test_a_budget_trains_no_longer_than_the_recipes_own_limit(tmp_path, clock):
+    """Half of the 40 updates that the recipe allows, or all of them; not all that 20 epochs would have."""
+
+    def train(config):
+        clock[0] += config.updates
+
+    config = FinetuneConfig(epochs=20, updates=40, batch_size=10, average="ema", ema_decay=0.99, ce_from_epoch=2)
+    for name, seconds, expected in (("ample", 4000, 40), ("short", 27, 20)):
+        made = budget.Budget(seconds, clock[0], tmp_path / name, ["finetune"], Group())
+        short = made.train("finetune", config, 100, train)
+        assert made.plan["finetune"] == {"seconds": seconds, "updates": expected, "of": 40}
+        assert (short.updates, short.epochs) == (expected, expected // 10)
+        assert short.ema_decay == pytest.approx(0.99 ** (40 / expected))
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,7 @@ class Budget:
             forecast: seconds of an update as measured before; taken as they are if measuring again, which needs four
                 updates, would take more than its share of the time.
         """
-        epoch = -(-images // config.batch_size)
-        whole = config.epochs * epoch
+        whole = config.total(images)
         if stage not in self.plan:
             seconds = self._seconds(stage)
             # All processes train together, and so must decide alike.
@@ -100,7 +99,7 @@ class Budget:
                 spent = 2 * first + count * each
             updates = max(1, int((MARGIN["train"] * seconds - spent) / each))
             self._keep(stage, seconds, {"updates": min(updates, whole), "of": whole})
-        return self._short(stage, config, epoch)
+        return self._short(stage, config, images)
 
     def evaluate(
         self, config: EvaluationConfig, images: int, measure: Callable[[], tuple[int, Mapping[str, float]]]
@@ -131,7 +130,7 @@ class Budget:
         """The recipe that the run follows, so that it can be repeated without a budget; trained on `images` images."""
 
         def short(stage: str, config: Config) -> Config:
-            return self._short(stage, config, -(-images // config.batch_size)) if stage in self.plan else config
+            return self._short(stage, config, images) if stage in self.plan else config
 
         classifier = replace(recipe.classifier, training=short("classifier", recipe.classifier.training))
         pretrain, finetune = short("pretrain", recipe.pretrain), short("finetune", recipe.finetune)
@@ -164,9 +163,9 @@ class Budget:
         parts.append(f"evaluation: {plan['images']:,} of {plan['of']:,} images{instead}, without diagnostics")
         return ["Reduced to fit the budget: " + "; ".join(parts) + "."]
 
-    def _short(self, stage: str, config: Config, epoch: int) -> Config:
+    def _short(self, stage: str, config: Config, images: int) -> Config:
         # The plan has no time for evaluations in between, which may take longer than the training.
-        return replace(shorten(config, self.plan[stage]["updates"], epoch), evaluate_every=0)
+        return replace(shorten(config, self.plan[stage]["updates"], images), evaluate_every=0)
 
     def _seconds(self, stage: str) -> float:
         """A stage's share of the time that is left to it and the stages after it."""
@@ -184,14 +183,15 @@ class Budget:
             write_text(self.path, json.dumps(self.plan, indent=2) + "\n")
 
 
-def shorten(config: Config, updates: int, epoch: int) -> Config:
-    """The options of a training of fewer updates, `epoch` of which make an epoch.
+def shorten(config: Config, updates: int, images: int) -> Config:
+    """The options of a training of fewer updates on so many images.
 
     Options that count epochs or updates scale with the training: the end of the classification loss's warm-up, and the
     span of a moving average.
     """
-    part = updates / (config.epochs * epoch) if config.epochs else 1.0
-    changes: dict[str, Any] = {"updates": updates, "epochs": -(-updates // epoch)}
+    whole = config.total(images)
+    part = updates / whole if whole else 1.0
+    changes: dict[str, Any] = {"updates": updates, "epochs": -(-updates // -(-images // config.batch_size))}
     if 0 < part < 1:
         changes["ema_decay"] = config.ema_decay ** (1 / part)
     if isinstance(config, FinetuneConfig):

@@ -273,7 +273,7 @@ class _Pipeline:
                 config, fit, parts = trainings[name]
                 train = functools.partial(fit, *copy.deepcopy(parts), seed=self.seed, progress=False)
                 each = seconds_per_update(config, train, seconds / 50, self.group)
-                found[name] = (config.epochs * -(-len(self.train) // config.batch_size), each)
+                found[name] = (config.total(len(self.train)), each)
         if "evaluate" not in stages:
             return Forecast(found, None, 0, 0.0)
         systems = self._systems(frozen, dict.fromkeys(("pretrained", "finetuned"), others[0]))
