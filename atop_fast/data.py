@@ -10,6 +10,7 @@ import hashlib
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -67,8 +68,9 @@ class Dataset:
         """The dataset on another device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def take(self, index: Tensor | slice) -> Dataset:
-        """The images at `index`."""
+    def take(self, index: Tensor | Sequence[int] | slice) -> Dataset:
+        """The images at `index`: indices, also int64 (n,), a mask bool (N,), or a slice."""
+        index = _check_index("Dataset.take", index, len(self))
         files = None
         if self.files is not None:
             places = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
@@ -133,6 +135,10 @@ class Files(TorchDataset[tuple[Tensor, int]]):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         j = int(self.index[i])
         image = self.folder[j][0]
+        if image.dtype != torch.uint8:
+            # As of ToTensor; memory for bytes would cut its values to 0.
+            expected = "one whose transform returns uint8 (C, H, W), such as v2.PILToTensor()"
+            raise TypeError(message("Files", "folder", expected, image.dtype))
         if (shape := tuple(image.shape)) != self.shape:
             expected = f"images of one size (or give size), such as {self.shape}"
             raise ValueError(message("image_folder", "path", expected, f"{shape} in {self.folder.samples[j][0]}"))
@@ -147,8 +153,9 @@ class Files(TorchDataset[tuple[Tensor, int]]):
         """Returns self: batches are moved to a device one by one."""
         return self
 
-    def take(self, index: Tensor | slice) -> Files:
-        """The images at `index`."""
+    def take(self, index: Tensor | Sequence[int] | slice) -> Files:
+        """The images at `index`: indices, also int64 (n,), a mask bool (N,), or a slice."""
+        index = _check_index("Files.take", index, len(self))
         return Files(self.folder, self.index[index], self.shape, self.labels[index], self.classes)
 
     def floats(self) -> Dataset:
@@ -189,6 +196,20 @@ def _split(data: Dataset | Files, first: int, seed: int) -> tuple[Tensor, Tensor
     check_integer("Dataset.split", "first", first, low=0, high=len(data))
     order = permutation(len(data), derive_seed(seed, "split"), 0)
     return order[:first], order[first:]
+
+
+def _check_index(function: str, index: Any, count: int) -> Tensor | slice:
+    """Raise unless `index` selects images along the first axis alone; a number would drop that axis."""
+    if isinstance(index, slice):
+        return index
+    if isinstance(index, (list, tuple, range)) and len(index):
+        index = torch.tensor(list(index))
+    known = isinstance(index, Tensor) and index.dim() == 1
+    if known and (index.dtype == torch.int64 or (index.dtype == torch.bool and len(index) == count)):
+        return index
+    given = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
+    expected = f"indices in a list or int64 (n,), a mask bool ({count},) or a slice"
+    raise TypeError(message(function, "index", expected, given))
 
 
 def _class_indices(data: Dataset | Files, classes: tuple[str, ...]) -> Tensor:
@@ -243,7 +264,7 @@ def load_data(
     Args:
         source: "mnist5k"; "cifar10", "cifar100" or "mnist" (padded to 32x32) from the files of torchvision's dataset of
             that name; or the path of an image folder (write ./cifar10, or a Path, for a folder of such a name).
-        size, grayscale: for an image folder, see image_folder.
+        size, grayscale: for an image folder, see image_folder; images of other sources stay as they are.
         part: "train" or "test", for torchvision's datasets and for folders with sub-folders train and test (or val).
         root: folder of torchvision's files.
         download: download those files if they are missing.
@@ -252,18 +273,29 @@ def load_data(
 
     Raises:
         ImportError: a required package is not installed.
-        ValueError: the dataset or folder does not exist or cannot be read.
+        ValueError: the dataset or folder does not exist or cannot be read, or has images of another size or color.
     """
     if source == "mnist5k":
-        return _mnist5k()
+        return check_size(source, _mnist5k(), size, grayscale)
     if isinstance(source, str) and source in TORCHVISION:
-        return _torchvision(source, part == "train", Path(root), download)
+        return check_size(source, _torchvision(source, part == "train", Path(root), download), size, grayscale)
     parts = find_parts(source)
     if parts and part not in parts:
         raise ValueError(message("load_data", "source", f"a folder with a part for {part}", source))
     files = _files(parts.get(part, source), size, grayscale)
     channels, height, width = files.shape
     return _read(files) if len(files) * channels * height * width <= memory * 2**30 else files
+
+
+def check_size(source: object, data: Dataset, size: int | None, grayscale: bool) -> Dataset:
+    """Raise unless the images of a source that is not converted have the size and color that the caller asks for."""
+    channels, height, width = data.shape
+    if size is not None and (height, width) != (size, size):
+        expected = f"left out for {source}, whose images are of {height}x{width} pixels"
+        raise ValueError(message("load_data", "size", expected, size))
+    if grayscale and channels != 1:
+        raise ValueError(message("load_data", "grayscale", f"left out for {source}, whose images are in color", True))
+    return data
 
 
 def _mnist5k() -> Dataset:

@@ -12,6 +12,7 @@ import torch
 
 from atop_fast import Dataset, data, image_folder, load_data, mnist5k
 from atop_fast.data import Files
+from atop_fast.recipes.images import save_images
 from atop_fast.recipes.options import DataConfig, TransformConfig
 from atop_fast.training import Feed
 from atop_fast.transforms import RT1, RT2, RT3
@@ -76,6 +77,53 @@ def test_split_is_a_partition_fixed_by_the_seed():
     assert torch.equal(data.split(7, seed=1)[0].labels, first.labels)
     assert not torch.equal(data.split(7, seed=2)[0].labels, first.labels)
     assert torch.equal(first.images.flatten().long(), first.labels)
+
+
+def test_images_are_taken_by_indices_masks_and_slices(folder):
+    """A number took an image without its first axis, and its label was no longer one of a batch."""
+    pytest.importorskip("torchvision")
+    held, streamed = (DataConfig(str(folder), holdout=3, memory=gib).load()[0] for gib in (1, 0))
+    mask = torch.arange(7) % 3 == 0
+    for chosen in (held, streamed):
+        for index in ([0, 3, 6], (0, 3, 6), range(0, 7, 3), torch.tensor([0, 3, 6]), mask, slice(0, 7, 3)):
+            part = chosen.take(index)
+            assert len(part) == 3
+            assert torch.equal(part.floats().images, held.images[mask].float() / 255)
+            assert torch.equal(part.labels, held.labels[mask])
+            assert part.files == tuple(held.files[i] for i in (0, 3, 6))
+        for index in (3, torch.tensor(3), torch.tensor([[3]]), torch.tensor([1.0]), mask[:3], [], "0"):
+            with pytest.raises(TypeError, match=r"\w+.take: index must be indices in a list .*, got"):
+                chosen.take(index)
+
+
+def test_only_bytes_are_read_from_a_folder(folder):
+    """Floats of ToTensor became bytes of 0 and 1, and so black images."""
+    datasets, transforms = (pytest.importorskip(f"torchvision.{name}") for name in ("datasets", "transforms"))
+    given = datasets.ImageFolder(str(folder), transforms.PILToTensor())
+    assert torch.equal(Files(given, torch.arange(10)).floats().images, image_folder(folder).images)
+    given.transform = transforms.ToTensor()
+    with pytest.raises(TypeError, match=r"Files: folder must be one whose transform returns uint8.*got torch.float32"):
+        Files(given, torch.arange(10)).floats()
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({"size": 64}, "load_data: size must be left out for {}, whose images are of 8x8 pixels, got 64"),
+        ({"grayscale": True}, "load_data: grayscale must be left out for {}, whose images are in color, got True"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(options, pattern, folder, monkeypatch):
+    """Images of mnist5k or torchvision kept their size and colors in silence."""
+    pytest.importorskip("torchvision")
+    images = load_data(folder)
+    monkeypatch.setattr(data, "_mnist5k", lambda: images)
+    monkeypatch.setattr(data, "_torchvision", lambda *given: images)
+    save_images(path := folder / "images.safetensors", images)
+    assert DataConfig("mnist5k", size=8).load()[0].shape == DataConfig(str(path), size=8).load()[0].shape == (3, 8, 8)
+    for source in ("mnist5k", "cifar10", str(path)):
+        with pytest.raises(ValueError, match=pattern.format(source)):
+            DataConfig(source, **options).load()
 
 
 def test_image_folder_reads_classes(folder):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .._core.checks import check_integer, check_number, message
 from .._core.folders import find_parts
-from ..data import TORCHVISION, Dataset, Files, describe_split, load_data
+from ..data import TORCHVISION, Dataset, Files, check_size, describe_split, load_data
 from ..transforms import RT1, RT2, RT3, RandomTransform, build_transform, restore_transform
 from .images import read_images
 
@@ -22,8 +22,9 @@ class DataConfig:
             torchvision, its training images), or the path of an image folder with one sub-folder for each class, or
             with sub-folders train and test (or val) that have these; the latter's images are then held out. A
             .safetensors file of images, as in the archive of a run, is taken whole and in its order.
-        size: side in pixels to which images of a folder are resized; none keeps their size.
-        grayscale: read a folder with one channel instead of three.
+        size: side in pixels to which images of a folder are resized; none keeps their size. Those of other sources keep
+            it, and another `size` is refused.
+        grayscale: read a folder with one channel instead of three; refused for other sources in color.
         holdout: images kept from training, on which evaluation runs; by default a fifth of them, at most 1,000; 0 uses
             all images for both.
         split_seed: seed of the split, and of the order of `test`; give every command of an experiment the same.
@@ -70,7 +71,7 @@ class DataConfig:
 
     def _load(self) -> tuple[Dataset | Files, Dataset | Files, bool]:
         if self.source.endswith(".safetensors"):
-            data = read_images(self.source)
+            data = check_size(self.source, read_images(self.source), self.size, self.grayscale)
             return data, data, True
         options: dict[str, Any] = {"root": self.root, "download": self.download, "memory": self.memory}
         data = load_data(self.source, self.size, self.grayscale, **options)
