@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +24,12 @@ def check_model(function: str, model: object) -> None:
         name = model.__name__
         raise TypeError(message(function, "model", f"an instance, {name}(...)", f"the class {name}"))
     if not callable(model):
-        raise TypeError(message(function, "model", "a callable from images to logits", type(model).__name__))
+        given = type(model).__name__
+        if isinstance(model, (str, os.PathLike)):
+            given += "; atop_fast.load_classifier and load_defense read files"
+        elif isinstance(model, Mapping):
+            given += "; a state dict belongs into its network, by load_state_dict"
+        raise TypeError(message(function, "model", "a callable from images to logits", given))
     inner = getattr(model, "module", getattr(model, "_orig_mod", None))
     if isinstance(inner, Defense) and not isinstance(model, Defense):
         expected = "a Defense itself (give model.module, or compile its networks; torchrun shares out the images)"

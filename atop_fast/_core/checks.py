@@ -45,18 +45,46 @@ def check_images(function: str, argument: str, value: Any, *, finite: bool = Tru
 
     Returns the images, or a clamped copy if rounding has put values up to 1e-6 outside [0, 1].
     """
+    if not isinstance(value, Tensor):
+        given = f"{type(value).__name__}{_as_tensor(argument, value)}"
+        raise TypeError(message(function, argument, "a torch.Tensor", given))
+    if value.dtype == torch.uint8:
+        given = f"{value.dtype}; give {argument}.float() / 255"
+        raise TypeError(message(function, argument, "a floating-point tensor", given))
     check_float_tensor(function, argument, value)
     if value.dim() != 4:
-        raise ValueError(message(function, argument, "images of shape (B, C, H, W)", tuple(value.shape)))
+        one = f"; a single image is {argument}[None]" if value.dim() == 3 else ""
+        raise ValueError(message(function, argument, "images of shape (B, C, H, W)", f"{tuple(value.shape)}{one}"))
     if finite and value.numel():
         low, high = (v.item() for v in value.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(message(function, argument, "finite", "NaN or infinity"))
         if low < -ROUNDING or high > 1 + ROUNDING:
-            raise ValueError(message(function, argument, "in [0, 1]", f"values in [{low:.9g}, {high:.9g}]"))
+            advice = f"; {way}" if (way := range_advice(low, high)) else ""
+            raise ValueError(message(function, argument, "in [0, 1]", f"values in [{low:.9g}, {high:.9g}]{advice}"))
         if low < 0 or high > 1:
             return value.clamp(0, 1)
     return value
+
+
+def range_advice(low: float, high: float) -> str:
+    """What images with values in [low, high] probably are, and what to give instead; empty if only rounded outside."""
+    if low >= 0 and high > 2:
+        return "this looks like 0..255: divide by 255"
+    if -1 <= low <= -0.5 and high <= 1:
+        return "this looks like [-1, 1]: give (x + 1) / 2"
+    if low < -0.5 or high > 1.5:
+        return (
+            "this looks like the result of a normalization: give the images before it, and normalize inside the model"
+        )
+    return ""
+
+
+def _as_tensor(argument: str, value: object) -> str:
+    """How to make a tensor of what is none, if that is clear."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+        return f" of tensors; give torch.stack({argument})"
+    return f"; give torch.as_tensor({argument})" if hasattr(value, "__array__") or isinstance(value, list) else ""
 
 
 def check_not_empty(function: str, argument: str, value: Tensor) -> Tensor:
@@ -68,12 +96,19 @@ def check_not_empty(function: str, argument: str, value: Tensor) -> Tensor:
 
 def check_labels(function: str, argument: str, value: Any, images: Tensor) -> Tensor:
     """Raise unless `value` is int64 labels (B,), one for each image."""
-    if check_tensor(function, argument, value).dtype != torch.int64:
-        raise TypeError(message(function, argument, "an int64 tensor", value.dtype))
+    if not isinstance(value, Tensor):
+        given = f"{type(value).__name__}{_as_tensor(argument, value)}"
+        raise TypeError(message(function, argument, "a torch.Tensor", given))
+    column = value.dim() == 2 and len(value) == len(images) and value.shape[1] == 1
+    rows = value.dim() == 2 and len(value) == len(images) and value.shape[1] > 1
+    advice = f"; of one-hot labels give {argument}.argmax(1)" if rows else ""
+    if value.dtype != torch.int64:
+        advice = advice or f"; give {argument}.long()"
+        raise TypeError(message(function, argument, "an int64 tensor", f"{value.dtype}{advice}"))
     if value.shape != (len(images),):
-        raise ValueError(
-            message(function, argument, f"of shape ({len(images)},), one label an image", tuple(value.shape))
-        )
+        advice = f"; give {argument}.flatten()" if column else advice
+        expected = f"of shape ({len(images)},), one label an image"
+        raise ValueError(message(function, argument, expected, f"{tuple(value.shape)}{advice}"))
     if value.numel() and int(value.min()) < 0:
         raise ValueError(message(function, argument, "class indices >= 0", int(value.min())))
     return value
@@ -85,17 +120,15 @@ def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, a
     `largest_label` is the largest value of `argument`, passed as a number so that the check does not synchronize a GPU.
     """
     if not isinstance(value, Tensor):
-        given, way = type(value).__name__, ".logits"
-        if isinstance(value, Mapping):
-            given, way = f"{given} with {sorted(map(str, value))}", "['logits']"
-        elif isinstance(value, (tuple, list)):
-            given, way = f"{given} of {len(value)}", "[0]"
-        expected = f"{function}: model must return logits (B, classes), got"
-        raise TypeError(f"{expected} {given}; wrap it: lambda x: model(x){way}")
+        raise TypeError(f"{function}: model must return logits (B, classes), got {_unwrapping(value)}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{function}: model must return logits (B, classes), which are real numbers, got {value.dtype}")
     shape = tuple(value.shape)
     if len(shape) != 2 or shape[0] != rows or shape[1] < 2:
         expected = "a callable with logits of shape (B, classes)"
-        if shape in ((rows,), (rows, 1)):
+        if shape == (rows,) and not value.is_floating_point():
+            expected += ", and not the classes (argmax) that they lead to"
+        elif shape in ((rows,), (rows, 1)):
             one = "z" if len(shape) == 2 else "z[:, None]"
             expected += f" of two classes or more (for one logit {one} return torch.cat((-{one}, {one}), 1))"
         raise ValueError(message(function, "model", expected, f"{shape} for {rows} images"))
@@ -103,6 +136,24 @@ def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, a
         expected = f"class indices below the model's {shape[1]} logits"
         raise ValueError(message(function, argument, expected, largest_label))
     return value
+
+
+def _unwrapping(value: object) -> str:
+    """What a model returned instead of a tensor, and the line that unwraps it."""
+    given = type(value).__name__
+    if value is None:
+        return f"{given}; does its forward end with `return`?"
+    if hasattr(value, "__array__"):
+        return f"{given}; wrap it: lambda x: torch.from_numpy(model(x)), and attack it without gradients, as by Square"
+    if isinstance(value, Mapping):
+        keys = [str(key) for key in value]
+        key = repr("logits" if "logits" in keys or not keys else keys[0])
+        return f"{given} with {sorted(keys)}; wrap it: lambda x: model(x)[{key}]"
+    if hasattr(value, "logits"):
+        return f"{given}; wrap it: lambda x: model(x).logits"
+    if isinstance(value, (tuple, list)):
+        return f"{given} of {len(value)}; wrap it: lambda x: model(x)[0]"
+    return f"{given}; wrap it in a function that returns its logits"
 
 
 def check_radius(function: str, norm: str, eps: Any, *, high: float = math.inf) -> float:
@@ -173,9 +224,20 @@ def check_fits(function: str, argument: str, images: Tensor, model: object = Non
         yield
     except RuntimeError as error:
         check_same_dtype(function, argument, images, model, error)
+        places = {p.device for p in model.parameters()} if isinstance(model, torch.nn.Module) else set()
+        if places and images.device not in places:
+            expected = f"on the device of the model, {next(iter(places))}"
+            raise ValueError(message(function, argument, expected, images.device)) from error
         reason = str(error).partition("\n")[0]
-        given = f"{tuple(images.shape[1:])} ({reason})"
+        given = f"{tuple(images.shape[1:])} ({reason}; batch of {len(images)}){_layout_advice(argument, images)}"
         raise ValueError(message(function, argument, "images that the networks take", given)) from error
+
+
+def _layout_advice(argument: str, images: Tensor) -> str:
+    """A permutation for images (B, H, W, C)."""
+    colors = (1, 3)
+    last = images.dim() == 4 and images.shape[3] in colors and images.shape[1] not in colors
+    return f"; if channels are the last axis, give {argument}.permute(0, 3, 1, 2)" if last else ""
 
 
 def check_same_dtype(function: str, argument: str, images: Tensor, model: Any, error: RuntimeError) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._core.checks import range_advice
 from .._core.memory import bytes_saved
 from ..classifiers.normalized import STATISTICS
 from ..defense import Defense
@@ -48,15 +49,9 @@ def images(probe: Probe) -> Finding:
         return Finding("images", "pass", f"Values lie in [{low:.3g}, {high:.3g}], within [0, 1].", numbers)
     if not low - high <= 0:
         text = "The images hold NaN: find where they come from."
-    elif low >= 0 and high > 2:
-        text = f"Values lie in [{low:.3g}, {high:.3g}], which looks like 0..255: divide by 255."
-    elif low >= -1 and high <= 1:
-        text = f"Values lie in [{low:.3g}, {high:.3g}], which looks like [-1, 1]: give (x + 1) / 2."
     else:
-        text = (
-            f"Values lie in [{low:.3g}, {high:.3g}], outside [0, 1], as after a normalization: give the images as they "
-            "were and put the normalization into the model, or eps means something else."
-        )
+        advice = range_advice(low, high) or "eps is in the unit of [0, 1] pixels: clamp them"
+        text = f"Values lie in [{low:.3g}, {high:.3g}], outside [0, 1]; {advice}."
     return Finding("images", "fail", f"{text} The other checks were not run.", numbers)
 
 
