@@ -114,6 +114,54 @@ def test_tensorboard_shows_the_metrics_and_pictures(tmp_path):
         assert picture.width * picture.height == 16 * 16 * 16
 
 
+class Normed(torch.nn.Module):
+    """A purifier with batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        self.out = torch.nn.Conv2d(4, 1, 1)
+
+    def forward(self, z):
+        return self.out(self.net(z)).tanh()
+
+
+@pytest.mark.parametrize("train", ["pretrain", "finetune"])
+def test_pictures_leave_the_training_as_it_is(train, tmp_path):
+    """They counted in the running statistics of batch norm, and so changed the trained network."""
+    pytest.importorskip("tensorboard")
+
+    def state(**options):
+        with seeded(0):
+            purifier = Normed()
+        if train == "pretrain":
+            pretrain(purifier, RT2(4), X, config=CONFIG, progress=False, **options)
+        else:
+            finetune(Defense(RT2(4), purifier, trained_classifier()), X, Y, config=CONFIG, progress=False, **options)
+        return purifier.state_dict()
+
+    plain, watched = state(), state(tensorboard=tmp_path)
+    assert plain["net.1.num_batches_tracked"] == 6
+    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+
+
+def test_held_out_images_that_do_not_fit_are_refused_before_the_first_update():
+    """They ended a training at its first evaluation, perhaps after hours."""
+    config = replace(CONFIG, epochs=10**6, evaluate_every=10**6)
+    for wrong in (torch.rand(4, 3, 16, 16), torch.rand(4, 1, 18, 18)):
+        with pytest.raises(ValueError, match="fit: held_out must be images that the networks take, got"):
+            tuned(config, held_out=(wrong, Y[:4]))
+
+
+def test_the_folder_of_the_metrics_is_made_or_refused_at_the_start(tmp_path):
+    """A folder that did not exist ended a training after its first epoch."""
+    tuned(metrics=tmp_path / "new" / "metrics.jsonl")
+    assert len(read_metrics(tmp_path / "new" / "metrics.jsonl")) == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="fit: metrics must be a writable folder, got"):
+        tuned(replace(CONFIG, epochs=10**6), metrics=tmp_path / "file" / "metrics.jsonl")
+
+
 def test_without_tensorboard_nothing_is_written(tiny, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     error = fail(capsys, "train", "tiny.yaml", "--out=run", "--tensorboard=true")

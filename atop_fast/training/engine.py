@@ -6,6 +6,7 @@ seed, epoch and sample, so a run that was killed resumes to the same bits as one
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -80,9 +81,10 @@ def fit(
         twentieth of these.
 
     Raises:
-        ValueError: `checkpoint` is damaged, belongs to another run or cannot be written; processes have different
-            networks, data or options; or a loss or a weight became NaN or infinite. The latter is detected at the end
-            of an epoch and before every checkpoint, so that it is never saved.
+        ValueError: `checkpoint` is damaged, belongs to another run or cannot be written, nor can `metrics`; processes
+            have different networks, data or options; the networks do not take the images of `held_out`; or a loss or a
+            weight became NaN or infinite. The latter is detected at the end of an epoch and before every checkpoint, so
+            that it is never saved.
         SystemExit, KeyboardInterrupt: after SIGTERM (status 143) or Ctrl-C, once the checkpoint is written; a second
             Ctrl-C does not wait for that.
     """
@@ -92,7 +94,10 @@ def fit(
     try:
         with process_group() as group, stop_requests() as stop:
             training = _Training(step, feed, group, seed, fingerprint, held_out)
+            training.try_held_out()
             training.load(checkpoint)
+            if metrics is not None:
+                writable_folder("fit", "metrics", metrics.parent)
             deadline = time.monotonic() + 60 * checkpoint_minutes
             files = (metrics, tensorboard) if group.rank == 0 else (None, None)
             record = Metrics(files[0], title, training.done, files[1])
@@ -213,23 +218,45 @@ class _Training:
         record.add(self.epoch, self.done, self.history[-1], self.rate)
         if record.writer is not None:
             first = torch.arange(min(PICTURES, len(self.feed)))
-            record.add_pictures(self.done, self.step.pictures(*next(self.feed.batches([first], workers=0))))
+            # In training mode, the pictures would count in the statistics of batch norm.
+            with self._evaluation_mode():
+                record.add_pictures(self.done, self.step.pictures(*next(self.feed.batches([first], workers=0))))
         self.sums, self.seen = {}, 0
 
     def _evaluate(self, feed: Feed) -> dict[str, float]:
         """Means of the present network over the held-out images, sharded over the processes."""
-        for module in self.step.modules.values():
-            module.eval()
         batches = torch.arange(len(feed)).split(self.config.batch_size)
         sums: dict[str, Tensor] = {}
-        for whole, (x, y, ids) in zip(batches, feed.batches(self._mine(batches)), strict=True):
-            count = len(ids) if len(whole) > self.group.rank else 0
-            for key, value in self.step.evaluate(x, y, ids).items():
-                sums[key] = sums.get(key, torch.zeros_like(value)) + value.double() * count
+        with self._evaluation_mode():
+            for whole, (x, y, ids) in zip(batches, feed.batches(self._mine(batches)), strict=True):
+                count = len(ids) if len(whole) > self.group.rank else 0
+                for key, value in self.step.evaluate(x, y, ids).items():
+                    sums[key] = sums.get(key, torch.zeros_like(value)) + value.double() * count
         self.group.add_up(list(sums.values()))
-        for module in self.step.modules.values():
-            module.train()
         return {f"held_out_{key}": float(value) / len(feed) for key, value in sums.items()}
+
+    def try_held_out(self) -> None:
+        """Raise before the first update if the networks do not take the held-out images."""
+        if self.held_out is None or not self.config.evaluate_every:
+            return
+        x, y, ids = next(self.held_out.batches([torch.zeros(1, dtype=torch.int64)], workers=0))
+        try:
+            with self._evaluation_mode():
+                self.step.evaluate(x, y, ids)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            given = f"{tuple(x.shape[1:])} ({reason})"
+            raise ValueError(message("fit", "held_out", "images that the networks take", given)) from error
+
+    @contextlib.contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        for module in self.step.modules.values():
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in self.step.modules.values():
+                module.train()
 
     def check(self) -> None:
         """Raise if a logged scalar or a weight is not finite; called before every save."""
