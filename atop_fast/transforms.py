@@ -67,6 +67,14 @@ class RandomTransform(nn.Module):
         """The key that a call with the given one uses; a Defense hands it to a classifier that draws."""
         return seed, sample_ids, draw
 
+    def extra_repr(self) -> str:
+        """The plain attributes: warnings, checkpoints and runs tell transforms with other options apart by them."""
+        plain = (bool, int, float, str, tuple, list, type(None))
+        own = {
+            k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training" and isinstance(v, plain)
+        }
+        return ", ".join(f"{key}={value}" for key, value in own.items())
+
 
 class FixedRandomness(RandomTransform):
     """A transform whose every draw is draw 0 of `seed`: each sample keeps its mask and its noise.

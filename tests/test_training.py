@@ -22,10 +22,12 @@ from atop_fast import (
     pretrain,
     train_classifier,
 )
+from atop_fast.classifiers import Normalized
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.randomness import Tag, derive_seed, random_uniform, seeded
 from atop_fast.training import ClassifierStep, Feed, FinetuneStep, PretrainStep, fit
 from atop_fast.training.nfgsm import NFGSM
+from atop_fast.transforms import RandomTransform
 
 X = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 4
@@ -512,21 +514,25 @@ def test_seed_repeats_and_changes_the_run():
 def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
     path = tmp_path / "run.pt"
 
-    def run(epochs, images=X):
-        purifier, _, _ = networks()
+    def run(epochs, images=X, transform=RT, purifier=None):
+        purifier = networks()[0] if purifier is None else purifier
         config = PretrainConfig(epochs=epochs, batch_size=6, gan_weight=0)
-        pretrain(purifier, RT, images, config=config, checkpoint=path, **QUIET)
+        pretrain(purifier, transform, images, config=config, checkpoint=path, **QUIET)
 
     run(1)
     saved = path.read_bytes()
-    for call in (lambda: run(2), lambda: run(1, X.flip(3) ** 2)):
-        with pytest.raises(ValueError, match=r"checkpoint must be a checkpoint of this run .*another configuration"):
-            call()
     purifier, _, _ = networks()
     torch.nn.init.normal_(purifier.to_image.weight)
-    config = PretrainConfig(epochs=1, batch_size=6, gan_weight=0)
-    with pytest.raises(ValueError, match="another configuration"):
-        pretrain(purifier, RT, X, config=config, checkpoint=path, **QUIET)
+    for call, other in (
+        (lambda: run(2), "epochs"),
+        (lambda: run(1, X.flip(3) ** 2), "data"),
+        (lambda: run(1, transform=RT2(4, sigma=0.2)), "transform"),
+        (lambda: run(1, purifier=purifier), "initial purifier"),
+        (lambda: run(2, X.flip(3) ** 2), "data, epochs"),
+    ):
+        pattern = rf"checkpoint must be a checkpoint of this run .*belongs to a run with another {other}$"
+        with pytest.raises(ValueError, match=pattern):
+            call()
     path.write_bytes(saved[: len(saved) // 2])
     with pytest.raises(ValueError, match="checkpoint must be a checkpoint of this run"):
         run(1)
@@ -569,6 +575,46 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
 def test_wrong_input_is_named(call, error, pattern):
     with pytest.raises(error, match=pattern):
         call()
+
+
+class Dimmed(RandomTransform):
+    """A transform that says nothing about its option."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x, seed=0, sample_ids=None, draw=0):
+        plane = torch.zeros_like(x[:, :1])
+        return torch.cat((self.factor * (2 * x - 1), 1 + plane, plane), dim=1)
+
+    def target(self, x, seed=0, sample_ids=None, draw=0):
+        return 2 * x - 1
+
+
+@pytest.mark.parametrize("other", ["normalization", "layer", "transform"])
+def test_what_no_state_dict_has_is_a_part_of_a_trainings_identity(other, tmp_path):
+    """A training with another normalization, or another transform, took the finished weights of the earlier one."""
+    purifier, _, classifier = networks()
+    given = {"classifier": Normalized(classifier, [0.5], [0.3]).eval(), "transform": Dimmed(0.5)}
+    changed = (
+        given
+        | {
+            "normalization": {"classifier": Normalized(classifier, [0.4], [0.3]).eval()},
+            "layer": {"classifier": nn.Sequential(classifier, nn.Softsign()).eval()},
+            "transform": {"transform": Dimmed(0.4)},
+        }[other]
+    )
+
+    def run(parts):
+        config = FinetuneConfig(epochs=1, batch_size=6, gan_weight=0)
+        defense = Defense(parts["transform"], copy.deepcopy(purifier), parts["classifier"])
+        return finetune(defense, X, Y, config=config, checkpoint=tmp_path / "run.pt", **QUIET)
+
+    assert run(given) == run(given)
+    part = "transform" if other == "transform" else "classifier"
+    with pytest.raises(ValueError, match=f"belongs to a run with another {part}$"):
+        run(changed)
 
 
 def test_deepcopied_purifiers_train_alike():

@@ -527,5 +527,5 @@ def test_no_message_advises_to_run_code(tmp_path):
         load_classifier(path, "small_resnet")
     assert "weights_only" not in str(error.value)
     with pytest.raises(ValueError, match="a checkpoint of this run") as error:
-        load_checkpoint("fit", path, "")
+        load_checkpoint("fit", path, {})
     assert "weights_only" not in str(error.value)

@@ -68,19 +68,27 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda p: p.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
-def save_checkpoint(path: Path, fingerprint: str, state: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, fingerprint: Mapping[str, str], state: dict[str, Any]) -> None:
     """Atomically write tensors, numbers and containers of them, with the fingerprint of the run they belong to."""
-    write_atomic(path, lambda p: torch.save({**state, "fingerprint": fingerprint}, p))
+    write_atomic(path, lambda p: torch.save({**state, "fingerprint": dict(fingerprint)}, p))
 
 
-def load_checkpoint(function: str, path: Path | None, fingerprint: str) -> dict[str, Any] | None:
-    """Read the state from save_checkpoint; None if there is no file, ValueError if it is damaged or of another run."""
+def load_checkpoint(function: str, path: Path | None, fingerprint: Mapping[str, str]) -> dict[str, Any] | None:
+    """Read the state from save_checkpoint; None if there is no file, ValueError if it is damaged or of another run.
+
+    Args:
+        function: name for error messages.
+        path: the file.
+        fingerprint: what the run depends on -> its text; the message names those that differ.
+    """
     if path is None or not path.exists():
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            raise ValueError("it belongs to another configuration")
+        found = state["fingerprint"]
+        if found != fingerprint:
+            keys = sorted(k for k in fingerprint.keys() | found.keys() if fingerprint.get(k) != found.get(k))
+            raise ValueError(f"it belongs to a run with another {', '.join(keys)}")
     except Exception as error:
         # torch.load raises several unrelated types for damaged files; all mean the same to the caller.
         expected = "a checkpoint of this run (delete it to start again)"
@@ -280,6 +288,18 @@ def describe(*tensors: Tensor) -> str:
             digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
     shapes = " ".join(str(tuple(t.shape)) for t in tensors[:2])
     return f"{shapes}{' ...' if len(tensors) > 2 else ''} sha256:{digest.hexdigest()[:32]}"
+
+
+def describe_module(module: nn.Module) -> str:
+    """Identify a network: hashes of its printed form, and of its weights and buffers, also those of no state dict."""
+    values = {**module.state_dict(), **dict(module.named_buffers())}
+    tensors = [value for value in values.values() if isinstance(value, Tensor)]
+    return f"{hashlib.sha256(shown(module).encode()).hexdigest()[:32]} {describe(*tensors)}"
+
+
+def shown(value: object) -> str:
+    """The repr of an attack or a model without addresses, which differ between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def writable_folder(function: str, argument: str, path: str | Path) -> Path:

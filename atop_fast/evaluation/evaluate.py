@@ -23,6 +23,7 @@ from .._core.checks import (
     message,
 )
 from .._core.distributed import process_group
+from .._core.files import shown
 from .._core.signals import stop_requests
 from ..attacks import NORMS, Model, counted_passes, frozen
 from ..data import Dataset
@@ -31,7 +32,7 @@ from ..randomness import derive_seed
 from ..training.metrics import summary_writer
 from .findings import Threat, check_findings, draws_finding, examined, outside_finding, radius_finding, transfer_finding
 from .given import given_attacks
-from .identity import attack_identity, model_identity, probe_images, shown
+from .identity import attack_identity, model_identity, probe_images
 from .judge import Judge, judged
 from .page import describe_images, describe_model
 from .pictures import gallery_rows

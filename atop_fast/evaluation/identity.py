@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import re
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._core.files import shown
 from ..attacks import Attack, AutoAttack, Model, frozen
 from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_uniform, seeded
@@ -78,11 +78,6 @@ def attack_identity(attack: Any, model: Model) -> str:
     `model` is the evaluated model, which has a separate identity.
     """
     return _hash(Walk(model).text(attack))
-
-
-def shown(value: object) -> str:
-    """The repr of an attack or a model without addresses, which differ between processes."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class Walk:

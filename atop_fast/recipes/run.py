@@ -33,7 +33,7 @@ from torch import nn
 
 from .._core.checks import check_choice, check_device, check_integer
 from .._core.distributed import Group, process_group
-from .._core.files import claim_folder, describe
+from .._core.files import claim_folder, describe_module
 from ..checkpoints import load_model, save_defense, save_model
 from ..classifiers.zoo import match_classes, sized
 from ..data import Dataset
@@ -141,8 +141,7 @@ class _Pipeline:
             images = f"{train.description()} {held_out.description()}"
             header = {**asdict(recipe), "seed": seed, "images": images}
             if given := [kind for kind in self.networks if getattr(recipe, kind).path is not None]:
-                states = {kind: self.networks[kind].module.state_dict().values() for kind in given}
-                header["weights"] = {kind: describe(*state) for kind, state in states.items()}
+                header["weights"] = {kind: describe_module(self.networks[kind].module) for kind in given}
             known = (out / "run.json").exists()
             claim_folder("run_recipe", out, header if seconds is None else {**header, "budget": seconds})
             if known and self.say is not None:

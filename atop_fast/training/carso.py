@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._core.capture import Logs
 from .._core.checks import check_fits, check_number, message
-from .._core.files import describe
+from .._core.files import describe_module
 from ..attacks import frozen
 from ..attacks.folding import fold_batch_norm
 from ..attacks.network import Probe, agrees
@@ -201,6 +201,6 @@ def train_carso(
             checkpoint_minutes=checkpoint_minutes,
             metrics=metrics,
             tensorboard=tensorboard,
-            fingerprint=f"CARSO {describe(*carso.model.state_dict().values())}",
+            fingerprint={"votes": f"{carso.votes}", "classifier": describe_module(carso.model)},
             progress=progress,
         )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.checks import check_fits, message
+from .._core.files import shown
 from ..attacks import frozen
 from ..defense import Defense
 from ..randomness import Tag, derive_seed, random_bits
@@ -153,7 +154,7 @@ def train_classifier(
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
         tensorboard=tensorboard,
-        fingerprint="" if transform is None else repr(transform),
+        fingerprint={"transform": "none" if transform is None else shown(transform)},
         progress=progress,
     )
 

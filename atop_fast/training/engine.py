@@ -10,7 +10,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from .._core.checks import message
 from .._core.distributed import Group, process_group
-from .._core.files import describe, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
+from .._core.files import describe_module, load_checkpoint, remove_leftovers, save_checkpoint, writable_folder
 from .._core.signals import stop_requests
 from .._core.threads import Queueing
 from ..randomness import derive_seed, permutation
@@ -53,7 +54,7 @@ def fit(
     checkpoint_minutes: float = 1.0,
     metrics: str | Path | None = None,
     tensorboard: str | Path | None = None,
-    fingerprint: str = "",
+    fingerprint: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> History:
     """Run `step` over shuffled batches with its networks in training mode; afterwards they are in evaluation mode.
@@ -72,8 +73,8 @@ def fit(
         checkpoint_minutes: minutes between checkpoints; 0 writes one after every update.
         metrics: JSON-lines file to which every history entry adds its losses, learning rate and images per second.
         tensorboard: folder for TensorBoard logs with the same numbers and purified images; needs the package.
-        fingerprint: text that identifies further inputs of the result; the data, the initial weights, the options and
-            `seed` are added to it.
+        fingerprint: further inputs of the result, such as "transform" -> a text that identifies it; the data, the
+            initial networks, the options and `seed` are added to it.
         progress: show a progress bar with the ETA.
 
     Returns:
@@ -93,7 +94,7 @@ def fit(
         module.train()
     try:
         with process_group() as group, stop_requests() as stop:
-            training = _Training(step, feed, group, seed, fingerprint, held_out)
+            training = _Training(step, feed, group, seed, fingerprint or {}, held_out)
             training.try_held_out()
             training.load(checkpoint)
             if metrics is not None:
@@ -123,13 +124,18 @@ class _Training:
     """The state of a training; the next update is number `batch` of `epoch`."""
 
     def __init__(
-        self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: str, held_out: Feed | None
+        self, step: Step, feed: Feed, group: Group, seed: int, fingerprint: Mapping[str, str], held_out: Feed | None
     ) -> None:
         self.step, self.feed, self.group, self.seed, self.held_out = step, feed, group, seed, held_out
         self.config: TrainingConfig = step.config
         check_passes(step.single, len(feed), self.config.batch_size, self.config.accumulate, group.size)
-        weights = [value for module in step.modules.values() for value in module.state_dict().values()]
-        self.fingerprint = f"{fingerprint} {self.config} {seed} {feed.description()} {describe(*weights)}"
+        self.fingerprint = {
+            **fingerprint,
+            **{key: repr(value) for key, value in asdict(self.config).items()},
+            "seed": f"{seed}",
+            "data": feed.description(),
+            **{f"initial {name}": describe_module(module) for name, module in step.modules.items()},
+        }
         if any(other != self.fingerprint for other in group.gather(self.fingerprint)):
             expected = "the same networks, data and options in every process"
             raise ValueError(message("fit", "step, feed", expected, "differences between the ranks"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .._core.checks import message
-from .._core.files import describe
+from .._core.files import describe_module, shown
 from ..attacks import frozen
 from ..defense import Defense
 from ..transforms import RandomTransform, describe_transform
@@ -74,7 +74,7 @@ def pretrain(
         checkpoint_minutes=checkpoint_minutes,
         metrics=metrics,
         tensorboard=tensorboard,
-        fingerprint=repr(transform),
+        fingerprint={"transform": shown(transform)},
         progress=progress,
     )
 
@@ -144,6 +144,6 @@ def finetune(
             checkpoint_minutes=checkpoint_minutes,
             metrics=metrics,
             tensorboard=tensorboard,
-            fingerprint=f"{defense.transform!r} {describe(*defense.classifier.state_dict().values())}",
+            fingerprint={"transform": shown(defense.transform), "classifier": describe_module(defense.classifier)},
             progress=progress,
         )
