@@ -164,6 +164,34 @@ def test_the_loss_is_that_of_the_formula():
         assert float(logs["loss"]) == pytest.approx(float(bce + weight * kl), rel=1e-5)
 
 
+@pytest.mark.parametrize(("share", "parts", "expected"), [(0.2, 6, 2), (0.5, 5, 6), (0.5, 1, 6), (0, 4, 0), (1, 3, 12)])
+def test_the_attacked_share_is_one_of_the_whole_batch(share, parts, expected, monkeypatch):
+    """However many parts accumulate; of parts of two images, a share of 0.2 rounded to none."""
+    attacked = []
+
+    def recorded(attacker, seed, x, y, ids):
+        attacked.extend(ids.tolist())
+        return x
+
+    monkeypatch.setattr("atop_fast.training.carso.run_attack", recorded)
+    config = CARSOConfig(lr=0, adversarial_share=share, accumulate=parts)
+    step = CARSOStep(untrained(classifier()), config, 3, X[:1])
+    step(X, Y, IDS, 0)
+    step(X, Y, IDS, 1)
+    assert len(attacked) == 2 * expected
+    assert attacked[:expected] == attacked[expected:]
+
+
+def test_building_leaves_the_statistics_of_a_classifier_in_training_mode():
+    """An image of zeros counted in them."""
+    with seeded(0):
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    CARSO(model, (1, 16, 16), **SMALL)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.fixture(scope="session")
 def trained():
     """A CARSO of the small task, and the history of its training."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.checks import check_integer, message
+from ..attacks import frozen
 from ..ops import random_normal, upsample_conv3x3
 from .inside import CONVOLUTIONS, Compute, Key, Replaced
 
@@ -69,7 +70,8 @@ class CARSO(Replaced):
             raise ValueError(message("CARSO", "shape", "(C, H, W), H and W divisible by 8", tuple(shape)))
         some = next(model.parameters(), torch.empty(0))
         if layers is None:
-            with torch.no_grad():
+            # In training mode, an image of zeros would count in the statistics of the caller's batch norm.
+            with torch.no_grad(), frozen(model):
                 layers = [h.shape[1:] for h in self._outputs(some.new_zeros(1, *self.shape))]
         self.layers = [tuple(check_integer("CARSO", "layers", size, low=1) for size in layer) for layer in layers]
         if not self.layers or any(len(layer) != 3 for layer in self.layers):

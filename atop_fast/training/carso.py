@@ -27,7 +27,7 @@ from ..defenses.carso import CARSO
 from ..defenses.noise import GaussianNoise
 from ..ops import random_normal
 from ..randomness import derive_seed
-from .config import TrainingConfig
+from .config import TrainingConfig, check_attack
 from .engine import History, fit
 from .feed import Feed, Images
 from .nfgsm import NFGSM
@@ -44,7 +44,7 @@ class CARSOConfig(TrainingConfig):
 
     Attributes:
         beta: weight of the KL divergence after its warm-up.
-        adversarial_share: share of each batch that NFGSM attacks; the rest stays clean.
+        adversarial_share: share of each batch that NFGSM attacks, rounded to whole images; the rest stays clean.
         eps, alpha, noise: parameters of NFGSM.
     """
 
@@ -59,10 +59,7 @@ class CARSOConfig(TrainingConfig):
         name = type(self).__name__
         check_number(name, "beta", self.beta, low=0)
         check_number(name, "adversarial_share", self.adversarial_share, low=0, high=1)
-        check_number(name, "eps", self.eps, low=0)
-        if self.alpha is not None:
-            check_number(name, "alpha", self.alpha, low=0)
-        check_number(name, "noise", self.noise, low=0)
+        check_attack(name, self.eps, self.alpha, self.noise)
 
 
 class CARSOStep(Step):
@@ -96,8 +93,9 @@ class CARSOStep(Step):
         return None
 
     def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
-        count = round(self.config.adversarial_share * len(x))
-        seen = x
+        # The share is one of the whole batch: of chunks of two images, a share of 0.2 would round to none.
+        before, after = (round(self.config.adversarial_share * place) for place in (self.place, self.place + len(x)))
+        count, seen = after - before, x
         if count:
             adversarial = run_attack(self.attacker, self.attack_key, x[:count], y[:count], ids[:count])
             seen = torch.cat((adversarial, x[count:]))

@@ -85,6 +85,14 @@ class TrainingConfig:
         return whole if self.updates is None else min(whole, self.updates)
 
 
+def check_attack(name: str, eps: float, alpha: float | None, noise: float) -> None:
+    """Check the parameters that training attacks share."""
+    check_number(name, "eps", eps, low=0)
+    if alpha is not None:
+        check_number(name, "alpha", alpha, low=0)
+    check_number(name, "noise", noise, low=0)
+
+
 @dataclass(frozen=True)
 class ClassifierConfig(TrainingConfig):
     """Options of train_classifier, in addition to those of TrainingConfig.
@@ -133,10 +141,7 @@ class ClassifierConfig(TrainingConfig):
         check_integer(name, "shift", self.shift, low=0)
         check_choice(name, "flip", self.flip, list(FLIPS))
         check_choice(name, "attack", self.attack, ["none", "n-fgsm"])
-        check_number(name, "eps", self.eps, low=0)
-        if self.alpha is not None:
-            check_number(name, "alpha", self.alpha, low=0)
-        check_number(name, "noise", self.noise, low=0)
+        check_attack(name, self.eps, self.alpha, self.noise)
 
 
 @dataclass(frozen=True)
@@ -222,19 +227,16 @@ class FinetuneConfig(PretrainConfig):
         check_number(name, "l1_weight", self.l1_weight, low=0)
         if self.l1_final is not None:
             check_number(name, "l1_final", self.l1_final, low=0)
-        check_number(name, "noise", self.noise, low=0)
+        check_attack(name, self.eps, self.alpha, self.noise)
         check_integer(name, "ce_from_epoch", self.ce_from_epoch, low=0)
         check_choice(name, "attack", self.attack, list(ATTACKS))
         check_integer(name, "steps", self.steps, low=1)
-        if self.alpha is not None:
-            check_number(name, "alpha", self.alpha, low=0)
         check_choice(name, "attacked", self.attacked, list(ATTACKED))
         check_number(name, "adversarial_share", self.adversarial_share, low=0, high=1)
         check_choice(name, "target", self.target, list(TARGETS))
         check_number(name, "color", self.color, low=0, high=1)
         check_number(name, "flow", self.flow, low=0)
         check_choice(name, "norm", self.norm, ["Linf"] if self.attack in ("n-fgsm", "gat") else list(NORMS))
-        check_number(name, "eps", self.eps, low=0)
         check_number(name, "eps_warmup", self.eps_warmup, low=0, high=1)
         check_integer(name, "eot_iter", self.eot_iter, low=1)
         check_choice(name, "attack_draw", self.attack_draw, list(ATTACK_DRAWS))

@@ -78,8 +78,9 @@ class Step:
         self.optimizers = {name: self.optimizer(module, betas) for name, module in self.modules.items()}
         scaled = self.dtype is torch.float16
         self.scalers = {name: torch.amp.GradScaler(self.device.type, enabled=scaled) for name in self.modules}
-        # The current chunk of the batch: its share of the batch, and whether it is the first and the last chunk.
-        self.part, self.first, self.last = 1.0, True, True
+        # The current chunk of the batch: its share of the batch, the place of its first image, and whether it is the
+        # first and the last chunk.
+        self.part, self.place, self.first, self.last = 1.0, 0, True, True
         # Batch-norm layers that need more than one image per pass, see check_passes.
         self.single: list[str] = []
         self.replayed = Replayed(self._update, CudaRecorder() if self.device.type == "cuda" else None)
@@ -135,11 +136,13 @@ class Step:
     def _update(self, x: Tensor, y: Tensor, ids: Tensor) -> Logs:
         count = min(self.config.accumulate, len(x))
         logs: Logs = {}
+        self.place = 0
         parts = zip(x.tensor_split(count), y.tensor_split(count), ids.tensor_split(count), strict=True)
         for i, (images, labels, keys) in enumerate(parts):
             self.part, self.first, self.last = len(images) / len(x), i == 0, i == count - 1
             for key, value in self.losses(images, labels, keys, self.epoch).items():
                 logs[key] = logs.get(key, torch.zeros_like(value)) + self.part * value.detach()
+            self.place += len(images)
         return logs
 
     def losses(self, x: Tensor, y: Tensor, ids: Tensor, epoch: Tensor) -> Logs:
