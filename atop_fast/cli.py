@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 from . import env as environment
 from ._core.checks import check_device, message, pick_device
 from ._core.distributed import launched
+from ._core.help import find_definition, options_of
 from ._core.usage import answer_usage
 from ._core.yaml import parse_yaml
 from .bench.command import bench
@@ -33,7 +35,7 @@ from .evaluation.page import evaluation_answer
 from .evaluation.report import format_table, versions
 from .recipes.evaluation import EvaluationConfig
 from .recipes.options import DataConfig, GivenTransform, TransformConfig
-from .recipes.pack import evaluation_script, given_files, pack_run, system_of
+from .recipes.pack import evaluation_script, given_files, pack_run, read_report, system_of
 from .recipes.run import run_recipe
 from .recipes.schema import ClassifierSource, DiscriminatorSource, PurifierSource, Recipe, load_recipe, preset_names
 from .training import FinetuneConfig, PretrainConfig
@@ -192,13 +194,13 @@ def report(run: str, pack: str | None = None) -> None:
     """Show the results of a finished run; `atop-fast report RUN [options]`.
 
     Args:
-        run: folder of the commands train or demo.
+        run: folder of the commands train or demo, or of evaluate.
         pack: file, such as run.zip, for an archive of defense, attacked images, report and recipe, which `atop-fast
             evaluate` takes on another machine.
     """
     if pack is not None:
         pack_run(Path(run), Path(pack))
-    _print(json.loads((Path(run) / "report.json").read_text(encoding="utf-8")))
+    _print(read_report(Path(run)))
     if pack is not None:
         print(f"Wrote {pack}; atop-fast evaluate {pack} attacks its defense on its images")
 
@@ -222,7 +224,9 @@ class _Parser(jsonargparse.ArgumentParser):
     """A parser whose errors are one line and exit code 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sys.exit(_fail(message))
+        # jsonargparse names an option as COMMAND.OPTION.
+        text = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
+        sys.exit(_fail(f"{text}{_meant(text)}"))
 
 
 def main(args: list[str] | None = None) -> None:
@@ -253,6 +257,19 @@ def main(args: list[str] | None = None) -> None:
 def _fail(error: Any) -> int:
     print(f"atop-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def _meant(error: str) -> str:
+    """The option that an unknown one was perhaps meant to be."""
+    unknown = re.match(r"unrecognized arguments: (--[\w.]+)", error)
+    command = next(iter(_GIVEN), "")
+    if unknown is None or command not in COMMANDS:
+        return ""
+    found = find_definition(command, Path(__file__))
+    known = [] if found is None else [f"--{option.name}" for option in options_of(*found)]
+    close = difflib.get_close_matches(unknown[1], known, n=1)
+    text = f"perhaps {close[0]}; " if close else ""
+    return f" ({text}`atop-fast {command} --help` lists the options)"
 
 
 def _load_option(text: str) -> Any:

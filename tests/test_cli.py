@@ -136,6 +136,7 @@ def test_a_classifier_by_name_needs_its_file(files, capsys):
     assert "torchvision:none" in fail(capsys, "evaluate", "--classifier=torchvision:none", "--weights=x.pt", *DATA)
     error = fail(capsys, "evaluate", "--classifier=torchvision:resnet18", "--weights=x.pt", *DATA)
     assert "x.pt" in error
+    (files / "classifier.pt").write_bytes(b"weights")
     assert "architecture" in fail(capsys, "doctor", "--classifier=classifier.pt", *DATA)
 
 
@@ -538,3 +539,42 @@ def test_variables_of_half_a_launch_are_none(files, capsys, monkeypatch):
 def test_fractions_that_are_none_are_refused(files, capsys):
     for value in ("8/0", "1/2/3", "a/255"):
         assert "eps" in fail(capsys, "evaluate", "--classifier=classifier.safetensors", *DATA, f"--eps={value}")
+
+
+def test_what_is_no_run_and_no_file_is_named(files, capsys):
+    """Folders and files that do not exist, and folders of images or models, in the place of a run or of a file."""
+    os.makedirs("begun")
+    (files / "begun/run.json").write_text("{}")
+    (files / "begun/report.json").mkdir()
+    for run, reason in (
+        ("images", "it has no report.json"),
+        ("nowhere", "there is no such folder"),
+        ("classifier.safetensors", "a file, and no folder"),
+    ):
+        error = fail(capsys, "report", run)
+        assert f"report: run must be the folder of a finished run of demo, train or evaluate, got {run}" in error
+        assert error.endswith(f"({reason})")
+    os.rmdir("begun/report.json")
+    assert "(it has no report.json: the command that began it goes on)" in fail(capsys, "report", "begun")
+    (files / "begun/report.json").write_text("[]")
+    assert "report.json is not that of atop-fast" in fail(capsys, "report", "begun")
+    for run, reason in (("images", "it has no run.json"), ("begun", "its run.json is not that of `atop-fast train`")):
+        expected = f"evaluate: RUN must be the folder of a run of demo or train, got {run} ({reason})"
+        assert expected in fail(capsys, "evaluate", run)
+    for command in (["evaluate", "--classifier"], ["doctor", "--classifier"], ["check"]):
+        error = fail(capsys, *command, ".", *DATA)
+        assert "name_or_path must be a file, or the name of a model, got . (is a folder; it holds classifier" in error
+        assert error.endswith("; it holds classifier.safetensors, purifier.safetensors)")
+    error = fail(capsys, "evaluate", "--defense", ".", *DATA)
+    assert error.endswith("got . (is a folder; it holds classifier.safetensors, purifier.safetensors)")
+    assert "got none.pt, which does not exist" in fail(capsys, "evaluate", "none.pt", *DATA)
+
+
+def test_a_misspelled_option_is_answered_by_the_nearest(files, capsys):
+    error = fail(capsys, "evaluate", "classifier.safetensors", "--imags=4", *DATA)
+    assert "unrecognized arguments: --imags=4 (perhaps --images; `atop-fast evaluate --help` lists" in error
+    error = fail(capsys, "doctor", "--qqq", "1")
+    assert error.endswith("unrecognized arguments: --qqq 1 (`atop-fast doctor --help` lists the options)")
+    assert fail(capsys, "judge", "none").endswith("the following arguments are required: --classifier")
+    for command in ("evaluate", "doctor"):
+        assert fail(capsys, command).endswith("classifier must be given, or a defense, and not both, got neither")

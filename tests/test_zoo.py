@@ -22,6 +22,8 @@ from atop_fast.recipes.options import GivenTransform
 from atop_fast.recipes.schema import ClassifierSource, Recipe
 
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+# A file that is no model.
+FLOORS = Path(__file__).with_name("floors.json")
 TINY = {"depth": 10, "widen": 1}
 
 
@@ -172,8 +174,15 @@ def test_other_files_are_refused(content, pattern, tmp_path):
 @pytest.mark.parametrize(
     ("call", "pattern"),
     [
-        (lambda: load_classifier("c.pt"), r"architecture must be the architecture of c\.pt: one of 'small_cnn'"),
-        (lambda: load_classifier("c.pt", "vgg"), "architecture must be one of 'small_cnn', .* got 'vgg'"),
+        (
+            lambda: load_classifier(FLOORS),
+            r"architecture must be the architecture of .*: one of 'small_cnn'",
+        ),
+        (lambda: load_classifier("c.pt"), r"name_or_path must be a file, .*, got c\.pt, which does not exist$"),
+        (
+            lambda: load_classifier(FLOORS, "vgg"),
+            "architecture must be one of 'small_cnn', .* got 'vgg'",
+        ),
         (lambda: load_classifier("c.safetensors", width=9), "options must be left out for c.safetensors, got .*9"),
         (lambda: load_classifier("Standard", width=9), "options must be left out for Standard"),
         (lambda: load_classifier("Standard", dataset="mnist"), "dataset must be one of 'cifar10', 'cifar100'"),
@@ -307,8 +316,11 @@ def test_named_models_are_read_and_never_fetched_unasked(zoo, tmp_path, monkeypa
     monkeypatch.setitem(zoo["Standard"], "model", lambda: tiny(depth=10, widen_factor=1))
     with pytest.raises(ValueError, match=r"a model whose file is at .*Standard\.pt, or download=True, got 'Standard'"):
         load_classifier("Standard", folder=tmp_path)
-    with pytest.raises(ValueError, match="name_or_path must be one of 'Andriushchenko2020Understanding'"):
-        load_classifier("NoSuchModel", folder=tmp_path)
+    expected = r"name_or_path must be an existing file, or one of the \d+ models of RobustBench for cifar10 and Linf"
+    with pytest.raises(ValueError, match=rf"{expected}, such as .*Standard.*, got 'Standart'"):
+        load_classifier("Standart", folder=tmp_path)
+    with pytest.raises(ValueError, match=rf"{expected}, such as .+, got 'x'"):
+        load_classifier("x", folder=tmp_path)
     with seeded(0):
         model = randomized(tiny(depth=10, widen_factor=1))
     path = tmp_path / "cifar10" / "Linf" / "Standard.pt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -87,7 +88,12 @@ def robustbench_model(
     except ImportError as error:
         raise not_installed(name, "robustbench", "zoo", error) from error
     models = model_dicts[BenchmarkDataset(dataset)][ThreatModel(threat_model)]
-    entry = models[check_choice("load_classifier", "name_or_path", name, list(models))]
+    if name not in models:
+        close = difflib.get_close_matches(name, models, n=3, cutoff=0.4) or list(models)[:3]
+        expected = f"an existing file, or one of the {len(models)} models of RobustBench for {dataset} and "
+        expected += f"{threat_model}, such as {', '.join(close)}"
+        raise ValueError(message("load_classifier", "name_or_path", expected, repr(name)))
+    entry = models[name]
     # An ensemble or a timm model has no single file.
     return entry["model"] if isinstance(entry["gdrive_id"], str) else None, fetch_model
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .._core.checks import check_choice, message
-from .._core.files import load_weights, read_state, unwrapped
+from .._core.files import load_weights, read_state, shown_folder, unwrapped
 from ..checkpoints import CLASSES, SHAPE, find_defense, load_defense, load_model, read_header, read_metadata
 from ..data import Dataset, Files
 from ..defense import Defense
@@ -102,6 +102,10 @@ def load_classifier(
     for option, value in {**given, "options": options or None, "download": download or None}.items():
         if value is not None and option not in kind.takes:
             raise ValueError(message("load_classifier", option, f"left out for {name}", repr(value)))
+    unknown = kind is CHECKPOINT and architecture is None and not file.exists()
+    if unknown or (kind in (CHECKPOINT, ARCHIVE, MODEL_FILE) and file.is_dir()):
+        found = f"{name}, which does not exist" if unknown else shown_folder(file)
+        raise ValueError(message("load_classifier", "name_or_path", "a file, or the name of a model", found))
     statistics = None if normalize is None else parse_normalization("load_classifier", normalize)
     if kind is PACKAGE:
         return _from_package(name, weights, download, options, key, statistics)
@@ -169,7 +173,14 @@ class System:
     trust: bool = False
 
     def sized(self, function: str, data: DataConfig) -> DataConfig:
-        """The data's options with the size that the model's file states; see sized."""
+        """The data's options with the size that the model's file states; see sized.
+
+        Raises:
+            ValueError: neither a classifier nor a defense is given, or both are, or the options contradict the file.
+        """
+        if (self.classifier is None) is (self.defense is None):
+            given = "neither" if self.defense is None else "both"
+            raise ValueError(message(function, "classifier", "given, or a defense, and not both", given))
         return sized(function, self.classifier if self.defense is None else find_defense(function, self.defense), data)
 
     def load(self, function: str, data: Dataset | Files) -> tuple[nn.Module, Dataset | Files]:
@@ -183,9 +194,6 @@ class System:
         Raises:
             ValueError: the options contradict each other, a file or the data; or a file cannot be read.
         """
-        if (self.classifier is None) is (self.defense is None):
-            expected = "given, or a defense, and not both"
-            raise ValueError(message(function, "classifier", expected, f"{self.classifier} and {self.defense}"))
         if self.defense is not None:
             return self._defense(function, self.defense, data)
         assert self.classifier is not None

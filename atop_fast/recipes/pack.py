@@ -215,14 +215,39 @@ def unpack(archive: Path, folder: Path) -> None:
         ) from error
 
 
-def read_run(run: Path) -> dict[str, Any]:
+def read_report(run: Path) -> dict[str, Any]:
+    """report.json of a finished run or evaluation."""
+    try:
+        data = json.loads((run / "report.json").read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or not {"answer", "systems", "chance"} <= data.keys():
+            raise ValueError("report.json is not that of atop-fast")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = _missing(run, "report.json") or str(error)
+        expected = "the folder of a finished run of demo, train or evaluate"
+        raise ValueError(message("report", "run", expected, f"{run} ({reason})")) from error
+    return data
+
+
+def _missing(run: Path, name: str) -> str:
+    """What a folder lacks to be a run with the file `name`; empty if it is there."""
+    if not run.is_dir():
+        return "a file, and no folder" if run.exists() else "there is no such folder"
+    if (run / name).exists():
+        return ""
+    unfinished = (run / RUN).exists()
+    return f"it has no {name}{': the command that began it goes on' if unfinished else ''}"
+
+
+def read_run(run: Path, function: str = "report", argument: str = "run") -> dict[str, Any]:
     """run.json of a folder of run_recipe."""
     try:
         header = json.loads((run / RUN).read_text(encoding="utf-8"))
         if not isinstance(header, dict) or not {"data", "evaluation", "classifier", "images"} <= header.keys():
-            raise ValueError("it is not that of `atop-fast train`")
+            raise ValueError(f"its {RUN} is not that of `atop-fast train`")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(message("report", "run", "the folder of a run", f"{run / RUN} ({error})")) from error
+        reason = _missing(run, RUN) or str(error)
+        expected = "the folder of a run of demo or train"
+        raise ValueError(message(function, argument, expected, f"{run} ({reason})")) from error
     return header
 
 
@@ -243,11 +268,11 @@ def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, 
     """
     if path.suffix == ".zip":
         unpack(path, folder)
-        header = read_run(folder)
+        header = read_run(folder, "evaluate", "RUN")
         data: dict[str, Any] = {"source": str(folder / IMAGES)}
         path = folder
     elif path.is_dir():
-        header = read_run(path)
+        header = read_run(path, "evaluate", "RUN")
         data = header["data"]
     elif path.suffix != ".safetensors":
         shipped = not path.exists() and str(path) in list_defenses()
