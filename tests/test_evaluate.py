@@ -389,6 +389,13 @@ def test_verdicts_are_computed_in_float32():
         ({"norm": "L7"}, ValueError, "evaluate: norm must be one of 'Linf', 'L2'"),
         ({"randomness": "none"}, ValueError, "evaluate: randomness must be one of 'fresh', 'fixed', got 'none'"),
         ({"interval": "exact"}, ValueError, "evaluate: interval must be one of 'wilson', 'bootstrap', got 'exact'"),
+        ({"curve": 0.1}, TypeError, r"evaluate: curve must be a sequence of radii, such as .*, got float"),
+        ({"about": "mynet"}, TypeError, "evaluate: about must be a mapping of texts, .*, got str"),
+        (
+            {"images": [X[0]], "labels": None},
+            TypeError,
+            "images must be a tensor with `labels`, .*, got list",
+        ),
         ({"curve": (-0.1,)}, ValueError, "evaluate: curve must be finite and >= 0, got -0.1"),
         (
             {"model": nn.Conv2d(3, 1, 1)},

@@ -85,6 +85,13 @@ def test_bytes_are_read_as_those_of_a_dataset_in_memory(digits):
     assert numbers(one) == numbers(other)
 
 
+def test_labels_of_a_dataset_may_be_integers_of_any_size(digits):
+    expected = numbers(evaluate(standard_mnist(), digits.images, digits.labels, **OPTIONS, diagnostics=()))
+    for labels in (digits.labels.int(), digits.labels.byte()):
+        data = TensorDataset(digits.images, labels)
+        assert numbers(evaluate(standard_mnist(), data, **OPTIONS, diagnostics=())) == expected
+
+
 def test_a_run_goes_on_with_another_source(digits, tmp_path):
     model, out = standard_mnist(), tmp_path / "run"
     whole = evaluate(model, digits.images, digits.labels, **OPTIONS)
@@ -135,12 +142,14 @@ def test_what_is_no_whole_set_is_refused(digits):
         (Stream(), TypeError, "images must be a Dataset with a length and items by index"),
         (DataLoader(Stream()), TypeError, "images must be a Dataset with a length and items by index"),
         (DataLoader(data, sampler=WeightedRandomSampler([1.0] * COUNT, COUNT)), ValueError, "visits every item"),
-        (DataLoader(data, batch_size=None), ValueError, "visits every item of its dataset once"),
+        (DataLoader(data, batch_size=None), ValueError, "visits every item .* got one with batch_size=None"),
         (DataLoader(data, batch_size=3, drop_last=True), ValueError, "got one that drops the last 2"),
         (TensorDataset(images), TypeError, r"images must be a dataset of \(image, label\)"),
         (TensorDataset(images[:0], labels[:0]), ValueError, "images must be at least one, got none"),
         (TensorDataset(images * 255, labels), ValueError, r"images must be in \[0, 1\]"),
         (TensorDataset(images, labels.float()), TypeError, "labels must be an int64 tensor"),
+        (Subset([(object(), 0)], [0]), TypeError, r"of \(image, label\) with tensors as images .*ToTensor\(\)"),
+        (Subset([(images[0], "cat")], [0]), TypeError, "labels must be class indices, got str, as in 'cat'"),
         (Subset(uneven, range(4)), ValueError, "images must be a dataset whose images have one shape"),
     ):
         with pytest.raises(error, match=pattern):

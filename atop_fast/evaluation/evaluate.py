@@ -7,7 +7,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,11 @@ def evaluate(
     plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
     norm = check_choice("evaluate", "norm", plan.norm if norm is None else norm, NORMS)
     threat = Threat(norm, check_radius("evaluate", norm, plan.eps if eps is None else eps))
+    if not isinstance(curve, Iterable):
+        raise TypeError(message("evaluate", "curve", "a sequence of radii, such as (0, 8 / 255)", type(curve).__name__))
+    if about is not None and not isinstance(about, Mapping):
+        expected = 'a mapping of texts, such as {"model": "mynet.pt"}'
+        raise TypeError(message("evaluate", "about", expected, type(about).__name__))
     radii = tuple(check_number("evaluate", "curve", radius, low=0) for radius in curve)
     findings = check_findings(diagnostics)
     deadline = None if budget is None else start + parse_budget(budget)

@@ -125,13 +125,26 @@ class Streamed(Source):
         except RuntimeError as error:
             expected = "a dataset whose images have one shape"
             raise ValueError(message("evaluate", "images", expected, " ".join(str(error).split()))) from error
+        except TypeError as error:
+            expected = "a dataset of (image, label) with tensors as images (of torchvision: transform=ToTensor())"
+            raise TypeError(message("evaluate", "images", expected, " ".join(str(error).split()))) from error
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             given = f"items of type {type(self.data[places[0]]).__name__}"
             raise TypeError(message("evaluate", "images", "a dataset of (image, label)", given))
-        x, y = batch[0], torch.as_tensor(batch[1])
+        x, y = batch[0], self._labels(batch[1])
         if isinstance(x, Tensor) and x.dtype == torch.uint8:
             x = x.float().div_(255)
         return check_images("evaluate", "images", x).cpu(), check_labels("evaluate", "labels", y, x).cpu()
+
+    @staticmethod
+    def _labels(values: Any) -> Tensor:
+        """The labels of a batch; integers of any size become int64, as numbers of Python do."""
+        try:
+            y = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            given = f"{type(values[0]).__name__}, as in {values[0]!r}" if isinstance(values, (list, tuple)) else values
+            raise TypeError(message("evaluate", "labels", "class indices", given)) from error
+        return y.long() if y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else y
 
 
 def make_source(images: Any, labels: Any, model: object) -> Source:
@@ -141,6 +154,9 @@ def make_source(images: Any, labels: Any, model: object) -> Source:
         TypeError, ValueError: naming the argument that is wrong.
     """
     if not isinstance(images, (Dataset, TorchDataset, DataLoader)):
+        if labels is None and not isinstance(images, Tensor):
+            expected = "a tensor with `labels`, a Dataset of this library or of torch, or a DataLoader"
+            raise TypeError(message("evaluate", "images", expected, type(images).__name__))
         return InMemory(images, labels)
     if labels is not None:
         given = f"a {type(labels).__name__} besides a {type(images).__name__}"
@@ -176,6 +192,7 @@ def _check_loader(loader: DataLoader[Any]) -> None:
         return
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler or not whole:
         given = f"one with {type(sampler).__name__} and {type(loader.batch_sampler).__name__}"
+        given = "one with batch_size=None" if loader.batch_size is None and loader.batch_sampler is None else given
         raise ValueError(message("evaluate", "images", f"{expected} (give a Subset for a part)", given))
     if loader.drop_last and count % loader.batch_size:
         raise ValueError(
