@@ -296,6 +296,7 @@ def test_env_prints_owners(capsys):
         ),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--eps=x"], "eps"),
         (["evaluate", "--classifier=classifier.safetensors", *DATA, "--norm=L7"], "norm"),
+        (["evaluate", "--classifier=classifier.safetensors", *DATA, "--norm=L2"], "eps must be given with the norm L2"),
         (
             ["evaluate", "--classifier=classifier.safetensors", *DATA, "--protocol=best"],
             "protocol must be one of 'quick'",

@@ -78,6 +78,20 @@ def test_an_archive_is_evaluated_as_the_run_was(tiny, capsys, tmp_path):  # noqa
     assert not {"norm", "eps"} & kept.keys()
 
 
+def test_a_radius_of_a_run_is_not_one_of_another_norm(tmp_path):
+    evaluation = {"protocol": "quick", "norm": None, "eps": 0.2}
+    header = {"data": {}, "evaluation": evaluation, "classifier": {}, "images": "", "seed": 3}
+    (tmp_path / "run.json").write_text(json.dumps(header))
+    for given, expected in (
+        ([], 0.2),
+        (["--norm=Linf"], 0.2),
+        (["--norm=L2"], None),
+        (["--norm", "L1"], None),
+        (["--protocol=unseen"], None),
+    ):
+        assert system_of(tmp_path, tmp_path, ["run", *given]).get("eps") == expected
+
+
 @pytest.mark.slow
 def test_a_run_says_how_to_repeat_it(tiny, capsys):  # noqa: F811
     main(["train", "tiny.yaml", "--out=run", *SHORT, "--seed=3"])

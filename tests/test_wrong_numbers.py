@@ -14,6 +14,7 @@ from atop_fast.attacks import APGD, APGDT, CW, FAB, FGSM, MIFGSM, PMA, AutoAttac
 from atop_fast.doctor import check_contract, diagnose
 from atop_fast.evaluation import PROTOCOLS
 from atop_fast.randomness import seeded
+from atop_fast.recipes.evaluation import EvaluationConfig
 
 COUNT = 12
 X = torch.rand(COUNT, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -240,6 +241,23 @@ def test_a_radius_of_more_than_every_image_is_said():
             call()
     PGD(model, norm="L2", eps=8)
     APGD(model, "L1", eps=8)
+
+
+def test_another_norm_than_the_protocols_needs_a_radius():
+    """8/255, a radius in Linf, is next to no attack in L2: the robust accuracy was nearly that on clean images."""
+    model, y = network(), labels(network())
+    for norm, protocol, pattern in (
+        ("L2", "quick", "evaluate: eps must be given with the norm L2, as the protocol's 0.03137 is a radius in Linf"),
+        ("L1", "pgd-eot", "eps must be given with the norm L1"),
+        ("Linf", "unseen", "eps must be given with the norm Linf, as the protocol's 0.5 is a radius in L2"),
+    ):
+        with pytest.raises(ValueError, match=pattern):
+            evaluate(model, X, y, norm=norm, protocol=protocol, **QUIET)
+        with pytest.raises(ValueError, match=pattern):
+            EvaluationConfig(norm=norm, protocol=protocol)
+    assert EvaluationConfig(norm="L2", eps=0.3).threat == ("L2", 0.3)
+    assert EvaluationConfig(norm="L2", protocol="unseen").threat == ("L2", 0.5)
+    assert EvaluationConfig(eps=0.3).threat == ("Linf", 0.3)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])

@@ -93,7 +93,7 @@ def evaluate(
         protocol: a name in PROTOCOLS: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen,
             eot-fast, fast.
         norm, eps: threat model, eps in units of [0, 1] pixels; default is the protocol's (Linf, 8/255; unseen: L2,
-            0.5).
+            0.5). Another norm needs an eps.
         seed: key of all randomness.
         attacks: replaces the protocol's attacks: name -> attack(images, labels, sample_ids) returning adversarial
             images, or attack(images, labels), or an attack of torchattacks or ART; or a function from the model to such
@@ -140,8 +140,8 @@ def evaluate(
     check_choice("evaluate", "randomness", randomness, ("fresh", "fixed"))
     check_choice("evaluate", "interval", interval, INTERVALS)
     plan = PROTOCOLS[check_choice("evaluate", "protocol", protocol, list(PROTOCOLS))]
-    norm = check_choice("evaluate", "norm", plan.norm if norm is None else norm, NORMS)
-    threat = Threat(norm, check_radius("evaluate", norm, plan.eps if eps is None else eps))
+    norm, eps = plan.threat(None if norm is None else check_choice("evaluate", "norm", norm, NORMS), eps)
+    threat = Threat(norm, check_radius("evaluate", norm, eps))
     if not isinstance(curve, Iterable):
         raise TypeError(message("evaluate", "curve", "a sequence of radii, such as (0, 8 / 255)", type(curve).__name__))
     if about is not None and not isinstance(about, Mapping):

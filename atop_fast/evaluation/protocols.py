@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._core.checks import message
 from ..attacks import FGSM, PGD, Model
 from ..defense import Defense
 from ..randomness import derive_seed
@@ -53,6 +54,17 @@ class Protocol:
     images: int | None = None
     headline: str | None = None
     cascade: bool = False
+
+    def threat(self, norm: str | None, eps: float | None) -> tuple[str, float]:
+        """Norm and radius: the given ones, or the protocol's own.
+
+        Raises:
+            ValueError: a norm other than the protocol's without a radius. 8/255 in L2 is next to no attack.
+        """
+        if eps is None and norm not in (None, self.norm):
+            expected = f"given with the norm {norm}, as the protocol's {self.eps:.4g} is a radius in {self.norm}"
+            raise ValueError(message("evaluate", "eps", expected, None))
+        return self.norm if norm is None else norm, self.eps if eps is None else eps
 
 
 def _apgd(loss: str, **options: Any) -> Entry:

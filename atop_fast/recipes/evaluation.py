@@ -22,7 +22,7 @@ class EvaluationConfig:
         protocol: quick, pgd-eot, autoattack-rand, autoattack-fixed, bpda-eot, paper, unseen, eot-fast or fast
             (docs/evaluation.md).
         norm: norm of the threat model; default the protocol's.
-        eps: its radius, in units of [0, 1] pixels; default the protocol's.
+        eps: its radius, in units of [0, 1] pixels; default the protocol's, required with another norm.
         steps: PGD steps of the protocol quick; default 80 for random models and 20 for others.
         eot_iter: draws in each gradient of PGD in the protocol quick; default 1.
         gradient: of the protocol quick: exact (default), bpda (identity through transform and purifier) or blind.
@@ -59,6 +59,7 @@ class EvaluationConfig:
         if self.quick and self.protocol != "quick":
             expected = "left out for protocols other than quick"
             raise ValueError(message("evaluate", next(iter(self.quick)), expected, self.protocol))
+        _ = self.threat
 
     @property
     def quick(self) -> dict[str, Any]:
@@ -68,8 +69,7 @@ class EvaluationConfig:
     @property
     def threat(self) -> tuple[str, float]:
         """Norm and radius, the protocol's unless given."""
-        plan = PROTOCOLS[self.protocol]
-        return plan.norm if self.norm is None else self.norm, plan.eps if self.eps is None else self.eps
+        return PROTOCOLS[self.protocol].threat(self.norm, self.eps)
 
     def part(self, data: Dataset) -> Dataset:
         """The images to attack: the first of the held-out ones."""

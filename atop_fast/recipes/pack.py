@@ -264,7 +264,7 @@ def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, 
     """Options of the command evaluate for a run, an archive of one (unpacked into `folder`), or a model's file or name.
 
     The options of the protocol quick are inherited, too, unless a protocol is among the `given` arguments; norm and eps
-    are inherited unless that protocol has another norm, in which the run's radius has no meaning.
+    are inherited unless that protocol, or a given norm, is another one, in which the run's radius has no meaning.
     """
     if path.suffix == ".zip":
         unpack(path, folder)
@@ -284,9 +284,11 @@ def system_of(path: Path, folder: Path, given: Sequence[str] = ()) -> dict[str, 
     recipe = path / RECIPE
     done = asdict(load_recipe(recipe, trust=True).evaluation) if recipe.exists() else header["evaluation"]
     names: tuple[str, ...] = (*KEPT, *QUICK)
+    norm = done["norm"] or PROTOCOLS[done["protocol"]].norm
     if (protocol := _value(given, "--protocol")) is not None:
-        norm = done["norm"] or PROTOCOLS[done["protocol"]].norm
         other = protocol in PROTOCOLS and PROTOCOLS[protocol].norm != norm
         names = tuple(name for name in KEPT if not (other and name in ("norm", "eps")))
+    if _value(given, "--norm") not in (None, norm):
+        names = tuple(name for name in names if name != "eps")
     kept = {key: value for key in names if (value := done.get(key)) is not None}
     return {"defense": str(path / DEFENSE), "data": data, "seed": header.get("seed", 0), **kept}
