@@ -50,7 +50,7 @@ def test_a_training_fills_its_share_and_keeps_its_plan(tmp_path, clock):
     assert short.ema_decay**short.updates == pytest.approx(config.ema_decay**2000)
     clock[0] += short.updates
     # Fine-tuning gets two thirds of what is left, and no more than the whole training needs.
-    assert made.train("finetune", replace(config, epochs=1), 100, train).updates == 10
+    assert made.train("finetune", replace(config, epochs=1, ce_from_epoch=0), 100, train).updates == 10
     assert made.plan["finetune"]["seconds"] == pytest.approx((400 - spent - short.updates) * 2 / 3, abs=0.1)
     again = budget.Budget(400, clock[0], tmp_path / "plan.json", STAGES, Group())
     assert again.train("pretrain", config, 1000, lambda config: pytest.fail("it measured again")) == short

@@ -278,10 +278,11 @@ def test_lower_precision_trains_alike(precision, tmp_path):
 def test_classification_loss_waits_for_its_epoch():
     def run(**options):
         purifier, _, classifier = networks()
-        config = FinetuneConfig(epochs=1, batch_size=6, gan_weight=0, eps=0.1, **options)
+        config = FinetuneConfig(epochs=2, updates=2, batch_size=6, gan_weight=0, eps=0.1, **options)
         finetune(Defense(RT, purifier, classifier), X, Y, config=config, **QUIET)
         return weights(purifier)
 
+    # The two updates are the first epoch.
     assert equal(run(ce_weight=1.0, ce_from_epoch=1), run(ce_weight=0.0))
     assert not equal(run(ce_weight=1.0, ce_from_epoch=0), run(ce_weight=0.0))
 
@@ -545,6 +546,11 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
         (lambda: PretrainConfig(epochs=-1), ValueError, "PretrainConfig: epochs must be an integer and >= 0, got -1"),
         (lambda: PretrainConfig(precision="half"), ValueError, "precision must be one of 'float32', .* got 'half'"),
         (lambda: FinetuneConfig(eps=-1), ValueError, "FinetuneConfig: eps must be finite and >= 0, got -1"),
+        (
+            lambda: FinetuneConfig(epochs=3, ce_from_epoch=3),
+            ValueError,
+            "FinetuneConfig: ce_from_epoch must be below epochs 3, or no update has the classification losses, got 3",
+        ),
         (lambda: FinetuneConfig(target="x"), ValueError, "target must be one of 'adversarial', 'clean', got 'x'"),
         (lambda: pretrain(networks()[0], RT, X * 2), ValueError, r"pretrain: images must be in \[0, 1\]"),
         (

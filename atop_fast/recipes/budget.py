@@ -195,7 +195,7 @@ def shorten(config: Config, updates: int, images: int) -> Config:
     if 0 < part < 1:
         changes["ema_decay"] = config.ema_decay ** (1 / part)
     if isinstance(config, FinetuneConfig):
-        changes["ce_from_epoch"] = int(part * config.ce_from_epoch)
+        changes["ce_from_epoch"] = min(int(part * config.ce_from_epoch), max(0, changes["epochs"] - 1))
     return replace(config, **changes)
 
 

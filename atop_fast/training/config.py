@@ -174,7 +174,7 @@ class FinetuneConfig(PretrainConfig):
         ce_weight: lambda, the weight of the classification loss, the cross-entropy on the attacked images.
         clean_weight: weight of the cross-entropy on the clean images. If it is not 0, the clean images also pass
             through the pipeline, under the same draws, and the L1 and GAN losses are means over both.
-        ce_from_epoch: first epoch, counted from 0, with classification losses.
+        ce_from_epoch: first epoch, counted from 0, with classification losses; below `epochs` if these have a weight.
         l1_weight: weight of the L1 loss.
         l1_final: weight of the L1 loss at the end of the training, interpolated linearly over the updates; None keeps
             l1_weight.
@@ -229,6 +229,9 @@ class FinetuneConfig(PretrainConfig):
             check_number(name, "l1_final", self.l1_final, low=0)
         check_attack(name, self.eps, self.alpha, self.noise)
         check_integer(name, "ce_from_epoch", self.ce_from_epoch, low=0)
+        if self.ce_from_epoch >= self.epochs > 0 and (self.ce_weight or self.clean_weight):
+            expected = f"below epochs {self.epochs}, or no update has the classification losses"
+            raise ValueError(message(name, "ce_from_epoch", expected, self.ce_from_epoch))
         check_choice(name, "attack", self.attack, list(ATTACKS))
         check_integer(name, "steps", self.steps, low=1)
         check_choice(name, "attacked", self.attacked, list(ATTACKED))
