@@ -264,7 +264,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def _write(path: str | Path, header: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    tensors, text = {key: value.detach().cpu().contiguous() for key, value in state.items()}, json.dumps(header)
+    tensors: dict[str, Tensor] = {}
+    memories: set[int] = set()
+    for key, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory, such as tied weights; the module that loads them ties them.
+        shared = tensor.untyped_storage().data_ptr() in memories
+        tensors[key] = tensor.clone() if shared else tensor
+        memories.add(tensor.untyped_storage().data_ptr())
+    text = json.dumps(header)
     write_atomic(Path(path), lambda p: save_file(tensors, str(p), {"atop_fast": text}))
 
 

@@ -28,7 +28,7 @@ from atop_fast import (
     save_model,
 )
 from atop_fast.checkpoints import read_header
-from atop_fast.classifiers import Normalized, Resized
+from atop_fast.classifiers import CLASSIFIERS, Normalized, Resized
 from atop_fast.randomness import seeded
 from atop_fast.transforms import FixedRandomness, describe_transform, restore_transform
 
@@ -225,6 +225,30 @@ def test_save_model_takes_the_recorded_architecture(tmp_path):
         save_model(path, load_model(path))
     with pytest.raises(ValueError, match=r"a classifier written by save_model, got .*purifier"):
         load_model(path, "classifier")
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, and a buffer that is a view of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.rand(16))
+        self.register_buffer("start", self.scale[:8])
+
+    def forward(self, x):
+        return self.second(self.first(x.flatten(1)[:, :16]) * self.scale)[:, :8] * self.start
+
+
+def test_tied_weights_are_saved(tmp_path, monkeypatch):
+    """After its training, such a classifier could not be written, and the message spoke of the disk."""
+    monkeypatch.setitem(CLASSIFIERS, "tied", Tied)
+    path, model = tmp_path / "tied.safetensors", build_classifier("tied").eval()
+    save_model(path, model)
+    loaded = load_model(path)
+    assert torch.equal(loaded(X), model(X))
+    assert loaded.first.weight is loaded.second.weight
 
 
 def test_save_model_says_what_it_lacks(tmp_path):
