@@ -583,6 +583,17 @@ def test_wrong_input_is_named(call, error, pattern):
         call()
 
 
+def test_images_with_a_graph_train_as_their_values():
+    """The first backward pass freed it, and the second update failed."""
+
+    def run(images):
+        purifier, _, classifier = networks()
+        config = FinetuneConfig(epochs=1, batch_size=6, gan_weight=0, clean_weight=1.0)
+        return finetune(Defense(RT, purifier, classifier), images, Y, config=config, **QUIET)
+
+    assert run(X.clone().requires_grad_().clamp(0, 1)) == run(X)
+
+
 class Dimmed(RandomTransform):
     """A transform that says nothing about its option."""
 

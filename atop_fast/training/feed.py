@@ -57,7 +57,8 @@ class Feed:
         self.labeled = labels is not None or not isinstance(images, Tensor)
         if isinstance(images, Tensor):
             images = check_not_empty(function, "images", _check_pixels(function, images))
-            self.images = images.to(device)
+            # A graph behind the images would be freed by the first backward pass.
+            self.images = images.detach().to(device)
             self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
             self.labels = check_labels(function, "labels", self.labels, images).to(device)
         elif isinstance(images, str) or not (hasattr(images, "__getitem__") and hasattr(images, "__len__")):
