@@ -44,7 +44,8 @@ class RandomTransform(nn.Module):
         Returns:
             (B * copies, C + 2, H', W'): [masked image in [-1, 1], ones, mask (1 = masked)], with the copies of a sample
             adjacent; channels_last if `x` is. Differentiable in floating-point `x`. Equal (seed, sample id, draw) give
-            equal randomness in any batch.
+            equal randomness in any batch, so that calls without a key repeat the same masks and noise: a training loop
+            of your own gives the images' sample_ids, and another draw in every epoch.
 
         Raises:
             TypeError, ValueError: naming the argument that is wrong.
