@@ -50,7 +50,7 @@ def main() -> None:
 
     print(format_findings(check_contract(model, test.images, test.labels)))
     defense = atop.Defense(atop.RT1(patch=4, mask_ratio=0.25), None, model)
-    attack = atop.PGD(defense, eps=0.1, steps=2 if args.quick else 20, eot_iter=4)
+    attack = atop.PGD(defense, eps=0.1, steps=2 if args.quick else 80, momentum=0.9, schedule="cosine")
     report = atop.evaluate(defense, test.images, test.labels, eps=0.1, attacks={"pgd": attack})
     low, high = report.robust.mean_ci
     print(f"clean {report.clean.mean:.3f}, robust {report.robust.mean:.3f} [{low:.3f}, {high:.3f}]")

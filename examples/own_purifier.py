@@ -55,7 +55,7 @@ def main() -> None:
     atop.save_model(path, purifier, "purifier", "denoiser", **options)
 
     defense = atop.Defense(transform, atop.load_model(path), classifier(train, args.quick)).eval()
-    attack = atop.PGD(defense, eps=EPS, steps=2 if args.quick else 20, eot_iter=4)
+    attack = atop.PGD(defense, eps=EPS, steps=2 if args.quick else 80, momentum=0.9, schedule="cosine")
     report = atop.evaluate(defense, test.images, test.labels, eps=EPS, attacks={"pgd": attack})
     low, high = report.robust.mean_ci
     print(f"clean {report.clean.mean:.3f}, robust {report.robust.mean:.3f} [{low:.3f}, {high:.3f}]")

@@ -36,7 +36,7 @@ def main() -> None:
 
     for name, model in {"pre-trained": pretrained, "fine-tuned": atop.load_model(path)}.items():
         defense = atop.Defense(transform, model, judge).eval()
-        attack = atop.PGD(defense, eps=EPS, steps=2 if args.quick else 20, eot_iter=4)
+        attack = atop.PGD(defense, eps=EPS, steps=2 if args.quick else 80, momentum=0.9, schedule="cosine")
         report = atop.evaluate(defense, test.images, test.labels, eps=EPS, attacks={"pgd": attack})
         low, high = report.robust.mean_ci
         print(f"{name}: clean {report.clean.mean:.3f}, robust {report.robust.mean:.3f} [{low:.3f}, {high:.3f}]")
