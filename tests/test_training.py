@@ -547,6 +547,11 @@ def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
         (lambda: PretrainConfig(precision="half"), ValueError, "precision must be one of 'float32', .* got 'half'"),
         (lambda: FinetuneConfig(eps=-1), ValueError, "FinetuneConfig: eps must be finite and >= 0, got -1"),
         (
+            lambda: FinetuneConfig(norm="L2"),
+            ValueError,
+            "FinetuneConfig: eps must be given with the norm L2, as the default is a radius in Linf, got 0.03137",
+        ),
+        (
             lambda: FinetuneConfig(epochs=3, ce_from_epoch=3),
             ValueError,
             "FinetuneConfig: ce_from_epoch must be below epochs 3, or no update has the classification losses, got 3",

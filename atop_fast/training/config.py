@@ -190,7 +190,7 @@ class FinetuneConfig(PretrainConfig):
             or "classifier" (the classifier alone, as in AToP's public code).
         adversarial_share: share of the images that are attacked, resampled in every epoch; the others stay clean.
         target: image that the purifier must restore: "adversarial" (the paper's formula) or "clean".
-        norm, eps: threat model; eps in units of [0, 1] pixels.
+        norm, eps: threat model; eps in units of [0, 1] pixels. The default of eps is for "Linf" alone.
         eps_warmup: share of the updates, in [0, 1], in which the perturbations grow linearly from zero to those of eps.
             A strong attack from the first update on can cost a pretrained purifier what it has learned.
         eot_iter: number of draws over which the training attack averages its gradient.
@@ -240,6 +240,10 @@ class FinetuneConfig(PretrainConfig):
         check_number(name, "color", self.color, low=0, high=1)
         check_number(name, "flow", self.flow, low=0)
         check_choice(name, "norm", self.norm, ["Linf"] if self.attack in ("n-fgsm", "gat") else list(NORMS))
+        if self.norm != "Linf" and self.eps == FinetuneConfig.eps:
+            # In L2, the default is next to no attack.
+            expected = f"given with the norm {self.norm}, as the default is a radius in Linf"
+            raise ValueError(message(name, "eps", expected, f"{self.eps:.4g}"))
         check_number(name, "eps_warmup", self.eps_warmup, low=0, high=1)
         check_integer(name, "eot_iter", self.eot_iter, low=1)
         check_choice(name, "attack_draw", self.attack_draw, list(ATTACK_DRAWS))
