@@ -327,11 +327,21 @@ def test_whose_randomness(digits, standard):
         ("global generators", Changed(standard, lambda x: x + 0.05 * torch.randn_like(x))),
         ("global generators", Changed(standard, by_numpy)),
         ("other", noisy),
+        ("other", nn.Sequential(Defense(RT2(4, 0.25, 0.1), None, standard))),
     )
     for source, model in models:
         (finding,) = check_contract(model, digits[1].images, digits[1].labels, checks=["determinism"])
         assert finding.numbers["source"] == source
     assert finding.status == "fail"
+    assert "a Defense inside another module" in finding.reason
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, True), (8, False)])
+def test_too_few_images_for_any_accuracy_above_chance_are_said(count, more):
+    """Of ten classes, one image that is right is no evidence, and eight are."""
+    x, y = torch.rand(count, 1, 4, 4), torch.zeros(count, dtype=torch.int64)
+    (finding,) = check_contract(lambda z: 1 + z.flatten(1)[:, :10], x, y, checks=["accuracy"])
+    assert ("give more images" in finding.reason) is more
 
 
 def test_cost_counts_what_autograd_keeps(digits):

@@ -207,7 +207,7 @@ class GradientEstimator:
         if gradient is None:
             given = (
                 "logits that do not depend on them for autograd (detach, argmax, no_grad); Square needs no gradient, "
-                "and gradient='bpda' takes one in the place of a Defense's transform and purifier"
+                "and BPDA(model, step) replaces that of a step (for a Defense: gradient='bpda')"
             )
             raise ValueError(message(self.function, "model", "differentiable with respect to its images", given))
         return gradient

@@ -117,7 +117,9 @@ def accuracy(probe: Probe) -> Finding:
     if above:
         return Finding("accuracy", "pass", f"Clean accuracy {clean:.2f} is above chance ({chance:.2f}).", numbers)
     text = f"Clean accuracy {clean:.2f} of {count} images is not above chance ({chance:.2f}) beyond noise: "
-    return Finding("accuracy", "warn", f"{text}check labels, weights and normalization.", numbers)
+    # Even all images right would not be enough.
+    few = "give more images, " if chance + FAIL * noise >= 1 else ""
+    return Finding("accuracy", "warn", f"{text}{few}check labels, weights and normalization.", numbers)
 
 
 def normalization(probe: Probe) -> Finding:
@@ -181,9 +183,11 @@ def determinism(probe: Probe) -> Finding:
     numbers: dict[str, Any] = {"same_draw_change": repeated, "other_draw_change": other}
     is_defense = isinstance(probe.model, Defense)
     if repeated > 1e-4:
-        source = "not keyed, beside the Defense's keys" if is_defense else "neither of a global generator nor keyed"
-        text = f"Repeating one draw changes the logits by {repeated:.1%}: randomness that is {source}, cannot be "
-        text += "repeated, so that no result can; make it a function of (seed, sample id, draw), as in a Defense."
+        source = "its networks draw without the key"
+        if not is_defense:
+            source = "it draws without a key, like a generator of its own, a counter or a Defense inside another module"
+        text = f"Repeating one draw changes the logits by {repeated:.1%}: {source}, so that no result can be repeated; "
+        text += "make every draw a function of (seed, sample id, draw), as in a Defense."
         return Finding("determinism", "fail", text, {**numbers, "source": "other"})
     if other <= 1e-4:
         return Finding("determinism", "pass", "Every call gives the same logits.", {**numbers, "source": "none"})
