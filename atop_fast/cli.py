@@ -225,7 +225,7 @@ class _Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # jsonargparse names an option as COMMAND.OPTION.
-        text = re.sub(r"(arguments are required: )\w+\.", r"\1--", message)
+        text = re.sub(r"(arguments are required: )\w+\.", r"\1--", _typed(message))
         sys.exit(_fail(f"{text}{_meant(text)}"))
 
 
@@ -259,9 +259,22 @@ def _fail(error: Any) -> int:
     return 2
 
 
+def _typed(error: str) -> str:
+    """An error of jsonargparse on a value's type in the words of this package; any other as it is."""
+    found = re.fullmatch(r'Parser key "([\w.]+)":(.*)(?:Given value|Got value): (.*)', " ".join(error.split()))
+    if found is None:
+        return error
+    kinds = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text"}
+    types = re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", found[2].partition("Given value type")[0])
+    names = [f"one of {choices}" if choices else kinds.get(kind, "") for kind, choices in types]
+    if not (expected := " or ".join(dict.fromkeys(name for name in names if name))):
+        return error
+    return message(next(iter(_GIVEN), "atop-fast"), f"--{found[1]}", expected, found[3])
+
+
 def _meant(error: str) -> str:
     """The option that an unknown one was perhaps meant to be."""
-    unknown = re.match(r"unrecognized arguments: (--[\w.]+)", error)
+    unknown = re.match(r"unrecognized arguments: ([^ =]+)", error)
     command = next(iter(_GIVEN), "")
     if unknown is None or command not in COMMANDS:
         return ""

@@ -579,3 +579,15 @@ def test_a_misspelled_option_is_answered_by_the_nearest(files, capsys):
     assert fail(capsys, "judge", "none").endswith("the following arguments are required: --classifier")
     for command in ("evaluate", "doctor"):
         assert fail(capsys, command).endswith("classifier must be given, or a defense, and not both, got neither")
+    error = fail(capsys, "doctor", "classifier.safetensors", *DATA)
+    assert error.endswith("classifier.safetensors (`atop-fast doctor --help` lists the options)")
+
+
+def test_a_value_of_another_type_is_named(files, capsys):
+    part = ["evaluate", "--classifier=classifier.safetensors", *DATA]
+    assert fail(capsys, *part, "--eps=eight").endswith("evaluate: --eps must be a number, got eight")
+    error = fail(capsys, *part, "--norm=l2")
+    assert error.endswith("evaluate: --norm must be one of 'Linf', 'L2', 'L1', got l2")
+    assert fail(capsys, *part, "--images=few").endswith("evaluate: --images must be an integer, got few")
+    error = fail(capsys, *TRAIN, "--pretrain.lr=fast")
+    assert error.endswith("train: --pretrain.lr must be a number, got fast")

@@ -292,3 +292,14 @@ def test_a_report_holds_the_diagnostics_of_its_model(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importlib.import_module("atop_fast.evaluation.findings"), "examine", fail)
         assert results(run(tmp_path / "whole", diagnostics=True)) == results(report)
+
+
+def test_other_images_are_no_other_model(tmp_path):
+    """A run knows its model by its logits at the images, so that other images say nothing about it."""
+    model, options = nn.Flatten(), {"attacks": {"none": lambda x, y: x}, "progress": False, "diagnostics": False}
+    x, y = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    evaluate(model, x, y, out=tmp_path, **options)
+    with pytest.raises(ValueError, match=r"belongs to a run with another data$"):
+        evaluate(model, 1 - x, y, out=tmp_path, **options)
+    with pytest.raises(ValueError, match=r"belongs to a run with another model$"):
+        evaluate(lambda z: -model(z), x, y, out=tmp_path, **options)

@@ -279,7 +279,7 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     assert "rand" in rows[1]
     (files / "more.py").write_text(
         "from atop_fast import RT1, Defense\n\n\ndef masked(model):\n    return Defense(RT1(2), None, model)\n\n\n"
-        "def wrong(model):\n    return 3\n\n\nnothing = 5\n"
+        "def wrong(model):\n    return 3\n\n\ndef bare():\n    return 3\n\n\nnothing = 5\n"
     )
     given = ["--classifier=classifier.safetensors", "--data.source=images", *small, "--out=t"]
     main(["judge", "more.py:masked", *given])
@@ -293,6 +293,7 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     assert (files / "t/judge.json").read_text() == before
     for name, expected in (
         ("more.py:wrong", "a function that returns a module, got more.py:wrong -> 3"),
+        ("more.py:bare", "that returns a module, got more.py:bare, which fails: bare() takes 0 positional arguments"),
         ("more.py:nothing", "a function from the classifier to a module in more.py, got nothing, which is 5"),
         ("none.py:x", "the path of a Python file before the colon, got none.py:x"),
     ):

@@ -59,7 +59,12 @@ def _from_code(path: Path, name: str) -> Build:
     build: Any = found
 
     def checked(model: nn.Module, shape: Sequence[int]) -> nn.Module:
-        defense = build(model)
+        try:
+            defense = build(model)
+        except TypeError as error:
+            expected = "a function of the classifier that returns a module"
+            reason = str(error).partition("\n")[0]
+            raise TypeError(message("judge", "defense", expected, f"{given}, which fails: {reason}")) from error
         if not isinstance(defense, nn.Module):
             raise TypeError(message("judge", "defense", "a function that returns a module", f"{given} -> {defense!r}"))
         return defense

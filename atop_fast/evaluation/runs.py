@@ -205,8 +205,13 @@ def _open_folder(folder: Path, header: dict[str, Any]) -> None:
 
 
 def _known_by(header: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The header, with the other header's numbers for the model if these are equal up to rounding."""
-    if "model" in header and same_model(header["model"], other.get("model")):
+    """The header, with the other header's numbers for the model if these are equal up to rounding.
+
+    Numbers at other images say nothing about the model: then the data alone differ.
+    """
+    if "model" not in header or "model" not in other:
+        return header
+    if header.get("data") != other.get("data") or same_model(header["model"], other["model"]):
         return {**header, "model": other["model"]}
     return header
 
