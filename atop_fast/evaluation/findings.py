@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from .._core.checks import message
 from .._core.files import write_text
@@ -154,6 +155,19 @@ def radius_finding(attacks: Mapping[str, AnyAttack], threat: Threat) -> list[dic
     text += f"{threat.eps:.6g}: the robust accuracy is that of the smaller one; give attacks and evaluate the same eps."
     warnings.warn(f"evaluate: {text}", stacklevel=3)
     return [_finding("radius", "fail", text, radii)]
+
+
+def dropout_finding(model: Model) -> list[dict[str, Any]]:
+    """A finding, with a warning, if a network in training mode has dropout, which evaluation mode turns off."""
+    if not isinstance(model, torch.nn.Module) or not model.training:
+        return []
+    drawing = [name for name, part in model.named_modules() if isinstance(part, _DropoutNd) and part.p > 0]
+    if not drawing:
+        return []
+    text = f"The model is in training mode, and judged in evaluation mode, in which its dropout ({drawing[0]}) draws "
+    text += "nothing. If it is meant to draw, call model.eval() and then train() on the dropout alone."
+    warnings.warn(f"evaluate: {text}", stacklevel=3)
+    return [_finding("dropout", "warn", text, {})]
 
 
 def transfer_finding(attacks: Mapping[str, AnyAttack], judge: Judge, source: Source) -> list[dict[str, Any]]:
