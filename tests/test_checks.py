@@ -18,7 +18,7 @@ def fitted(images, device="cpu"):
     model = torch.nn.Conv2d(3, 3, 1, device=device)
     with _checks.check_fits("f", "x", images, model):
         if device != "cpu":
-            # What torch says of images on another device than a GPU's model.
+            # The message of torch for images on another device than a GPU's model.
             raise RuntimeError("Expected all tensors to be on the same device")
         model(images)
 

@@ -338,7 +338,7 @@ def test_whose_randomness(digits, standard):
 
 @pytest.mark.parametrize(("count", "more"), [(1, True), (8, False)])
 def test_too_few_images_for_any_accuracy_above_chance_are_said(count, more):
-    """Of ten classes, one image that is right is no evidence, and eight are."""
+    """One image that is right of ten classes is no evidence, and eight are."""
     x, y = torch.rand(count, 1, 4, 4), torch.zeros(count, dtype=torch.int64)
     (finding,) = check_contract(lambda z: 1 + z.flatten(1)[:, :10], x, y, checks=["accuracy"])
     assert ("give more images" in finding.reason) is more

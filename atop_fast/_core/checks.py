@@ -68,7 +68,7 @@ def check_images(function: str, argument: str, value: Any, *, finite: bool = Tru
 
 
 def range_advice(low: float, high: float) -> str:
-    """What images with values in [low, high] probably are, and what to give instead; empty if only rounded outside."""
+    """Name the likely form of images with values in [low, high] and its cure; empty if only rounding is outside."""
     if low >= 0 and high > 2:
         return "this looks like 0..255: divide by 255"
     if -1 <= low <= -0.5 and high <= 1:
@@ -139,7 +139,7 @@ def check_logits(function: str, value: Any, rows: int, largest_label: int = 0, a
 
 
 def _unwrapping(value: object) -> str:
-    """What a model returned instead of a tensor, and the line that unwraps it."""
+    """Name the type that a model returned instead of a tensor, and the line that unwraps it."""
     given = type(value).__name__
     if value is None:
         return f"{given}; does its forward end with `return`?"

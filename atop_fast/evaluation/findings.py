@@ -153,8 +153,7 @@ def radius_finding(attacks: Mapping[str, AnyAttack], threat: Threat) -> list[dic
     shown = ", ".join(f"{eps:.6g} ({name})" for name, eps in radii.items())
     text = f"The attacks search within eps {shown}, and the threat model is the {threat.norm} ball of radius "
     text += f"{threat.eps:.6g}: the robust accuracy is that of the smaller one; give attacks and evaluate the same eps."
-    warnings.warn(f"evaluate: {text}", stacklevel=3)
-    return [_finding("radius", "fail", text, radii)]
+    return _said("radius", "fail", text, radii)
 
 
 def dropout_finding(model: Model) -> list[dict[str, Any]]:
@@ -166,8 +165,7 @@ def dropout_finding(model: Model) -> list[dict[str, Any]]:
         return []
     text = f"The model is in training mode, and judged in evaluation mode, in which its dropout ({drawing[0]}) draws "
     text += "nothing. If it is meant to draw, call model.eval() and then train() on the dropout alone."
-    warnings.warn(f"evaluate: {text}", stacklevel=3)
-    return [_finding("dropout", "warn", text, {})]
+    return _said("dropout", "warn", text, {})
 
 
 def transfer_finding(attacks: Mapping[str, AnyAttack], judge: Judge, source: Source) -> list[dict[str, Any]]:
@@ -183,8 +181,7 @@ def transfer_finding(attacks: Mapping[str, AnyAttack], judge: Judge, source: Sou
         return []
     text = f"The attacks ({', '.join(attacks)}) were built for another model than the evaluated one: their candidates "
     text += "transfer from it, and attacks on the evaluated model itself may leave far less accuracy."
-    warnings.warn(f"evaluate: {text}", stacklevel=3)
-    return [_finding("transfer", "warn", text, {})]
+    return _said("transfer", "warn", text, {})
 
 
 def _networks(model: object) -> list[torch.nn.Module]:
@@ -271,6 +268,12 @@ def doubt_finding(attacks: Mapping[str, Verdict | None]) -> list[dict[str, Any]]
     text = f"APGD-T fooled {late:.2%} of the images after PMA, and a short random search {probed:.2%} after both: this "
     text += "protocol may overestimate robustness; use 'paper', whose attacks are those of AutoAttack standard."
     return [_finding("doubt", "warn", text, left)]
+
+
+def _said(name: str, status: str, reason: str, numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The finding, after a warning of evaluate's caller: it concerns work that may take hours."""
+    warnings.warn(f"evaluate: {reason}", stacklevel=4)
+    return [_finding(name, status, reason, numbers)]
 
 
 def _finding(name: str, status: str, reason: str, numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def read_report(run: Path) -> dict[str, Any]:
 
 
 def _missing(run: Path, name: str) -> str:
-    """What a folder lacks to be a run with the file `name`; empty if it is there."""
+    """Say why a folder is no run with the file `name`; empty if the file is there."""
     if not run.is_dir():
         return "a file, and no folder" if run.exists() else "there is no such folder"
     if (run / name).exists():
