@@ -163,6 +163,7 @@ def test_updates_of_fine_tuning(attack, norm, monkeypatch):
     options = {
         "attack": attack,
         "norm": norm,
+        "eps": 8 / 255 if norm == "Linf" else 0.5,
         "steps": 2,
         "adversarial_share": 0.5,
         "clean_weight": 0.5,

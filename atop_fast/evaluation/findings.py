@@ -158,7 +158,7 @@ def radius_finding(attacks: Mapping[str, AnyAttack], threat: Threat) -> list[dic
 
 def dropout_finding(model: Model) -> list[dict[str, Any]]:
     """A finding, with a warning, if a network in training mode has dropout, which evaluation mode turns off."""
-    if not isinstance(model, torch.nn.Module) or not model.training:
+    if not isinstance(model, torch.nn.Module) or not getattr(model, "training", False):
         return []
     drawing = [name for name, part in model.named_modules() if isinstance(part, _DropoutNd) and part.p > 0]
     if not drawing:
