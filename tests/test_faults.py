@@ -222,6 +222,7 @@ def test_folded_networks_leave_no_source_behind():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:evaluate. The model is in training mode")
 @pytest.mark.parametrize("shared", [False, True])
 def test_evaluations_in_threads_are_those_of_each_alone(benchmarks, shared):
     row = importlib.import_module("load").concurrent(4, shared)

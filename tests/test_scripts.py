@@ -237,6 +237,7 @@ def test_the_time_of_corrupt_is_split(run, script, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:evaluate. the check")
+@pytest.mark.filterwarnings("ignore:evaluate. The model is in training mode")
 def test_memory_and_threads_are_measured(script):
     load = script("load")
     attacks = [make(torch.nn.Flatten()) for make in load.MAKERS.values()]

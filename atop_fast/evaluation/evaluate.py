@@ -34,11 +34,11 @@ from .findings import (
     Threat,
     check_findings,
     draws_finding,
-    dropout_finding,
     examined,
     outside_finding,
     radius_finding,
     transfer_finding,
+    warn_of_dropout,
 )
 from .given import given_attacks
 from .identity import attack_identity, model_identity, probe_images
@@ -165,7 +165,7 @@ def evaluate(
         summary_writer()
     if randomness == "fixed":
         model = _fixed(model, attacks, seed)
-    stated = dropout_finding(model)
+    warn_of_dropout(model)
     judge = Judge(model, seed, plan.draws if draws is None else draws, selection_draws, max_batch)
     with process_group() as group, counted_passes() as passes:
         with frozen(model):
@@ -198,7 +198,7 @@ def evaluate(
         tracing = trace is not None or tensorboard is not None
         file = None if trace is None else _trace_file(Path(trace), run, list(named))
         work = Work(model, source, judge, run, named, threat, batch_size, cascade, deadline, passes, tracing, file)
-        stated += radius_finding(work.attacks, threat) + transfer_finding(work.attacks, judge, source)
+        stated = radius_finding(work.attacks, threat) + transfer_finding(work.attacks, judge, source)
         _attack(work, title, progress)
         if file is not None:
             file.write(run.trace(list(named)))

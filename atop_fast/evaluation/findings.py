@@ -156,16 +156,17 @@ def radius_finding(attacks: Mapping[str, AnyAttack], threat: Threat) -> list[dic
     return _said("radius", "fail", text, radii)
 
 
-def dropout_finding(model: Model) -> list[dict[str, Any]]:
-    """A finding, with a warning, if a network in training mode has dropout, which evaluation mode turns off."""
+def warn_of_dropout(model: Model) -> None:
+    """Warn if a network in training mode has dropout, which evaluation mode turns off."""
     if not isinstance(model, torch.nn.Module) or not getattr(model, "training", False):
-        return []
+        return
     drawing = [name for name, part in model.named_modules() if isinstance(part, _DropoutNd) and part.p > 0]
-    if not drawing:
-        return []
-    text = f"The model is in training mode, and judged in evaluation mode, in which its dropout ({drawing[0]}) draws "
-    text += "nothing. If it is meant to draw, call model.eval() and then train() on the dropout alone."
-    return _said("dropout", "warn", text, {})
+    if drawing:
+        text = (
+            f"The model is in training mode, and judged in evaluation mode, in which its dropout ({drawing[0]}) draws "
+        )
+        text += "nothing. If it is meant to draw, call model.eval() and then train() on the dropout alone."
+        warnings.warn(f"evaluate: {text}", stacklevel=3)
 
 
 def transfer_finding(attacks: Mapping[str, AnyAttack], judge: Judge, source: Source) -> list[dict[str, Any]]:
