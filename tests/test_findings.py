@@ -154,7 +154,7 @@ def test_dropout_that_evaluation_mode_turns_off_is_said():
     assert model.training
     # Warnings are errors here.
     evaluate(model.eval(), x, y, **options)
-    # As the finding says: dropout that draws makes the model a random one.
+    # As the warning says: dropout that draws makes the model a random one.
     model[1].train()
     with pytest.warns(RuntimeWarning, match="are in training mode, and stay so"):
         report = evaluate(model, x, y, **options)

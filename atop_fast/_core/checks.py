@@ -29,7 +29,8 @@ def message(function: str, argument: str, expected: str, given: object) -> str:
 def check_tensor(function: str, argument: str, value: Any) -> Tensor:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(message(function, argument, "a torch.Tensor", type(value).__name__))
+        given = f"{type(value).__name__}{_as_tensor(argument, value)}"
+        raise TypeError(message(function, argument, "a torch.Tensor", given))
     return value
 
 
@@ -45,10 +46,7 @@ def check_images(function: str, argument: str, value: Any, *, finite: bool = Tru
 
     Returns the images, or a clamped copy if rounding has put values up to 1e-6 outside [0, 1].
     """
-    if not isinstance(value, Tensor):
-        given = f"{type(value).__name__}{_as_tensor(argument, value)}"
-        raise TypeError(message(function, argument, "a torch.Tensor", given))
-    if value.dtype == torch.uint8:
+    if check_tensor(function, argument, value).dtype == torch.uint8:
         given = f"{value.dtype}; give {argument}.float() / 255"
         raise TypeError(message(function, argument, "a floating-point tensor", given))
     check_float_tensor(function, argument, value)
@@ -96,9 +94,7 @@ def check_not_empty(function: str, argument: str, value: Tensor) -> Tensor:
 
 def check_labels(function: str, argument: str, value: Any, images: Tensor) -> Tensor:
     """Raise unless `value` is int64 labels (B,), one for each image."""
-    if not isinstance(value, Tensor):
-        given = f"{type(value).__name__}{_as_tensor(argument, value)}"
-        raise TypeError(message(function, argument, "a torch.Tensor", given))
+    check_tensor(function, argument, value)
     column = value.dim() == 2 and len(value) == len(images) and value.shape[1] == 1
     rows = value.dim() == 2 and len(value) == len(images) and value.shape[1] > 1
     advice = f"; of one-hot labels give {argument}.argmax(1)" if rows else ""
