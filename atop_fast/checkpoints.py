@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._core.checks import check_choice, check_integer, check_number, message
-from ._core.files import below, identify, shown_folder, write_atomic
+from ._core.files import below, identify, write_atomic
 from .architectures import KINDS, check_class, find_kind, restore, specify
 from .classifiers.programs import require_consent
 from .defense import Defense
@@ -242,8 +242,6 @@ def find_defense(function: str, path_or_name: str | Path) -> Path:
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """The header described at the top of this module; ValueError if there is none."""
-    if Path(path).is_dir():
-        raise ValueError(message("load_model", "path", "a readable safetensors file", shown_folder(Path(path))))
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("atop_fast", "null"))

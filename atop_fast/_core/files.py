@@ -114,16 +114,11 @@ def _sync_names(folder: Path) -> None:
             raise
 
 
-def shown_folder(path: Path) -> str:
-    """A folder that was given in the place of a file, and the models' files in it, for an error."""
-    files = sorted(file.name for file in path.glob("*.safetensors"))
-    return f"{path} (is a folder{'; it holds ' + ', '.join(files) if files else ''})"
-
-
 def identify(path: Path) -> str | None:
     """Describe a folder, or a file that is empty, a Git LFS pointer or text instead of binary data; None for others."""
     if path.is_dir():
-        return "is a folder"
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+        return f"is a folder{'; it holds ' + ', '.join(files) if files else ''}"
     try:
         with open(path, "rb") as file:
             start = file.read(512)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .._core.checks import check_choice, message
-from .._core.files import load_weights, read_state, shown_folder, unwrapped
+from .._core.files import identify, load_weights, read_state, unwrapped
 from ..checkpoints import CLASSES, SHAPE, find_defense, load_defense, load_model, read_header, read_metadata
 from ..data import Dataset, Files
 from ..defense import Defense
@@ -104,7 +104,7 @@ def load_classifier(
             raise ValueError(message("load_classifier", option, f"left out for {name}", repr(value)))
     unknown = kind is CHECKPOINT and architecture is None and not file.exists()
     if unknown or (kind in (CHECKPOINT, ARCHIVE, MODEL_FILE) and file.is_dir()):
-        found = f"{name}, which does not exist" if unknown else shown_folder(file)
+        found = f"{name}, which does not exist" if unknown else f"{name} ({identify(file)})"
         raise ValueError(message("load_classifier", "name_or_path", "a file, or the name of a model", found))
     statistics = None if normalize is None else parse_normalization("load_classifier", normalize)
     if kind is PACKAGE:
