@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atop_fast import PGD, evaluate, list_defenses, load_defense
+from atop_fast import PGD, Defense, evaluate, list_defenses, load_classifier, load_defense
 from atop_fast.checkpoints import find_defense
+from atop_fast.classifiers.zoo import match_classes
+from atop_fast.data import Dataset
+from atop_fast.defenses.own import find
 from atop_fast.recipes.pack import system_of
 
 DATA = Path(__file__).parent / "data"
@@ -62,3 +65,25 @@ def test_the_command_evaluate_takes_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("cifar10-rt2-at").write_bytes(b"weights")
     assert system_of(Path("cifar10-rt2-at"), tmp_path) == {"classifier": "cifar10-rt2-at"}
+
+
+def test_their_classifiers_load_by_name_and_can_be_judged_behind_other_defenses():
+    defense, classifier = load_defense("cifar10-rt2"), load_classifier("cifar10-rt2")
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(classifier(x), defense.classifier(x), rtol=0, atol=0)
+    assert not classifier.training
+    # Labels follow the order of the classes in the file.
+    classes = tuple(defense.metadata["classes"])
+    data = Dataset(x, torch.tensor([0, 1]), tuple(reversed(classes)))
+    with pytest.warns(UserWarning, match="labels are put in the order"):
+        assert match_classes("test", "cifar10-rt2", data).labels.tolist() == [9, 8]
+    name, build = find("cifar10-rt2")
+    judged = build(classifier, x.shape[1:])
+    assert name == "cifar10-rt2"
+    assert isinstance(judged, Defense)
+    ids = torch.arange(2)
+    torch.testing.assert_close(judged(x, sample_ids=ids, draw=0), defense(x, sample_ids=ids, draw=0), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="a defense of the given classifier"):
+        find("cifar10-rt2-at")[1](classifier, x.shape[1:])
+    with pytest.raises(ValueError, match="normalize must be left out for cifar10-rt2"):
+        load_classifier("cifar10-rt2", normalize="half")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoints import list_defenses
 from ..data import Dataset, Files
 from .packages import PACKAGES, ROBUSTBENCH
 from .programs import archive_kind, names_program
@@ -35,6 +36,7 @@ CHECKPOINT = Kind(
 )
 ARCHIVE = Kind(frozenset({"normalize"}))
 MODEL_FILE = Kind(frozenset())
+SHIPPED = Kind(frozenset())
 ZOO = Kind(frozenset({"download"}))
 
 
@@ -54,4 +56,6 @@ def kind_of(name_or_path: str | Path, architecture: str | None = None) -> Kind:
     path = Path(name_or_path)
     if path.suffix == ".safetensors":
         return MODEL_FILE
-    return CHECKPOINT if path.suffix or path.exists() else ZOO
+    if path.suffix or path.exists():
+        return CHECKPOINT
+    return SHIPPED if str(name_or_path) in list_defenses() else ZOO

@@ -20,7 +20,7 @@ from ..randomness import seeded
 from ..recipes.options import DataConfig, GivenTransform
 from ..transforms import RandomTransform, describe_transform
 from . import CLASSIFIERS, Normalized, WideResNet, build_classifier
-from .kinds import ARCHIVE, CHECKPOINT, MODEL_FILE, PACKAGE, PROGRAM, kind_of
+from .kinds import ARCHIVE, CHECKPOINT, MODEL_FILE, PACKAGE, PROGRAM, SHIPPED, kind_of
 from .normalized import parse_normalization
 from .packages import PACKAGES, ROBUSTBENCH, not_installed, robustbench_model
 from .programs import load_archive, load_program
@@ -60,6 +60,7 @@ def load_classifier(
     """Load a trained classifier from images in [0, 1] to logits, on the CPU and in evaluation mode.
 
     - A path that ends in .safetensors: a file of save_model.
+    - A name in list_defenses(): the classifier of a defense that ships with the package.
     - "FILE.py:Class": the class, or function, builds the network, and `weights` is the file of its state dict. Naming
       the file runs it.
     - The path of an archive of TorchScript or torch.export, with `trust`: torch's loaders run code from it.
@@ -117,6 +118,8 @@ def load_classifier(
         return _with_statistics(load_archive("load_classifier", file, trust), statistics)
     if kind is MODEL_FILE:
         return load_model(file, "classifier", trust=trust)
+    if kind is SHIPPED:
+        return load_defense(name).classifier
     *where, name = name.removeprefix(f"{ROBUSTBENCH}:").split("/")
     if where and len(where) != 2:
         raise ValueError(message("load_classifier", "name_or_path", f"{ROBUSTBENCH}:DATASET/NORM/NAME", name_or_path))
@@ -234,7 +237,7 @@ def sized(function: str, path: str | Path | None, data: DataConfig) -> DataConfi
     Raises:
         ValueError: the options contradict the file.
     """
-    shape = read_metadata(path).get(SHAPE) if path is not None and Path(path).suffix == ".safetensors" else None
+    shape = None if path is None else _stated(path).get(SHAPE)
     if shape is None or not data.folder:
         return data
     channels, height, width = shape
@@ -245,13 +248,20 @@ def sized(function: str, path: str | Path | None, data: DataConfig) -> DataConfi
     return replace(data, size=side, grayscale=channels == 1)
 
 
+def _stated(path: str | Path) -> dict[str, Any]:
+    """What a model's file, or the file of a defense in the package, states of its data."""
+    if kind_of(path) is SHIPPED:
+        path = find_defense("load_classifier", path)
+    return read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+
+
 def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dataset | Files:
     """Reorder the data's labels to match the class names in the classifier's file, if it has any.
 
     Raises:
         ValueError: the classifier's file knows some of the data's class names, but not all.
     """
-    classes = read_metadata(path).get(CLASSES) if Path(path).suffix == ".safetensors" else None
+    classes = _stated(path).get(CLASSES)
     if classes is None or tuple(classes) == data.classes:
         return data
     unknown = [name for name in data.classes if name not in classes]

@@ -49,15 +49,17 @@ def judge(
 ) -> None:
     """Judge defenses by the literature's rules and by a sound verdict; `atop-fast judge DEFENSE|all [options]`.
 
-    DEFENSE is none, noise, jpeg, ... (docs/judged.md), FILE.py:NAME for one of your own, a file of save_defense, or
-    several of these with commas between them. Every call adds its rows to the table in `out`: judge.json, judge.csv and
-    judge.png. The same call resumes after a stop. Later calls of a row must have the same defense.
+    DEFENSE is none, noise, jpeg, ... (docs/judged.md), FILE.py:NAME for one of your own, a file of save_defense, the
+    name of a defense in the package, or several of these with commas between them. Every call adds its rows to the
+    table in `out`: judge.json, judge.csv and judge.png. The same call resumes after a stop. Later calls of a row must
+    have the same defense.
 
     Args:
         classifier: the classifier that is defended, a file or name as in evaluate.
         defense: all, or defenses separated by commas: names in atop_fast.defenses.DEFENSES; FILE.py:NAME, where NAME is
             a subclass of RandomTransform or a function from the classifier to a module (the file's code is executed);
-            files of save_defense for this classifier.
+            files of save_defense, and names in list_defenses(), for this classifier. "all" means every name of the
+            first kind.
         out: folder of the table, with a folder for each row; a table is of one classifier and of the same images.
         data: images and their split; the first of the held-out part are attacked.
         architecture: of a checkpoint of torch.save: resnet18, wrn_28_10, ...
@@ -82,7 +84,8 @@ def judge(
         raise ValueError(message("judge", "processes", "one, as a table has one writer", "those of torchrun"))
     chosen = check_device("judge", "device", device)
     deadline = None if budget is None else time.monotonic() + parse_budget(budget, "judge")
-    found = [find(name) for name in (DEFENSES if defense == "all" else defense.split(","))]
+    names = [name for part in defense.split(",") for name in (DEFENSES if part == "all" else [part])]
+    found = [find(name) for name in names]
     builds = dict(found)
     if len(builds) < len(found):
         raise ValueError(message("judge", "defense", "defenses with different names", defense))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._core.checks import message
-from ..checkpoints import load_defense
+from ..checkpoints import list_defenses, load_defense
 from ..classifiers.programs import imported
 from ..defense import Defense
 from ..transforms import RandomTransform
@@ -24,8 +24,8 @@ def find(text: str) -> tuple[str, Build]:
 
     Args:
         text: a name in DEFENSES; or FILE.py:NAME, where NAME is a subclass of RandomTransform that is built without
-            arguments, or a function from the classifier to a module; or a file of save_defense, whose classifier must
-            be the given one. The code of FILE.py is executed.
+            arguments, or a function from the classifier to a module; or a file of save_defense or a name in
+            list_defenses(), whose classifier must be the given one. The code of FILE.py is executed.
 
     Raises:
         ValueError, TypeError: there is no such defense, or NAME is something else.
@@ -35,12 +35,13 @@ def find(text: str) -> tuple[str, Build]:
     path, colon, name = text.rpartition(":")
     if colon and path.endswith(".py"):
         return name, _from_code(Path(path), name)
-    if text.endswith(".safetensors"):
+    if text.endswith(".safetensors") or text in list_defenses():
         return Path(text).stem, lambda model, shape: _from_file(text, model)
     if text == "carso":
         expected = "a file that train_carso and save_defense made, as no weights of CARSO are in the package"
         raise ValueError(message("judge", "defense", expected, repr(text)))
-    expected = f"all, one of {', '.join(map(repr, DEFENSES))}, FILE.py:NAME, or a .safetensors file of save_defense"
+    expected = f"all, one of {', '.join(map(repr, DEFENSES))}, FILE.py:NAME, a .safetensors file of save_defense"
+    expected += f", or one of {', '.join(map(repr, list_defenses()))} in the package"
     raise ValueError(message("judge", "defense", expected, repr(text)))
 
 

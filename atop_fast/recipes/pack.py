@@ -25,7 +25,7 @@ import yaml
 from .._core.checks import message
 from .._core.files import write_atomic, write_text
 from ..checkpoints import list_defenses, read_header
-from ..classifiers.kinds import PACKAGE, ZOO, kind_of
+from ..classifiers.kinds import PACKAGE, SHIPPED, ZOO, kind_of
 from ..classifiers.programs import carried_programs
 from ..classifiers.zoo import match_classes
 from ..data import TORCHVISION, Dataset
@@ -152,7 +152,7 @@ def _paths(recipe: Recipe) -> dict[str, str]:
     if {data.source, data.test} & set(TORCHVISION):
         given["data.root"] = data.root
     for kind in ("classifier", "purifier", "discriminator"):
-        if (path := getattr(recipe, kind).path) is not None and kind_of(path) not in (PACKAGE, ZOO):
+        if (path := getattr(recipe, kind).path) is not None and kind_of(path) not in (PACKAGE, SHIPPED, ZOO):
             given[f"{kind}.path"] = path
     if recipe.classifier.weights is not None:
         given["classifier.weights"] = recipe.classifier.weights
