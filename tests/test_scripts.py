@@ -184,8 +184,19 @@ def test_systems_of_a_run_are_judged(run, script, photographs, tmp_path, monkeyp
     heading, alone, tuned = capsys.readouterr().out.splitlines()[-3:]
     assert ["blind" in heading, "classifier alone" in alone, "fine-tuned" in tuned] == [True] * 3
     assert {path.name.partition(", ")[2] for path in (tmp_path / "table").iterdir()} == {
-        "classifier alone, exact", "fine-tuned, exact", "fine-tuned, blind",
+        "classifier alone, exact, 2", "fine-tuned, exact, 2", "fine-tuned, blind, 2",
     }  # fmt: skip
+    # Rows of earlier calls stay in the result file.
+    path = tmp_path / "defenses--cpu.json"
+    (before,) = [{"defense": "cifar10-rt2", "system": "fine-tuned", "images": 2, "exact": 0.5}]
+    path.write_text(json.dumps({"rows": [before]}))
+    monkeypatch.setattr(defenses, "RESULTS", tmp_path)
+    system = "classifier of cifar10-rt2-at, behind the purifier"
+    options = [f"--data={photographs}", f"--out={tmp_path / 'table'}", "--images=2", "--columns=exact", "--json"]
+    run("defenses", "cifar10-rt2", "--transfer", f"--systems={system}", *options)
+    kept, new = json.loads(path.read_text())["rows"]
+    assert kept == before
+    assert (new["system"], new["exact interval"][0] <= new["exact"]) == (system, True)
 
 
 @pytest.mark.slow
