@@ -214,6 +214,8 @@ COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, check, train, doctor, 
 
 # The option that a command's first argument stands for if it is given without a name.
 POSITIONAL = {"bench": "suite", "check": "classifier", "judge": "defense", "report": "run"}
+# What the doctor takes of a run; steps and draws are its own.
+EXAMINED = ("classifier", "defense", "data", "norm", "eps", "seed")
 
 
 # Arguments of the running command, for the script that repeats it.
@@ -338,7 +340,7 @@ def _switches(parameters: Any, prefix: str) -> Iterator[str]:
 def _with_positional(args: list[str], folder: Path) -> list[str]:
     """Turn the positional argument of a command into options; `folder` takes the contents of an archive.
 
-    The PRESET of `train` and the RUN of `evaluate` are configurations, which later options change.
+    The PRESET of `train` and the RUN of `evaluate` and `doctor` are configurations, which later options change.
     """
     command, *rest = args or [""]
     named = ("-h", "--help", "--config", "--print_config")
@@ -347,7 +349,7 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
         expected = f"a YAML file or one of {', '.join(preset_names())}, as in `atop-fast train demo --out=runs/demo`"
         raise ValueError(message("train", "PRESET", f"{expected} (docs/training.md)", None))
     rest = list(_written_out(command, rest))
-    if command not in (*POSITIONAL, "train", "evaluate") or not rest or rest[0].startswith("-"):
+    if command not in (*POSITIONAL, "train", "evaluate", "doctor") or not rest or rest[0].startswith("-"):
         return [command, *rest] if args else args
     if command in POSITIONAL:
         return [command, f"--{POSITIONAL[command]}={rest[0]}", *rest[1:]]
@@ -355,7 +357,10 @@ def _with_positional(args: list[str], folder: Path) -> list[str]:
         # A program may also run if the command line itself names it.
         trust = any(arg == "--trust=true" or arg.split("=")[0] == "--classifier.path" for arg in rest)
         return ["train", f"--config={json.dumps(asdict(load_recipe(rest[0], trust=trust)))}", *rest[1:]]
-    return ["evaluate", f"--config={json.dumps(system_of(Path(rest[0]), folder, rest))}", *rest[1:]]
+    options = system_of(Path(rest[0]), folder, rest)
+    if command == "doctor":
+        options = {name: options[name] for name in EXAMINED if name in options}
+    return [command, f"--config={json.dumps(options)}", *rest[1:]]
 
 
 def _show(report: dict[str, Any] | None, out: str) -> None:

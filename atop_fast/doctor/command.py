@@ -41,6 +41,9 @@ def doctor(
 ) -> None:
     """Check a defense's contract and look for gradient masking; exit code 1 if a check fails, as with too few images.
 
+    `atop-fast doctor RUN [options]` takes defense, images and threat model from the folder of a run, or from its
+    archive, and `atop-fast doctor MODEL` a defense or a classifier by its file or name.
+
     Args:
         classifier: classifier.safetensors, or another classifier that evaluate takes.
         purifier: purifier.safetensors; without it the classifier alone is examined, or, if `transform` is given, that
