@@ -37,6 +37,20 @@ def settings(version, norm="Linf", **options):
     return [(type(a).__name__, a.loss, getattr(a, "n_restarts", 1), a.eot_iter, a.early_stop) for a in built]
 
 
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_nan_is_not_class_0(version):
+    """All of these images are of class 0, which is the argmax of NaN."""
+
+    def model(x):
+        logits = torch.stack((x.mean(dim=(1, 2, 3)), -x[:, 0, 0, 0]), dim=1)
+        given = (x[:, None] == X[:4]).flatten(2).all(dim=2).any(dim=1)
+        return torch.where(given[:, None], logits, torch.nan)
+
+    whole = AutoAttack(model, "Linf", 0.1, version=version, **FAST)
+    with pytest.raises(ValueError, match=r"without NaN in its logits, got NaN for 4 of 4 images"):
+        whole(X[:4], torch.zeros(4, dtype=torch.int64))
+
+
 def test_versions():
     ce, dlr = ("APGD", "ce", 1, 1, True), ("APGD", "dlr", 1, 1, True)
     targeted, fab, square = (

@@ -315,11 +315,18 @@ class AutoAttack:
         # Without TF32, as in verdicts: an image that only rounding makes wrong must meet the other attacks, too.
         with full_precision(x.device):
             parts = [
-                draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0].argmax(dim=1)
+                draw_logits(self.model, x[part], seed, ids[part], range(1), bs, "AutoAttack")[:, 0]
                 for part in torch.arange(len(x), device=x.device).split(bs)
                 if len(part)
             ]
-        return torch.cat([*parts, torch.zeros(0, dtype=torch.int64, device=x.device)])
+        if not parts:
+            return torch.zeros(0, dtype=torch.int64, device=x.device)
+        logits = torch.cat(parts)
+        # The largest of them would be the first NaN, which is right for images of that class.
+        if (wrong := logits.isnan().any(dim=1)).any():
+            given = f"NaN for {int(wrong.sum())} of {len(x)} images {name!r}"
+            raise ValueError(message("AutoAttack", "model", "a callable without NaN in its logits", given))
+        return logits.argmax(dim=1)
 
     def __repr__(self) -> str:
         hidden = ("model", "verbose", "accuracy", "in_doubt", "callback", "device", "log_path")
