@@ -28,6 +28,7 @@ from ..evaluation.summary import Report
 from ..evaluation.verdict import wilson_interval
 from ..randomness import derive_seed
 from .inside import Replaced
+from .noise import GaussianNoise
 
 # The rules of judging: two of AutoAttack's versions with its own count, and fresh draws under the strongest attacks.
 RULES = ("standard", "rand", "sound")
@@ -147,8 +148,7 @@ def strongest(model: Model, effort: Effort, random: bool) -> dict[str, AnyAttack
         steps["eot_iter"] = 1
     attacks: dict[str, AnyAttack] = {"exact": PGD(model, **steps)}
     if isinstance(model, Defense):
-        # BPDA replaces derivatives in front of the classifier, where a defense inside it has nothing.
-        if not isinstance(model.classifier, Replaced):
+        if _in_front(model):
             attacks["bpda"] = PGD(model, gradient="bpda", **steps)
         attacks["blind"] = PGD(undefended(model), **{**steps, "eot_iter": 1})
     attacks["square"] = Square(model, n_queries=max(1, effort.n_queries // 5), **options)
@@ -161,13 +161,23 @@ def undefended(model: Defense) -> nn.Module:
 
 
 def described(model: Model) -> str:
+def _in_front(model: Defense) -> bool:
+    """Whether something is in front of the classifier, for BPDA to replace its derivative.
+
+    A defense inside the classifier stands behind noise of sigma 0.
+    """
+    inside = isinstance(model.classifier, Replaced) and model.purifier is None
+    return not (inside and isinstance(model.transform, GaussianNoise) and not model.transform.sigma)
+
+
     """A defense in a few words."""
     if not isinstance(model, Defense):
         return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model")
     inner = model.classifier
-    if isinstance(inner, Replaced):
-        return f"{type(inner).__name__}({inner.extra_repr()})"
-    return repr(model.transform) + ("" if model.purifier is None else f", {type(model.purifier).__name__}")
+    parts = [repr(model.transform)] if _in_front(model) else []
+    parts += [] if model.purifier is None else [type(model.purifier).__name__]
+    parts += [f"{type(inner).__name__}({inner.extra_repr()})"] if isinstance(inner, Replaced) else []
+    return ", ".join(parts)
 
 
 def is_random(model: Model, source: Source, seed: int) -> bool:
