@@ -32,8 +32,8 @@ from atop_fast import (
 )
 from atop_fast.classifiers import Normalized
 from atop_fast.cli import main
-from atop_fast.defenses import DEFENSES
-from atop_fast.defenses.judge import RULES, Effort, strongest
+from atop_fast.defenses import DEFENSES, SelfEnsemble
+from atop_fast.defenses.judge import RULES, Effort, described, strongest
 from atop_fast.defenses.table import COLUMNS, confusion, to_csv, truth
 from atop_fast.evaluation.runs import Run, read_candidates
 from atop_fast.randomness import Tag, derive_seed, random_uniform, seeded
@@ -115,6 +115,28 @@ def test_single_draws_count_as_autoattack_does(classifier, noise, tmp_path):
 @pytest.mark.slow
 def test_the_sound_verdict_is_that_of_evaluate(classifier, noise, tmp_path):
     x, y = noise
+def test_a_model_in_training_mode_is_judged_in_evaluation_mode(noise, tmp_path):
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*layers).train()
+    given = {name: value.clone() for name, value in model.state_dict().items()}
+    row = judge(model, noise[0], noise[1] % 4, out=tmp_path / "a", rules=["rand"], effort=SMALL, progress=False)
+    assert model.training
+    assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+    options = {"rules": ["rand"], "effort": SMALL, "progress": False}
+    assert numbers(judge(model.eval(), noise[0], noise[1] % 4, out=tmp_path / "b", **options)) == numbers(row)
+    repeats = json.loads((tmp_path / "a/rand/run.json").read_text())["attack"]
+    assert "eot_iter=1," in repeats
+
+
+def test_what_is_in_front_of_a_defense_inside_the_classifier_counts(classifier):
+    model = Defense(RT2(4, sigma=0.1), None, SelfEnsemble(classifier))
+    assert list(strongest(model, SMALL, random=True)) == ["exact", "bpda", "blind", "square"]
+    assert described(model) == f"{model.transform!r}, SelfEnsemble(sigma_first=0.2, sigma=0.1)"
+    model = DEFENSES["self-ensemble"](classifier, (3, 8, 8))
+    assert list(strongest(model, SMALL, random=True)) == ["exact", "blind", "square"]
+    assert described(model) == "SelfEnsemble(sigma_first=0.1, sigma=0.05)"
+
+
     for name, attacks in (
         ("random-jpeg", ["exact", "bpda", "blind", "square"]),
         ("winners", ["exact", "blind", "square"]),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .._core.checks import check_choice, check_integer, check_radius
 from .._core.distributed import process_group
-from ..attacks import PGD, AutoAttack, Model, Square
+from ..attacks import PGD, AutoAttack, Model, Square, frozen
 from ..data import Dataset
 from ..defense import Defense, classifier_alone
 from ..evaluation.evaluate import evaluate, parse_budget
@@ -182,7 +182,9 @@ def _in_front(model: Defense) -> bool:
 
 def is_random(model: Model, source: Source, seed: int) -> bool:
     """Whether the logits of images differ in three draws, by the same check as in evaluate."""
-    return not Judge(model, seed, 1, 1).is_repeatable(source)
+    # In training mode, dropout would count as a random defense, and batch norm would take statistics.
+    with frozen(model):
+        return not Judge(model, seed, 1, 1).is_repeatable(source)
 
 
 def counted(
