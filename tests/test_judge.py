@@ -108,6 +108,9 @@ def test_single_draws_count_as_autoattack_does(classifier, noise, tmp_path):
         assert row[rule] == pytest.approx(attack.accuracy[last])
         assert row[f"{rule}_ci"][0] <= row[rule] <= row[f"{rule}_ci"][1]
     assert "sound" not in row
+    for rules in ([], "sound"):
+        with pytest.raises(ValueError, match="judge: rules must be a list of some of 'standard', 'rand', 'sound'"):
+            run("none", classifier, noise, tmp_path, rules=rules)
     with pytest.raises(ValueError, match="judge: rules must be one of 'standard', 'rand', 'sound', got 'loud'"):
         run("none", classifier, noise, tmp_path, rules=["loud"])
 
@@ -286,6 +289,7 @@ def test_command(files, capsys):  # noqa: F811
         capsys.readouterr()
         assert expected in fail(capsys, "judge", args[0], *small, *args[1:])
 
+        (["all", "--rules=[]"], "rules must be a list of some of"),
 
 def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     """The file of the page, under 60 lines, and its command."""
@@ -301,7 +305,9 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     assert "rand" in rows[1]
     (files / "more.py").write_text(
         "from atop_fast import RT1, Defense\n\n\ndef masked(model):\n    return Defense(RT1(2), None, model)\n\n\n"
-        "def wrong(model):\n    return 3\n\n\ndef bare():\n    return 3\n\n\nnothing = 5\n"
+        "def wrong(model):\n    return 3\n\n\ndef bare():\n    return 3\n\n\nnothing = 5\nnone = masked\n\n\n"
+        "def odd(model):\n    return Defense(RT1(5), None, model)\n\n\n"
+        "class Needs(RT1):\n    def __init__(self, more):\n        super().__init__(2)\n"
     )
     given = ["--classifier=classifier.safetensors", "--data.source=images", *small, "--out=t"]
     main(["judge", "more.py:masked", *given])
@@ -309,6 +315,10 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     # Another rule of another defense is no part of this row.
     (files / "changed.py").write_text((files / "more.py").read_text().replace("RT1(2)", "RT1(4)"))
     before = (files / "t/judge.json").read_text()
+    # Before the rows in front of it.
+    capsys.readouterr()
+    assert "divisible by patch=5" in fail(capsys, "judge", "none,more.py:odd", *given[:-1], "--out=u")
+    assert not (files / "u").exists()
     capsys.readouterr()
     error = fail(capsys, "judge", "changed.py:masked", *given, "--rules=[standard]")
     assert "t/masked, which belongs to a run with another defense" in error

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from .._core.checks import check_choice, check_device, check_integer, message
+from .._core.checks import check_device, check_integer, message
 from .._core.distributed import launched
 from .._core.files import claim_folder, write_atomic, write_text
 from ..bench.results import metadata, print_table, write_rows
@@ -17,7 +17,7 @@ from ..evaluation.evaluate import parse_budget
 from ..evaluation.identity import attack_identity, model_identity, probe_images
 from ..evaluation.source import make_source
 from ..recipes.options import DataConfig, GivenTransform
-from .judge import RULES, Effort
+from .judge import RULES, Effort, check_rules, is_random
 from .judge import judge as judge_model
 from .own import find
 from .table import DEFENSES, alarms, confusion, draw, to_csv, truths
@@ -89,7 +89,7 @@ def judge(
     builds = dict(found)
     if len(builds) < len(found):
         raise ValueError(message("judge", "defense", "defenses with different names", defense))
-    wanted = [check_choice("judge", "rules", rule, RULES) for rule in rules]
+    wanted = check_rules(rules)
     effort = Effort(eps, seed, steps, n_queries, draws, batch_size)
     check_integer("judge", "images", images, low=1)
     system = System(classifier, None, None, GivenTransform(), architecture, weights, key, normalize, trust)
@@ -98,6 +98,9 @@ def judge(
     defenses = {name: build(model, part.shape).eval().to(chosen) for name, build in builds.items()}
     folder = Path(out)
     source = make_source(part.images, part.labels, model)
+    for defended in defenses.values():
+        # One that does not fit these images must fail now, not after the rows before it.
+        is_random(defended, source, seed)
     settings = {"norm": "Linf", **vars(effort), "images": len(source)}
     del settings["batch_size"]
     identity = model_identity(model, *probe_images(source))["weights"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-from .._core.checks import check_choice, check_integer, check_radius
+from .._core.checks import check_choice, check_integer, check_radius, message
 from .._core.distributed import process_group
 from ..attacks import PGD, AutoAttack, Model, Square, frozen
 from ..data import Dataset
@@ -113,8 +113,7 @@ def judge(
             and is left unchanged.
     """
     deadline = None if budget is None else time.monotonic() + parse_budget(budget, "judge")
-    for rule in rules:
-        check_choice("judge", "rules", rule, RULES)
+    rules = check_rules(rules)
     source = make_source(images, labels, model)
     random = is_random(model, source, effort.seed)
     row: dict[str, Any] = {"defense": name, "model": described(model), "images": len(source)}
@@ -140,6 +139,13 @@ def judge(
     return {**row, "seconds": seconds, "complete": all(rule in row for rule in rules)}
 
 
+def check_rules(rules: Sequence[str]) -> list[str]:
+    """Raise unless `rules` are some of RULES."""
+    if isinstance(rules, str) or not rules:
+        raise ValueError(message("judge", "rules", f"a list of some of {', '.join(map(repr, RULES))}", repr(rules)))
+    return [check_choice("judge", "rules", rule, RULES) for rule in rules]
+
+
 def strongest(model: Model, effort: Effort, random: bool) -> dict[str, AnyAttack]:
     """PGD of the protocol eot-fast by every gradient that the model has, and Square, which needs none."""
     options: dict[str, Any] = {"norm": "Linf", "eps": effort.eps, "seed": derive_seed(effort.seed, "attack")}
@@ -155,12 +161,6 @@ def strongest(model: Model, effort: Effort, random: bool) -> dict[str, AnyAttack
     return attacks
 
 
-def undefended(model: Defense) -> nn.Module:
-    """The classifier without transform, purifier, and replaced layers."""
-    return model.classifier.model if isinstance(model.classifier, Replaced) else classifier_alone(model)
-
-
-def described(model: Model) -> str:
 def _in_front(model: Defense) -> bool:
     """Whether something is in front of the classifier, for BPDA to replace its derivative.
 
@@ -170,6 +170,12 @@ def _in_front(model: Defense) -> bool:
     return not (inside and isinstance(model.transform, GaussianNoise) and not model.transform.sigma)
 
 
+def undefended(model: Defense) -> nn.Module:
+    """The classifier without transform, purifier, and replaced layers."""
+    return model.classifier.model if isinstance(model.classifier, Replaced) else classifier_alone(model)
+
+
+def described(model: Model) -> str:
     """A defense in a few words."""
     if not isinstance(model, Defense):
         return type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "model")
