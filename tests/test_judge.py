@@ -201,6 +201,11 @@ def test_what_is_an_illusion():
     assert truth(row, 0.0) == "illusion"
     assert truth(row, 0.11) == "no claim"
     assert truth({**row, "sound": 0.1}, 0.0) == "sound"
+    # 0.7 - 0.6 < 0.1 and 0.2 + 0.1 > 0.3 in float64.
+    for alone, high in ((0.6, 0.7), (0.2, 0.3)):
+        assert truth({**row, "sound": high}, alone) == "sound"
+        assert truth({**row, "standard": high}, alone) == "illusion"
+        assert truth({**row, "standard": high - 1e-4, "sound": high - 1e-4}, alone) == "no claim"
     assert truth({**row, "defense": "none"}, 0.0) == "sound"
     assert truth({"defense": "a", "sound": 0.0}, 0.0) is None
     assert truth({"defense": "a", "rand": 0.3}, 0.0) is None
