@@ -115,9 +115,6 @@ def test_single_draws_count_as_autoattack_does(classifier, noise, tmp_path):
         run("none", classifier, noise, tmp_path, rules=["loud"])
 
 
-@pytest.mark.slow
-def test_the_sound_verdict_is_that_of_evaluate(classifier, noise, tmp_path):
-    x, y = noise
 def test_a_model_in_training_mode_is_judged_in_evaluation_mode(noise, tmp_path):
     layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model = nn.Sequential(*layers).train()
@@ -140,6 +137,9 @@ def test_what_is_in_front_of_a_defense_inside_the_classifier_counts(classifier):
     assert described(model) == "SelfEnsemble(sigma_first=0.1, sigma=0.05)"
 
 
+@pytest.mark.slow
+def test_the_sound_verdict_is_that_of_evaluate(classifier, noise, tmp_path):
+    x, y = noise
     for name, attacks in (
         ("random-jpeg", ["exact", "bpda", "blind", "square"]),
         ("winners", ["exact", "blind", "square"]),
@@ -289,12 +289,12 @@ def test_command(files, capsys):  # noqa: F811
         (["jpeg", "--images=2", "--out=t"], "another data, images"),
         (["jpge"], "defense must be all, one of 'none'"),
         (["all", "--rules=[loud]"], "rules must be one of"),
+        (["all", "--rules=[]"], "rules must be a list of some of"),
         (["jpeg,none,jpeg"], "defense must be defenses with different names"),
     ):
         capsys.readouterr()
         assert expected in fail(capsys, "judge", args[0], *small, *args[1:])
 
-        (["all", "--rules=[]"], "rules must be a list of some of"),
 
 def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     """The file of the page, under 60 lines, and its command."""
@@ -315,15 +315,15 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
         "class Needs(RT1):\n    def __init__(self, more):\n        super().__init__(2)\n"
     )
     given = ["--classifier=classifier.safetensors", "--data.source=images", *small, "--out=t"]
+    # Before the rows in front of it.
+    capsys.readouterr()
+    assert "divisible by patch=5" in fail(capsys, "judge", "none,more.py:odd", *given[:-1], "--out=u")
+    assert not (files / "u").exists()
     main(["judge", "more.py:masked", *given])
     assert "masked" in (files / "t/judge.csv").read_text()
     # Another rule of another defense is no part of this row.
     (files / "changed.py").write_text((files / "more.py").read_text().replace("RT1(2)", "RT1(4)"))
     before = (files / "t/judge.json").read_text()
-    # Before the rows in front of it.
-    capsys.readouterr()
-    assert "divisible by patch=5" in fail(capsys, "judge", "none,more.py:odd", *given[:-1], "--out=u")
-    assert not (files / "u").exists()
     capsys.readouterr()
     error = fail(capsys, "judge", "changed.py:masked", *given, "--rules=[standard]")
     assert "t/masked, which belongs to a run with another defense" in error
@@ -331,6 +331,9 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     for name, expected in (
         ("more.py:wrong", "a function that returns a module, got more.py:wrong -> 3"),
         ("more.py:bare", "that returns a module, got more.py:bare, which fails: bare() takes 0 positional arguments"),
+        ("more.py:Needs", "a subclass of RandomTransform that is built without arguments, got more.py:Needs, which"),
+        ("more.py:none", "named otherwise than the table's own 'none', got more.py:none"),
+        ("a/jpeg.safetensors", "named otherwise than the table's own 'jpeg', got a/jpeg.safetensors"),
         ("more.py:nothing", "a function from the classifier to a module in more.py, got nothing, which is 5"),
         ("none.py:x", "the path of a Python file before the colon, got none.py:x"),
     ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ def find(text: str) -> tuple[str, Build]:
         return text, DEFENSES[text]
     path, colon, name = text.rpartition(":")
     if colon and path.endswith(".py"):
-        return name, _from_code(Path(path), name)
+        return _row(name, text), _from_code(Path(path), name)
     if text.endswith(".safetensors") or text in list_defenses():
-        return Path(text).stem, lambda model, shape: _from_file(text, model)
+        return _row(Path(text).stem, text), lambda model, shape: _from_file(text, model)
     if text == "carso":
         expected = "a file that train_carso and save_defense made, as no weights of CARSO are in the package"
         raise ValueError(message("judge", "defense", expected, repr(text)))
@@ -45,15 +45,20 @@ def find(text: str) -> tuple[str, Build]:
     raise ValueError(message("judge", "defense", expected, repr(text)))
 
 
+def _row(name: str, text: str) -> str:
+    """The row name of a defense outside the table, whose own rows keep their names: "none" is the classifier alone."""
+    if name in DEFENSES:
+        raise ValueError(message("judge", "defense", f"named otherwise than the table's own {name!r}", text))
+    return name
+
+
 def _from_code(path: Path, name: str) -> Build:
     """The builder NAME of a Python file."""
     given = f"{path}:{name}"
     if not path.is_file():
         raise ValueError(message("judge", "defense", "the path of a Python file before the colon", given))
     found = getattr(imported(str(path), path.read_text(encoding="utf-8")), name, None)
-    if inspect.isclass(found) and issubclass(found, RandomTransform):
-        transform: Callable[[], RandomTransform] = found
-        return lambda model, shape: Defense(transform(), None, model)
+    transform = inspect.isclass(found) and issubclass(found, RandomTransform)
     if not callable(found):
         expected = f"a subclass of RandomTransform or a function from the classifier to a module in {path}"
         raise ValueError(message("judge", "defense", expected, f"{name}, which is {found!r}"))
@@ -61,9 +66,10 @@ def _from_code(path: Path, name: str) -> Build:
 
     def checked(model: nn.Module, shape: Sequence[int]) -> nn.Module:
         try:
-            defense = build(model)
+            defense = Defense(build(), None, model) if transform else build(model)
         except TypeError as error:
             expected = "a function of the classifier that returns a module"
+            expected = "a subclass of RandomTransform that is built without arguments" if transform else expected
             reason = str(error).partition("\n")[0]
             raise TypeError(message("judge", "defense", expected, f"{given}, which fails: {reason}")) from error
         if not isinstance(defense, nn.Module):
