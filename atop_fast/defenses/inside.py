@@ -34,7 +34,8 @@ class Replaced(nn.Module):
     """A classifier in which some functions are replaced while it is called through this wrapper.
 
     Args:
-        model: the classifier; its weights are shared, and it is not changed.
+        model: the classifier; its weights are shared, and it is not changed. No part of it may draw by a key, which it
+            would not get here.
 
     A subclass defines `replace` and `functions`. Calls inside compiled or TorchScript modules cannot be intercepted.
     Networks that recompute (torch.utils.checkpoint inside the classifier) are refused, because the recomputation would
@@ -54,6 +55,8 @@ class Replaced(nn.Module):
             raise TypeError(message(type(self).__name__, "model", "a torch.nn.Module", type(model).__name__))
         self.model = model
 
+        if keyed := [type(part).__name__ for part in model.modules() if getattr(part, "keyed", False)]:
+            raise ValueError(message(type(self).__name__, "model", "a network without keyed draws", keyed[0]))
     def forward(
         self, x: Tensor, seed: int | Tensor | None = None, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
