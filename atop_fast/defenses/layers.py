@@ -69,6 +69,8 @@ class ActivationPruning(Replaced):
         points = (random_bits(draws, *key, Tag.MASK).double() + 0.5) * 2.0**-32 * sums[:, -1:]
         hit = torch.searchsorted(sums, points, right=True).clamp_(max=flat.shape[1] - 1)
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, hit, True) & (flat != 0)
+        # Without a finite sum, the draws miss what is not finite, which the logits must show.
+        kept |= ~flat.isfinite()
         # In float64, so that rounding does not depend on the batch.
         total = flat.abs().double().sum(dim=1, keepdim=True).to(flat.dtype)
         p = flat.abs() / torch.where(total > 0, total, 1)
@@ -108,7 +110,8 @@ class WinnersTakeAll(Replaced):
         flat = x.flatten(1)
         count = max(1, round(self.ratio * flat.shape[1]))
         least = flat.detach().topk(count, dim=1, sorted=True).values[:, -1:]
-        return torch.where(flat >= least, flat, 0).view_as(x)
+        # NaN is kept, so that the logits show it.
+        return torch.where(flat < least, 0, flat).view_as(x)
 
     def extra_repr(self) -> str:
         return f"ratio={self.ratio}"
