@@ -356,6 +356,32 @@ def test_pruning_keeps_by_its_probabilities():
     # No activation at all, and a single one.
     for values in (torch.zeros(2, 3), torch.tensor([[0.0, 1, 0], [2, 0, 0]])):
         values = values.double()[:, :, None, None].requires_grad_()
+@pytest.mark.parametrize("kind", [nn.ReLU6, nn.Hardtanh, nn.SELU, nn.CELU, nn.RReLU, nn.PReLU])
+def test_no_activation_is_missed_beside_another(kind):
+    """With all winners, every activation function is the identity."""
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    activations = [kind()] if kind is nn.PReLU else [kind(), kind(inplace=True)]
+    model = nn.Sequential(first, *activations, nn.Flatten()).eval()
+    assert torch.equal(WinnersTakeAll(model, 1.0)(X), first[0](X).flatten(1))
+
+
+@pytest.mark.parametrize("wrap", [lambda net: WinnersTakeAll(net), lambda net: ActivationPruning(net)])
+def test_a_wrapper_inside_another_would_not_get_the_key(wrap, classifier):
+    for inner in (SelfEnsemble(classifier), nn.Sequential(SelfEnsemble(classifier))):
+        with pytest.raises(ValueError, match="model must be a network without keyed draws, got SelfEnsemble"):
+            wrap(inner)
+    whole = Defense(GaussianNoise(0), None, SelfEnsemble(WinnersTakeAll(classifier))).eval()
+    assert torch.equal(whole(X, 3, draw=1), whole(X, 3, draw=1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_reaches_the_logits(value):
+    h, key = torch.rand(2, 6, 1, 1), (torch.tensor(3), torch.arange(2), torch.tensor(1))
+    h[:, 2] = value
+    for wrapped in (WinnersTakeAll(nn.Identity(), 0.5), ActivationPruning(nn.Identity())):
+        assert not wrapped.replace(lambda t: t, h, 0, key)[:, 2].isfinite().any()
+
+
         result = pruning.replace(lambda t: t, values, 0, (torch.tensor(3), torch.arange(2), torch.tensor(1)))
         assert torch.equal(result, values)
         assert torch.autograd.grad(result.sum(), values)[0].isfinite().all()

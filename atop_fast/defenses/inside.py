@@ -24,7 +24,9 @@ CONVOLUTIONS = frozenset({torch.conv2d})
 ACTIVATIONS = frozenset(
     {
         F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu,
-        F.hardswish, F.softplus, F.mish,
+        F.hardswish, F.softplus, F.mish, F.selu, F.celu, F.prelu, F.rrelu,
+        # nn.ReLU6 calls it.
+        F.hardtanh,
     }
 )  # fmt: skip
 IN_PLACE = (torch.relu_, Tensor.relu_)
@@ -53,10 +55,10 @@ class Replaced(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(message(type(self).__name__, "model", "a torch.nn.Module", type(model).__name__))
-        self.model = model
-
         if keyed := [type(part).__name__ for part in model.modules() if getattr(part, "keyed", False)]:
             raise ValueError(message(type(self).__name__, "model", "a network without keyed draws", keyed[0]))
+        self.model = model
+
     def forward(
         self, x: Tensor, seed: int | Tensor | None = None, sample_ids: Tensor | None = None, draw: int | Tensor = 0
     ) -> Tensor:
