@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import re
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -155,6 +156,13 @@ def test_majority_vote_decides_what_the_binomial_test_does():
     assert torch.equal(majority_vote(whole, x[2:], 9, 1.0, 5, torch.arange(2, 4)), votes[2:])
     with pytest.raises(TypeError, match="majority_vote: defense must be a Defense, got Sign"):
         majority_vote(Sign(), x)
+    start = time.process_time()
+    assert p_value(10_100, 20_000) == pytest.approx(0.1594, abs=1e-4)
+    assert time.process_time() - start < 5
+    odd = Defense(GaussianNoise(0), None, Sign())
+    odd.classifier.forward = lambda x: torch.where(x[:, 0, 0] == x[3, 0, 0], torch.nan, x[:, 0, 0]).expand(-1, 2)
+    with pytest.raises(ValueError, match=r"without NaN in its logits, got NaN for 1 of 4 images, .* images\[3\]"):
+        majority_vote(odd, x, 2)
 
 
 def test_bilateral_filter_is_that_of_the_formula():

@@ -79,6 +79,10 @@ def majority_vote(
         return ids.new_zeros(0)
     with frozen(defense):
         logits = draw_logits(defense, images, seed, ids, range(draws), max_batch, name)
+    if (wrong := logits.isnan().flatten(1).any(dim=1)).any():
+        first = int(wrong.nonzero()[0])
+        given = f"NaN for {int(wrong.sum())} of {len(images)} images, the first of them images[{first}]"
+        raise ValueError(message(name, "defense", "a Defense without NaN in its logits", given))
     votes = F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=1)
     most, classes = votes.topk(2, dim=1)
     decided = [a > b and p_value(a, a + b) <= alpha for a, b in most.tolist()]
@@ -87,4 +91,9 @@ def majority_vote(
 
 def p_value(votes: int, of: int) -> float:
     """Two-sided p-value of `votes` >= of / 2 among `of` fair coins: min(1, 2 P(Binomial(of, 1/2) >= votes))."""
-    return min(1.0, 2 * sum(math.comb(of, k) for k in range(votes, of + 1)) / 2**of)
+    term, total = math.comb(of, votes), 0
+    for k in range(votes, of + 1):
+        total += term
+        # The next binomial coefficient from this one: computing each anew takes minutes for 20,000 draws.
+        term = term * (of - k) // (k + 1)
+    return min(1.0, 2 * total / 2**of)
