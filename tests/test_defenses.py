@@ -313,6 +313,12 @@ def test_one_filter_is_drawn_and_all_can_be_averaged(classifier):
     draws = {int(n): whole(X[:1], 7, draw=d) for d in range(40) for n in FilterDraw()(X[:1], 7, draw=d)[:, -1, 0, 0]}
     mean = torch.stack([draws[k] for k in range(4)]).mean(dim=0)
     torch.testing.assert_close(mean_logits(whole, X[:1]), mean, rtol=0, atol=1e-5)
+    # A number without a filter.
+    purified = Defense(FilterDraw(16), bank, nn.Identity()).purify(X, 7, IDS, DRAWS)
+    drawn = FilterDraw(16)(X, 7, IDS, DRAWS)[:, -1, 0, 0]
+    assert torch.equal(purified.isnan().all(dim=(1, 2, 3)), drawn >= 4)
+    assert torch.equal(purified.isnan().any(dim=(1, 2, 3)), drawn >= 4)
+    assert 0 < (drawn >= 4).sum() < 5
     with pytest.raises(TypeError, match="mean_logits: defense must be a Defense of FilterDraw"):
         mean_logits(Defense(GaussianNoise(), None, classifier), X)
 

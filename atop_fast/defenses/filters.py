@@ -48,8 +48,9 @@ class ResidualFilters(nn.Module):
         channels: C of the images.
         width: channels inside of a filter; 16 makes the paper's 883 parameters.
 
-    It maps (B, C + 2, H, W), whose last channel holds the number of each image's filter, to (B, C, H, W). All filters
-    run on all images, so that rounding does not depend on what other images have drawn.
+    It maps (B, C + 2, H, W), whose last channel holds the number of each image's filter, to (B, C, H, W): NaN for a
+    number >= count, which a FilterDraw of more filters draws. All filters run on all images, so that rounding does not
+    depend on what other images have drawn.
 
     Source: Guesmi and Shafique, DRIFT: Divergent response in filtered transformations, ICLR 2026. Its training, which
     separates the filters' Jacobians and logits, is not part of this module: `finetune` trains the filters on an attack
@@ -77,7 +78,8 @@ class ResidualFilters(nn.Module):
         result = x
         for k, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             result = result + torch.where(number == k, second(F.relu(first(x))), 0)
-        return result
+        # An error here would wait for a GPU, and NaN in logits is one.
+        return torch.where(number < self.count, result, torch.nan)
 
 
 def mean_logits(defense: Defense, images: Tensor) -> Tensor:
