@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._core.checks import check_integer, check_number
+from .._core.checks import check_float_tensor, check_integer, check_number, message
 from ..ops import random_normal
 from .base import ImageTransform
 
@@ -45,9 +45,7 @@ class NoisyBilateral(ImageTransform):
         name = "NoisyBilateral"
         self.sigma = check_number(name, "sigma", sigma, low=0)
         self.repeats = check_integer(name, "repeats", repeats, low=0)
-        self.radius = check_integer(name, "radius", radius, low=1)
-        self.sigma_space = check_number(name, "sigma_space", sigma_space, low=1e-3)
-        self.sigma_color = check_number(name, "sigma_color", sigma_color, low=1e-3)
+        self.radius, self.sigma_space, self.sigma_color = _checked(name, radius, sigma_space, sigma_color)
 
     def images(self, x: Tensor, seed: Tensor, sample_ids: Tensor, draw: Tensor) -> Tensor:
         """See ImageTransform.images."""
@@ -64,10 +62,29 @@ def bilateral_filter(x: Tensor, radius: int, sigma_space: float, sigma_color: fl
 
     over the (2 radius + 1)^2 pixels q around p; |x_p - x_q|^2 is summed over the channels. The backward pass keeps the
     images, not the weights.
+
+    Args:
+        x: floats (B, C, H, W), of any range.
+        radius, sigma_space, sigma_color: see NoisyBilateral.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
     """
+    name = "bilateral_filter"
+    if check_float_tensor(name, "x", x).dim() != 4:
+        raise ValueError(message(name, "x", "images of shape (B, C, H, W)", tuple(x.shape)))
+    radius, sigma_space, sigma_color = _checked(name, radius, sigma_space, sigma_color)
     padded = F.pad(x, (radius,) * 4, mode="replicate")
     result: Tensor = _Bilateral.apply(padded, radius, sigma_space, sigma_color)
     return result
+
+
+def _checked(name: str, radius: int, sigma_space: float, sigma_color: float) -> tuple[int, float, float]:
+    return (
+        check_integer(name, "radius", radius, low=1),
+        check_number(name, "sigma_space", sigma_space, low=1e-3),
+        check_number(name, "sigma_color", sigma_color, low=1e-3),
+    )
 
 
 class _Bilateral(torch.autograd.Function):

@@ -42,7 +42,10 @@ class JPEG(ImageTransform):
 
     def __init__(self, quality: int | tuple[int, int] = 75) -> None:
         super().__init__()
-        low, high = quality if isinstance(quality, (tuple, list)) else (quality, quality)
+        ends = quality if isinstance(quality, (tuple, list)) else (quality, quality)
+        if len(ends) != 2:
+            raise ValueError(message("JPEG", "quality", "a number or two, (low, high)", quality))
+        low, high = ends
         check_integer("JPEG", "quality", low, low=1, high=100)
         check_integer("JPEG", "quality", high, low=low, high=100)
         self.quality: int | tuple[int, int] = low if low == high else (low, high)
