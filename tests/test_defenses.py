@@ -356,20 +356,6 @@ def test_winners_take_all_in_every_spelling():
     torch.testing.assert_close(WinnersTakeAll(nn.Sequential(model), 1.0)(x), linear, rtol=0, atol=1e-12)
 
 
-def test_pruning_keeps_by_its_probabilities():
-    """Frequencies within 5 sigma of 1 - (1 - p)^r, and the scale of what is kept, which makes the mean that of h."""
-    h = torch.tensor([0.0, 4.0, 2.0, 1.0, 0.5, -0.5]).double().view(6, 1, 1)
-    pruning = ActivationPruning(nn.Identity(), 0.5)
-    key = (torch.tensor(3), torch.arange(8192), torch.tensor(1))
-    pruned = pruning.replace(lambda t: t, h.expand(8192, -1, -1, -1), 0, key).flatten(1)
-    chance = 1 - (1 - h.flatten().abs() / 8) ** 3
-    frequency = (pruned != 0).double().mean(dim=0)
-    assert ((frequency - chance).abs() <= 5 * (chance * (1 - chance) / 8192).sqrt()).all()
-    scaled = h.flatten() / chance
-    assert torch.allclose(pruned, torch.where(pruned != 0, scaled, 0.0).nan_to_num())
-    # No activation at all, and a single one.
-    for values in (torch.zeros(2, 3), torch.tensor([[0.0, 1, 0], [2, 0, 0]])):
-        values = values.double()[:, :, None, None].requires_grad_()
 @pytest.mark.parametrize("kind", [nn.ReLU6, nn.Hardtanh, nn.SELU, nn.CELU, nn.RReLU, nn.PReLU])
 def test_no_activation_is_missed_beside_another(kind):
     """With all winners, every activation function is the identity."""
@@ -396,6 +382,20 @@ def test_what_is_not_finite_reaches_the_logits(value):
         assert not wrapped.replace(lambda t: t, h, 0, key)[:, 2].isfinite().any()
 
 
+def test_pruning_keeps_by_its_probabilities():
+    """Frequencies within 5 sigma of 1 - (1 - p)^r, and the scale of what is kept, which makes the mean that of h."""
+    h = torch.tensor([0.0, 4.0, 2.0, 1.0, 0.5, -0.5]).double().view(6, 1, 1)
+    pruning = ActivationPruning(nn.Identity(), 0.5)
+    key = (torch.tensor(3), torch.arange(8192), torch.tensor(1))
+    pruned = pruning.replace(lambda t: t, h.expand(8192, -1, -1, -1), 0, key).flatten(1)
+    chance = 1 - (1 - h.flatten().abs() / 8) ** 3
+    frequency = (pruned != 0).double().mean(dim=0)
+    assert ((frequency - chance).abs() <= 5 * (chance * (1 - chance) / 8192).sqrt()).all()
+    scaled = h.flatten() / chance
+    assert torch.allclose(pruned, torch.where(pruned != 0, scaled, 0.0).nan_to_num())
+    # No activation at all, and a single one.
+    for values in (torch.zeros(2, 3), torch.tensor([[0.0, 1, 0], [2, 0, 0]])):
+        values = values.double()[:, :, None, None].requires_grad_()
         result = pruning.replace(lambda t: t, values, 0, (torch.tensor(3), torch.arange(2), torch.tensor(1)))
         assert torch.equal(result, values)
         assert torch.autograd.grad(result.sum(), values)[0].isfinite().all()
@@ -523,6 +523,14 @@ def test_evaluate_judges_it(name, classifier, filters):
 def test_bad_arguments_are_named(build, match):
     with pytest.raises(ValueError, match=match):
         build()
+
+
+def test_a_transform_of_ones_own_is_shown_by_its_attributes():
+    class Own(GaussianNoise):
+        def __init__(self, deviation=0.5):
+            super().__init__(deviation / 2)
+
+    assert repr(Own()) == "Own(sigma=0.25)"
 
 
 def test_the_example_of_the_docs(tmp_path, monkeypatch):

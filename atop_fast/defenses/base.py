@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor
 
@@ -50,9 +48,6 @@ class ImageTransform(RandomTransform):
     ) -> Tensor:
         """See RandomTransform.target: the images themselves."""
         return 2 * (x.float() / 255 if x.dtype == torch.uint8 else x) - 1
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)}" for name in inspect.signature(type(self)).parameters)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
