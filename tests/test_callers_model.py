@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atop_fast import APGD, FGSM, PGD, RT2, AutoAttack, Defense, Square, evaluate
 from atop_fast._core.flags import _HELD, holding
-from atop_fast.attacks import FAB, GradientEstimator, draw_logits, frozen
+from atop_fast.attacks import BPDA, FAB, GradientEstimator, draw_logits, frozen
 from atop_fast.randomness import seeded
 
 X = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -186,6 +186,20 @@ def test_networks_that_a_function_calls_in_training_mode_are_named_and_keep_thei
         PGD(function, steps=2)(X, Y)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("place", ["model", "forward"])
+def test_networks_that_bpda_calls_by_a_function_are_named_and_keep_their_statistics(place):
+    model = network().train()
+    parts = {"model": (lambda x: model(x), torch.round), "forward": (nn.Identity(), lambda x: model(x), first_ten)}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(RuntimeWarning, match="the model has a function that calls Sequential, of which .* and stay so"):
+        PGD(BPDA(*parts[place]), steps=2)(X, Y)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def first_ten(x):
+    return x.flatten(1)[:, :10]
 
 
 def test_a_function_that_calls_layers_without_a_mode_causes_no_warning():

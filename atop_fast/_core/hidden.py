@@ -36,6 +36,23 @@ def hidden_modules(model: object) -> list[nn.Module]:
     return found
 
 
+def foreign_modules(model: object) -> list[nn.Module]:
+    """The modules that a model calls by a plain function: the model itself, or an attribute of one of its modules.
+
+    Those that it has as parts, and therefore sets to their modes, are left out.
+    """
+    if not isinstance(model, nn.Module):
+        return hidden_modules(model)
+    own = set(model.modules())
+    functions = [value for module in own for value in vars(module).values() if callable(value) and _is_foreign(value)]
+    return [m for m in {m: None for f in functions for m in hidden_modules(f)} if m not in own]
+
+
+def _is_foreign(value: object) -> bool:
+    """Whether this is code that may call a network: functions of torch, such as activations, do not."""
+    return not (getattr(value, "__module__", None) or "").startswith("torch.")
+
+
 def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, types.FunctionType):
         yield from _function(value)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.flags import holding
-from .._core.hidden import hidden_modules
+from .._core.hidden import foreign_modules
 from .._core.plain import is_plain
 from ..defense import Defense
 from ..randomness import watched_generators
@@ -194,13 +194,14 @@ def frozen(*models: object) -> Iterator[None]:
 
     A module in training mode below one in evaluation mode was left so on purpose, such as dropout that is meant to
     draw: it keeps its mode, with a warning, and its buffers are restored. So does a module in training mode that a
-    plain function calls. If several blocks share a network, nested or in threads, the last one restores it.
+    plain function calls, which is the model or an attribute of it, as in BPDA. If several blocks share a network,
+    nested or in threads, the last one restores it.
     """
     flags: list[tuple[object, str, object]] = []
     kept: list[nn.Module] = []
     for model in models:
+        kept += _called_in_training(model)
         if not isinstance(model, nn.Module):
-            kept += _hidden_in_training(model)
             continue
         evaluated, training = _modes(model)
         if training:
@@ -246,18 +247,19 @@ def _modes(model: nn.Module) -> tuple[list[nn.Module], dict[str, nn.Module]]:
     return evaluated, training
 
 
-def _hidden_in_training(function: object) -> list[nn.Module]:
-    """Modules in training mode, by which they compute otherwise, that a plain function calls; a warning names them."""
+def _called_in_training(model: object) -> list[nn.Module]:
+    """Modules in training mode, by which they compute otherwise, that plain functions call; a warning names them."""
     found: list[nn.Module] = []
-    for network in hidden_modules(function):
+    verb = "has" if isinstance(model, nn.Module) else "is"
+    for network in foreign_modules(model):
         if not getattr(network, "training", False):
             continue
         training = {name: m for name, m in network.named_modules() if _depends_on_mode(m)}
         if training:
             _say_once(
                 network,
-                f"the model is a function that calls {type(network).__name__}, of which these modules are in training "
-                f"mode, and stay so: {_some(training)}; call eval() on it if that is not intended",
+                f"the model {verb} a function that calls {type(network).__name__}, of which these modules are in "
+                f"training mode, and stay so: {_some(training)}; call eval() on it if that is not intended",
             )
         found += training.values()
     return found

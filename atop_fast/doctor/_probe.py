@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.flags import holding
-from .._core.hidden import hidden_modules
+from .._core.hidden import foreign_modules
 from ..attacks import PGD, Model
 from ..defense import Defense, classifier_alone
 from ..ops import attack_loss
@@ -258,8 +258,7 @@ def untouched(model: object, device: torch.device, evaluation: bool = True) -> I
     flags += [
         (m, "training", False) for m, mode in zip(modules, training, strict=True) if evaluation and mode is not None
     ]
-    networks = [] if isinstance(model, nn.Module) else hidden_modules(model)
-    owners = [*modules, *(m for network in networks for m in network.modules())]
+    owners = [*modules, *(m for network in foreign_modules(model) for m in network.modules())]
     buffers = [{k: (b, None if b is None else b.clone()) for k, b in m._buffers.items()} for m in owners]
     try:
         with holding(flags), seeded(0, device):
