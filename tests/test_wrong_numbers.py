@@ -215,6 +215,15 @@ def test_images_of_another_dtype_than_the_model_are_named():
             assert name
 
 
+@pytest.mark.parametrize(("kind", "options"), [(APGDT, {}), (PMA, {"target_classes": 1})], ids=["APGDT", "PMA"])
+def test_a_misclassified_image_stays_so(kind, options):
+    model = network(2)
+    with torch.no_grad():
+        model[3].bias[1] -= model(X).diff(dim=1).median()
+        y = 1 - labels(model)
+        assert (model(kind(model, eps=0.05, steps=3, **options)(X, y)).argmax(dim=1) != y).all()
+
+
 def test_rounding_outside_of_the_range_is_clamped_and_the_caller_keeps_the_images():
     x = X.clone()
     x[:, :, :2], x[:, :, 2:4] = 1.0000005, -5e-7

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._core.checks import check_choice, check_integer
 from .apgd import APGD
 from .gradient import GradientEstimator
+from .losses import likeliest_others
 from .network import Model
 from .queue import Batch, State, run_queue
 from .trace import Callback
@@ -25,8 +26,8 @@ class APGDT(APGD):
 
         loss = -(z_y - z_t) / (z_1 - (z_3 + z_4) / 2),   z_1 >= z_2 >= ... the sorted logits
 
-    With order="logits" the target classes of an image are those that follow the most likely one at the image itself.
-    With order="malt" they are the nearest ones by the network's linearization there (Melamed et al., NeurIPS 2024):
+    With order="logits" the target classes of an image are the most likely ones besides y at the image itself. With
+    order="malt" they are the nearest ones by the network's linearization there (Melamed et al., NeurIPS 2024):
 
         those of the least (z_y - z_t) / |grad_x (z_y - z_t)|,  t among the 100 largest logits besides y
 
@@ -112,7 +113,7 @@ class APGDT(APGD):
         if self.order == "malt":
             order = self._nearest_classes(estimator, clean, batch)
         else:
-            order = clean.argsort(dim=1, descending=True, stable=True)[:, 1:]
+            order = likeliest_others(clean, batch.labels)
         order = order[:, : self.target_classes]
         this.rounds = order.shape[1]
         return run_queue(this, estimator, batch, {"order": order, **self.given()})
@@ -120,8 +121,7 @@ class APGDT(APGD):
     def _nearest_classes(self, estimator: GradientEstimator, logits: Tensor, batch: Batch) -> Tensor:
         """The classes besides y of the CANDIDATES largest logits (B, K), the nearest first, (B, up to CANDIDATES)."""
         images, labels, ids, _ = batch
-        own_first = logits.scatter(1, labels[:, None], torch.inf)
-        classes = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : CANDIDATES + 1]
+        classes = likeliest_others(logits, labels)[:, :CANDIDATES]
         order = {"Linf": 1, "L2": 2, "L1": torch.inf}[self.norm]
         distances = torch.empty(classes.shape, dtype=torch.float32, device=images.device)
         # Pairs of an image and a class, in chunks of a few images.

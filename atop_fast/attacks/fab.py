@@ -13,6 +13,7 @@ from ..randomness import Tag, random_uniform
 from .ball import per_image
 from .base import Attack, initial_state
 from .gradient import GradientEstimator
+from .losses import likeliest_others
 from .network import Model
 from .queue import Batch, State
 from .trace import Callback
@@ -121,8 +122,7 @@ class FAB(Attack):
         state["start"] = images if start is None else start
         logits = estimator.logits(images, ids, state["t"])
         correct = (logits.argmax(dim=2) == labels[:, None]).float().mean(dim=1)
-        own_first = logits.mean(dim=1).scatter(1, labels[:, None], torch.inf)
-        state["targets"] = own_first.argsort(dim=1, descending=True, stable=True)[:, 1 : 1 + self.target_classes]
+        state["targets"] = likeliest_others(logits.mean(dim=1), labels)[:, : self.target_classes]
         # A replayed step keeps all types, and norms of float64 images are float64.
         state["norm"] = torch.full_like(correct, torch.inf, dtype=torch.promote_types(images.dtype, torch.float32))
         state["done"] = correct < 0.5

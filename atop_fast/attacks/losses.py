@@ -1,4 +1,4 @@
-"""Losses of attacks beyond attack_loss: one of several for each row, those of targeted attacks, sizes of gradients."""
+"""Losses of attacks beyond attack_loss: one of several for each row, targets and their losses, sizes of gradients."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def chosen(z: Tensor, labels: Tensor, targets: Tensor | None, losses: Sequence[s
 def targeted(result: AttackLoss) -> AttackLoss:
     """The losses of a targeted attack, whose labels are the targets."""
     return AttackLoss(-result.losses, -result.gradient, ~result.correct)
+
+
+def likeliest_others(logits: Tensor, labels: Tensor) -> Tensor:
+    """The classes besides the labels (B,), by falling logits (B, classes): (B, classes - 1)."""
+    # The most likely class of a misclassified image is not its label, and is the best target.
+    own_first = logits.scatter(1, labels[:, None], torch.inf)
+    return own_first.argsort(dim=1, descending=True, stable=True)[:, 1:]
 
 
 def row_sizes(gradient: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..randomness import derive_seed
 from .ball import NORMS, per_image
 from .base import Attack, initial_state, keep_candidate
 from .gradient import GradientEstimator
+from .losses import likeliest_others
 from .network import Model
 from .queue import Batch, Schedule, State, run_queue
 from .trace import Callback
@@ -49,8 +50,8 @@ class PMA(Attack):
         eps: radius of the ball around the image, in units of [0, 1] pixels.
         steps: N, of each run; there is one evaluation more.
         n_restarts: pairs of runs from further random points, of the images that some draw still classifies correctly.
-        target_classes: 0 for the two runs above; n for n runs, each towards one of the n classes that follow the most
-            likely one at the image itself: the first half ascends p_t, the second p_t - p_y.
+        target_classes: 0 for the two runs above; n for n runs, each towards one of the n most likely classes
+            besides y at the image itself: the first half ascends p_t, the second p_t - p_y.
         eot_iter: draws of the model in each gradient, which is their mean.
         gradient: "exact"; or, for a Defense alone, "checkpointed" (the same with less memory and more passes), "bpda"
             (the derivative of `substitute` instead of those of transform and purifier) or "blind" (the classifier
@@ -119,7 +120,7 @@ class PMA(Attack):
         # One copy for each call: the number of classes belongs to the call.
         this = copy.copy(self)
         this.rounds = min(self.target_classes, clean.shape[1] - 1)
-        order = clean.argsort(dim=1, descending=True, stable=True)[:, 1 : this.rounds + 1]
+        order = likeliest_others(clean, batch.labels)[:, : this.rounds]
         return run_queue(this, estimator, batch, {"order": order, **self.given()})
 
     def length(self) -> int | None:
