@@ -215,6 +215,20 @@ def test_images_of_another_dtype_than_the_model_are_named():
             assert name
 
 
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: PGD(network(), 1.0, 0.2, 10, "L2"), "random_start"),
+        (lambda: FGSM(network(), early_stop="false"), "early_stop"),
+        (lambda: APGD(network(), "L1", shrink_eps="no"), "shrink_eps"),
+        (lambda: Square(network(), resc_schedule="no"), "resc_schedule"),
+    ],
+)
+def test_text_is_no_bool(call, argument):
+    with pytest.raises(TypeError, match=f": {argument} must be True or False, got '"):
+        call()
+
+
 @pytest.mark.parametrize(("kind", "options"), [(APGDT, {}), (PMA, {"target_classes": 1})], ids=["APGDT", "PMA"])
 def test_a_misclassified_image_stays_so(kind, options):
     model = network(2)

@@ -186,6 +186,13 @@ def check_integer(function: str, argument: str, value: Any, *, low: float = -mat
     return number
 
 
+def check_flag(function: str, argument: str, value: Any) -> bool:
+    """Raise TypeError unless `value` is a bool, or equal to one, as numpy's are: any text would count as true."""
+    if value not in (False, True):
+        raise TypeError(message(function, argument, "True or False", repr(value)))
+    return bool(value)
+
+
 def check_choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> str:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:

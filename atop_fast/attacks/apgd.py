@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._core.checks import check_choice, check_integer, check_number
+from .._core.checks import check_choice, check_flag, check_integer, check_number
 from ..ops import apgd_step_l2, apgd_step_linf, pgd_step_l1, project_l1
 from .ball import NORMS, Ball, per_image
 from .base import Attack, initial_state, keep_candidate
@@ -107,7 +107,7 @@ class APGD(Attack):
         self.loss = check_choice(name, "loss", loss, ("ce", "margin", "dlr", "pm"))
         self.n_restarts = check_integer(name, "n_restarts", n_restarts, low=1)
         self.rho = check_number(name, "rho", rho, low=0, high=1)
-        self.shrink_eps = bool(shrink_eps) and norm == "L1"
+        self.shrink_eps = check_flag(name, "shrink_eps", shrink_eps) and norm == "L1"
 
     def length(self) -> int | None:
         evaluations = sum(steps + 1 for _, steps in _stages(self.eps, self.steps, self.shrink_eps))

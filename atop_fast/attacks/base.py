@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._core.checks import check_choice, check_images, check_integer, check_labels, check_radius, check_tensor, message
+from .._core.checks import (
+    check_choice,
+    check_flag,
+    check_images,
+    check_integer,
+    check_labels,
+    check_radius,
+    check_tensor,
+    message,
+)
 from .._core.precision import PRECISIONS, warn_if_slow
 from ..defense import Defense, check_model
 from ..randomness import check_keys, derive_seed
@@ -86,7 +95,8 @@ class Attack(ABC):
         self.precision = check_choice(name, "precision", precision, list(PRECISIONS))
         self.seed = check_integer(name, "seed", seed, low=-(2**63), high=2**63 - 1)
         self.max_batch = None if max_batch is None else check_integer(name, "max_batch", max_batch, low=1)
-        self.early_stop, self.substitute, self.callback = bool(early_stop), substitute, callback
+        self.early_stop = check_flag(name, "early_stop", early_stop)
+        self.substitute, self.callback = substitute, callback
         if callback is not None and not callable(callback):
             raise TypeError(message(name, "callback", "a callable or None", type(callback).__name__))
         if gradient != "exact" and not isinstance(model, Defense):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.checks import check_choice, check_integer, check_number
+from .._core.checks import check_choice, check_flag, check_integer, check_number
 from ..ops import pgd_step_l2, pgd_step_linf
 from .ball import per_image
 from .base import MAX_LENGTH, Attack, initial_state
@@ -108,7 +108,7 @@ class PGD(Attack):
         self.alpha = check_number(name, "alpha", alpha, low=0, high=2.5 * MAX_LENGTH)
         self.n_restarts = check_integer(name, "n_restarts", n_restarts, low=1)
         self.selection_draws = check_integer(name, "selection_draws", selection_draws, low=1)
-        self.random_start = bool(random_start)
+        self.random_start = check_flag(name, "random_start", random_start)
 
     def judge(self, estimator: GradientEstimator) -> GradientEstimator:
         draws = 1 if self.early_stop else self.selection_draws

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._core.checks import check_integer, check_number
+from .._core.checks import check_flag, check_integer, check_number
 from ..defense import Defense
 from ..ops import project_l1
 from ..ops.square import OP_BUMP, OP_LINF
@@ -115,7 +115,7 @@ class Square(Attack):
         self.n_queries = self.steps
         self.p_init = check_number("Square", "p_init", p_init, low=0, high=1)
         self.n_restarts = check_integer("Square", "n_restarts", n_restarts, low=1)
-        self.resc_schedule = bool(resc_schedule)
+        self.resc_schedule = check_flag("Square", "resc_schedule", resc_schedule)
 
     def search(self, estimator: GradientEstimator, batch: Batch) -> Tensor:
         if self.mask is not None:
