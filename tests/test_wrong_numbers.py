@@ -215,6 +215,24 @@ def test_images_of_another_dtype_than_the_model_are_named():
             assert name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_in_16_bits_are_refused_by_every_attack(dtype):
+    model, y = network().to(dtype), labels(network())
+    way = {torch.float16: "half", torch.bfloat16: "bfloat16"}[dtype]
+    for name, norm in CASES:
+        with pytest.raises(TypeError, match=rf": images must be float32 or float64 .*\(x\.{way}\(\)\)\), got {dtype}"):
+            attack(name, norm, model)(X.to(dtype), y)
+
+
+def test_a_start_of_another_dtype_than_the_images_is_named():
+    model = network()
+    for kind in (PGD, APGD, CW):
+        with pytest.raises(
+            TypeError, match=f"{kind.__name__}: start must be of the dtype of images torch.float32, got"
+        ):
+            kind(model, steps=2)(X, labels(model), start=X.double())
+
+
 @pytest.mark.parametrize(
     ("call", "argument"),
     [

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.checks import (
+    HALVES,
     check_choice,
     check_flag,
     check_images,
@@ -23,6 +24,7 @@ from .._core.checks import (
 )
 from .._core.precision import PRECISIONS, warn_if_slow
 from ..defense import Defense, check_model
+from ..ops._steps import DTYPES
 from ..randomness import check_keys, derive_seed
 from .ball import NORMS, Ball, per_image
 from .gradient import GRADIENT_MODES, GradientEstimator
@@ -117,7 +119,7 @@ class Attack(ABC):
         """Adversarial images.
 
         Args:
-            images: float (B, C, H, W) in [0, 1].
+            images: float32 or float64 (B, C, H, W) in [0, 1].
             labels: int64 (B,), the true classes.
             sample_ids: int64 (B,), the identity of every image; default 0..B-1. With it, an image's result depends
                 neither on the other images of the batch nor on their order.
@@ -138,11 +140,8 @@ class Attack(ABC):
         name = type(self).__name__
         images = check_images(name, "images", images)
         check_labels(name, "labels", labels, images)
-        if start is not None:
-            start = check_images(name, "start", start)
-            if start.shape != images.shape:
-                expected = f"of the shape of images {tuple(images.shape)}"
-                raise ValueError(message(name, "start", expected, tuple(start.shape)))
+        _check_dtype(name, images)
+        start = None if start is None else _check_start(name, start, images)
         ids, _ = check_keys(name, len(images), images.device, self.seed, sample_ids, 0)
         images = images.detach()
         if targets is not None:
@@ -330,6 +329,25 @@ def keep_candidate(state: State, x: Tensor, correct: Tensor, loss: Tensor, allow
     state["best"] = torch.where(per_image(better), x, state["best"])
     state["candidate_correct"] = torch.where(better, correct, state["candidate_correct"])
     state["candidate_loss"] = torch.where(better, loss, state["candidate_loss"])
+
+
+def _check_dtype(function: str, images: Tensor) -> None:
+    """Raise unless the steps of attacks take images of this dtype: in 16 bits they would leave the ball by rounding."""
+    if images.dtype not in DTYPES:
+        half = HALVES.get(images.dtype, "float")
+        expected = f"float32 or float64 (take model.float(), or lambda x: model(x.{half}()))"
+        raise TypeError(message(function, "images", expected, images.dtype))
+
+
+def _check_start(function: str, start: Tensor, images: Tensor) -> Tensor:
+    """The images to start from; raise unless they have the shape and the dtype of the images."""
+    start = check_images(function, "start", start)
+    if start.shape != images.shape:
+        expected = f"of the shape of images {tuple(images.shape)}"
+        raise ValueError(message(function, "start", expected, tuple(start.shape)))
+    if start.dtype != images.dtype:
+        raise TypeError(message(function, "start", f"of the dtype of images {images.dtype}", start.dtype))
+    return start
 
 
 def _check_mask(function: str, mask: Tensor, images: Tensor) -> Tensor:
