@@ -93,6 +93,9 @@ def test_emulated_rules_on_a_small_example():
     assert emulated["fixed_draws"]["accuracy"] == pytest.approx((1 / 3 + 2 / 3) / 2)
     assert emulated["fixed_draws"]["draws"] == 3
     assert not emulated["single_draw"]["sound"]
+    # One draw of a random model is as unsound.
+    assert not emulated_verdicts(correct[:, :, :1])["single_draw"]["sound"]
+    assert emulated_verdicts(correct[:, :, :1], deterministic=True)["fixed_draws"]["sound"]
 
 
 class PerDraw(nn.Module):

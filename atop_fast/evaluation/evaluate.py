@@ -207,7 +207,7 @@ def evaluate(
         if not judge.deterministic:
             findings += draws_finding(findings, work.attacks)
         options = (radii, settings, interval, cascade, headline, findings, source.classes, source.files)
-        report = summarize(run, source.labels.cpu(), list(work.attacks), *options)
+        report = summarize(run, source.labels.cpu(), list(work.attacks), *options, judge.deterministic)
         if tensorboard is not None and group.rank == 0:
             write_scalars(Path(tensorboard), report.trace)
         if folder is not None and group.rank == 0:

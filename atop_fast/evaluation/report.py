@@ -196,7 +196,9 @@ def _cards(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     bound = "" if report["complete"] else "\u2264 "
     robust, clean = report["robust"], report["clean"]
     ends = "[{:.3f}, {:.3f}]"
-    draws = f"mean of {report['draws']} fresh draws" if report["draws"] > 1 else "deterministic model"
+    draws = f"mean of {report['draws']} fresh draws" if report["draws"] > 1 else "one fresh draw of each"
+    if report["emulated"]["single_draw"]["sound"]:
+        draws = "deterministic model"
     return [
         ("under attack", f"{bound}{robust['mean']:.3f}", ends.format(*robust["mean_ci"])),
         ("without an attack", f"{clean['mean']:.3f}", ends.format(*clean["mean_ci"])),

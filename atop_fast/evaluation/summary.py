@@ -143,6 +143,7 @@ def summarize(
     diagnostics: Sequence[Mapping[str, Any]] = (),
     classes: Sequence[str] | None = None,
     files: Sequence[str] | None = None,
+    deterministic: bool = False,
 ) -> Report:
     """The Report of a run whose clean images and chosen 8-bit candidates are all judged."""
     names = [CLEAN, *attacks]
@@ -168,7 +169,7 @@ def summarize(
         attacks=dict(zip(attacks, verdicts, strict=True)),
         eight_bit=verdict(rounded),
         resubmission={name: resubmission_curve(v, interval, settings["seed"]) for name, v in stands.items()},
-        emulated=emulated_verdicts(torch.stack(right)),
+        emulated=emulated_verdicts(torch.stack(right), deterministic=deterministic),
         headline=headline,
         complete=all(count == run.count for count in counts.values()),
         curve=[_point(run, radius, verdict) for radius in radii],

@@ -141,7 +141,7 @@ def bootstrap_intervals(values: Tensor, seed: int = 0, resamples: int = 1000, le
     return [(low, high) for low, high in bounds.T.tolist()]
 
 
-def emulated_verdicts(correct: Tensor, draws: int = 20) -> dict[str, Any]:
+def emulated_verdicts(correct: Tensor, draws: int = 20, deterministic: bool = False) -> dict[str, Any]:
     """The verdicts of the literature's rules on a random defense; unsound, for comparison only.
 
         single_draw    an image is robust iff ONE draw of it and ONE draw of every attack's candidate are right
@@ -154,6 +154,7 @@ def emulated_verdicts(correct: Tensor, draws: int = 20) -> dict[str, Any]:
     Args:
         correct: bool (candidates, images, K); the clean images are the first candidate.
         draws: draws of the second rule; at most K.
+        deterministic: the draws are all alike, for which both rules are sound.
     """
     images, draws = correct.shape[1], min(draws, correct.shape[2])
     single = float(correct[:, :, 0].all(dim=0).double().mean())
@@ -164,7 +165,7 @@ def emulated_verdicts(correct: Tensor, draws: int = 20) -> dict[str, Any]:
             "accuracy": p,
             "accuracy_ci": list(wilson_interval(p, images)),
             "draws": k,
-            "sound": correct.shape[2] == 1,
+            "sound": deterministic,
         }
         for name, (p, k) in values.items()
     }
