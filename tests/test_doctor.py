@@ -336,6 +336,25 @@ def test_whose_randomness(digits, standard):
     assert "a Defense inside another module" in finding.reason
 
 
+def test_a_seldom_choice_of_a_call_is_found():
+    """A call that picks one of two networks for all images: most pairs of draws are equal."""
+
+    class Mixture(nn.Module):
+        def forward(self, x):
+            z = x.flatten(1)
+            return z if torch.rand(()) < 0.9 else z.flip(1)
+
+    x, y = torch.rand(16, 1, 2, 2), torch.arange(16) % 4
+    for seed in range(10):
+        (finding,) = check_contract(Mixture(), x, y, seed=seed, checks=["determinism"])
+        assert (finding.status, finding.numbers["source"]) == ("warn", "global generators")
+        assert finding.numbers["one_draw_for_a_batch"]
+        assert "One draw decides for a whole batch" in finding.reason
+    noisy = Changed(nn.Flatten(), lambda x: x + torch.randn_like(x))
+    (finding,) = check_contract(noisy, x, y, checks=["determinism"])
+    assert not finding.numbers["one_draw_for_a_batch"]
+
+
 @pytest.mark.parametrize(("count", "more"), [(1, True), (8, False)])
 def test_too_few_images_for_any_accuracy_above_chance_are_said(count, more):
     """One image that is right of ten classes is no evidence, and eight are."""

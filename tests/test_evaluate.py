@@ -19,7 +19,8 @@ from atop_fast.doctor import Finding
 from atop_fast.evaluation import FixedRandomness, quick_attacks
 from atop_fast.evaluation.evaluate import parse_budget
 from atop_fast.evaluation.judge import Judge, eight_bit, full_precision
-from atop_fast.evaluation.report import format_table
+from atop_fast.evaluation.report import _cards, format_table
+from atop_fast.evaluation.source import make_source
 from atop_fast.randomness import derive_seed
 
 Y = torch.arange(100) % 10
@@ -208,6 +209,40 @@ def test_a_deterministic_model_is_judged_by_one_draw():
     assert report.robust.mean == min(v.mean for v in report.attacks.values())
     assert report.emulated["single_draw"]["accuracy"] == report.robust.mean
     assert report.emulated["single_draw"]["sound"]
+
+
+class Mixture(nn.Module):
+    """Every call takes one of two networks for all images, the second one seldom."""
+
+    def forward(self, x):
+        z = x.flatten(1)
+        return z if torch.rand(()) < 0.9 else z.flip(1)
+
+
+@pytest.mark.parametrize("count", [2, 50])
+def test_a_seldom_choice_of_a_call_makes_a_model_random(count):
+    source = make_source(X[:count], Y[:count], Mixture())
+    assert not any(Judge(Mixture(), seed, 1, 1).is_repeatable(source) for seed in range(20))
+    # A single image of a Defense, of which every second mask is equal.
+    hidden = Defense(RT1(patch=4, mask_ratio=0.5), None, nn.Flatten())
+    one = make_source(torch.rand(1, 1, 4, 8), Y[:1], hidden)
+    assert not any(Judge(hidden, seed, 1, 1).is_repeatable(one) for seed in range(20))
+
+
+def test_a_model_that_draws_in_vain_is_deterministic():
+    def vain(x):
+        return x.flatten(1) + 0 * torch.rand(())
+
+    assert Judge(vain, 0, 1, 1).is_repeatable(make_source(X, Y, vain))
+
+
+def test_one_draw_of_a_random_model_is_not_said_to_be_all():
+    options = {"attacks": {"none": lambda x, y: x}, "diagnostics": (), "progress": False, "eps": 0}
+    for model, said in ((DEFENSE, "one fresh draw of each"), (nn.Flatten(), "deterministic model")):
+        report = evaluate(model, X[:4], Y[:4], draws=1, **options)
+        assert report.clean.draws == 1
+        assert report.emulated["single_draw"]["sound"] == (said == "deterministic model")
+        assert _cards(report.to_dict())[-1] == ("images", "4", said)
 
 
 def test_passes_are_counted():

@@ -16,7 +16,7 @@ from .._core.hidden import foreign_modules
 from ..attacks import PGD, Model
 from ..defense import Defense, classifier_alone
 from ..ops import attack_loss
-from ..randomness import derive_seed, seed_generators, seeded
+from ..randomness import derive_seed, seed_generators, seeded, watched_generators
 
 Status = Literal["pass", "warn", "fail"]
 # Standard errors of a comparison beyond which a check warns or fails.
@@ -25,6 +25,8 @@ WARN, FAIL = 2.0, 3.0
 COSINE, MOST_DRAWS = 0.9, 64
 # Maximum number of draws in each gradient of the attacks here, unless the caller sets it.
 ATTACK_DRAWS = 8
+# Number of draws that must be equal if a model is seen to draw; see evaluation.judge.REPEATED_DRAWS.
+REPEATED_DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,27 @@ class Probe:
     @cached_property
     def random(self) -> bool:
         """Whether another draw gives other logits."""
+        return self.change() > 1e-4
+
+    def change(self) -> float:
+        """How much the logits of draw 0 differ from those of the first draw that is another, or of all that are tried.
+
+        A model that draws from the global generators may draw once for a whole batch, and its draws may seldom differ;
+        each image of a Defense has draws of its own.
+        """
+        key = (derive_seed(self.seed, "probe"), self.ids, 0) if isinstance(self.model, Defense) else ()
         with torch.no_grad():
-            first, second = self.logits(self.x, 0), self.logits(self.x, 1)
-        return not same(first, second)
+            # Not by `logits`, which seeds the generators.
+            with watched_generators() as generators:
+                self.model(self.x.clone(), *key)
+            alone = isinstance(self.model, Defense) and not generators.drawn
+            others = -(-REPEATED_DRAWS // len(self.x)) if alone else REPEATED_DRAWS if generators.drawn else 1
+            first, largest = self.logits(self.x), 0.0
+            for draw in range(1, 1 + others):
+                largest = max(largest, difference(first, self.logits(self.x, draw)))
+                if largest > 1e-4:
+                    break
+        return largest
 
     @cached_property
     def reproducible(self) -> bool:

@@ -15,7 +15,7 @@ from .._core.memory import bytes_saved
 from ..classifiers.normalized import STATISTICS
 from ..defense import Defense
 from ._order import find_order
-from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, untouched
+from ._probe import FAIL, REPEATED_DRAWS, WARN, Finding, Probe, Status, difference, excess, same, untouched
 
 NORMALIZATIONS = {
     "ImageNet's mean and deviation": STATISTICS["imagenet"],
@@ -178,8 +178,8 @@ def mode(probe: Probe) -> Finding:
 def determinism(probe: Probe) -> Finding:
     """The source of the model's randomness: none, a Defense's keys, the global generators, or another."""
     with torch.no_grad():
-        first = probe.logits(probe.x)
-        repeated, other = difference(first, probe.logits(probe.x)), difference(first, probe.logits(probe.x, 1))
+        repeated = difference(probe.logits(probe.x), probe.logits(probe.x))
+    other = probe.change()
     numbers: dict[str, Any] = {"same_draw_change": repeated, "other_draw_change": other}
     is_defense = isinstance(probe.model, Defense)
     if repeated > 1e-4:
@@ -199,7 +199,18 @@ def determinism(probe: Probe) -> Finding:
         "depend on batch size and order; switch it off if it was not meant (dropout), else make it a Defense with "
         "keyed draws."
     )
-    return Finding("determinism", "warn", text, {**numbers, "source": "global generators"})
+    if one := _one_draw(probe):
+        text += " One draw decides for a whole batch, so that accuracies vary more than intervals over images say."
+    numbers |= {"source": "global generators", "one_draw_for_a_batch": one}
+    return Finding("determinism", "warn", text, numbers)
+
+
+def _one_draw(probe: Probe) -> bool:
+    """Whether a call draws once for all images: copies of one image have equal logits in every call."""
+    copies = probe.x[:1].expand_as(probe.x)
+    with torch.no_grad():
+        calls = [probe.logits(copies, draw) for draw in range(-(-REPEATED_DRAWS // len(copies)))]
+    return len(copies) > 1 and all(same(z, z[:1].expand_as(z)) for z in calls)
 
 
 def batch_coupling(probe: Probe) -> Finding:

@@ -10,11 +10,14 @@ from .._core.checks import check_fits, check_integer, check_logits, message
 from .._core.precision import full_precision
 from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense, check_model
-from ..randomness import derive_seed, seeded
+from ..randomness import derive_seed, seeded, watched_generators
 from .source import Source
 
 # Number of images in the check that distinguishes deterministic from random models.
 REPEATED_IMAGES = 256
+# Number of draws that must be equal if a model is seen to draw: a choice that 9 of 10 draws make alike is missed by 64
+# draws with probability 0.001, and by 3 with 0.7.
+REPEATED_DRAWS = 64
 
 
 class Judge:
@@ -43,14 +46,18 @@ class Judge:
         self.max_batch = None if max_batch is None else check_integer("evaluate", "max_batch", max_batch, low=1)
 
     def is_repeatable(self, source: Source) -> bool:
-        """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in three draws; raises if it cannot run."""
+        """Whether the model gives equal logits (B, C, H, W) -> (B, classes) in all draws; raises if it cannot run.
+
+        Three draws of each image, of which a Defense has REPEATED_DRAWS together at least; and as many of a model that
+        draws from the global generators, as one call of it may draw for all images.
+        """
         x = source.take(torch.arange(min(len(source), REPEATED_IMAGES)))[0]
         ids, seed = torch.arange(len(x), device=x.device), derive_seed(self.seed, "trial")
         key = (seed, ids[:1], 0) if isinstance(self.model, Defense) else ()
         # A model that does not fit its images should fail here, not after an hour.
         first = judged(x[:1])
         with check_fits("evaluate", "images", first, self.model), full_precision(x.device):
-            with torch.no_grad(), seeded(seed, x.device):
+            with torch.no_grad(), seeded(seed, x.device), watched_generators() as generators:
                 output = self.model(first, *key)
             check_logits("evaluate", output, 1, int(source.labels.max()))
             if self.max_batch is None:
@@ -59,9 +66,14 @@ class Judge:
                 estimator.logits(first, ids[:1], ids[:1])
                 self.max_batch = estimator.forward_rows
             # A few images suffice to detect most random models.
-            for begin, end in ((0, 8), (8, REPEATED_IMAGES)):
+            parts = [(0, 8, 3), (8, REPEATED_IMAGES, 3)]
+            if generators.drawn:
+                parts.append((0, 8, REPEATED_DRAWS))
+            elif isinstance(self.model, Defense) and 3 * len(ids) < REPEATED_DRAWS:
+                parts.append((0, len(ids), -(-REPEATED_DRAWS // len(ids))))
+            for begin, end, draws in parts:
                 if len(part := ids[begin:end]):
-                    logits = self.logits(x[part], part, seed, 3)
+                    logits = self.logits(x[part], part, seed, draws)
                     _check_finite(logits, "clean", part)
                     if not (logits == logits[:, :1]).all():
                         return False
