@@ -419,7 +419,7 @@ def test_verdicts_are_computed_in_float32():
     [
         ({"draws": 0}, ValueError, "evaluate: draws must be an integer and >= 1, got 0"),
         ({"selection_draws": 0}, ValueError, "evaluate: selection_draws must be an integer and >= 1, got 0"),
-        ({"attacks": {"clean": None}}, ValueError, "evaluate: attacks must be named otherwise than the clean images"),
+        ({"attacks": {"clean": None}}, ValueError, "evaluate: attacks must be named otherwise than clean, robust"),
         ({"eps": -1.0}, ValueError, "evaluate: eps must be finite and >= 0"),
         ({"norm": "L7"}, ValueError, "evaluate: norm must be one of 'Linf', 'L2'"),
         ({"randomness": "none"}, ValueError, "evaluate: randomness must be one of 'fresh', 'fixed', got 'none'"),

@@ -262,6 +262,13 @@ def test_what_is_no_attack_is_refused_by_name(attacks, words):
         evaluate(model, X, Y, attacks=attacks(model), **QUIET)
 
 
+@pytest.mark.parametrize("name", ["clean", "robust", "eight_bit", "total", "pgd@8bit", "curve@0.1"])
+def test_names_of_the_reports_own_columns_are_refused(name):
+    """An attack "robust" would stand in the place of the verdict on all attacks in a printed report."""
+    with pytest.raises(ValueError, match=f"named otherwise than clean, robust, eight_bit, total, .*got '{name}'"):
+        evaluate(network(), X, Y, attacks={name: lambda x, y: x}, **QUIET)
+
+
 def test_a_report_says_which_systems_have_how_many_draws():
     one, many = ({"clean": {"images": 200, "draws": k}} for k in (1, 20))
     assert _note({"a": many, "b": many}) == "200 images, K = 20 draws of each."

@@ -16,6 +16,8 @@ from .protocols import AnyAttack
 from .summary import CLEAN, EIGHT_BIT, curve_name
 
 CALL = "attack(images, labels, sample_ids)"
+# Names of the report's own columns and sums, beside which the attacks stand.
+TAKEN = (CLEAN, "robust", "eight_bit", "total")
 
 
 def given_attacks(attacks: Any, model: Model) -> dict[str, AnyAttack]:
@@ -41,8 +43,8 @@ def given_attacks(attacks: Any, model: Model) -> dict[str, AnyAttack]:
     for name in attacks:
         if not isinstance(name, str):
             raise TypeError(message("evaluate", "attacks", expected, f"the name {name!r}"))
-        if name == CLEAN or EIGHT_BIT in name or name.startswith(curve_name("")):
-            allowed = f"named otherwise than the clean images, and without {EIGHT_BIT!r} or {curve_name('')!r}"
+        if name in TAKEN or EIGHT_BIT in name or name.startswith(curve_name("")):
+            allowed = f"named otherwise than {', '.join(TAKEN)}, and without {EIGHT_BIT!r} or {curve_name('')!r}"
             raise ValueError(message("evaluate", "attacks", allowed, repr(name)))
     return {name: _given(f"attacks[{name!r}]", name, attack) for name, attack in attacks.items()}
 
