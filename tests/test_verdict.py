@@ -23,7 +23,8 @@ def test_definitions_on_a_small_example():
     assert verdict.majority == 0.5
     assert verdict.worst == 0.25
     assert (verdict.draws, verdict.images) == (3, 4)
-    assert Verdict.from_predictions(predictions.byte(), torch.ones(4, dtype=torch.int64)) == verdict
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        assert Verdict.from_predictions(predictions.byte(), torch.ones(4, dtype=dtype)) == verdict
 
 
 def test_deterministic_predictions_make_the_three_measures_coincide():

@@ -53,7 +53,7 @@ class Verdict:
         if predictions.dim() != 2 or predictions.shape[0] != labels.shape[0] or not predictions.numel():
             expected = f"of shape ({labels.shape[0]}, draws), not empty"
             raise ValueError(message("Verdict", "predictions", expected, tuple(predictions.shape)))
-        predictions = predictions.long()
+        predictions, labels = predictions.long(), labels.long()
         images, draws = predictions.shape
         correct = predictions == labels[:, None]
         classes = int(torch.maximum(predictions.max(), labels.max())) + 1
