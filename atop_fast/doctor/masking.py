@@ -184,8 +184,11 @@ def useless_transform(probe: Probe) -> Finding:
     levels = (probe.eps / 2, probe.eps)
     whole = torch.stack([_strongest(probe, eps) for eps in levels]).mean(dim=0)
     alone = torch.stack([probe.alone.attacked(eps) for eps in levels]).mean(dim=0)
-    gain = float((whole - alone).mean())
-    above = gain + WARN * float((whole - alone).std(correction=0)) / math.sqrt(len(whole))
+    gain, count = float((whole - alone).mean()), len(whole) + 2
+    # With two more pairs, of which half a pair speaks for either system, as in paired_interval: a few equal differences
+    # are no proof.
+    variance = (float((whole - alone).square().sum()) + 1) / count - (gain * len(whole) / count) ** 2
+    above = gain + WARN * math.sqrt(variance / count)
     with torch.no_grad():
         classes = torch.stack([probe.logits(probe.x, draw).argmax(dim=1) for draw in range(probe.draws)])
     unsteady = float((classes != classes[0]).any(dim=0).float().mean())
