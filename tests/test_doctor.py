@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from atop_fast import PGD, RT1, RT2, Defense, build_classifier, save_model
+from atop_fast import PGD, RT1, RT2, Defense, build_classifier, evaluate, save_model
 from atop_fast.defenses import GaussianNoise
 from atop_fast.doctor import CHECKS, TRAINING_CHECKS, check_contract, conclude, diagnose, format_findings
 from atop_fast.doctor._order import find_order
 from atop_fast.doctor._probe import Probe, excess
 from atop_fast.doctor.command import doctor
+from atop_fast.doctor.contract import PASSES
 from atop_fast.doctor.overfitting import auc_below, difference_errors
 from atop_fast.randomness import Tag, derive_seed, permutation, random_uniform, seeded
 
@@ -372,6 +373,28 @@ def test_cost_counts_what_autograd_keeps(digits):
     assert twice.numbers["saved_bytes"] - plain.numbers["saved_bytes"] == 2 * 4 * 1024
     seconds = plain.numbers["protocol_seconds"]
     assert 0 < seconds["quick"] < seconds["pgd-200"] < seconds["autoattack"]
+
+
+@pytest.mark.parametrize("protocol", ["quick", "eot-fast"])
+def test_cost_counts_the_passes_of_evaluate(protocol):
+    model = Defense(RT2(2, sigma=0.1), None, nn.Flatten())
+    x, y = torch.rand(8, 1, 4, 4), torch.arange(8)
+    passes = evaluate(model, x, y, protocol=protocol, diagnostics=False, progress=False).passes.values()
+    forward, backward = (sum(p[way] for p in passes) / 8 for way in ("forward", "backward"))
+    gradients, further = PASSES["random"][protocol]
+    # Attacks compare their copy of a network with it in up to two passes.
+    assert (backward, forward - backward) == (gradients, pytest.approx(further, abs=3))
+
+
+def test_a_few_equal_differences_are_no_proof_that_a_transform_is_useless():
+    """The attack breaks the defense and its classifier on all images: 12 equal differences leave gains above 0.1."""
+    x = torch.rand(40, 1, 4, 4)
+    y = x.flatten(1).argmax(1)
+    model = Defense(GaussianNoise(1e-4), None, nn.Flatten())
+    for count, status in ((12, "warn"), (40, "fail")):
+        checks = ["useless_transform"]
+        (finding,) = diagnose(model, x[:count], y[:count], eps=1.0, checks=checks)
+        assert (finding.status, finding.numbers["gain"]) == (status, 0)
 
 
 def test_gradient_noise_follows_its_law(digits):

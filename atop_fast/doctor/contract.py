@@ -30,13 +30,14 @@ _LAYERS = (nn.Conv2d, nn.Linear)
 _ACTING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 # (gradients, further forward passes) of an image under the usual protocols; docs/diagnostics.md says where from.
 PASSES = {
-    "deterministic": {"quick": (21, 3), "pgd-200": (200, 2), "autoattack": (1100, 3200)},
+    "deterministic": {"quick": (21, 4), "pgd-200": (200, 3), "autoattack": (1100, 3200)},
+    # Forward: the draws of choice and verdict on the clean images and each attack's, and those of the 8-bit images.
     "random": {
-        "quick": (84, 60),
-        "eot-fast": (400, 40),
-        "bpda-eot": (750, 300),
-        "pgd-eot": (4000, 40),
-        "autoattack-rand": (4000, 40),
+        "quick": (84, 140),
+        "eot-fast": (400, 100),
+        "bpda-eot": (750, 490),
+        "pgd-eot": (4000, 100),
+        "autoattack-rand": (4000, 140),
     },
 }
 
