@@ -294,6 +294,14 @@ def test_a_report_holds_the_diagnostics_of_its_model(tmp_path):
         assert results(run(tmp_path / "whole", diagnostics=True)) == results(report)
 
 
+@pytest.mark.parametrize("text", ["", '[{"name": 1}]', "{}"])
+def test_damaged_findings_are_named(tmp_path, text):
+    run(tmp_path)
+    (tmp_path / "diagnostics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"evaluate: out must be a run folder with whole findings, got .*diagnostics"):
+        run(tmp_path, diagnostics=True)
+
+
 def test_other_images_are_no_other_model(tmp_path):
     """A run knows its model by its logits at the images, so that other images say nothing about it."""
     model, options = nn.Flatten(), {"attacks": {"none": lambda x, y: x}, "progress": False, "diagnostics": False}

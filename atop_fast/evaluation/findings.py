@@ -73,7 +73,13 @@ def examined(
     """
     path = None if folder is None else folder / "diagnostics.json"
     if path is not None and path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = check_findings(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
+            expected = "a run folder with whole findings"
+            raise ValueError(
+                message("evaluate", "out", expected, f"{path} ({error}); without it, the model is examined again")
+            ) from error
     else:
         try:
             found = [asdict(finding) for finding in _checked(model, source, threat, seed, path is not None, progress)]
