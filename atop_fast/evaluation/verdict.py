@@ -91,7 +91,7 @@ def bootstrap_interval(values: Tensor, seed: int = 0, resamples: int = 1000, lev
     """Percentile bootstrap (Efron, 1979) of the mean of `values` (n,): quantiles of the means of resampled images.
 
     Narrower than Wilson's interval if accuracies over draws lie between 0 and 1. It collapses to a point if all values
-    are equal, and has less than nominal coverage for few images (n below about 50).
+    are equal, and has less than nominal coverage for few images (n below about 50, near 0 or 1 below about 200).
 
     Args:
         values: float (n,), such as each image's accuracy over its draws.
