@@ -142,7 +142,7 @@ def unseen(defense: str) -> dict[str, nn.Module]:
 def record(rows: list[dict[str, Any]]) -> None:
     """Put rows, with date and commit, into the result file; each replaces the cells that it has anew."""
     context = metadata("cpu", None)
-    origin = {key: context[key] for key in ("date", "commit")}
+    origin = {key: context[key] for key in ("date", "device", "commit")}
     path = RESULTS / "defenses--cpu.json"
     known = {(row["defense"], row["system"], row["images"]): row for row in json.loads(path.read_text())["rows"]}
     for row in rows:
@@ -181,6 +181,13 @@ def draw_gallery(defense: str, test: Dataset) -> None:
     print(path)
 
 
+def origins(document: dict[str, Any]) -> str:
+    """When, where and by which commit the rows were measured."""
+    found = sorted({(row["date"], row["device"], row["commit"][:7]) for row in document["rows"]})
+    parts = [f"{date} on {device}, commit {commit}" for date, device, commit in found]
+    return f"Measured {'; '.join(parts)}; {document['threads']} thread, torch {document['versions']['torch']}."
+
+
 def shipped(document: dict[str, Any]) -> str:
     """For each system of a defense in the package, its accuracy on the most images, clean and under exact gradients."""
     lines = ["| defense | system | images | clean | PGD, exact gradients |", "|---|---|---|---|---|"]
@@ -189,7 +196,7 @@ def shipped(document: dict[str, Any]) -> str:
         if row["defense"] in list_defenses() and row["system"] in SYSTEMS:
             cells = " | ".join(_cell(row, name) for name in ("clean", "exact"))
             lines.append(f"| {row['defense']} | {row['system']} | {row['images']} | {cells} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + f"\n\n{origins(document)}"
 
 
 def defenses(document: dict[str, Any]) -> str:
@@ -202,7 +209,7 @@ def defenses(document: dict[str, Any]) -> str:
         single = f"{row['single draw']:.3f}" if "single draw" in row else ""
         parts = (row["defense"], row["system"], str(row["images"]), *cells, single, row["commit"][:7])
         lines.append(f"| {' | '.join(parts)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + f"\n\n{origins(document)}"
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

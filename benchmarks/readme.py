@@ -332,10 +332,10 @@ def _source(document: dict[str, Any]) -> str:
     )
 
 
-def recorded(file: str, table: Callable[[dict[str, Any]], str], machine: str = "cpu") -> str:
-    """A table of one of the files that hold no timings."""
+def recorded(file: str, table: Callable[[dict[str, Any]], str], machine: str = "cpu", source: bool = True) -> str:
+    """A table of one of the files that hold no timings, with its source unless the table has it."""
     document = json.loads((RESULTS / f"{file}--{machine}.json").read_text())
-    return f"{table(document)}\n\n{_source(document)}"
+    return table(document) + (f"\n\n{_source(document)}" if source else "")
 
 
 def fast_verdicts() -> str:
@@ -378,7 +378,7 @@ def _threads(document: dict[str, Any]) -> str:
 
 
 RECORDED = {"reliability": faults, "numerics": numerics, "load": load, "engine": engine, "cifar-native": cifar,
-            "restoration": restoration, "parity": parity, "eot-curves": eot_curves, "defenses": defenses}  # fmt: skip
+            "restoration": restoration, "parity": parity, "eot-curves": eot_curves}  # fmt: skip
 # Result files of a CPU without AVX-512 end so.
 AVX2 = "cpu-avx2"
 AVX2_SUITES = ("attacks", "evaluate", "scaling")
@@ -387,7 +387,7 @@ TABLES = {
     "demo": demo, "attacks": attacks, "ops": ops, "transforms": transforms, "limits": limits, "summary": summary,
     "losses": losses, "processes": processes, "finetune": finetune, "speed": speed, "judged": judged,
     **{table.__name__: functools.partial(recorded, file, table) for file, table in RECORDED.items()},
-    "shipped": functools.partial(recorded, "defenses", shipped),
+    **{t.__name__: functools.partial(recorded, "defenses", t, source=False) for t in (shipped, defenses)},
     "mutations": functools.partial(recorded, "mutations", mutations, AVX2),
     "verdicts": fast_verdicts,
     "pilot": functools.partial(recorded, "pilot", pilot, AVX2),
