@@ -214,7 +214,7 @@ COMMANDS: dict[str, Any] = {f.__name__: f for f in (demo, check, train, doctor, 
 
 # The option that a command's first argument stands for if it is given without a name.
 POSITIONAL = {"bench": "suite", "check": "classifier", "judge": "defense", "report": "run"}
-# What the doctor takes of a run; steps and draws are its own.
+# The doctor takes these options of a run; steps and draws are its own.
 EXAMINED = ("classifier", "defense", "data", "norm", "eps", "seed")
 
 

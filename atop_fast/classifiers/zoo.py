@@ -249,7 +249,7 @@ def sized(function: str, path: str | Path | None, data: DataConfig) -> DataConfi
 
 
 def _stated(path: str | Path) -> dict[str, Any]:
-    """What a model's file, or the file of a defense in the package, states of its data."""
+    """The statements on its data of a model's file, or of the file of a defense in the package."""
     if kind_of(path) is SHIPPED:
         path = find_defense("load_classifier", path)
     return read_metadata(path) if Path(path).suffix == ".safetensors" else {}
