@@ -592,7 +592,7 @@ def test_command(digits, standard, tmp_path, capsys):
     assert "fail  evidence" in capsys.readouterr().out
     noise = GivenTransform("rt2", mask_ratio=0.0, sigma=0.02)
     with pytest.raises(SystemExit) as stop:
-        doctor(str(tmp_path / "classifier.safetensors"), transform=noise, **given)
+        doctor(str(tmp_path / "classifier.safetensors"), transform=noise, **{**given, "images": 40})
     assert stop.value.code == 1
     status = {f["name"]: f["status"] for f in json.loads((tmp_path / "doctor.json").read_text())}
     assert status["useless_transform"] == "fail"
