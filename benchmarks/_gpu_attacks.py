@@ -53,7 +53,7 @@ def replays(options: argparse.Namespace, write: Write) -> dict[str, Any]:
 
     device, name, batch, (few, many) = options.device, "resnet18", 128, (20, 60)
     if options.tiny:
-        name, batch, (few, many) = "small_cnn", 8, (8, 16)
+        name, batch, (few, many) = "small_cnn", 8, (8, 48)
     model = build_classifier(name, channels=3).to(device).eval().requires_grad_(False)
     x, ids = torch.rand(batch, 3, 32, 32, device=device), torch.arange(batch, device=device)
     # In float32 without TF32, the GPU takes so long that the host does not matter.

@@ -16,7 +16,7 @@ from .._core.hidden import foreign_modules
 from ..attacks import PGD, Model
 from ..defense import Defense, classifier_alone
 from ..ops import attack_loss
-from ..randomness import derive_seed, seed_generators, seeded, watched_generators
+from ..randomness import REPEATED_DRAWS, derive_seed, seed_generators, seeded, watched_generators
 
 Status = Literal["pass", "warn", "fail"]
 # Standard errors of a comparison beyond which a check warns or fails.
@@ -25,8 +25,6 @@ WARN, FAIL = 2.0, 3.0
 COSINE, MOST_DRAWS = 0.9, 64
 # Maximum number of draws in each gradient of the attacks here, unless the caller sets it.
 ATTACK_DRAWS = 8
-# Number of draws that must be equal if a model is seen to draw; see evaluation.judge.REPEATED_DRAWS.
-REPEATED_DRAWS = 64
 
 
 @dataclass(frozen=True)

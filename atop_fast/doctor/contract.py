@@ -14,8 +14,9 @@ from .._core.checks import range_advice
 from .._core.memory import bytes_saved
 from ..classifiers.normalized import STATISTICS
 from ..defense import Defense
+from ..randomness import REPEATED_DRAWS
 from ._order import find_order
-from ._probe import FAIL, REPEATED_DRAWS, WARN, Finding, Probe, Status, difference, excess, same, untouched
+from ._probe import FAIL, WARN, Finding, Probe, Status, difference, excess, same, untouched
 
 NORMALIZATIONS = {
     "ImageNet's mean and deviation": STATISTICS["imagenet"],

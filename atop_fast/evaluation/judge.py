@@ -10,14 +10,11 @@ from .._core.checks import check_fits, check_integer, check_logits, message
 from .._core.precision import full_precision
 from ..attacks import GradientEstimator, Model, draw_logits
 from ..defense import Defense, check_model
-from ..randomness import derive_seed, seeded, watched_generators
+from ..randomness import REPEATED_DRAWS, derive_seed, seeded, watched_generators
 from .source import Source
 
 # Number of images in the check that distinguishes deterministic from random models.
 REPEATED_IMAGES = 256
-# Number of draws that must be equal if a model is seen to draw: a choice that 9 of 10 draws make alike is missed by 64
-# draws with probability 0.001, and by 3 with 0.7.
-REPEATED_DRAWS = 64
 
 
 class Judge:
