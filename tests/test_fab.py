@@ -242,7 +242,7 @@ def test_useless_gradients_leave_the_images(norm, value):
 def test_zero_eps_and_empty_batch(norm):
     x, y = torch.rand(3, 1, 3, 4), torch.tensor([0, 1, 2])
     assert torch.equal(FAB(LINEAR, norm, 0.0, steps=2)(x, y), x)
-    assert FAB(LINEAR, norm)(x[:0], y[:0]).shape == (0, 1, 3, 4)
+    assert FAB(LINEAR, norm, 0.5)(x[:0], y[:0]).shape == (0, 1, 3, 4)
 
 
 @pytest.mark.parametrize(

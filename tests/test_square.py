@@ -220,7 +220,7 @@ def test_zero_eps_empty_batch_and_nan(norm):
     for early_stop in (True, False):
         zero = Square(SMALL, norm, 0.0, n_queries=10, early_stop=early_stop)(x, y)
         torch.testing.assert_close(zero, x, rtol=0, atol=1e-6)
-    assert Square(SMALL, norm)(x[:0], y[:0]).shape == (0, 1, 16, 16)
+    assert Square(SMALL, norm, 0.5)(x[:0], y[:0]).shape == (0, 1, 16, 16)
     broken = Square(lambda x: x.flatten(1) * float("nan"), norm, 0.1, n_queries=10)(x, y)
     assert size(broken - x, norm).max() <= 0.1 * (1 + 1e-5)
 

@@ -238,7 +238,7 @@ def test_a_start_of_another_dtype_than_the_images_is_named():
     [
         (lambda: PGD(network(), 1.0, 0.2, 10, "L2"), "random_start"),
         (lambda: FGSM(network(), early_stop="false"), "early_stop"),
-        (lambda: APGD(network(), "L1", shrink_eps="no"), "shrink_eps"),
+        (lambda: APGD(network(), "L1", 12.0, shrink_eps="no"), "shrink_eps"),
         (lambda: Square(network(), resc_schedule="no"), "resc_schedule"),
     ],
 )
@@ -282,6 +282,20 @@ def test_a_radius_of_more_than_every_image_is_said():
             call()
     PGD(model, norm="L2", eps=8)
     APGD(model, "L1", eps=8)
+
+
+def test_the_default_radius_of_linf_is_said_in_other_norms():
+    model, y = network(), labels(network())
+    for call in (
+        lambda: PGD(model, norm="L2"),
+        lambda: APGD(model, "L1"),
+        lambda: AutoAttack(model, "L2"),
+        lambda: evaluate(model, X, y, norm="L2", eps=8 / 255, attacks={"none": lambda x, y: x}, **QUIET),
+        lambda: diagnose(model, X, y, norm="L2", checks=["logits"]),
+    ):
+        with pytest.warns(UserWarning, match=r"eps 0.0313725 is the default, for Linf; .* papers take 0.5 in L2"):
+            call()
+    PGD(model, norm="L2", eps=0.03)
 
 
 def test_another_norm_than_the_protocols_needs_a_radius():

@@ -70,7 +70,7 @@ def judge(
             package, or none.
         trust: run the program in a file: an archive, or the source of a class.
         rules: some of standard, rand and sound, such as [standard, sound]. A later call with others adds their numbers.
-        images: how many held-out images.
+        images: how many held-out images, at most.
         eps: radius of the Linf ball, in units of [0, 1] pixels.
         steps: steps of every gradient attack.
         n_queries: queries of Square in AutoAttack standard; a fifth of it under the rule sound.

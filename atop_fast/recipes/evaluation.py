@@ -26,7 +26,7 @@ class EvaluationConfig:
         steps: PGD steps of the protocol quick; default 80 for random models and 20 for others.
         eot_iter: draws in each gradient of PGD in the protocol quick; default 1.
         gradient: of the protocol quick: exact (default), bpda (identity through transform and purifier) or blind.
-        images: how many held-out images; default as many as the protocol names, or all.
+        images: how many held-out images, at most; default as many as the protocol names, or all.
         draws: K, fresh draws of the verdict; default the protocol's.
         selection_draws: draws of the choice among an image's candidates.
         randomness: fresh, or fixed: mask and noise are fixed for each image and known to the attacker.
