@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from toolkit import PATIENCE, SPAWN, end_itself, ranks
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from atop_fast import RT2, Defense, FinetuneConfig, build_classifier, build_purifier, finetune
 from atop_fast.purifiers import SNPatchDiscriminator
 from atop_fast.randomness import seeded
 from atop_fast.training import Feed, Step, TrainingConfig, fit
+from atop_fast.training.average import Average
 from atop_fast.training.classifier import shift_and_mirror
 
 X = torch.rand(12, 1, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -152,6 +154,26 @@ def test_the_median_is_over_the_epochs_that_a_limit_of_updates_leaves():
     kept = torch.stack([step.weights[i] for i in (11, 14, 15)])
     torch.testing.assert_close(step.now(), torch.quantile(kept, 0.5, dim=0))
     assert not torch.equal(step.now(), step.weights[-1])
+
+
+@pytest.mark.parametrize("average", ["ema", "median"])
+def test_statistics_of_batch_norm_are_averaged_like_the_weights(average):
+    """torch's averaged model, whose decay is constant, as ours is up to 0.1."""
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    ours = Average(module, TrainingConfig(average=average, ema_decay=0.1), 4)
+    theirs = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.1), use_buffers=True)
+    statistics = []
+    for epoch in range(4):
+        with torch.no_grad():
+            module[0].weight.normal_()
+            module(3 * torch.randn(8, 2) + epoch)
+        ours.after_update(), theirs.update_parameters(module), ours.after_epoch(epoch)
+        statistics.append(module[1].running_var.clone())
+    expected = theirs.module[1].running_var if average == "ema" else (statistics[2] + statistics[3]) / 2
+    with ours.applied():
+        torch.testing.assert_close(module[1].running_var, expected)
+        assert module[1].num_batches_tracked == 4
+    assert torch.equal(module[1].running_var, statistics[3])
 
 
 class Pairs(Dataset):

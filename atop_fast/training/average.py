@@ -13,7 +13,7 @@ from .config import TrainingConfig
 
 
 class Average:
-    """Computes the final weights by the rule of TrainingConfig.average; buffers keep their last values.
+    """Computes the final weights by the rule of TrainingConfig.average, and so the statistics of batch norm.
 
         ema      w <- d w + (1 - d) w_t after every update t = 0, 1, ..., starting from w_0, with
                  d = min(decay, (1 + t) / (10 + t)), so that the first weights do not stay in the average of a short
@@ -27,7 +27,9 @@ class Average:
     """
 
     def __init__(self, module: nn.Module, config: TrainingConfig, epochs: int) -> None:
-        self.parameters, self.config, self.epochs = list(module.parameters()), config, epochs
+        # Statistics of the last weights do not fit averaged ones.
+        statistics = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self.tensors, self.config, self.epochs = [*module.parameters(), *statistics], config, epochs
         # One list of weights for "ema", one for each epoch for "median".
         self.kept: list[list[Tensor]] = []
         self.updates = 0
@@ -53,9 +55,9 @@ class Average:
         if not self.kept:
             return
         count = len(self.kept)
-        for parameter, *values in zip(self._now(), *self.kept, strict=True):
+        for tensor, *values in zip(self._now(), *self.kept, strict=True):
             ordered = torch.stack(values).sort(dim=0).values
-            parameter.copy_((ordered[(count - 1) // 2] + ordered[count // 2]) / 2)
+            tensor.copy_((ordered[(count - 1) // 2] + ordered[count // 2]) / 2)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -65,8 +67,8 @@ class Average:
         try:
             yield
         finally:
-            for parameter, value in zip(self._now(), own, strict=True):
-                parameter.copy_(value)
+            for tensor, value in zip(self._now(), own, strict=True):
+                tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages so far."""
@@ -78,4 +80,4 @@ class Average:
         self.updates = state["updates"]
 
     def _now(self) -> list[Tensor]:
-        return [p.detach() for p in self.parameters]
+        return [tensor.detach() for tensor in self.tensors]
