@@ -397,6 +397,29 @@ def test_a_few_equal_differences_are_no_proof_that_a_transform_is_useless():
         assert (finding.status, finding.numbers["gain"]) == (status, 0)
 
 
+def test_a_gain_at_half_the_radius_alone_is_useless():
+    """Means of 0.5 +- 0.15 decide; the classifier weighs a difference of two pixels, and the purifier removes it."""
+
+    def logits(pixels):
+        z = pixels.mean(dim=1) - 0.5 + 10 * (pixels[:, 0] - pixels[:, 1])
+        return torch.stack((-z, z), dim=1)
+
+    def without_difference(corrupted):
+        pixels = corrupted[:, :-2].flatten(1)
+        pair = pixels[:, :2].mean(dim=1, keepdim=True).expand(-1, 2)
+        return torch.cat((pair, pixels[:, 2:]), dim=1).view_as(corrupted[:, :-2])
+
+    y = torch.arange(64) % 2
+    x = (0.35 + 0.3 * y.float()).view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous()
+    model = Defense(GaussianNoise(0), Changed(nn.Identity(), without_difference), Changed(nn.Flatten(), after=logits))
+    for eps, status in ((0.1, "pass"), (0.2, "fail")):
+        (finding,) = diagnose(model, x, y, eps=eps, checks=["useless_transform"])
+        assert finding.status == status, finding
+        assert finding.numbers["gain"] > 0.3
+    assert finding.numbers["gain_at_eps"] == 0
+    assert "or a smaller radius" in finding.reason
+
+
 def test_gradient_noise_follows_its_law(digits):
     """Gradients 0.5 + 1.5 n in every pixel: SNR(n) = n / 9, and the cosine is sqrt(1 / (1 + 9 / n))."""
     x, y = torch.full((8, 1, 16, 16), 0.5), torch.zeros(8, dtype=torch.int64)

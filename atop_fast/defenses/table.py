@@ -13,6 +13,7 @@ from torch import nn
 from .._core.checks import message
 from ..defense import Defense
 from ..doctor import CHECKS
+from ..doctor.masking import GAIN
 from ..randomness import seeded
 from ..transforms import RT1, RT2, RT3, RandomResizePad, RandomTransform
 from .bilateral import NoisyBilateral
@@ -69,8 +70,6 @@ DEFENSES: dict[str, Build] = {
     "pruning": _inside(ActivationPruning),
     "winners": _inside(WinnersTakeAll),
 }
-# A gain of accuracy that counts: what the doctor demands of a transform, too.
-GAIN = 0.1
 # The numbers that papers report.
 CLAIMS = ("standard", "rand", "blind")
 # Mark, color and legend of what the picture shows beside the sound verdict; colors are Wong's.
