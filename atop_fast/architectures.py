@@ -66,6 +66,8 @@ def specify(
     if replaced := [name for name, m in modules if {"forward", "__call__"} & vars(m).keys()]:
         given = f"{type(module).__name__} in which that of {replaced[0] or 'itself'} was replaced"
         raise ValueError(message(function, argument, "a module with its class's forward", given))
+    if type(module) in (kind for kind, _, _ in WRAPPERS.values()) and _hooks(module):
+        raise ValueError(message(function, argument, "a module without hooks", f"{type(module).__name__} with hooks"))
     for name, (kind, inside, options) in WRAPPERS.items():
         if type(module) is kind:
             inner = specify(function, f"{argument}.{inside}", getattr(module, inside), registry)
@@ -81,7 +83,9 @@ def specify(
         spec: dict[str, Any] = json.loads(json.dumps({"name": name, "options": dict(options)}))
         factory = _factory(name, registry)
         check_class(function, argument, module, name, factory)
-        _check_fits(functools.partial(factory, **spec["options"]), spec["options"], module.state_dict())
+        build = functools.partial(factory, **spec["options"])
+        _check_fits(build, spec["options"], module.state_dict())
+        _check_layers(module, build)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         given = f"{type(module).__name__} ({' '.join(str(error).split())})"
         raise ValueError(message(function, argument, f"what {name!r} with {options} builds", given)) from error
@@ -158,6 +162,31 @@ def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: 
     module.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
     if sum(t.numel() for t in module.buffers()) > 2**20 + 16 * sum(t.numel() for t in state.values()):
         raise ValueError("its options make more constants than it has weights")
+
+
+def _check_layers(module: nn.Module, build: Callable[[], nn.Module]) -> None:
+    """Raise unless a module has the layers, options and hooks of the one that would be loaded in its place."""
+    with seeded(0):
+        built = build()
+    layers, own = ({name: _layer(m) for name, m in whole.named_modules()} for whole in (built, module))
+    for name in [*layers, *own]:
+        if layers.get(name) != own.get(name):
+            raise ValueError(f"{name or 'the module'} is {own.get(name)} instead of {layers.get(name)}")
+
+
+def _layer(module: nn.Module) -> str:
+    """What a layer computes as far as it is no weight: its class, its options, and how many hooks it has."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k[0] != "_"}
+    plain.pop("training", None)
+    values = ", ".join(f"{name}={value!r}" for name, value in sorted(plain.items()))
+    hooks = _hooks(module)
+    text = f"{type(module).__qualname__}({module.extra_repr()}) with {values or 'no attributes'}"
+    return text + (f" and {hooks} hook(s)" if hooks else "")
+
+
+def _hooks(module: nn.Module) -> int:
+    """How many hooks change the inputs or outputs of a module."""
+    return len(module._forward_pre_hooks) + len(module._forward_hooks)
 
 
 def _largest(value: object) -> float:

@@ -143,8 +143,8 @@ def save_defense(
         dtype: type of the weights in the file; torch.float16 or bfloat16 halves it. load_defense returns float32 with
             the rounded values, so evaluate the loaded defense. Default: the type of the weights.
         metadata: further JSON-ready contents, added to those of `defense.metadata`. Commands read `classes`, the
-            ordered names of the classes, `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack.
-            Add anything that users should know: recipe, commit, data, license.
+            ordered names of the classes, `shape`, (C, H, W) of the images, and `norm` and `eps` of the training attack,
+            and say so if they attack by another. Add anything that users should know: recipe, commit, data, license.
 
     Raises:
         TypeError, ValueError: naming the part that load_defense could not restore; or weights too large for `dtype`.
@@ -153,6 +153,9 @@ def save_defense(
         raise TypeError(message("save_defense", "dtype", "a floating-point torch.dtype", repr(dtype)))
     if not isinstance(defense, Defense):
         raise TypeError(message("save_defense", "defense", "a Defense", type(defense).__name__))
+    if type(defense) is not Defense:
+        given = f"the subclass {type(defense).__name__}, of which load_defense would make a Defense"
+        raise TypeError(message("save_defense", "defense", "a Defense", given))
     described = describe_transform(defense.transform)
     try:
         restore_transform(described)
@@ -162,6 +165,10 @@ def save_defense(
     if any(True for _ in defense.transform.state_dict()):
         raise ValueError(message("save_defense", "defense.transform", "one without weights", described["name"]))
     header: dict[str, Any] = {"kind": "defense", "transform": described}
+    # The transform of the purifier's training, if it was another one.
+    trained_under = getattr(defense.purifier, "trained_under", None)
+    if trained_under is not None and trained_under != described:
+        header["trained_under"] = trained_under
     for kind in ("classifier", "purifier"):
         module: nn.Module | None = getattr(defense, kind)
         header[kind] = None if module is None else specify("save_defense", f"defense.{kind}", module, KINDS[kind])
@@ -210,7 +217,7 @@ def load_defense(path_or_name: str | Path, *, trust: bool = False) -> Defense:
             raise ValueError("it has no classifier")
         transform = restore_transform(header["transform"])
         if networks["purifier"] is not None:
-            networks["purifier"].trained_under = header["transform"]
+            networks["purifier"].trained_under = _check_description(header.get("trained_under", header["transform"]))
         defense = Defense(transform, networks["purifier"], networks["classifier"])
         defense.metadata = _check_metadata("load_defense", header["metadata"])
     except Exception as error:

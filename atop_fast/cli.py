@@ -25,7 +25,7 @@ from ._core.usage import answer_usage
 from ._core.yaml import parse_yaml
 from .bench.command import bench
 from .check import check
-from .classifiers.zoo import System
+from .classifiers.zoo import System, other_threat
 from .data import Dataset, Files
 from .defense import Defense
 from .defenses.command import judge
@@ -167,6 +167,8 @@ def evaluate(
     model, part = model.to(chosen), part.to(chosen)
     name = "defense" if isinstance(model, Defense) else "classifier"
     _say(f"Evaluating {_named(model)}")
+    if other := other_threat(model, *config.threat):
+        _say(other)
     logs = Path(out) / "tensorboard" if tensorboard else None
     options: dict[str, Any] = {"out": out, "budget": budget, "trace": trace, "tensorboard": logs, "title": name}
     if _GIVEN:

@@ -132,6 +132,24 @@ def test_what_a_file_could_not_give_back_is_refused(tmp_path):
     refused(tmp_path, "defense.classifier must be what 'small_cnn' .* builds", classifier=changed)
     refused(tmp_path, "its class's forward, got SmallCNN", classifier=patched)
     refused(tmp_path, "of finite weights, got NaN or infinity in purifier", purifier=broken)
+    # What is in no state dict: layers, their options, hooks, and a forward of a subclass.
+    layer, option, hooked, outer = (networks()[1] for _ in range(4))
+    layer.relu = nn.Identity()
+    option.conv1.padding = (0, 0)
+    hooked.conv2.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    outer = Normalized(outer, [0.5], [0.5])
+    outer.register_forward_hook(lambda module, inputs, output: -output)
+    refused(tmp_path, r"relu is Identity\(\) .* instead of None", classifier=layer)
+    refused(tmp_path, r"conv1 is Conv2d\(.* instead of Conv2d\(.*padding", classifier=option)
+    refused(tmp_path, r"conv2 is .* and 1 hook\(s\) instead of", classifier=hooked)
+    refused(tmp_path, "a module without hooks, got Normalized", classifier=outer)
+
+    class Rounded(Defense):
+        def purify(self, *args, **options):
+            return super().purify(*args, **options).round()
+
+    with pytest.raises(TypeError, match="defense must be a Defense, got the subclass Rounded"):
+        save_defense(tmp_path / "d.safetensors", Rounded(RT1(4), *networks()))
     defense = Defense(RT1(4), *networks())
     for metadata, error in (({"classes": "ab"}, ValueError), ({"shape": (1, 2)}, ValueError), ({"x": {1j}}, TypeError)):
         with pytest.raises(error, match=f"save_defense: ({next(iter(metadata))}|metadata) must be"):
@@ -204,6 +222,12 @@ def test_a_purifier_remembers_its_transform(tmp_path):
             Defense(FixedRandomness(RT2(4, sigma=0.1), seed=7), each, classifier)
         with pytest.warns(UserWarning, match=r"trained under RT2\(.*sigma=0.1,.* stands behind RT2\(.*sigma=0.25,"):
             Defense(RT2(4), each, classifier)
+    # Behind another transform it does not forget.
+    with pytest.warns(UserWarning, match="trained under"):
+        save_defense(tmp_path / "d.safetensors", Defense(RT2(4), purifier, classifier))
+    with pytest.warns(UserWarning, match=r"trained under RT2\(.*sigma=0.1,.* stands behind RT2\(.*sigma=0.25,"):
+        loaded = load_defense(tmp_path / "d.safetensors")
+    assert loaded.purifier.trained_under == purifier.trained_under
     save_model(path, build_purifier("unet", channels=1, width=4), "purifier", "unet", channels=1, width=4)
     assert "transform" not in read_header(path)
     save_model(path, purifier, "purifier", "unet", transform=RT1(4), channels=1, width=4)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from atop_fast import build_classifier, load_classifier, load_model, save_model
+from atop_fast import RT2, Defense, build_classifier, load_classifier, load_model, save_model
 from atop_fast._core.files import load_checkpoint
 from atop_fast.classifiers import Normalized, WideResNet, fold_batch_norm
 from atop_fast.classifiers.packages import autoattack_is_pyautoattack
-from atop_fast.classifiers.zoo import System, _with_weights
+from atop_fast.classifiers.zoo import System, _with_weights, other_threat
 from atop_fast.data import Dataset
 from atop_fast.randomness import seeded
 from atop_fast.recipes.networks import build_networks
@@ -541,3 +541,12 @@ def test_no_message_advises_to_run_code(tmp_path):
     with pytest.raises(ValueError, match="a checkpoint of this run") as error:
         load_checkpoint("fit", path, {})
     assert "weights_only" not in str(error.value)
+
+
+def test_another_threat_model_than_that_of_the_training_is_said():
+    defense = Defense(RT2(4), None, build_classifier("small_cnn", channels=1))
+    assert other_threat(defense, "Linf", 8 / 255) == ""
+    defense.metadata = {"norm": "Linf", "eps": 0.25}
+    assert other_threat(defense, "Linf", 0.25) == other_threat(defense.classifier, "L2", 1.0) == ""
+    assert "--norm=Linf --eps=0.25" in other_threat(defense, "Linf", 8 / 255)
+    assert "trained for Linf, eps 0.25, and is attacked in L2, eps 0.25" in other_threat(defense, "L2", 0.25)

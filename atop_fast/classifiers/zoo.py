@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import nn
 
 from .._core.checks import check_choice, message
 from .._core.files import identify, load_weights, read_state, unwrapped
-from ..checkpoints import CLASSES, SHAPE, find_defense, load_defense, load_model, read_header, read_metadata
+from ..checkpoints import CLASSES, EPS, NORM, SHAPE, find_defense, load_defense, load_model, read_header, read_metadata
 from ..data import Dataset, Files
 from ..defense import Defense
 from ..randomness import seeded
@@ -253,6 +254,18 @@ def _stated(path: str | Path) -> dict[str, Any]:
     if kind_of(path) is SHIPPED:
         path = find_defense("load_classifier", path)
     return read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+
+
+def other_threat(model: nn.Module, norm: str, eps: float) -> str:
+    """A sentence if a defense's file states another threat model than the one that a command attacks by; or ""."""
+    stated = getattr(model, "metadata", {})
+    own_norm, own_eps = stated.get(NORM), stated.get(EPS)
+    if own_norm is None or own_eps is None or (own_norm == norm and math.isclose(own_eps, eps, rel_tol=1e-3)):
+        return ""
+    return (
+        f"The defense was trained for {own_norm}, eps {own_eps:.4g}, and is attacked in {norm}, eps {eps:.4g}; "
+        f"--norm={own_norm} --eps={own_eps:.4g} attacks it as it was trained"
+    )
 
 
 def match_classes(function: str, path: str | Path, data: Dataset | Files) -> Dataset | Files:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from .._core.checks import check_device, check_integer
 from .._core.files import write_text
-from ..classifiers.zoo import System
+from ..classifiers.zoo import System, other_threat
 from ..data import Dataset
 from ..recipes.options import DataConfig, GivenTransform
 from . import Finding, conclude, diagnose, format_findings, sampled
@@ -76,6 +76,8 @@ def doctor(
     train, held_out = system.sized("doctor", data).load(print)
     model, part = system.load("doctor", held_out)
     assert isinstance(part, Dataset)
+    if other := other_threat(model, norm, eps):
+        print(other)
     part = part.to(chosen)
     members = None
     if training:
