@@ -6,6 +6,7 @@ import threading
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from atop_fast import APGD, FGSM, PGD, RT2, AutoAttack, Defense, Square, evaluate
 from atop_fast._core.flags import _HELD, holding
 from atop_fast.attacks import BPDA, FAB, GradientEstimator, draw_logits, frozen
+from atop_fast.defenses import GaussianNoise
 from atop_fast.randomness import seeded
 
 X = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -492,3 +494,22 @@ def test_threads_that_attack_one_model_get_what_one_gets():
 def test_fgsm_is_too_short_for_a_copy():
     model = network()
     assert torch.equal(FGSM(model)(X, Y), FGSM(lambda x: model(x))(X, Y))
+
+
+def test_a_defense_that_draws_from_a_generator_of_its_own_is_refused():
+    """One pass has all draws, which would share its number: the coin would be judged as deterministic."""
+
+    class Coin(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.numbers = np.random.default_rng(3)
+
+        def forward(self, x):
+            heads = float(self.numbers.random() < 0.5) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+            return torch.cat((heads, 1 - heads), dim=1)
+
+    x, y = torch.rand(8, 3, 4, 4), torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="evaluate: model must be a Defense whose logits are a function of the key"):
+        evaluate(Defense(GaussianNoise(0), None, Coin()).eval(), x, y, draws=4, progress=False, diagnostics=())
+    # Repeated calls are its draws outside of a Defense, and the global generators are seeded.
+    assert evaluate(Coin(), x, y, draws=4, progress=False, diagnostics=()).settings["draws"] == 4

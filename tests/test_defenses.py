@@ -154,6 +154,9 @@ def test_majority_vote_decides_what_the_binomial_test_does():
     assert majority_vote(whole, x, draws=200).tolist() == [-1, 1, 0, -1]
     votes = majority_vote(whole, x, 9, 1.0, seed=5)
     assert torch.equal(majority_vote(whole, x[2:], 9, 1.0, 5, torch.arange(2, 4)), votes[2:])
+    for count in (3, 9):
+        with pytest.raises(ValueError, match=r"majority_vote: sample_ids must be int64 of shape \(4,\)"):
+            majority_vote(whole, x, 9, sample_ids=torch.arange(count))
     with pytest.raises(TypeError, match="majority_vote: defense must be a Defense, got Sign"):
         majority_vote(Sign(), x)
     start = time.process_time()

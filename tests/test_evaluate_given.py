@@ -274,3 +274,23 @@ def test_a_report_says_which_systems_have_how_many_draws():
     assert _note({"a": many, "b": many}) == "200 images, K = 20 draws of each."
     both = _note({"classifier": one, "rt_only": many, "finetuned": many})
     assert both == "200 images, K draws of each: K = 1 for classifier; K = 20 for rt_only, finetuned."
+
+
+def test_only_a_third_parameter_for_ids_gets_them():
+    """One with a default is the caller's own: targets, a radius, a start."""
+    seen = {}
+
+    def noted(name, images, third):
+        seen[name] = third
+        return images
+
+    attacks = {
+        "targets": lambda images, labels, targets=None: noted("targets", images, targets),
+        "radius": lambda images, labels, eps=0.5: noted("radius", images, eps),
+        "ids": lambda images, labels, sample_ids=None: noted("ids", images, sample_ids),
+        "required": lambda images, labels, i: noted("required", images, i),
+        "any": lambda *args: noted("any", args[0], args[2]),
+    }
+    evaluate(network(), X, Y, attacks=attacks, **QUIET)
+    assert (seen["targets"], seen["radius"]) == (None, 0.5)
+    assert all(torch.is_tensor(seen[name]) for name in ("ids", "required", "any"))

@@ -12,6 +12,7 @@ from .._core.checks import check_images, check_integer, check_number, message
 from ..attacks import draw_logits, frozen
 from ..defense import Defense
 from ..ops import random_normal
+from ..randomness import check_keys
 from .base import ImageTransform
 
 
@@ -74,7 +75,7 @@ def majority_vote(
     check_integer(name, "draws", draws, low=1)
     check_integer(name, "max_batch", max_batch, low=1)
     alpha = check_number(name, "alpha", alpha, low=0, high=1)
-    ids = torch.arange(len(images), device=images.device) if sample_ids is None else sample_ids
+    ids, _ = check_keys(name, len(images), images.device, seed, sample_ids, 0)
     if not len(images):
         return ids.new_zeros(0)
     with frozen(defense):

@@ -85,12 +85,12 @@ def _given(argument: str, name: str, attack: Any) -> AnyAttack:
         way = "run_standard_evaluation(x, y)" if hasattr(attack, "run_standard_evaluation") else "run(x, y)"
         line = f"{{{name!r}: lambda x, y, ids: attack.{way}}}"
         raise TypeError(message("evaluate", argument, f"a callable {CALL}: {line}", _shown(attack)))
-    if package == "torchattacks" or not _takes(attack, 3):
-        if package != "torchattacks" and not _takes(attack, 2):
-            line = f"{{{name!r}: lambda images, labels, sample_ids: ...}}"
-            raise TypeError(message("evaluate", argument, f"called {CALL}: {line}", _shown(attack)))
-        return _Wrapped(attack, attack)
-    return attack
+    if package != "torchattacks" and _takes_ids(attack):
+        return attack
+    if package != "torchattacks" and not _takes(attack, 2):
+        line = f"{{{name!r}: lambda images, labels, sample_ids: ...}}"
+        raise TypeError(message("evaluate", argument, f"called {CALL}: {line}", _shown(attack)))
+    return _Wrapped(attack, attack)
 
 
 class _Wrapped:
@@ -105,6 +105,21 @@ class _Wrapped:
 
     def __repr__(self) -> str:
         return repr(self.attack)
+
+
+def _takes_ids(attack: Callable[..., Any]) -> bool:
+    """Whether the third positional parameter of an attack is for ids: it must be given, or is named so.
+
+    One with a default may be anything else, such as targets or a radius.
+    """
+    if not _takes(attack, 3):
+        return False
+    try:
+        parameters = list(inspect.signature(attack).parameters.values())
+    except ValueError:
+        return True
+    third = parameters[min(2, len(parameters) - 1)]
+    return third.default is third.empty or third.name in ("sample_ids", "ids")
 
 
 def _takes(attack: Callable[..., Any], count: int) -> bool:

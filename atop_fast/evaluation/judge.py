@@ -57,6 +57,8 @@ class Judge:
             with torch.no_grad(), seeded(seed, x.device), watched_generators() as generators:
                 output = self.model(first, *key)
             check_logits("evaluate", output, 1, int(source.labels.max()))
+            if isinstance(self.model, Defense):
+                self._check_keyed(x[:8], ids[:8], seed)
             if self.max_batch is None:
                 estimator = GradientEstimator(self.model, seed=seed)
                 estimator.function = "evaluate"
@@ -75,6 +77,18 @@ class Judge:
                     if not (logits == logits[:, :1]).all():
                         return False
         return True
+
+    def _check_keyed(self, x: Tensor, ids: Tensor, seed: int) -> None:
+        """Raise unless calls of a Defense with equal keys agree: a pass takes many draws, which must not share any."""
+        logits = []
+        for _ in range(3):
+            with torch.no_grad(), seeded(seed, x.device):
+                logits.append(self.model(judged(x), seed, ids, 0))
+        # Sums of kernels on a GPU may be in another order.
+        if any(not torch.allclose(other, logits[0], rtol=1e-3, atol=1e-3, equal_nan=True) for other in logits[1:]):
+            expected = "a Defense whose logits are a function of the key and of the generators of torch, Python, numpy"
+            given = "one that draws, or counts calls, otherwise: equal keys gave different logits"
+            raise ValueError(message("evaluate", "model", expected, given))
 
     def collapse(self) -> None:
         """Use a single draw for both choice and verdict, because the model is deterministic."""
