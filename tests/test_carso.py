@@ -98,7 +98,7 @@ def test_logits_are_those_of_the_formula():
     carso, x = untrained(model).double(), X[:3].double()
     ids, purifier = torch.tensor([7, 2, 9]), carso.purifier
     logits = carso(x, 5, ids, 1)
-    noise = random_normal((3, 6), 5, ids, 1).double()
+    noise = random_normal((3, 6), derive_seed(5, "carso"), ids, 1).double()
     h, features = 2 * x - 1, []
     for conv in (model.conv1, model.conv2, model.conv3):
         features.append(F.conv2d(h, conv.weight, conv.bias, 2, conv.padding))
@@ -125,6 +125,19 @@ def test_draws_belong_to_the_sample():
     torch.testing.assert_close(alone, logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(shuffled, logits[order], rtol=0, atol=1e-6)
     assert all((logits - each).abs().amax(dim=1).min() > 1e-5 for each in other)
+
+
+def test_the_latent_variables_are_not_the_numbers_of_the_noise_in_front():
+    carso = untrained(classifier())
+    key = (torch.tensor(7), IDS, torch.tensor(3))
+    z = []
+    decode = carso.purifier.decode
+    carso.purifier.decode = lambda numbers, condition: (z.append(numbers), decode(numbers, condition))[1]
+    with torch.no_grad():
+        carso.recall(carso.features(X), key)
+    latent = z[0].reshape(12, -1)
+    noise = (GaussianNoise(1.0)(torch.zeros_like(X), 7, IDS, 3)).flatten(1)[:, : latent.shape[1]]
+    assert abs(torch.corrcoef(torch.stack([latent.flatten(), noise.flatten()]))[0, 1]) < 0.3
 
 
 def test_gradcheck():

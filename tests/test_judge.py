@@ -30,10 +30,11 @@ from atop_fast import (
     save_defense,
     save_model,
 )
-from atop_fast.classifiers import Normalized
+from atop_fast.classifiers import Normalized, Resized
 from atop_fast.cli import main
-from atop_fast.defenses import DEFENSES, SelfEnsemble
+from atop_fast.defenses import DEFENSES, GaussianNoise, SelfEnsemble, WinnersTakeAll
 from atop_fast.defenses.judge import RULES, Effort, described, strongest
+from atop_fast.defenses.own import find
 from atop_fast.defenses.table import COLUMNS, confusion, to_csv, truth
 from atop_fast.evaluation.runs import Run, read_candidates
 from atop_fast.randomness import Tag, derive_seed, random_uniform, seeded
@@ -339,6 +340,27 @@ def test_your_own_defense_by_one_command(files, capsys):  # noqa: F811
     ):
         capsys.readouterr()
         assert expected in fail(capsys, "judge", name, *given)
+
+
+def test_a_function_that_changes_its_classifier_changes_no_other_row(classifier, noise, tmp_path):
+    code = "def coarse(model):\n    model.register_forward_pre_hook(lambda m, x: (x[0].round(),))\n    return model\n"
+    (tmp_path / "own.py").write_text(code)
+    x, expected = noise[0], classifier(noise[0])
+    defended = find(f"{tmp_path / 'own.py'}:coarse")[1](classifier, x.shape[1:])
+    torch.testing.assert_close(classifier(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(defended(x), classifier(x.round()), rtol=0, atol=0)
+
+
+def test_a_saved_defense_has_the_options_of_the_given_classifier(classifier, tmp_path):
+    for name, module, other in (
+        ("size", Resized(classifier, 16), Resized(classifier, 32)),
+        ("ratio", WinnersTakeAll(classifier, 0.1), WinnersTakeAll(classifier, 0.9)),
+    ):
+        path = tmp_path / f"{name}.safetensors"
+        save_defense(path, Defense(GaussianNoise(0), None, module.eval()))
+        find(str(path))[1](module, (1, 8, 8))
+        with pytest.raises(ValueError, match="judge: defense must be a defense of the given classifier"):
+            find(str(path))[1](other.eval(), (1, 8, 8))
 
 
 @pytest.mark.slow

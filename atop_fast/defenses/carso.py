@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._core.checks import check_integer, message
 from ..attacks import frozen
 from ..ops import random_normal, upsample_conv3x3
+from ..randomness import derive_seed
 from .inside import CONVOLUTIONS, Compute, Key, Replaced
 
 # Negative slope of all activations, and the side to which features are averaged before their compression.
@@ -101,7 +102,9 @@ class CARSO(Replaced):
     def recall(self, features: Sequence[Tensor], key: Key) -> Tensor:
         """Images (B, votes, C, H, W) in [0, 1] for the features of B images."""
         c = self.purifier.compress(features).repeat_interleave(self.votes, dim=0)
-        z = random_normal((self.votes, self.purifier.latent), *key).to(c.dtype)
+        # A transform in front of this draws by the same key.
+        own = derive_seed(key[0], "carso")
+        z = random_normal((self.votes, self.purifier.latent), own, *key[1:]).to(c.dtype)
         return self.purifier.decode(z.flatten(0, 1), c).sigmoid().unflatten(0, (-1, self.votes))
 
     def _outputs(self, x: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +67,8 @@ def _from_code(path: Path, name: str) -> Build:
 
     def checked(model: nn.Module, shape: Sequence[int]) -> nn.Module:
         try:
-            defense = Defense(build(), None, model) if transform else build(model)
+            # A function may change its argument, which other rows and the attacks on it alone share.
+            defense = Defense(build(), None, model) if transform else build(copy.deepcopy(model))
         except TypeError as error:
             expected = "a function of the classifier that returns a module"
             expected = "a subclass of RandomTransform that is built without arguments" if transform else expected
@@ -86,9 +88,9 @@ def _from_file(path: str, model: nn.Module) -> Defense:
     # A layer of the defense may be inside the classifier.
     if isinstance(inner, Replaced) and not isinstance(model, Replaced):
         inner = inner.model
-    # A normalization is in buffers that no state dict has, and layers without weights are known by their classes.
+    # A normalization is in buffers that no state dict has, and layers without weights are known by class and options.
     given, own = ({**m.state_dict(), **dict(m.named_buffers())} for m in (model, inner))
-    layers, own_layers = ([type(part).__qualname__ for part in m.modules()] for m in (model, inner))
+    layers, own_layers = ([(type(m).__qualname__, m.extra_repr()) for m in whole.modules()] for whole in (model, inner))
     same = given.keys() == own.keys() and all(torch.equal(given[k].cpu(), own[k].to(given[k].dtype)) for k in given)
     if not same or layers != own_layers:
         expected = "a defense of the given classifier, as a table is of one classifier"
