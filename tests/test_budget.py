@@ -57,6 +57,19 @@ def test_a_training_fills_its_share_and_keeps_its_plan(tmp_path, clock):
     assert again.left() == pytest.approx(400 - 100 - made.plan["finetune"]["seconds"])
 
 
+def test_a_finished_stage_counts_with_the_time_that_it_took(tmp_path, clock):
+    config, path = FinetuneConfig(epochs=1, updates=6, batch_size=10), tmp_path / "plan.json"
+    made = budget.Budget(400, clock[0], path, STAGES, Group())
+    made.train("pretrain", config, 100, lambda config: None, forecast=1.0)
+    clock[0] += 6
+    made.finish("pretrain")
+    assert made.plan["pretrain"] == {"seconds": 6, "updates": 6, "of": 6}
+    # A later process, such as one that goes on after --until, has the rest of the time; it did not begin this stage.
+    again = budget.Budget(400, clock[0], path, STAGES, Group())
+    again.finish("pretrain")
+    assert again.left() == pytest.approx(394)
+
+
 def test_a_short_time_is_not_spent_on_measuring(tmp_path, clock):
     """Four updates to measure would be more than the share of it, so that the forecast must do."""
     config = FinetuneConfig(epochs=20, batch_size=10, evaluate_every=1)

@@ -50,6 +50,8 @@ class Budget:
         plan = json.loads(path.read_text(encoding="utf-8")) if group.rank == 0 and path.exists() else {}
         # stage -> "seconds", and its plan.
         self.plan: dict[str, dict[str, Any]] = group.gather(plan)[0]
+        # When this process began the stages that it planned, by time.monotonic().
+        self.begun: dict[str, float] = {}
         # Time planned by earlier processes of this run counts as spent.
         self.end = start + seconds - sum(stage["seconds"] for stage in self.plan.values())
 
@@ -61,6 +63,12 @@ class Budget:
     def keep_halvings(self, halvings: int) -> None:
         """Plan the size of the networks."""
         self._keep("networks", 0.0, {"halvings": halvings})
+
+    def finish(self, stage: str) -> None:
+        """Count the time that a finished stage took, instead of its share, as spent in later processes."""
+        if stage in self.begun:
+            plan = {key: value for key, value in self.plan[stage].items() if key != "seconds"}
+            self._keep(stage, time.monotonic() - self.begun.pop(stage), plan)
 
     def left(self) -> float:
         """Seconds until the end, at least a tenth of one."""
@@ -170,6 +178,7 @@ class Budget:
     def _seconds(self, stage: str) -> float:
         """A stage's share of the time that is left to it and the stages after it."""
         after = self.stages[self.stages.index(stage) :]
+        self.begun[stage] = time.monotonic()
         return self.group.gather(self.left())[0] * SHARES[stage] / sum(SHARES[name] for name in after)
 
     def _timed(self, work: Callable[[], object]) -> float:

@@ -151,8 +151,8 @@ class _Pipeline:
         self.forecast: Forecast | None = None
         if seconds is not None:
             skipped = {"classifier": not recipe.classifier.trained, "pretrain": recipe.purifier.path is not None}
-            stages = [stage for stage in STAGES[: STAGES.index(until) + 1] if not skipped.get(stage)]
-            if recipe.ablation and "finetune" in stages:
+            stages = [stage for stage in STAGES if not skipped.get(stage)]
+            if recipe.ablation:
                 stages.insert(stages.index("finetune") + 1, "ablation")
             self.budget = Budget(seconds, start, out / "plan.json", stages, group)
             self._plan(seconds, stages)
@@ -323,6 +323,8 @@ class _Pipeline:
         # Rank 0 decides: another rank might check after rank 0 has written the file.
         if not self.group.gather((self.out / f"{file}.safetensors").exists())[0]:
             make()
+            if self.budget is not None:
+                self.budget.finish(name)
         if self.group.rank == 0:
             (self.out / f"{name}.pt").unlink(missing_ok=True)
         # Barrier: no rank reads a file before it is written.
