@@ -13,8 +13,8 @@ from atop_fast.defenses.table import alarms, draw, to_csv, truths
 
 # Result file -> the classifier that is defended.
 FILES = {
-    "judge-standard--cpu-avx2": "The standard classifier",
-    "judge-nfgsm--cpu-avx2": "The classifier trained by N-FGSM",
+    "judge-standard--cpu": "The standard classifier",
+    "judge-nfgsm--cpu": "The classifier trained by N-FGSM",
 }
 NOTHING = "No result is published yet; the commands above make the table."
 ATTACKS = ("blind", "bpda", "exact", "square")

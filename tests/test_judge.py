@@ -278,7 +278,7 @@ def test_command(files, capsys):  # noqa: F811
     assert (files / "t/judge.csv").read_text() == to_csv(document["rows"])
     assert (files / "t/judge.png").read_bytes()[:4] == b"\x89PNG"
     # The page's part of this table: equally many cells in every line.
-    text = section("judge-standard--cpu-avx2", document)
+    text = section("judge-standard--cpu", document)
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[0] for line in lines[1:3]] == ["| none", "| jpeg"]
     assert len({line.count("|") for line in lines[:3]}) == 1
