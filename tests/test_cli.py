@@ -159,7 +159,7 @@ def test_files_say_their_transform_and_contradictions_are_refused(files, capsys)
     main(["evaluate", *networks, *part, "--out=e"])
     main(["evaluate", "--defense=f/defense.safetensors", *part, "--out=d"])
     reports = [json.loads((files / f"{out}/report.json").read_text()) for out in ("e", "d")]
-    assert reports[0]["transform"] == reports[1]["transform"] == repr(RT2(4, sigma=0.1))
+    assert reports[0]["transform"] == reports[1]["transform"] == repr(RT2(4, 0.125, 0.1))
     assert reports[0]["samples"] == reports[1]["samples"]
     assert "sigma=0.1" in (files / "e/run.json").read_text()
     assert "sigma=0.1" in capsys.readouterr().out
