@@ -175,7 +175,7 @@ def _check_layers(module: nn.Module, build: Callable[[], nn.Module]) -> None:
 
 
 def _layer(module: nn.Module) -> str:
-    """What a layer computes as far as it is no weight: its class, its options, and how many hooks it has."""
+    """A layer without its weights, as text: its class, its options, and how many hooks it has."""
     plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str) and k[0] != "_"}
     plain.pop("training", None)
     values = ", ".join(f"{name}={value!r}" for name, value in sorted(plain.items()))

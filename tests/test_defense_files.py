@@ -132,7 +132,7 @@ def test_what_a_file_could_not_give_back_is_refused(tmp_path):
     refused(tmp_path, "defense.classifier must be what 'small_cnn' .* builds", classifier=changed)
     refused(tmp_path, "its class's forward, got SmallCNN", classifier=patched)
     refused(tmp_path, "of finite weights, got NaN or infinity in purifier", purifier=broken)
-    # What is in no state dict: layers, their options, hooks, and a forward of a subclass.
+    # No state dict has these: layers, their options, hooks, and a forward of a subclass.
     layer, option, hooked, outer = (networks()[1] for _ in range(4))
     layer.relu = nn.Identity()
     option.conv1.padding = (0, 0)
