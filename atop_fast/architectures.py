@@ -84,8 +84,11 @@ def specify(
         factory = _factory(name, registry)
         check_class(function, argument, module, name, factory)
         build = functools.partial(factory, **spec["options"])
-        _check_fits(build, spec["options"], module.state_dict())
-        _check_layers(module, build)
+        built = _check_fits(build, spec["options"], module.state_dict())
+        if built is None:
+            with seeded(0):
+                built = build()
+        _check_layers(module, built)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         given = f"{type(module).__name__} ({' '.join(str(error).split())})"
         raise ValueError(message(function, argument, f"what {name!r} with {options} builds", given)) from error
@@ -148,8 +151,14 @@ def _factory(name: str, registry: Mapping[str, Callable[..., nn.Module]]) -> Cal
     return registry[name]
 
 
-def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise unless the weights fit the module that the options build, without allocating it: it might be huge."""
+def _check_fits(
+    build: Callable[[], nn.Module], options: dict[str, Any], state: Mapping[str, Tensor]
+) -> nn.Module | None:
+    """Raise unless the weights fit the module that the options build, without allocating it: it might be huge.
+
+    Returns:
+        The module on the meta device; None if it cannot be built there, and nothing was compared.
+    """
     most = max([len(state), *(8 * size for tensor in state.values() for size in tensor.shape)])
     if large := [name for name, value in options.items() if _largest(value) > most]:
         raise ValueError(f"{large[0]}={options[large[0]]!r} is no option of so few weights")
@@ -158,16 +167,15 @@ def _check_fits(build: Callable[[], nn.Module], options: dict[str, Any], state: 
             module = build()
     except Exception:
         # Some modules cannot be built on the meta device; if the options are wrong, the real construction will fail.
-        return
+        return None
     module.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
     if sum(t.numel() for t in module.buffers()) > 2**20 + 16 * sum(t.numel() for t in state.values()):
         raise ValueError("its options make more constants than it has weights")
+    return module
 
 
-def _check_layers(module: nn.Module, build: Callable[[], nn.Module]) -> None:
+def _check_layers(module: nn.Module, built: nn.Module) -> None:
     """Raise unless a module has the layers, options and hooks of the one that would be loaded in its place."""
-    with seeded(0):
-        built = build()
     layers, own = ({name: _layer(m) for name, m in whole.named_modules()} for whole in (built, module))
     for name in [*layers, *own]:
         if layers.get(name) != own.get(name):

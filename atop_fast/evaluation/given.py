@@ -85,9 +85,11 @@ def _given(argument: str, name: str, attack: Any) -> AnyAttack:
         way = "run_standard_evaluation(x, y)" if hasattr(attack, "run_standard_evaluation") else "run(x, y)"
         line = f"{{{name!r}: lambda x, y, ids: attack.{way}}}"
         raise TypeError(message("evaluate", argument, f"a callable {CALL}: {line}", _shown(attack)))
-    if package != "torchattacks" and _takes_ids(attack):
+    if package == "torchattacks":
+        return _Wrapped(attack, attack)
+    if _takes_ids(attack):
         return attack
-    if package != "torchattacks" and not _takes(attack, 2):
+    if not _takes(attack, 2):
         line = f"{{{name!r}: lambda images, labels, sample_ids: ...}}"
         raise TypeError(message("evaluate", argument, f"called {CALL}: {line}", _shown(attack)))
     return _Wrapped(attack, attack)
